@@ -1,0 +1,1 @@
+"""The mathematics of the side path: `reference` to read, `fused` to run; same names, same signatures."""

@@ -1,0 +1,332 @@
+"""The side path as few and large operations: the fast twin of `peft_talan.functional.reference`.
+
+Same names, same signatures, same results up to rounding. The causal memory never exists as a [tokens, slots, width]
+tensor (see `chunked`), and one decoded token is a rank-one update of the memory and a read.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+
+from . import reference
+from .chunked import CHUNK, MemoryReadouts, MemoryScores, make_plan, split_into_chunks
+from .parameters import (
+    NORM_EPSILON,
+    SMALLEST_DENOMINATOR,
+    SOFT_CAP,
+    SidePathOptions,
+    SidePathOutput,
+    SidePathParameters,
+)
+from .recomputed import RecomputedRemix
+
+
+def _inverse_rms(hidden_states: torch.Tensor) -> torch.Tensor:
+    """1 / sqrt(mean(h^2) + eps) as [batch, tokens, 1], without a squared copy of h."""
+    length = torch.linalg.vector_norm(hidden_states, dim=-1, keepdim=True)
+    return torch.rsqrt(length.square() / hidden_states.shape[-1] + NORM_EPSILON)
+
+
+def read(hidden_states: torch.Tensor, weight: torch.Tensor, slots: int) -> tuple[torch.Tensor, ...]:
+    """Project the normalised residual stream; see `reference.read`.
+
+    The norm of a token is one number, so it scales the small projection instead of the hidden state.
+    """
+    dtype = torch.promote_types(hidden_states.dtype, torch.float32)
+    hidden_states = hidden_states.to(dtype)
+    projected = F.linear(hidden_states, weight.to(dtype)) * _inverse_rms(hidden_states)
+    width = (weight.shape[0] - slots) // 2
+    return projected.split([width, width, slots], dim=-1)
+
+
+def slot_weights(logits: torch.Tensor, valid: torch.Tensor | None) -> torch.Tensor:
+    """Turn slot logits into positive weights; see `reference.slot_weights`."""
+    weights = torch.exp(SOFT_CAP * torch.tanh(logits / SOFT_CAP))
+    return weights if valid is None else weights * valid.unsqueeze(-1)
+
+
+def read_shared(
+    memory: torch.Tensor, queries: torch.Tensor, mixer: str, parameters: tuple[torch.Tensor, ...]
+) -> torch.Tensor:
+    """Read one memory by all tokens of a call: a decoded token's, or a bidirectional segment's.
+
+    Args:
+        memory: N and D, [batch, slots, width + 1].
+        queries: q, [batch, tokens, width].
+        mixer: One of `reference.MIXER_RULES`.
+        parameters: The mixer's tensors.
+
+    Returns:
+        r, [batch, tokens, width].
+    """
+    width = queries.shape[-1]
+    mean = memory[..., :width] / memory[..., width:].clamp_min(SMALLEST_DENOMINATOR)
+    parameters = tuple(tensor.to(memory.dtype) for tensor in parameters)
+    if mixer == "linear":
+        return (queries @ parameters[0]) @ mean
+    if mixer == "mlp":
+        _, slot_in, slot_out, channel_in, channel_out = parameters
+        mean = mean + slot_out @ F.gelu(slot_in @ mean)
+        mean = mean + F.gelu(mean @ channel_in.T) @ channel_out.T
+    scores = torch.baddbmm(parameters[0], queries, mean.mT, alpha=1 / math.sqrt(width))
+    return scores.softmax(-1) @ mean
+
+
+def _remix_one_token(
+    values: torch.Tensor,
+    queries: torch.Tensor,
+    weights: torch.Tensor,
+    mixer: str,
+    parameters: tuple[torch.Tensor, ...],
+    segment_ids: torch.Tensor | None,
+    state: torch.Tensor | None,
+    return_state: bool,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """A rank-one update of the memory and a read."""
+    padded = F.pad(values, (0, 1), value=1.0)
+    if state is None:
+        memory = weights.mT * padded
+    else:
+        if segment_ids is not None:
+            state = state * (segment_ids == 0).unsqueeze(-1)
+        memory = torch.addcmul(state, weights.mT, padded)
+    return read_shared(memory, queries, mixer, parameters), memory
+
+
+def _remix_bidirectional(
+    values: torch.Tensor,
+    queries: torch.Tensor,
+    weights: torch.Tensor,
+    mixer: str,
+    parameters: tuple[torch.Tensor, ...],
+    segment_ids: torch.Tensor | None,
+    state: torch.Tensor | None,
+    return_state: bool,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """One memory a segment: packed segments are taken one after the other, since their number is small."""
+    padded = F.pad(values, (0, 1), value=1.0)
+    if segment_ids is None:
+        memory = weights.mT @ padded
+        memory = memory if state is None else memory + state
+        return read_shared(memory, queries, mixer, parameters), memory
+    readouts = torch.zeros_like(queries)
+    final_state = weights.new_zeros(weights.shape[0], weights.shape[2], padded.shape[2])
+    for segment in range(int(segment_ids.max()) + 1):
+        inside = (segment_ids == segment).unsqueeze(-1)
+        memory = (weights * inside).mT @ padded
+        if segment == 0 and state is not None:
+            memory = memory + state
+        readouts = torch.where(inside, read_shared(memory, queries, mixer, parameters), readouts)
+        final_state = torch.where(inside[:, -1:], memory, final_state)
+    return readouts, final_state
+
+
+def _final_state(
+    values: torch.Tensor, weights: torch.Tensor, segment_ids: torch.Tensor | None, state: torch.Tensor | None
+) -> torch.Tensor:
+    """The memory after the last token: all that its segment has put in."""
+    if segment_ids is not None:
+        last = segment_ids[:, -1:]
+        weights = weights * (segment_ids == last).unsqueeze(-1)
+        state = None if state is None else state * (last == 0).unsqueeze(-1)
+    memory = weights.mT @ F.pad(values, (0, 1), value=1.0)
+    return memory if state is None else memory + state
+
+
+def _remix_chunkwise(
+    values: torch.Tensor,
+    queries: torch.Tensor,
+    weights: torch.Tensor,
+    mixer: str,
+    parameters: tuple[torch.Tensor, ...],
+    segment_ids: torch.Tensor | None,
+    state: torch.Tensor | None,
+    return_state: bool,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """`attention` and `linear`, which are linear in N: all in matrix products."""
+    batch, tokens, width = values.shape
+    chunk = min(CHUNK, tokens)
+    plan = make_plan(segment_ids, tokens, chunk, values)
+    total, denominator = (None, None) if state is None else (state[..., :width], state[..., width:])
+    z, q, e = (split_into_chunks(tensor, chunk) for tensor in (values, queries, weights))
+    if segment_ids is None:
+        d = weights.cumsum(1) if denominator is None else weights.cumsum(1) + denominator.mT
+        d = split_into_chunks(d, chunk)
+    else:
+        ones = torch.ones_like(z[..., :1])
+        d = MemoryScores.apply(ones, ones, e, denominator, *plan)
+    d = d.clamp_min(SMALLEST_DENOMINATOR)
+    parameter = parameters[0].to(values.dtype)
+    if mixer == "linear":
+        p = q @ parameter
+    else:
+        s = MemoryScores.apply(q, z, e, total, *plan)
+        p = torch.softmax(s / (d * math.sqrt(width)) + parameter, dim=-1)
+    r = MemoryReadouts.apply(p / d, z, e, total, *plan)
+    readouts = r.reshape(batch, -1, width)[:, :tokens]
+    return readouts, _final_state(values, weights, segment_ids, state) if return_state else None
+
+
+def _remix_recomputed(
+    values: torch.Tensor,
+    queries: torch.Tensor,
+    weights: torch.Tensor,
+    mixer: str,
+    parameters: tuple[torch.Tensor, ...],
+    segment_ids: torch.Tensor | None,
+    state: torch.Tensor | None,
+    return_state: bool,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """`mlp`, which is not linear in the memory: chunk by chunk, computed again in backward."""
+    if state is None:
+        state = values.new_zeros(values.shape[0], weights.shape[2], values.shape[2] + 1)
+    readouts, final_state = RecomputedRemix.apply(values, queries, weights, state, segment_ids, mixer, *parameters)
+    return readouts, final_state
+
+
+MIXER_RULES: dict[str, Callable[..., tuple[torch.Tensor, torch.Tensor | None]]] = {
+    "attention": _remix_chunkwise,
+    "linear": _remix_chunkwise,
+    "mlp": _remix_recomputed,
+}
+
+
+def remix(
+    values: torch.Tensor,
+    queries: torch.Tensor,
+    weights: torch.Tensor,
+    mixer: str,
+    parameters: tuple[torch.Tensor, ...],
+    segment_ids: torch.Tensor | None = None,
+    state: torch.Tensor | None = None,
+    scope: str = "causal",
+    return_state: bool = True,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Compress the sequence into the latent memory and read it at every token; see `reference.remix`."""
+    if scope == "bidirectional":
+        rule = _remix_bidirectional
+    elif values.shape[1] == 1:
+        rule = _remix_one_token
+    else:
+        rule = MIXER_RULES[mixer]
+    return rule(values, queries, weights, mixer, parameters, segment_ids, state, return_state)
+
+
+class ScaledGradient(torch.autograd.Function):
+    """The identity, with the gradient multiplied by a number."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: torch.Tensor, scale: float) -> torch.Tensor:
+        """Pass the tensor on.
+
+        Args:
+            ctx: The autograd context.
+            tensor: Any shape.
+            scale: gamma.
+
+        Returns:
+            The tensor.
+        """
+        ctx.scale = scale
+        return tensor.view_as(tensor)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Any) -> tuple[torch.Tensor, None]:
+        """Multiply the gradient."""
+        return grad_outputs[0] * ctx.scale, None
+
+
+def scale_gradient(tensor: torch.Tensor, scale: float) -> torch.Tensor:
+    """Pass a tensor on as it is and multiply the gradient that comes back by `scale`."""
+    return tensor if scale == 1.0 else ScaledGradient.apply(tensor, scale)
+
+
+def change_gated(
+    hidden_states: torch.Tensor, delta: torch.Tensor, gate: torch.Tensor | None, cap: float
+) -> torch.Tensor:
+    """Write through one gate a token; see `reference.change_gated`."""
+    if gate is None:
+        raise ValueError("gate=None, but the 'gated' writeback needs its row of shape [hidden_size + 1]")
+    gate = gate.to(hidden_states.dtype)
+    opening = F.linear(hidden_states, gate[:-1].unsqueeze(0)) * _inverse_rms(hidden_states) + gate[-1]
+    return torch.sigmoid(opening) * delta
+
+
+WRITEBACK_RULES: dict[str, Callable[..., torch.Tensor]] = {**reference.WRITEBACK_RULES, "gated": change_gated}
+
+
+def write_back(
+    hidden_states: torch.Tensor,
+    readout: torch.Tensor,
+    weight: torch.Tensor,
+    writeback: str,
+    *,
+    alpha: float = 1.0,
+    gate: torch.Tensor | None = None,
+    cap: float = 0.1,
+    grad_scale: float = 1.0,
+) -> torch.Tensor:
+    """Change the residual stream by the read-out; see `reference.write_back`."""
+    dtype = readout.dtype
+    weight = weight.to(dtype)
+    if writeback == "add" and grad_scale == 1.0 and hidden_states.dtype == dtype:
+        rows = hidden_states.reshape(-1, hidden_states.shape[-1])
+        written = torch.addmm(rows, readout.reshape(-1, readout.shape[-1]), weight.T, alpha=alpha)
+        return written.view_as(hidden_states)
+    delta = F.linear(readout, weight)
+    if alpha != 1.0:
+        delta = delta * alpha
+    change = WRITEBACK_RULES[writeback](hidden_states.to(dtype), delta, gate, cap)
+    return hidden_states + scale_gradient(change, grad_scale).to(hidden_states.dtype)
+
+
+def side_path(
+    hidden_states: torch.Tensor,
+    parameters: SidePathParameters,
+    options: SidePathOptions,
+    *,
+    alpha: float = 1.0,
+    valid: torch.Tensor | None = None,
+    segment_ids: torch.Tensor | None = None,
+    state: torch.Tensor | None = None,
+    training: bool = False,
+    return_state: bool = True,
+) -> SidePathOutput:
+    """Run a whole side path: read, compress, mix, write back; see `reference.side_path`."""
+    device_type = hidden_states.device.type
+    # The memory is a long sum: under autocast its products would be rounded to half precision.
+    autocast = torch.is_autocast_enabled(device_type)
+    with torch.autocast(device_type, enabled=False) if autocast else nullcontext():
+        slots = parameters.read.shape[0] - 2 * parameters.write.shape[1]
+        values, queries, logits = read(hidden_states, parameters.read, slots)
+        weights = slot_weights(logits, valid)
+        readout, final_state = remix(
+            values,
+            queries,
+            weights,
+            options.mixer,
+            parameters.mixer,
+            segment_ids,
+            state,
+            options.scope,
+            return_state,
+        )
+        if training and options.dropout:
+            readout = F.dropout(readout, options.dropout)
+        written = write_back(
+            hidden_states,
+            readout,
+            parameters.write,
+            options.writeback,
+            alpha=alpha,
+            gate=parameters.gate,
+            cap=options.cap,
+            grad_scale=options.grad_scale,
+        )
+    return SidePathOutput(written, final_state if return_state else None, weights, values)

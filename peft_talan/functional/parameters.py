@@ -1,0 +1,82 @@
+"""What the operators of a side path take beside the activations: its tensors and its options."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal, NamedTuple, get_args
+
+import torch
+
+Mixer = Literal["attention", "linear", "mlp"]
+Writeback = Literal["add", "gated", "capped", "orthogonal"]
+MemoryScope = Literal["causal", "bidirectional"]
+
+MIXERS: tuple[str, ...] = get_args(Mixer)
+WRITEBACKS: tuple[str, ...] = get_args(Writeback)
+MEMORY_SCOPES: tuple[str, ...] = get_args(MemoryScope)
+
+SOFT_CAP = 5.0
+"""The c of `e = exp(c tanh(a / c))`: it bounds the weights to [exp(-5), exp(5)], so sums need no running maximum."""
+
+SMALLEST_DENOMINATOR = 0.5 * math.exp(-SOFT_CAP)
+"""Below every weight that a real token can have: dividing by at least this changes no filled slot and empties no sum."""
+
+NORM_EPSILON = 1e-6
+"""Added to the mean square in the RMSNorm of the read, as in most decoder blocks."""
+
+
+class SidePathParameters(NamedTuple):
+    """The trainable tensors of one side path.
+
+    Args:
+        read: `W_read` of shape [2 * width + slots, hidden_size]; its rows are z, q and a, in this order.
+        mixer: The mixer's own tensors. `attention`: (slot bias [slots],). `linear`: (slot readout B [width, slots],).
+            `mlp`: (slot bias [slots], slot in [hidden, slots], slot out [slots, hidden], channel in [hidden, width],
+            channel out [width, hidden]).
+        write: `W_write` of shape [hidden_size, width].
+        gate: `w_g` and `b_g` in one row of shape [hidden_size + 1], for the `gated` rule only.
+    """
+
+    read: torch.Tensor
+    mixer: tuple[torch.Tensor, ...]
+    write: torch.Tensor
+    gate: torch.Tensor | None = None
+
+
+@dataclass(frozen=True)
+class SidePathOptions:
+    """The axes of one side path that its operators need to know.
+
+    Args:
+        mixer: How the memory becomes a token's read-out.
+        writeback: How the read-out changes the residual stream.
+        scope: `causal`: a token sees the memory of what came before and itself; `bidirectional`: of the whole segment.
+        cap: The rho of the `capped` rule: the largest |change| / |hidden state|. Unitless.
+        dropout: The probability of dropping a component of the read-out in training. Default 0.
+        grad_scale: The gamma by which the gradient that enters the side path is multiplied. Default 1.
+    """
+
+    mixer: Mixer = "attention"
+    writeback: Writeback = "add"
+    scope: MemoryScope = "causal"
+    cap: float = 0.1
+    dropout: float = 0.0
+    grad_scale: float = 1.0
+
+
+class SidePathOutput(NamedTuple):
+    """What one pass through a side path gives.
+
+    Args:
+        hidden_states: h', [batch, tokens, hidden_size].
+        state: The memory after the last token, [batch, slots, width + 1] (N and, as the last channel, D); None where
+            it was not asked for.
+        weights: e, [batch, tokens, slots]: with the values, what each token added to the memory.
+        values: z, [batch, tokens, width].
+    """
+
+    hidden_states: torch.Tensor
+    state: torch.Tensor | None
+    weights: torch.Tensor
+    values: torch.Tensor

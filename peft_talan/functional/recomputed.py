@@ -1,0 +1,98 @@
+"""A causal pass chunk by chunk for mixers that are not linear in the memory: its backward computes each chunk again."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from . import reference
+from .chunked import CHUNK
+
+
+def _relative_segments(segment_ids: torch.Tensor | None, start: int) -> torch.Tensor | None:
+    """The segments of one chunk, numbered from the one that the carried memory is of."""
+    if segment_ids is None:
+        return None
+    before = segment_ids[:, start - 1 : start] if start else torch.zeros_like(segment_ids[:, :1])
+    return segment_ids[:, start : start + CHUNK] - before
+
+
+class RecomputedRemix(torch.autograd.Function):
+    """`reference.remix` over one chunk of tokens after the other: memory for one chunk at a time, in both passes."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        values: torch.Tensor,
+        queries: torch.Tensor,
+        weights: torch.Tensor,
+        state: torch.Tensor,
+        segment_ids: torch.Tensor | None,
+        mixer: str,
+        *parameters: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Compute read-outs and final memory, and keep the memory at each chunk's start.
+
+        Args:
+            ctx: The autograd context.
+            values: z, [batch, tokens, width].
+            queries: q, [batch, tokens, width].
+            weights: e, [batch, tokens, slots].
+            state: [batch, slots, width + 1].
+            segment_ids: [batch, tokens] or None.
+            mixer: The mixer's name.
+            *parameters: The mixer's tensors.
+
+        Returns:
+            r, [batch, tokens, width], and the final memory, [batch, slots, width + 1].
+        """
+        states, readouts = [state], []
+        for start in range(0, values.shape[1], CHUNK):
+            piece = slice(start, start + CHUNK)
+            readout, state = reference.remix(
+                values[:, piece],
+                queries[:, piece],
+                weights[:, piece],
+                mixer,
+                parameters,
+                _relative_segments(segment_ids, start),
+                state,
+            )
+            readouts.append(readout)
+            states.append(state)
+        ctx.mixer, ctx.number_of_parameters = mixer, len(parameters)
+        ctx.save_for_backward(values, queries, weights, segment_ids, *parameters, *states[:-1])
+        return torch.cat(readouts, dim=1), state.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Any) -> tuple[Any, ...]:
+        """Walk the chunks backwards; each is computed again from the memory at its start."""
+        values, queries, weights, segment_ids, *rest = ctx.saved_tensors
+        parameters, states = rest[: ctx.number_of_parameters], rest[ctx.number_of_parameters :]
+        grad_readouts, grad_state = grad_outputs
+        token_gradients: list[tuple[torch.Tensor, ...]] = []
+        parameter_gradients = [torch.zeros_like(parameter) for parameter in parameters]
+        for index in reversed(range(len(states))):
+            piece = slice(index * CHUNK, (index + 1) * CHUNK)
+            inputs = [
+                tensor.detach().requires_grad_()
+                for tensor in (values[:, piece], queries[:, piece], weights[:, piece], states[index], *parameters)
+            ]
+            with torch.enable_grad():
+                outputs = reference.remix(
+                    inputs[0],
+                    inputs[1],
+                    inputs[2],
+                    ctx.mixer,
+                    tuple(inputs[4:]),
+                    _relative_segments(segment_ids, piece.start),
+                    inputs[3],
+                )
+            gradients = torch.autograd.grad(outputs, inputs, (grad_readouts[:, piece], grad_state))
+            grad_state = gradients[3]
+            token_gradients.append(gradients[:3])
+            for total, gradient in zip(parameter_gradients, gradients[4:], strict=True):
+                total.add_(gradient)
+        by_tensor = (torch.cat(pieces[::-1], dim=1) for pieces in zip(*token_gradients, strict=True))
+        return *by_tensor, grad_state, None, None, *parameter_gradients

@@ -1,0 +1,322 @@
+"""The equations of the side path, readable and in any dtype: the oracle that the fused twin is held against.
+
+The paper (arXiv 2606.06902) fixes the stages; it prints no equations. Those below are this project's reading of it.
+Every operator here has a twin of the same name and signature in `peft_talan.functional.fused`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch.nn import functional as F
+
+from .parameters import NORM_EPSILON, SMALLEST_DENOMINATOR, SOFT_CAP, SidePathOptions, SidePathOutput, SidePathParameters
+
+
+def read(hidden_states: torch.Tensor, weight: torch.Tensor, slots: int) -> tuple[torch.Tensor, ...]:
+    """Project the normalised residual stream to latents, queries and slot logits.
+
+    `x = RMSNorm(h); [z, q, a] = x W_read`. The norm has no weight of its own: `W_read` would absorb it.
+
+    Args:
+        hidden_states: h, [batch, tokens, hidden_size], any float dtype.
+        weight: `W_read`, [2 * width + slots, hidden_size].
+        slots: The number of memory slots.
+
+    Returns:
+        z [batch, tokens, width], q [batch, tokens, width] and a [batch, tokens, slots], at least float32.
+    """
+    dtype = torch.promote_types(hidden_states.dtype, torch.float32)
+    hidden_states = hidden_states.to(dtype)
+    normalised = hidden_states * torch.rsqrt(hidden_states.square().mean(-1, keepdim=True) + NORM_EPSILON)
+    projected = normalised @ weight.to(dtype).T
+    width = (weight.shape[0] - slots) // 2
+    values, queries, logits = projected.split([width, width, slots], dim=-1)
+    return values, queries, logits
+
+
+def slot_weights(logits: torch.Tensor, valid: torch.Tensor | None) -> torch.Tensor:
+    """Turn slot logits into the positive weights by which tokens enter the memory.
+
+    `e[t, m] = valid[t] exp(c tanh(a[t, m] / c))`.
+
+    Args:
+        logits: a, [batch, tokens, slots].
+        valid: [batch, tokens], bool; False keeps a token (padding) out of the memory. None: all are real.
+
+    Returns:
+        e, [batch, tokens, slots].
+    """
+    weights = torch.exp(SOFT_CAP * torch.tanh(logits / SOFT_CAP))
+    return weights if valid is None else weights * valid.unsqueeze(-1).to(weights.dtype)
+
+
+def compress(
+    values: torch.Tensor,
+    weights: torch.Tensor,
+    segment_ids: torch.Tensor | None = None,
+    state: torch.Tensor | None = None,
+    scope: str = "causal",
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sum the latents of a segment into the memory that each token sees.
+
+    `N[t, m] = sum_i e[i, m] z[i]`, `D[t, m] = sum_i e[i, m]`, over the tokens i of t's segment; for the causal scope
+    over i <= t only. N and D travel as one tensor, D being the last channel.
+
+    Args:
+        values: z, [batch, tokens, width].
+        weights: e, [batch, tokens, slots].
+        segment_ids: [batch, tokens], int, not falling and starting at 0; None: one segment. The state belongs to
+            segment 0.
+        state: The memory of earlier tokens, [batch, slots, width + 1]; None: empty.
+        scope: `causal` or `bidirectional`.
+
+    Returns:
+        The memory each token sees, [batch, tokens, slots, width + 1], and that after the last token,
+        [batch, slots, width + 1].
+    """
+    batch, tokens = values.shape[:2]
+    contributions = weights.unsqueeze(-1) * F.pad(values, (0, 1), value=1.0).unsqueeze(-2)
+    visible = torch.ones(tokens, tokens, dtype=torch.bool, device=values.device)
+    if scope == "causal":
+        visible = visible.tril()
+    visible = visible.expand(batch, tokens, tokens)
+    if segment_ids is not None:
+        visible = visible & (segment_ids.unsqueeze(1) == segment_ids.unsqueeze(2))
+    if segment_ids is None and scope == "causal":
+        memory = contributions.cumsum(1)
+    else:
+        memory = torch.einsum("bti,bimd->btmd", visible.to(values.dtype), contributions)
+    if state is not None:
+        carried = state.unsqueeze(1).expand_as(memory)
+        if segment_ids is not None:
+            carried = carried * (segment_ids == 0)[..., None, None].to(values.dtype)
+        memory = memory + carried
+    # With a causal scope, the last token has seen the whole of its segment; with the other one, every token has.
+    return memory, memory[:, -1]
+
+
+def mix_attention(
+    memory: torch.Tensor, queries: torch.Tensor, parameters: tuple[torch.Tensor, ...]
+) -> torch.Tensor:
+    """Read the slots by attention: `p = softmax_m(q . mu[m] / sqrt(d) + b[m])`, `r = sum_m p[m] mu[m]`.
+
+    Args:
+        memory: mu, [batch, tokens, slots, width].
+        queries: q, [batch, tokens, width].
+        parameters: (slot bias b [slots],).
+
+    Returns:
+        r, [batch, tokens, width].
+    """
+    slot_bias = parameters[0].to(memory.dtype)
+    scores = torch.einsum("btd,btmd->btm", queries, memory) / math.sqrt(queries.shape[-1]) + slot_bias
+    return torch.einsum("btm,btmd->btd", scores.softmax(-1), memory)
+
+
+def mix_linear(memory: torch.Tensor, queries: torch.Tensor, parameters: tuple[torch.Tensor, ...]) -> torch.Tensor:
+    """Read the slots by weights that depend on the token alone: `p = q B`, `r = sum_m p[m] mu[m]`.
+
+    Args:
+        memory: mu, [batch, tokens, slots, width].
+        queries: q, [batch, tokens, width].
+        parameters: (slot readout B [width, slots],).
+
+    Returns:
+        r, [batch, tokens, width].
+    """
+    return torch.einsum("btm,btmd->btd", queries @ parameters[0].to(memory.dtype), memory)
+
+
+def mix_mlp(memory: torch.Tensor, queries: torch.Tensor, parameters: tuple[torch.Tensor, ...]) -> torch.Tensor:
+    """Remix the slots, then the channels, by small residual MLPs (MLP-Mixer, arXiv 2105.01601); read as `attention`.
+
+    `mu <- mu + S_out gelu(S_in mu)` across slots, then `mu <- mu + gelu(mu C_in^T) C_out^T` across channels.
+
+    Args:
+        memory: mu, [batch, tokens, slots, width].
+        queries: q, [batch, tokens, width].
+        parameters: (slot bias [slots], S_in [hidden, slots], S_out [slots, hidden], C_in [hidden, width],
+            C_out [width, hidden]).
+
+    Returns:
+        r, [batch, tokens, width].
+    """
+    slot_bias, slot_in, slot_out, channel_in, channel_out = (tensor.to(memory.dtype) for tensor in parameters)
+    memory = memory + slot_out @ F.gelu(slot_in @ memory)
+    memory = memory + F.gelu(memory @ channel_in.T) @ channel_out.T
+    return mix_attention(memory, queries, (slot_bias,))
+
+
+MIXER_RULES: dict[str, Callable[..., torch.Tensor]] = {
+    "attention": mix_attention,
+    "linear": mix_linear,
+    "mlp": mix_mlp,
+}
+
+
+def remix(
+    values: torch.Tensor,
+    queries: torch.Tensor,
+    weights: torch.Tensor,
+    mixer: str,
+    parameters: tuple[torch.Tensor, ...],
+    segment_ids: torch.Tensor | None = None,
+    state: torch.Tensor | None = None,
+    scope: str = "causal",
+    return_state: bool = True,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Compress the sequence into the latent memory and read it at every token.
+
+    `mu[t, m] = N[t, m] / D[t, m]` (zero while nothing has entered the slot), then the mixer's rule.
+
+    Args:
+        values: z, [batch, tokens, width].
+        queries: q, [batch, tokens, width].
+        weights: e, [batch, tokens, slots].
+        mixer: One of `MIXER_RULES`.
+        parameters: The mixer's tensors, see `SidePathParameters`.
+        segment_ids: As in `compress`.
+        state: As in `compress`.
+        scope: As in `compress`.
+        return_state: Whether the memory after the last token is wanted. Default True.
+
+    Returns:
+        r, [batch, tokens, width], and the memory after the last token, [batch, slots, width + 1].
+    """
+    memory, final_state = compress(values, weights, segment_ids, state, scope)
+    total, denominator = memory[..., :-1], memory[..., -1:]
+    mean = total / denominator.clamp_min(SMALLEST_DENOMINATOR)
+    return MIXER_RULES[mixer](mean, queries, parameters), final_state if return_state else None
+
+
+def change_add(
+    hidden_states: torch.Tensor, delta: torch.Tensor, gate: torch.Tensor | None, cap: float
+) -> torch.Tensor:
+    """Write the perturbation as it is: `h' - h = delta`."""
+    return delta
+
+
+def change_gated(
+    hidden_states: torch.Tensor, delta: torch.Tensor, gate: torch.Tensor | None, cap: float
+) -> torch.Tensor:
+    """Write through one gate a token: `h' - h = sigmoid(x w_g + b_g) delta`, x = RMSNorm(h)."""
+    if gate is None:
+        raise ValueError("gate=None, but the 'gated' writeback needs its row of shape [hidden_size + 1]")
+    gate = gate.to(hidden_states.dtype)
+    normalised = hidden_states * torch.rsqrt(hidden_states.square().mean(-1, keepdim=True) + NORM_EPSILON)
+    return torch.sigmoid(normalised @ gate[:-1] + gate[-1]).unsqueeze(-1) * delta
+
+
+def change_capped(
+    hidden_states: torch.Tensor, delta: torch.Tensor, gate: torch.Tensor | None, cap: float
+) -> torch.Tensor:
+    """Write inside a trust region: `h' - h = delta min(1, rho |h| / |delta|)`."""
+    tiny = torch.finfo(delta.dtype).tiny
+    length = torch.linalg.vector_norm(delta, dim=-1, keepdim=True).clamp_min(tiny)
+    limit = cap * torch.linalg.vector_norm(hidden_states, dim=-1, keepdim=True)
+    return delta * (limit / length).clamp_max(1.0)
+
+
+def change_orthogonal(
+    hidden_states: torch.Tensor, delta: torch.Tensor, gate: torch.Tensor | None, cap: float
+) -> torch.Tensor:
+    """Write without a component along h: `h' - h = delta - h (h . delta) / |h|^2`."""
+    tiny = torch.finfo(delta.dtype).tiny
+    square = hidden_states.square().sum(-1, keepdim=True).clamp_min(tiny)
+    return delta - hidden_states * ((hidden_states * delta).sum(-1, keepdim=True) / square)
+
+
+WRITEBACK_RULES: dict[str, Callable[..., torch.Tensor]] = {
+    "add": change_add,
+    "gated": change_gated,
+    "capped": change_capped,
+    "orthogonal": change_orthogonal,
+}
+
+
+def scale_gradient(tensor: torch.Tensor, scale: float) -> torch.Tensor:
+    """Pass a tensor on as it is and multiply the gradient that comes back by `scale`."""
+    return tensor.detach() + scale * (tensor - tensor.detach())
+
+
+def write_back(
+    hidden_states: torch.Tensor,
+    readout: torch.Tensor,
+    weight: torch.Tensor,
+    writeback: str,
+    *,
+    alpha: float = 1.0,
+    gate: torch.Tensor | None = None,
+    cap: float = 0.1,
+    grad_scale: float = 1.0,
+) -> torch.Tensor:
+    """Change the residual stream by the read-out: `delta = alpha r W_write^T`, then the writeback's rule.
+
+    Args:
+        hidden_states: h, [batch, tokens, hidden_size].
+        readout: r, [batch, tokens, width].
+        weight: `W_write`, [hidden_size, width].
+        writeback: One of `WRITEBACK_RULES`.
+        alpha: The strength of the perturbation. Default 1.
+        gate: `w_g` and `b_g`, [hidden_size + 1], for `gated` only.
+        cap: rho, for `capped` only. Default 0.1.
+        grad_scale: gamma; the gradient that enters the side path is multiplied by it. Default 1.
+
+    Returns:
+        h', [batch, tokens, hidden_size], in the dtype of the hidden states.
+    """
+    dtype = readout.dtype
+    delta = alpha * (readout @ weight.to(dtype).T)
+    change = WRITEBACK_RULES[writeback](hidden_states.to(dtype), delta, gate, cap)
+    return hidden_states + scale_gradient(change, grad_scale).to(hidden_states.dtype)
+
+
+def side_path(
+    hidden_states: torch.Tensor,
+    parameters: SidePathParameters,
+    options: SidePathOptions,
+    *,
+    alpha: float = 1.0,
+    valid: torch.Tensor | None = None,
+    segment_ids: torch.Tensor | None = None,
+    state: torch.Tensor | None = None,
+    training: bool = False,
+    return_state: bool = True,
+) -> SidePathOutput:
+    """Run a whole side path: read, compress, mix, write back.
+
+    Args:
+        hidden_states: h, [batch, tokens, hidden_size].
+        parameters: The side path's tensors.
+        options: The side path's axes.
+        alpha: The strength of the perturbation. Default 1.
+        valid: [batch, tokens], bool; None: no padding.
+        segment_ids: [batch, tokens], int; None: one segment.
+        state: The memory of earlier tokens, [batch, slots, width + 1]; None: empty.
+        training: Whether dropout is active. Default False.
+        return_state: Whether the memory after the last token is wanted. Default True.
+
+    Returns:
+        h' and what a cache needs to go on from here.
+    """
+    slots = parameters.read.shape[0] - 2 * parameters.write.shape[1]
+    values, queries, logits = read(hidden_states, parameters.read, slots)
+    weights = slot_weights(logits, valid)
+    readout, final_state = remix(
+        values, queries, weights, options.mixer, parameters.mixer, segment_ids, state, options.scope, return_state
+    )
+    readout = F.dropout(readout, options.dropout, training)
+    written = write_back(
+        hidden_states,
+        readout,
+        parameters.write,
+        options.writeback,
+        alpha=alpha,
+        gate=parameters.gate,
+        cap=options.cap,
+        grad_scale=options.grad_scale,
+    )
+    return SidePathOutput(written, final_state, weights, values)
