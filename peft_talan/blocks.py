@@ -1,0 +1,109 @@
+"""Finds a model's decoder blocks, the width of its residual stream, and which blocks a configuration means."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from .config import DEFAULT_DEPTHS, TalanConfig
+
+
+def _text_config(model: nn.Module) -> object | None:
+    config = getattr(model, "config", None)
+    if config is None or not hasattr(config, "get_text_config"):
+        return None
+    return config.get_text_config(decoder=True)
+
+
+def find_blocks(model: nn.Module, config: TalanConfig) -> tuple[str, nn.ModuleList]:
+    """Find the `nn.ModuleList` of decoder blocks.
+
+    Args:
+        model: The base model.
+        config: The adapter's configuration; `talan_blocks` names the list where it can't be found.
+
+    Returns:
+        The list's name and the list.
+
+    Raises:
+        ValueError: `talan_blocks` names no `nn.ModuleList`, or no or more than one list fits.
+    """
+    lists = {name: module for name, module in model.named_modules() if isinstance(module, nn.ModuleList) and module}
+    if config.talan_blocks is not None:
+        if config.talan_blocks not in lists:
+            raise ValueError(
+                f"talan_blocks={config.talan_blocks!r}: the model has no nn.ModuleList of this name; it has "
+                f"{', '.join(map(repr, lists)) or 'none'}"
+            )
+        return config.talan_blocks, lists[config.talan_blocks]
+    depth = getattr(_text_config(model), "num_hidden_layers", None)
+    fitting = [name for name, module in lists.items() if len(module) == depth]
+    decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
+    if len(fitting) > 1 and isinstance(decoder, nn.Module):
+        inside = {id(module) for module in decoder.modules()}
+        fitting = [name for name in fitting if id(lists[name]) in inside]
+    # A list inside a block (experts, say) can be as long as the list of blocks.
+    fitting = [name for name in fitting if not any(name.startswith(f"{other}.") for other in fitting)]
+    if len(fitting) != 1:
+        raise ValueError(
+            f"talan_blocks=None: {'no' if not fitting else 'more than one'} list of decoder blocks was found in "
+            f"{type(model).__name__}{f' ({fitting})' if fitting else ''}; set talan_blocks to the name of the "
+            "nn.ModuleList that holds them, such as 'model.layers'"
+        )
+    return fitting[0], lists[fitting[0]]
+
+
+def find_hidden_size(model: nn.Module, config: TalanConfig) -> int:
+    """Find the width of the residual stream.
+
+    Args:
+        model: The base model.
+        config: The adapter's configuration; `talan_hidden_size` gives the width where it can't be found.
+
+    Returns:
+        H.
+
+    Raises:
+        ValueError: The width can't be found.
+    """
+    if config.talan_hidden_size is not None:
+        return config.talan_hidden_size
+    hidden_size = getattr(_text_config(model), "hidden_size", None)
+    if not isinstance(hidden_size, int):
+        raise ValueError(
+            f"talan_hidden_size=None: the configuration of {type(model).__name__} does not give the width of the "
+            "residual stream; set talan_hidden_size to it"
+        )
+    return hidden_size
+
+
+def resolve_layers(config: TalanConfig, depth: int) -> list[int]:
+    """Turn `talan_layers` into the indices of a model with a number of blocks.
+
+    Args:
+        config: The adapter's configuration.
+        depth: The number of blocks.
+
+    Returns:
+        The indices, rising, each once.
+
+    Raises:
+        ValueError: An index is out of range or named twice.
+    """
+    layers = config.talan_layers
+    if layers == "all":
+        return list(range(depth))
+    if layers is None:
+        layers = list(DEFAULT_DEPTHS)
+    if isinstance(layers[0], float):
+        return sorted({min(int(fraction * depth), depth - 1) for fraction in layers})
+    indices = []
+    for layer in layers:
+        if not -depth <= layer < depth:
+            raise ValueError(
+                f"talan_layers={layers!r}: index {layer} is out of range for a model of {depth} blocks; "
+                f"use indices from {-depth} to {depth - 1}"
+            )
+        indices.append(layer % depth)
+    if len(set(indices)) != len(indices):
+        raise ValueError(f"talan_layers={layers!r}: a block is named twice in a model of {depth} blocks; name it once")
+    return sorted(indices)

@@ -1,0 +1,186 @@
+"""The configuration of a TALAN adapter: a `LoraConfig` and the axes of the side path."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args
+
+from peft import LoraConfig
+from peft.utils import PeftType
+from peft.utils.constants import DUMMY_TARGET_MODULES
+
+from .functional.parameters import MEMORY_SCOPES, MIXERS, WRITEBACKS, MemoryScope, Mixer, SidePathOptions, Writeback
+
+Position = Literal["output", "input"]
+Trainable = Literal["joint", "side_path", "writeback", "low_rank"]
+
+DEFAULT_DEPTHS: tuple[float, ...] = (0.5,)
+"""Where the side path goes when `talan_layers` is None, as fractions of the depth; see docs/default_layers.md."""
+
+INCOMPATIBLE_LORA_OPTIONS: dict[str, str] = {
+    "layer_replication": "copied blocks would share one side path's place; replicate the layers before adding TALAN",
+    "alora_invocation_tokens": "a side path also changes the tokens before the invocation; use a plain LoraConfig",
+    "arrow_config": "Arrow routes between LoRA experts only; use a plain LoraConfig",
+    "megatron_config": "Megatron's parallel layers run no decoder block of transformers; use a plain LoraConfig",
+}
+
+
+def _refuse(name: str, value: object, remedy: str) -> ValueError:
+    return ValueError(f"{name}={value!r}: {remedy}")
+
+
+def _check_choice(name: str, value: object, choices: Sequence[str]) -> None:
+    if not isinstance(value, str) or value not in choices:
+        raise _refuse(name, value, f"choose one of {', '.join(repr(choice) for choice in choices)}")
+
+
+def _check_number(name: str, value: object, lowest: float, highest: float, remedy: str) -> None:
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not is_number or not math.isfinite(value) or not lowest <= value <= highest:  # type: ignore[arg-type]
+        raise _refuse(name, value, remedy)
+
+
+def _check_count(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise _refuse(name, value, "give a whole number of at least 1")
+
+
+def _check_layers(layers: object) -> None:
+    remedy = (
+        "give block indices like [10, -1], fractions of the depth like [0.33, 0.66], 'all', or None for the default"
+    )
+    if layers is None or layers == "all":
+        return
+    if isinstance(layers, str) or not isinstance(layers, Sequence) or len(layers) == 0:
+        raise _refuse("talan_layers", layers, remedy)
+    if all(isinstance(layer, int) and not isinstance(layer, bool) for layer in layers):
+        return
+    if all(isinstance(layer, float) and 0.0 <= layer <= 1.0 for layer in layers):
+        return
+    raise _refuse("talan_layers", layers, remedy)
+
+
+@dataclass
+class TalanConfig(LoraConfig):
+    """Configure a TALAN adapter: every option of `LoraConfig`, and the axes of the side path (arXiv 2606.06902).
+
+    `r=0`, or `target_modules=[]`, leaves the low-rank half out: the side path alone.
+
+    Args:
+        talan_layers (`None`, `"all"`, `list[int]` or `list[float]`):
+            The decoder blocks with a side path: indices (negative ones count from the end), or fractions of the depth
+            in [0, 1]. None: the measured default. Default None.
+        talan_position (`"output"` or `"input"`): At which end of the block the side path reads and writes. Default
+            `"output"`.
+        talan_slots (`int`): M, the number of memory slots. Default 8.
+        talan_dim (`int`): d, the latent width. Default 32.
+        talan_mixer (`"attention"`, `"linear"` or `"mlp"`): How a token reads the slots. Default `"attention"`.
+        talan_writeback (`"add"`, `"gated"`, `"capped"` or `"orthogonal"`): How the residual stream is changed. Default
+            `"add"`.
+        talan_cap (`float`): rho of the `capped` writeback, the largest |change| / |hidden state|. Default 0.1.
+        talan_alpha (`float`): The strength of the perturbation; 0 leaves the low-rank half alone. Default 1.0.
+        talan_dropout (`float`): The probability of dropping a component of the read-out in training. Default 0.0.
+        talan_trainable (`"joint"`, `"side_path"`, `"writeback"` or `"low_rank"`): What requires a gradient: both
+            halves, the side path, its write-back (and gate), or the low-rank half. Default `"joint"`.
+        talan_grad_scale (`float`): gamma, by which the gradient that enters the side path is multiplied. Default 1.0.
+        talan_memory_scope (`"causal"` or `"bidirectional"`): Whether a token's memory holds the tokens up to itself, or
+            those of the whole sequence (encoders; not for generation). Default `"causal"`.
+        init_talan_weights (`bool`): True: the write-back starts at zero, so that a fresh adapter is its low-rank half.
+            False: at random, for tests. Default True.
+        talan_blocks (`str`, *optional*): The name of the `nn.ModuleList` that holds the blocks, such as
+            `"model.layers"`, where it can't be found. Default None.
+        talan_hidden_size (`int`, *optional*): H, the width of the residual stream, where it can't be found. Default
+            None.
+
+    Raises:
+        ValueError: A field's value, type or combination can't work; the message names field, value and remedy.
+    """
+
+    talan_layers: Any = field(
+        default=None, metadata={"help": "Decoder blocks with a side path: indices, fractions of the depth, 'all', None."}
+    )
+    talan_position: Position = field(default="output", metadata={"help": "At which end of the block: output or input."})
+    talan_slots: int = field(default=8, metadata={"help": "Number of memory slots."})
+    talan_dim: int = field(default=32, metadata={"help": "Latent width."})
+    talan_mixer: Mixer = field(default="attention", metadata={"help": "attention, linear or mlp."})
+    talan_writeback: Writeback = field(default="add", metadata={"help": "add, gated, capped or orthogonal."})
+    talan_cap: float = field(default=0.1, metadata={"help": "Largest |change| / |hidden state| of 'capped'."})
+    talan_alpha: float = field(default=1.0, metadata={"help": "Strength of the perturbation."})
+    talan_dropout: float = field(default=0.0, metadata={"help": "Dropout of the read-out."})
+    talan_trainable: Trainable = field(
+        default="joint", metadata={"help": "What trains: joint, side_path, writeback or low_rank."}
+    )
+    talan_grad_scale: float = field(default=1.0, metadata={"help": "Scale of the side path's gradient."})
+    talan_memory_scope: MemoryScope = field(default="causal", metadata={"help": "causal or bidirectional."})
+    init_talan_weights: bool = field(default=True, metadata={"help": "Whether the write-back starts at zero."})
+    talan_blocks: str | None = field(default=None, metadata={"help": "Name of the ModuleList that holds the blocks."})
+    talan_hidden_size: int | None = field(default=None, metadata={"help": "Width of the residual stream."})
+
+    def __post_init__(self) -> None:
+        """Check every field before any model is touched."""
+        super().__post_init__()
+        self.peft_type = PeftType("TALAN")
+        self._check_side_path()
+        self._check_low_rank()
+
+    def _check_side_path(self) -> None:
+        _check_layers(self.talan_layers)
+        if isinstance(self.talan_layers, tuple):
+            self.talan_layers = list(self.talan_layers)
+        _check_choice("talan_position", self.talan_position, get_args(Position))
+        _check_choice("talan_mixer", self.talan_mixer, MIXERS)
+        _check_choice("talan_writeback", self.talan_writeback, WRITEBACKS)
+        _check_choice("talan_trainable", self.talan_trainable, get_args(Trainable))
+        _check_choice("talan_memory_scope", self.talan_memory_scope, MEMORY_SCOPES)
+        _check_count("talan_slots", self.talan_slots)
+        _check_count("talan_dim", self.talan_dim)
+        smallest = math.ulp(0.0)
+        _check_number("talan_cap", self.talan_cap, smallest, math.inf, "give a positive number such as 0.1")
+        _check_number("talan_alpha", self.talan_alpha, 0.0, math.inf, "give a number of at least 0 such as 1.0")
+        _check_number("talan_dropout", self.talan_dropout, 0.0, math.nextafter(1.0, 0.0), "give a number in [0, 1)")
+        _check_number("talan_grad_scale", self.talan_grad_scale, 0.0, math.inf, "give a number of at least 0")
+        if not isinstance(self.init_talan_weights, bool):
+            raise _refuse("init_talan_weights", self.init_talan_weights, "give True or False")
+        if self.talan_blocks is not None and (not isinstance(self.talan_blocks, str) or not self.talan_blocks):
+            raise _refuse("talan_blocks", self.talan_blocks, "give the ModuleList's name such as 'model.layers', or None")
+        if self.talan_hidden_size is not None:
+            _check_count("talan_hidden_size", self.talan_hidden_size)
+        if self.talan_memory_scope == "bidirectional" and self.task_type in ("CAUSAL_LM", "SEQ_2_SEQ_LM"):
+            raise _refuse(
+                "talan_memory_scope",
+                self.talan_memory_scope,
+                f"task_type={str(self.task_type)!r} generates, and a token must not see later ones; use 'causal'",
+            )
+
+    def _check_low_rank(self) -> None:
+        if isinstance(self.r, bool) or not isinstance(self.r, int) or self.r < 0:
+            raise _refuse("r", self.r, "give a rank of at least 1, or 0 for the side path alone")
+        for name, reason in INCOMPATIBLE_LORA_OPTIONS.items():
+            if getattr(self, name, None):
+                raise _refuse(name, getattr(self, name), f"does not work with TALAN: {reason}")
+        no_targets = self.target_modules is not None and len(self.target_modules) == 0 and not self.target_parameters
+        if self.r == 0 or no_targets:
+            if self.talan_trainable == "low_rank":
+                raise _refuse(
+                    "talan_trainable",
+                    self.talan_trainable,
+                    "there is no low-rank half (r=0 or no target modules); use 'joint' or 'side_path'",
+                )
+            if self.target_parameters:
+                raise _refuse("target_parameters", self.target_parameters, "needs r >= 1")
+            # PEFT's own name for an adapter whose low-rank half matches no module.
+            self.target_modules = DUMMY_TARGET_MODULES
+
+    @property
+    def side_path_options(self) -> SidePathOptions:
+        """The axes that the operators of the side path take."""
+        return SidePathOptions(
+            mixer=self.talan_mixer,
+            writeback=self.talan_writeback,
+            scope=self.talan_memory_scope,
+            cap=float(self.talan_cap),
+            dropout=float(self.talan_dropout),
+            grad_scale=float(self.talan_grad_scale),
+        )

@@ -1,0 +1,211 @@
+"""The tuner: LoRA by PEFT's own `LoraModel`, and a side path attached to some decoder blocks."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from peft import PeftConfig
+from peft.tuners.lora import LoraLayer, LoraModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.integrations import init_empty_weights
+from peft.utils.other import _set_layer_requires_grad
+from torch import nn
+
+from .blocks import find_blocks, find_hidden_size, resolve_layers
+from .config import TalanConfig
+from .layer import CHILD_NAME, TalanLayer
+
+WRITEBACK_PARAMETERS: tuple[str, ...] = ("lora_talan_write", "lora_talan_gate")
+
+
+class TalanModel(LoraModel):
+    """Creates a TALAN model: a low-rank adapter and a side path, trained together (arXiv 2606.06902).
+
+    Args:
+        model (`torch.nn.Module`): The model to be adapted.
+        config (`TalanConfig`): The configuration of the adapter.
+        adapter_name (`str`): The name of the adapter. Default `"default"`.
+        low_cpu_mem_usage (`bool`): Whether to create empty adapter weights on the meta device. Default False.
+    """
+
+    prefix: str = LoraModel.prefix
+    # Both kinds of layers are switched, frozen and deleted together.
+    tuner_layer_cls = BaseTunerLayer
+
+    def inject_adapter(
+        self,
+        model: nn.Module,
+        adapter_name: str,
+        autocast_adapter_dtype: bool = True,
+        low_cpu_mem_usage: bool = False,
+        state_dict: dict[str, torch.Tensor] | None = None,
+    ) -> None:
+        """Add both halves of an adapter; everything is checked before the model is touched.
+
+        Args:
+            model: The base model.
+            adapter_name: The adapter's name.
+            autocast_adapter_dtype: As in PEFT. Default True.
+            low_cpu_mem_usage: Whether to create empty weights on the meta device. Default False.
+            state_dict: As in PEFT.
+
+        Raises:
+            ValueError: The configuration does not fit the model.
+        """
+        config = self.peft_config[adapter_name]
+        if not isinstance(config, TalanConfig):
+            raise ValueError(
+                f"config={type(config).__name__}: a TALAN model takes a TalanConfig for adapter {adapter_name!r}"
+            )
+        name, blocks = find_blocks(model, config)
+        hidden_size = find_hidden_size(model, config)
+        indices = resolve_layers(config, len(blocks))
+        for index in indices:
+            child = getattr(blocks[index], CHILD_NAME, None)
+            if child is not None and not isinstance(child, TalanLayer):
+                raise ValueError(
+                    f"{name}.{index} already has an attribute {CHILD_NAME!r} that is no side path; rename it"
+                )
+        super().inject_adapter(
+            model,
+            adapter_name,
+            autocast_adapter_dtype=autocast_adapter_dtype,
+            low_cpu_mem_usage=low_cpu_mem_usage,
+            state_dict=state_dict,
+        )
+        for index in indices:
+            with init_empty_weights() if low_cpu_mem_usage else nullcontext():
+                self._attach_side_path(blocks[index], index, hidden_size, adapter_name, config)
+        self._freeze_by_scope(model, adapter_name, config)
+
+    def _attach_side_path(
+        self, block: nn.Module, index: int, hidden_size: int, adapter_name: str, config: TalanConfig
+    ) -> None:
+        layer = getattr(block, CHILD_NAME, None)
+        if layer is None:
+            layer = TalanLayer(hidden_size, index)
+            layer.train(block.training)
+            layer.attach(block)
+            layer.set_adapter(self.active_adapters)
+        layer.update_layer(adapter_name, config)
+        trains = adapter_name in self.active_adapters and not config.inference_mode
+        for name in layer.adapter_layer_names:
+            container = getattr(layer, name)
+            if adapter_name in container:
+                _set_layer_requires_grad(container[adapter_name], trains)
+
+    def _freeze_by_scope(self, model: nn.Module, adapter_name: str, config: TalanConfig) -> None:
+        """Declare what the trainability scope keeps frozen, in the way that PEFT re-applies at every switch."""
+        scope = config.talan_trainable
+        for module in model.modules():
+            if isinstance(module, TalanLayer):
+                frozen = {
+                    "joint": (),
+                    "side_path": (),
+                    "writeback": tuple(n for n in module.adapter_layer_names if n not in WRITEBACK_PARAMETERS),
+                    "low_rank": module.adapter_layer_names,
+                }[scope]
+            elif isinstance(module, LoraLayer):
+                frozen = module.adapter_layer_names if scope in ("side_path", "writeback") else ()
+            else:
+                continue
+            if frozen and adapter_name in module._get_available_adapters():
+                declared = module.frozen_peft_weight_names.get(adapter_name, ())
+                names = tuple(dict.fromkeys((*declared, *frozen)))
+                module.frozen_peft_weight_names = {**module.frozen_peft_weight_names, adapter_name: names}
+                module._freeze_non_trainable_peft_weights(adapter_name)
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        if kwargs.get("adapter_names") is not None:
+            raise NotImplementedError(
+                f"adapter_names={kwargs['adapter_names']!r}: batches of mixed adapters are not supported by TALAN yet; "
+                "run one batch per adapter with set_adapter"
+            )
+        with super()._enable_peft_forward_hooks(*args, **kwargs):
+            yield
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """Generate with the base model's own method, if every active adapter's memory is causal.
+
+        Args:
+            *args: Passed on.
+            **kwargs: Passed on.
+
+        Returns:
+            What the base model's `generate` returns.
+
+        Raises:
+            ValueError: An active adapter has a bidirectional memory.
+        """
+        for name in self.active_adapters:
+            scope = getattr(self.peft_config[name], "talan_memory_scope", "causal")
+            if scope != "causal":
+                raise ValueError(
+                    f"talan_memory_scope={scope!r} of adapter {name!r} can't generate: later tokens would change the "
+                    "memory of earlier ones; train an adapter with 'causal'"
+                )
+        return self.model.generate(*args, **kwargs)
+
+    def _unload_and_optionally_merge(
+        self,
+        merge: bool = True,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+    ) -> nn.Module:
+        if merge:
+            warnings.warn(
+                "The side path depends on its input and can't become weights: merge_and_unload folds the low-rank half "
+                "and drops the side path, so the outputs differ from the adapter's. Keep the adapter, or use "
+                "merge_adapter() to fold the low-rank half and go on with the side path live.",
+                stacklevel=3,
+            )
+        for module in list(self.model.modules()):
+            layer = getattr(module, CHILD_NAME, None)
+            if isinstance(layer, TalanLayer):
+                layer.detach(module)
+        return super()._unload_and_optionally_merge(
+            merge=merge, progressbar=progressbar, safe_merge=safe_merge, adapter_names=adapter_names
+        )
+
+    def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> None:
+        """Refuse: a weighted sum of LoRA matrices has a meaning, one of side paths has none.
+
+        Raises:
+            NotImplementedError: Always.
+        """
+        raise NotImplementedError(
+            "add_weighted_adapter: side paths are not linear in their weights, so a weighted sum of adapters has no "
+            "meaning; activate several adapters at once with set_adapter([...]), and their perturbations add up"
+        )
+
+    @classmethod
+    def _convert_state_dict_for_initial_model(
+        cls,
+        peft_model: Any,
+        peft_config: PeftConfig,
+        path_initial_model_for_weight_conversion: str,
+        output_state_dict: dict[str, torch.Tensor],
+        kwargs: dict[str, Any],
+    ) -> dict[str, torch.Tensor]:
+        raise NotImplementedError(
+            f"path_initial_model_for_weight_conversion={path_initial_model_for_weight_conversion!r}: the conversion "
+            "gives a plain LoRA adapter and would lose the side path; save without it"
+        )
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
+        broken = [key for key, tensor in state_dict.items() if not torch.isfinite(tensor).all()]
+        if broken:
+            raise ValueError(
+                f"the checkpoint of adapter {adapter_name!r} has NaN or infinite values in {', '.join(broken[:3])}"
+                f"{f' and {len(broken) - 3} more' if len(broken) > 3 else ''}; it can't be used, train or fetch it again"
+            )
+        return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)

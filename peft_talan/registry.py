@@ -1,0 +1,22 @@
+"""Makes PEFT know the tuner type TALAN."""
+
+from __future__ import annotations
+
+from aenum import extend_enum
+from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
+from peft.utils import PeftType, register_peft_method
+
+from .config import TalanConfig
+from .model import TalanModel
+
+
+def register_talan() -> None:
+    """Add the member TALAN to PEFT's enum of tuner types and register the tuner under it; a second call does nothing.
+
+    PEFT and transformers look adapters up by enum member: a bare string in PEFT's mappings would break transformers'
+    `load_adapter`. The prefix is `lora_`, as AdaLoRA's: both halves of the adapter are found by the one prefix.
+    """
+    if "TALAN" not in PeftType.__members__:
+        extend_enum(PeftType, "TALAN", "TALAN")
+    if PeftType("TALAN") not in PEFT_TYPE_TO_TUNER_MAPPING:
+        register_peft_method(name="talan", config_cls=TalanConfig, model_cls=TalanModel, prefix=TalanModel.prefix)

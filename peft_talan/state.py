@@ -1,0 +1,284 @@
+"""The latent memory of a generation, carried by the layers of the transformers cache.
+
+A cache layer that carries memories becomes an instance of a subclass of its own class, whose methods keep the memories
+in step with the keys: what reorders, repeats, selects, crops or resets the one does it to the other. So the memory
+follows beams, assisted decoding and several turns, and two generations can't mix.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import torch
+from transformers.cache_utils import Cache, EncoderDecoderCache, StaticLayer
+
+from .functional.fused import memory_after
+from .functional.parameters import SidePathOutput
+
+TOKENS_A_RECORD = 64
+"""So many decoded tokens are gathered into one record: few objects, and little to add up again after a crop."""
+
+
+class TokenRecord(NamedTuple):
+    """What one or more calls in a row added to a memory, and the memory before them.
+
+    Args:
+        before: [batch, slots, width + 1], or None for an empty memory.
+        weights: e, [batch, tokens, slots].
+        values: z, [batch, tokens, width].
+        segment_ids: [batch, tokens] or None.
+    """
+
+    before: torch.Tensor | None
+    weights: torch.Tensor
+    values: torch.Tensor
+    segment_ids: torch.Tensor | None
+
+
+class LatentMemory:
+    """The memory of one adapter's side path at one block, for one cache.
+
+    Args:
+        static: Whether the cache has a fixed size: the memory is then updated in place and keeps no record.
+        recorded: Whether tokens are recorded so that the memory can be cropped.
+    """
+
+    def __init__(self, static: bool, recorded: bool) -> None:
+        self.state: torch.Tensor | None = None
+        self.length = 0
+        self.static = static
+        self.recorded = recorded
+        self.behind = False
+        self._records: list[TokenRecord | torch.Tensor] = []
+
+    def append(self, output: SidePathOutput, segment_ids: torch.Tensor | None) -> None:
+        """Take over the memory after a call, and the record of its tokens.
+
+        Args:
+            output: What the side path gave.
+            segment_ids: [batch, tokens] or None.
+        """
+        if output.state is None:
+            raise ValueError("output.state=None: a side path that runs with a cache must return its state")
+        if self.static:
+            if self.state is None:
+                self.state = output.state.clone()
+            else:
+                self.state.copy_(output.state)
+            return
+        if self.recorded:
+            self._records.append(TokenRecord(self.state, output.weights, output.values, segment_ids))
+            self._gather_records()
+        self.state = output.state
+        self.length += output.weights.shape[1]
+
+    def _gather_records(self) -> None:
+        """Join the last records into one, once there are enough of single tokens."""
+        recent = self._records[-TOKENS_A_RECORD:]
+        if len(recent) < TOKENS_A_RECORD:
+            return
+        singles = [entry for entry in recent if isinstance(entry, TokenRecord) and entry.weights.shape[1] == 1]
+        if len(singles) < TOKENS_A_RECORD:
+            return
+        joined = TokenRecord(
+            singles[0].before,
+            torch.cat([record.weights for record in singles], dim=1),
+            torch.cat([record.values for record in singles], dim=1),
+            None,
+        )
+        self._records[-TOKENS_A_RECORD:] = [joined]
+
+    def select_rows(self, rows: torch.Tensor) -> None:
+        """Let the memory follow its batch rows (beams, repeats, selections).
+
+        Args:
+            rows: [new batch], int: which old row each new row continues.
+        """
+        if self.state is None:
+            return
+        rows = rows.to(self.state.device)
+        self.state = self.state.index_select(0, rows)
+        if self.recorded:
+            self._records.append(rows)
+
+    def crop(self, tokens: int) -> None:
+        """Forget the last tokens: the memory is built again from the record that holds the new end.
+
+        Args:
+            tokens: How many to forget.
+
+        Raises:
+            ValueError: The memory holds fewer tokens, or has no record of them.
+        """
+        if tokens == 0 or self.state is None:
+            return
+        if not self.recorded or tokens > self.length:
+            raise ValueError(
+                f"tokens={tokens}: this latent memory of {self.length} tokens can't be cropped by as much; "
+                "start again from an empty cache"
+            )
+        self.length -= tokens
+        rows: torch.Tensor | None = None
+        while self._records:
+            entry = self._records.pop()
+            if isinstance(entry, torch.Tensor):
+                rows = entry if rows is None else entry.index_select(0, rows)
+                continue
+            recorded = entry.weights.shape[1]
+            if recorded <= tokens:
+                tokens -= recorded
+                self.state = entry.before
+            else:
+                kept = TokenRecord(
+                    entry.before,
+                    entry.weights[:, : recorded - tokens],
+                    entry.values[:, : recorded - tokens],
+                    None if entry.segment_ids is None else entry.segment_ids[:, : recorded - tokens],
+                )
+                self._records.append(kept)
+                self.state = memory_after(kept.values, kept.weights, kept.segment_ids, kept.before)
+                tokens = 0
+            if tokens == 0:
+                break
+        if rows is not None and self.state is not None:
+            self.select_rows(rows)
+
+    def reset(self) -> None:
+        """Empty the memory; a static one keeps its storage."""
+        self.length = 0
+        self.behind = False
+        self._records.clear()
+        if self.static and self.state is not None:
+            self.state.zero_()
+        else:
+            self.state = None
+
+
+def _rows_follow(memories: dict[str, LatentMemory], rows: torch.Tensor | None, repeats: int = 1) -> None:
+    """Let every memory take over rows by index or by mask, or repeat each row."""
+    for memory in memories.values():
+        if memory.state is not None:
+            every_row = torch.arange(memory.state.shape[0], device=memory.state.device)
+            chosen = every_row if rows is None else every_row[rows.to(every_row.device)]
+            memory.select_rows(chosen.repeat_interleave(repeats))
+
+
+@lru_cache(maxsize=None)
+def _carrying_class(base_class: Any) -> Any:
+    """Make the subclass of a cache layer's class that carries memories.
+
+    It derives from that class alone: only then can a living layer take the subclass on.
+    """
+
+    class CarryingLayer(base_class):  # type: ignore[misc]
+        latent_memories: dict[str, LatentMemory]
+
+        def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+            super().reorder_cache(beam_idx)
+            _rows_follow(self.latent_memories, beam_idx)
+
+        def batch_repeat_interleave(self, repeats: int) -> None:
+            super().batch_repeat_interleave(repeats)
+            _rows_follow(self.latent_memories, None, repeats)
+
+        def batch_select_indices(self, indices: torch.Tensor) -> None:
+            super().batch_select_indices(indices)
+            _rows_follow(self.latent_memories, indices)
+
+        def crop(self, tokens_to_remove: int) -> None:
+            super().crop(tokens_to_remove)
+            for memory in self.latent_memories.values():
+                memory.crop(abs(tokens_to_remove))
+
+        def reset(self) -> None:
+            super().reset()
+            for memory in self.latent_memories.values():
+                memory.reset()
+
+        def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+            # Copied and pickled by the base class: the subclass has no importable name.
+            return _restore_layer, (base_class, self.__dict__.copy())
+
+    CarryingLayer.__name__ = CarryingLayer.__qualname__ = base_class.__name__
+    return CarryingLayer
+
+
+def _restore_layer(base_class: Any, attributes: dict[str, Any]) -> Any:
+    layer = base_class.__new__(base_class)
+    layer.__dict__.update(attributes)
+    layer.__class__ = _carrying_class(base_class)
+    return layer
+
+
+def find_cache(arguments: tuple[Any, ...]) -> Cache | None:
+    """Find the transformers cache among the values that a block was called with.
+
+    Args:
+        arguments: The values.
+
+    Returns:
+        The cache of the block's self-attention, or None.
+    """
+    for value in arguments:
+        if isinstance(value, EncoderDecoderCache):
+            return value.self_attention_cache
+        if isinstance(value, Cache):
+            return value
+    return None
+
+
+def memories_of(cache: Cache, index: int) -> dict[str, LatentMemory] | None:
+    """The memories that the cache carries for a block, by adapter name.
+
+    Args:
+        cache: The cache.
+        index: The block's index.
+
+    Returns:
+        The memories, or None where the cache has no such layer (yet) or it carries none.
+    """
+    if index >= len(cache.layers):
+        return None
+    return getattr(cache.layers[index], "latent_memories", None)
+
+
+def carry_memories(cache: Cache, index: int) -> dict[str, LatentMemory]:
+    """Let the cache carry memories for a block.
+
+    Args:
+        cache: The cache.
+        index: The block's index.
+
+    Returns:
+        The memories by adapter name, to be added to.
+
+    Raises:
+        ValueError: The cache has no layer for the block.
+    """
+    if index >= len(cache.layers):
+        raise ValueError(
+            f"the cache has {len(cache.layers)} layers and none for block {index}, so the side path's memory has no "
+            "place; pass DynamicCache(config=model.config), or use_cache=False"
+        )
+    layer = cache.layers[index]
+    memories: dict[str, LatentMemory] | None = getattr(layer, "latent_memories", None)
+    if memories is None:
+        memories = layer.latent_memories = {}
+        layer.__class__ = _carrying_class(type(layer))
+    return memories
+
+
+def new_memory(cache: Cache, index: int) -> LatentMemory:
+    """An empty memory of the kind that the cache's layer for a block needs.
+
+    Args:
+        cache: The cache.
+        index: The block's index.
+
+    Returns:
+        The memory.
+    """
+    layer = cache.layers[index] if index < len(cache.layers) else None
+    static = isinstance(layer, StaticLayer)
+    return LatentMemory(static=static, recorded=not static and bool(getattr(layer, "is_croppable", True)))
