@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import warnings
 from typing import Any
 
@@ -10,14 +9,15 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import nn
 from torch.utils.hooks import RemovableHandle
-from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.cache_utils import Cache
 
+from .block_call import BlockCall, describe_call, mask_argument_place, replace_recorded_state
 from .config import TalanConfig
 from .functional import fused
-from .functional.parameters import SidePathOptions, SidePathOutput, SidePathParameters
+from .functional.parameters import MIXER_PARAMETERS, SidePathOptions, SidePathParameters
 from .initialization import initial_parameters
-from .segments import TokenLayout, token_layout
-from .state import LatentMemory, carry_memories, find_cache, memories_of, new_memory
+from .segments import TokenLayout
+from .state import carry_memory, mark_memories_left_behind, memory_to_go_on_with
 
 CHILD_NAME = "talan"
 """The name under which a `TalanLayer` is a child of its block."""
@@ -101,11 +101,7 @@ class TalanLayer(nn.Module, BaseTunerLayer):
         Returns:
             The tensors.
         """
-        names = {
-            "attention": ("slot_bias",),
-            "linear": ("slot_readout",),
-            "mlp": ("slot_bias", "slot_in", "slot_out", "channel_in", "channel_out"),
-        }[self.talan_options[adapter_name].mixer]
+        names = MIXER_PARAMETERS[self.talan_options[adapter_name].mixer]
         gates = self.lora_talan_gate
         return SidePathParameters(
             read=self.lora_talan_read[adapter_name],
@@ -123,8 +119,7 @@ class TalanLayer(nn.Module, BaseTunerLayer):
         parameter = next(block.parameters(), None)
         if parameter is not None and not parameter.is_meta:
             self._placement = torch.empty(0, device=parameter.device)
-        names = [name for name in inspect.signature(block.forward).parameters]
-        self._mask_place = names.index("attention_mask") if "attention_mask" in names else None
+        self._mask_place = mask_argument_place(block)
         block.add_module(CHILD_NAME, self)
         # Before hooks that were there earlier: what they see (recorded hidden states, say) is after the write-back.
         self._handles = [
@@ -154,27 +149,27 @@ class TalanLayer(nn.Module, BaseTunerLayer):
         names = self._names_at("input")
         if not names:
             return None
-        if args:
-            return (self(args[0], names, "input", args, kwargs), *args[1:]), kwargs
-        return args, {**kwargs, "hidden_states": self(kwargs["hidden_states"], names, "input", args, kwargs)}
+        hidden_states = args[0] if args else kwargs["hidden_states"]
+        call = describe_call(block, self._mask_place, args, kwargs)
+        written = self(hidden_states, names, "input", call)
+        replace_recorded_state(hidden_states, written)
+        return ((written, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": written})
 
     def _after_block(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        call = describe_call(block, self._mask_place, args, kwargs)
         names = self._names_at("output")
         if names:
             if isinstance(output, tuple):
-                output = (self(output[0], names, "output", args, kwargs), *output[1:])
+                output = (self(output[0], names, "output", call), *output[1:])
             else:
-                output = self(output, names, "output", args, kwargs)
-        self._mark_memories_left_behind(args, kwargs)
+                output = self(output, names, "output", call)
+        if call.cache is not None:
+            running = () if self._disable_adapters else self.active_adapters
+            mark_memories_left_behind(call.cache, self.block_index, running)
         return output
 
     def forward(
-        self,
-        hidden_states: torch.Tensor,
-        adapter_names: list[str],
-        position: str,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
+        self, hidden_states: torch.Tensor, adapter_names: list[str], position: str, call: BlockCall
     ) -> torch.Tensor:
         """Run the active side paths on the residual stream at one end of the block.
 
@@ -182,27 +177,21 @@ class TalanLayer(nn.Module, BaseTunerLayer):
             hidden_states: h, [batch, tokens, hidden_size].
             adapter_names: The adapters to run; their perturbations add up.
             position: `input` or `output`: which end this is.
-            args: The block's positional arguments.
-            kwargs: The block's keyword arguments.
+            call: What the block was called with.
 
         Returns:
             h', [batch, tokens, hidden_size].
 
         Raises:
-            ValueError: The cache holds tokens that the side path has not seen.
+            ValueError: The cache holds tokens that a side path has not seen.
         """
         batch, tokens = hidden_states.shape[:2]
-        cache = find_cache((*kwargs.values(), *args))
-        past = 0 if cache is None else self._tokens_before(cache, position, tokens)
-        layout = token_layout(self._attention_mask(args, kwargs), kwargs.get("position_ids"), batch, tokens, past)
+        past = call.tokens_before(self.block_index, tokens, counted=position == "output")
+        layout = call.layout(batch, tokens, past)
         written = hidden_states
         for count, name in enumerate(adapter_names):
-            if cache is None:
-                output = self._run(name, hidden_states, layout, None, return_state=False)
-            else:
-                output = self._run_with_cache(name, hidden_states, layout, cache, past)
-            change = output.hidden_states
-            written = change if count == 0 else written + (change - hidden_states)
+            changed = self._run(name, hidden_states, layout, call.cache, past)
+            written = changed if count == 0 else written + (changed - hidden_states)
         return written
 
     def _run(
@@ -210,91 +199,30 @@ class TalanLayer(nn.Module, BaseTunerLayer):
         adapter_name: str,
         hidden_states: torch.Tensor,
         layout: TokenLayout,
-        state: torch.Tensor | None,
-        return_state: bool,
-    ) -> SidePathOutput:
-        return fused.side_path(
+        cache: Cache | None,
+        past: int | torch.Tensor,
+    ) -> torch.Tensor:
+        options = self.talan_options[adapter_name]
+        memory = None
+        if cache is not None:
+            memory = memory_to_go_on_with(
+                cache, self.block_index, adapter_name, past, hidden_states.shape[0], options.scope
+            )
+        output = fused.side_path(
             hidden_states,
             self.parameters_of(adapter_name),
-            self.talan_options[adapter_name],
+            options,
             alpha=self.talan_alpha[adapter_name],
             valid=layout.valid,
             segment_ids=layout.segment_ids,
-            state=state,
+            state=None if memory is None else memory.state,
             training=self.training,
-            return_state=return_state,
+            return_state=memory is not None,
         )
-
-    def _run_with_cache(
-        self,
-        adapter_name: str,
-        hidden_states: torch.Tensor,
-        layout: TokenLayout,
-        cache: Cache,
-        past: int | torch.Tensor,
-    ) -> SidePathOutput:
-        memories = memories_of(cache, self.block_index)
-        memory = None if memories is None else memories.get(adapter_name)
-        self._check_memory(adapter_name, memory, past, hidden_states.shape[0])
-        if memory is None:
-            memory = new_memory(cache, self.block_index)
-        output = self._run(adapter_name, hidden_states, layout, memory.state, return_state=True)
-        memory.append(output, layout.segment_ids)
-        carry_memories(cache, self.block_index)[adapter_name] = memory
-        return output
-
-    def _check_memory(
-        self, adapter_name: str, memory: LatentMemory | None, past: int | torch.Tensor, batch: int
-    ) -> None:
-        """Refuse to go on from a cache whose tokens did not all pass through this side path."""
-        if memory is not None and not memory.behind and (memory.static or memory.length == past):
-            if memory.state is None or memory.state.shape[0] == batch:
-                self._check_scope(adapter_name, past)
-                return
-            raise ValueError(
-                f"the batch has {batch} rows, but the latent memory of adapter {adapter_name!r} in this cache has "
-                f"{memory.state.shape[0]}; change a cache's rows by its own methods (batch_repeat_interleave, ...)"
-            )
-        if memory is None and int(past) == 0:
-            return
-        raise ValueError(
-            f"the cache holds {int(past)} tokens that did not all pass through adapter {adapter_name!r} at block "
-            f"{self.block_index} (it was filled with the adapter off, by another adapter or by another model), so the "
-            "latent memory is missing; start from an empty cache and run the whole prompt with this adapter active"
-        )
-
-    def _check_scope(self, adapter_name: str, past: int | torch.Tensor) -> None:
-        if self.talan_options[adapter_name].scope == "bidirectional" and not (isinstance(past, int) and past == 0):
-            raise ValueError(
-                f"adapter {adapter_name!r} has talan_memory_scope='bidirectional', which can't generate: later tokens "
-                "would change the memory of earlier ones; train with 'causal', or pass use_cache=False for features"
-            )
-
-    def _tokens_before(self, cache: Cache, position: str, tokens: int) -> int | torch.Tensor:
-        """How many tokens the cache held before this call; after the block, its layer already counts this call's."""
-        index = self.block_index
-        if index >= len(cache.layers) or not isinstance(cache.layers[index], CacheLayerMixin):
-            index = 0
-        length = cache.get_seq_length(index)
-        counted = position == "output" or (index == 0 and self.block_index > 0)
-        return length - tokens if counted else length + 0
-
-    def _attention_mask(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> object:
-        if "attention_mask" in kwargs:
-            return kwargs["attention_mask"]
-        if self._mask_place is not None and self._mask_place < len(args):
-            return args[self._mask_place]
-        return None
-
-    def _mark_memories_left_behind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """A memory that these tokens passed by can't be gone on with: its cache has moved ahead of it."""
-        cache = find_cache((*kwargs.values(), *args))
-        memories = None if cache is None else memories_of(cache, self.block_index)
-        if memories:
-            running = () if self._disable_adapters else self.active_adapters
-            for name, memory in memories.items():
-                if name not in running:
-                    memory.behind = True
+        if cache is not None and memory is not None:
+            memory.append(output, layout.segment_ids)
+            carry_memory(cache, self.block_index, adapter_name, memory)
+        return output.hidden_states
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Note which adapters' low-rank halves are folded; the side path depends on its input and stays live.

@@ -7,11 +7,12 @@ follows beams, assisted decoding and several turns, and two generations can't mi
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
-from transformers.cache_utils import Cache, EncoderDecoderCache, StaticLayer
+from transformers.cache_utils import Cache, StaticLayer
 
 from .functional.fused import memory_after
 from .functional.parameters import SidePathOutput
@@ -211,74 +212,93 @@ def _restore_layer(base_class: Any, attributes: dict[str, Any]) -> Any:
     return layer
 
 
-def find_cache(arguments: tuple[Any, ...]) -> Cache | None:
-    """Find the transformers cache among the values that a block was called with.
-
-    Args:
-        arguments: The values.
-
-    Returns:
-        The cache of the block's self-attention, or None.
-    """
-    for value in arguments:
-        if isinstance(value, EncoderDecoderCache):
-            return value.self_attention_cache
-        if isinstance(value, Cache):
-            return value
-    return None
-
-
-def memories_of(cache: Cache, index: int) -> dict[str, LatentMemory] | None:
-    """The memories that the cache carries for a block, by adapter name.
-
-    Args:
-        cache: The cache.
-        index: The block's index.
-
-    Returns:
-        The memories, or None where the cache has no such layer (yet) or it carries none.
-    """
+def _memories_of(cache: Cache, index: int) -> dict[str, LatentMemory]:
     if index >= len(cache.layers):
-        return None
-    return getattr(cache.layers[index], "latent_memories", None)
+        return {}
+    return getattr(cache.layers[index], "latent_memories", {})
 
 
-def carry_memories(cache: Cache, index: int) -> dict[str, LatentMemory]:
-    """Let the cache carry memories for a block.
+def memory_to_go_on_with(
+    cache: Cache, index: int, adapter_name: str, past: int | torch.Tensor, batch: int, scope: str
+) -> LatentMemory:
+    """Find the memory that the cache carries for an adapter at a block, or begin one with an empty cache.
 
     Args:
         cache: The cache.
         index: The block's index.
+        adapter_name: The adapter's name.
+        past: How many tokens the cache held before this call.
+        batch: The number of rows of this call.
+        scope: The adapter's memory scope.
 
     Returns:
-        The memories by adapter name, to be added to.
+        The memory.
+
+    Raises:
+        ValueError: The cache holds tokens that did not pass through this side path, its rows are not the batch's, or
+            a bidirectional memory would have to go on from a cache.
+    """
+    memory = _memories_of(cache, index).get(adapter_name)
+    if memory is None and int(past) == 0:
+        layer = cache.layers[index] if index < len(cache.layers) else None
+        static = isinstance(layer, StaticLayer)
+        return LatentMemory(static=static, recorded=not static and bool(getattr(layer, "is_croppable", True)))
+    # A static cache keeps its length on the device; its memory can't fall behind but by `behind`.
+    if memory is None or memory.behind or not (memory.static or memory.length == past):
+        raise ValueError(
+            f"the cache holds {int(past)} tokens that did not all pass through adapter {adapter_name!r} at block {index} "
+            "(it was filled with the adapter off, by another adapter or by another model), so the latent memory is "
+            "missing; start from an empty cache and run the whole prompt with this adapter active"
+        )
+    if memory.state is not None and memory.state.shape[0] != batch:
+        raise ValueError(
+            f"the batch has {batch} rows, but the latent memory of adapter {adapter_name!r} in this cache has "
+            f"{memory.state.shape[0]}; change a cache's rows by its own methods (batch_repeat_interleave, ...)"
+        )
+    if scope == "bidirectional" and not (isinstance(past, int) and past == 0):
+        raise ValueError(
+            f"adapter {adapter_name!r} has talan_memory_scope='bidirectional', which can't go on from a cache: later "
+            "tokens would change the memory of earlier ones; train with 'causal', or pass use_cache=False for features"
+        )
+    return memory
+
+
+def carry_memory(cache: Cache, index: int, adapter_name: str, memory: LatentMemory) -> None:
+    """Let the cache carry an adapter's memory for a block.
+
+    Args:
+        cache: The cache.
+        index: The block's index.
+        adapter_name: The adapter's name.
+        memory: The memory.
 
     Raises:
         ValueError: The cache has no layer for the block.
     """
+    if cache.layer_class_to_replicate is not None:
+        # Such a cache makes its layers when keys first reach them, which at a block's input is still to come.
+        while len(cache.layers) <= index:
+            cache.layers.append(cache.layer_class_to_replicate())
     if index >= len(cache.layers):
         raise ValueError(
             f"the cache has {len(cache.layers)} layers and none for block {index}, so the side path's memory has no "
             "place; pass DynamicCache(config=model.config), or use_cache=False"
         )
     layer = cache.layers[index]
-    memories: dict[str, LatentMemory] | None = getattr(layer, "latent_memories", None)
-    if memories is None:
-        memories = layer.latent_memories = {}
+    if not hasattr(layer, "latent_memories"):
+        layer.latent_memories = {}
         layer.__class__ = _carrying_class(type(layer))
-    return memories
+    layer.latent_memories[adapter_name] = memory
 
 
-def new_memory(cache: Cache, index: int) -> LatentMemory:
-    """An empty memory of the kind that the cache's layer for a block needs.
+def mark_memories_left_behind(cache: Cache, index: int, running: Sequence[str]) -> None:
+    """Mark the memories that a call's tokens passed by: their cache has moved ahead of them.
 
     Args:
         cache: The cache.
         index: The block's index.
-
-    Returns:
-        The memory.
+        running: The names of the adapters that the tokens did pass through.
     """
-    layer = cache.layers[index] if index < len(cache.layers) else None
-    static = isinstance(layer, StaticLayer)
-    return LatentMemory(static=static, recorded=not static and bool(getattr(layer, "is_croppable", True)))
+    for name, memory in _memories_of(cache, index).items():
+        if name not in running:
+            memory.behind = True

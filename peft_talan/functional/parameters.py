@@ -26,6 +26,14 @@ NORM_EPSILON = 1e-6
 """Added to the mean square in the RMSNorm of the read, as in most decoder blocks."""
 
 
+MIXER_PARAMETERS: dict[str, tuple[str, ...]] = {
+    "attention": ("slot_bias",),
+    "linear": ("slot_readout",),
+    "mlp": ("slot_bias", "slot_in", "slot_out", "channel_in", "channel_out"),
+}
+"""The names of each mixer's tensors, in the order in which its rule takes them."""
+
+
 class SidePathParameters(NamedTuple):
     """The trainable tensors of one side path.
 
