@@ -11,8 +11,10 @@ import torch
 from peft import PeftConfig
 from peft.tuners.lora import LoraLayer, LoraModel
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import PeftType
 from peft.utils.integrations import init_empty_weights
 from peft.utils.other import _set_layer_requires_grad
+from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers, get_model_conversion_mapping
 from torch import nn
 
 from .blocks import find_blocks, find_hidden_size, resolve_layers
@@ -70,6 +72,7 @@ class TalanModel(LoraModel):
                 raise ValueError(
                     f"{name}.{index} already has an attribute {CHILD_NAME!r} that is no side path; rename it"
                 )
+        self._convert_expert_targets(model, config)
         super().inject_adapter(
             model,
             adapter_name,
@@ -81,6 +84,18 @@ class TalanModel(LoraModel):
             with init_empty_weights() if low_cpu_mem_usage else nullcontext():
                 self._attach_side_path(blocks[index], index, hidden_size, adapter_name, config)
         self._freeze_by_scope(model, adapter_name, config)
+
+    @staticmethod
+    def _convert_expert_targets(model: nn.Module, config: TalanConfig) -> None:
+        """Point the low-rank half at fused experts where transformers 5 fuses them, as PEFT does for the type LORA only."""
+        if not hasattr(getattr(model, "config", None), "model_type"):
+            return
+        own_type, config.peft_type = config.peft_type, PeftType.LORA
+        try:
+            conversions = get_model_conversion_mapping(model)
+            convert_peft_config_for_transformers(config, model=model, conversions=conversions)
+        finally:
+            config.peft_type = own_type
 
     def _attach_side_path(
         self, block: nn.Module, index: int, hidden_size: int, adapter_name: str, config: TalanConfig
