@@ -7,6 +7,10 @@ from torch import nn
 from .config import DEFAULT_DEPTHS, TalanConfig
 
 
+CHILD_NAME = "talan"
+"""The name under which a side path becomes a child of its block."""
+
+
 def _text_config(model: nn.Module) -> object | None:
     config = getattr(model, "config", None)
     if config is None or not hasattr(config, "get_text_config"):
@@ -63,11 +67,16 @@ def find_hidden_size(model: nn.Module, config: TalanConfig) -> int:
         H.
 
     Raises:
-        ValueError: The width can't be found.
+        ValueError: The width can't be found, or is another one than the field says.
     """
-    if config.talan_hidden_size is not None:
-        return config.talan_hidden_size
     hidden_size = getattr(_text_config(model), "hidden_size", None)
+    if config.talan_hidden_size is not None:
+        if isinstance(hidden_size, int) and hidden_size != config.talan_hidden_size:
+            raise ValueError(
+                f"talan_hidden_size={config.talan_hidden_size}: the residual stream of {type(model).__name__} is "
+                f"{hidden_size} wide; leave the field at None"
+            )
+        return config.talan_hidden_size
     if not isinstance(hidden_size, int):
         raise ValueError(
             f"talan_hidden_size=None: the configuration of {type(model).__name__} does not give the width of the "
@@ -107,3 +116,32 @@ def resolve_layers(config: TalanConfig, depth: int) -> list[int]:
     if len(set(indices)) != len(indices):
         raise ValueError(f"talan_layers={layers!r}: a block is named twice in a model of {depth} blocks; name it once")
     return sorted(indices)
+
+
+def find_targets(model: nn.Module, config: TalanConfig) -> dict[int, nn.Module]:
+    """Find the decoder blocks that a configuration gives a side path to.
+
+    Args:
+        model: The base model.
+        config: The adapter's configuration.
+
+    Returns:
+        The blocks by index.
+
+    Raises:
+        ValueError: Blocks or indices can't be found, or a block can't take a child.
+    """
+    name, blocks = find_blocks(model, config)
+    targets = {index: blocks[index] for index in resolve_layers(config, len(blocks))}
+    for index, block in targets.items():
+        if isinstance(block, (nn.Sequential, nn.ModuleList, nn.ModuleDict)):
+            raise ValueError(
+                f"talan_blocks: block {name}.{index} is a {type(block).__name__}, which would call the side path as one "
+                "of its steps; put it inside a module of its own class"
+            )
+        child = getattr(block, CHILD_NAME, None)
+        if child is not None and not hasattr(child, "talan_options"):
+            raise ValueError(
+                f"talan_layers: block {name}.{index} has an attribute {CHILD_NAME!r} that is no side path; rename it"
+            )
+    return targets

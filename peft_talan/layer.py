@@ -11,6 +11,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 from transformers.cache_utils import Cache
 
+from .blocks import CHILD_NAME
 from .block_call import BlockCall, describe_call, mask_argument_place, replace_recorded_state
 from .config import TalanConfig
 from .functional import fused
@@ -18,10 +19,6 @@ from .functional.parameters import MIXER_PARAMETERS, SidePathOptions, SidePathPa
 from .initialization import initial_parameters
 from .segments import TokenLayout
 from .state import carry_memory, mark_memories_left_behind, memory_to_go_on_with
-
-CHILD_NAME = "talan"
-"""The name under which a `TalanLayer` is a child of its block."""
-
 
 class TalanLayer(nn.Module, BaseTunerLayer):
     """Holds one block's side paths and runs them around the block's call.
@@ -34,6 +31,7 @@ class TalanLayer(nn.Module, BaseTunerLayer):
         block_index: The block's index; the cache carries the memory in its layer of the same index.
     """
 
+    child_name: str = CHILD_NAME
     adapter_layer_names: tuple[str, ...] = (
         "lora_talan_read",
         "lora_talan_slot_bias",
@@ -120,7 +118,7 @@ class TalanLayer(nn.Module, BaseTunerLayer):
         if parameter is not None and not parameter.is_meta:
             self._placement = torch.empty(0, device=parameter.device)
         self._mask_place = mask_argument_place(block)
-        block.add_module(CHILD_NAME, self)
+        block.add_module(self.child_name, self)
         # Before hooks that were there earlier: what they see (recorded hidden states, say) is after the write-back.
         self._handles = [
             block.register_forward_pre_hook(self._before_block, prepend=True, with_kwargs=True),
@@ -136,7 +134,7 @@ class TalanLayer(nn.Module, BaseTunerLayer):
         for handle in self._handles:
             handle.remove()
         self._handles = []
-        delattr(block, CHILD_NAME)
+        delattr(block, self.child_name)
 
     def _names_at(self, position: str) -> list[str]:
         if self._disable_adapters:

@@ -17,9 +17,9 @@ from peft.utils.other import _set_layer_requires_grad
 from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers, get_model_conversion_mapping
 from torch import nn
 
-from .blocks import find_blocks, find_hidden_size, resolve_layers
+from .blocks import find_hidden_size, find_targets
 from .config import TalanConfig
-from .layer import CHILD_NAME, TalanLayer
+from .layer import TalanLayer
 
 WRITEBACK_PARAMETERS: tuple[str, ...] = ("lora_talan_write", "lora_talan_gate")
 
@@ -63,15 +63,8 @@ class TalanModel(LoraModel):
             raise ValueError(
                 f"config={type(config).__name__}: a TALAN model takes a TalanConfig for adapter {adapter_name!r}"
             )
-        name, blocks = find_blocks(model, config)
+        blocks = find_targets(model, config)
         hidden_size = find_hidden_size(model, config)
-        indices = resolve_layers(config, len(blocks))
-        for index in indices:
-            child = getattr(blocks[index], CHILD_NAME, None)
-            if child is not None and not isinstance(child, TalanLayer):
-                raise ValueError(
-                    f"{name}.{index} already has an attribute {CHILD_NAME!r} that is no side path; rename it"
-                )
         self._convert_expert_targets(model, config)
         super().inject_adapter(
             model,
@@ -80,9 +73,9 @@ class TalanModel(LoraModel):
             low_cpu_mem_usage=low_cpu_mem_usage,
             state_dict=state_dict,
         )
-        for index in indices:
+        for index, block in blocks.items():
             with init_empty_weights() if low_cpu_mem_usage else nullcontext():
-                self._attach_side_path(blocks[index], index, hidden_size, adapter_name, config)
+                self._attach_side_path(block, index, hidden_size, adapter_name, config)
         self._freeze_by_scope(model, adapter_name, config)
 
     @staticmethod
@@ -100,7 +93,7 @@ class TalanModel(LoraModel):
     def _attach_side_path(
         self, block: nn.Module, index: int, hidden_size: int, adapter_name: str, config: TalanConfig
     ) -> None:
-        layer = getattr(block, CHILD_NAME, None)
+        layer = getattr(block, TalanLayer.child_name, None)
         if layer is None:
             layer = TalanLayer(hidden_size, index)
             layer.train(block.training)
@@ -181,7 +174,7 @@ class TalanModel(LoraModel):
                 stacklevel=3,
             )
         for module in list(self.model.modules()):
-            layer = getattr(module, CHILD_NAME, None)
+            layer = getattr(module, TalanLayer.child_name, None)
             if isinstance(layer, TalanLayer):
                 layer.detach(module)
         return super()._unload_and_optionally_merge(
