@@ -99,9 +99,12 @@ class TalanConfig(LoraConfig):
     """
 
     talan_layers: Any = field(
-        default=None, metadata={"help": "Decoder blocks with a side path: indices, fractions of the depth, 'all', None."}
+        default=None,
+        metadata={"help": "Decoder blocks with a side path: indices, fractions of the depth, 'all', None."},
     )
-    talan_position: Position = field(default="output", metadata={"help": "At which end of the block: output or input."})
+    talan_position: Position = field(
+        default="output", metadata={"help": "At which end of the block: output or input."}
+    )
     talan_slots: int = field(default=8, metadata={"help": "Number of memory slots."})
     talan_dim: int = field(default=32, metadata={"help": "Latent width."})
     talan_mixer: Mixer = field(default="attention", metadata={"help": "attention, linear or mlp."})
@@ -144,7 +147,9 @@ class TalanConfig(LoraConfig):
         if not isinstance(self.init_talan_weights, bool):
             raise _refuse("init_talan_weights", self.init_talan_weights, "give True or False")
         if self.talan_blocks is not None and (not isinstance(self.talan_blocks, str) or not self.talan_blocks):
-            raise _refuse("talan_blocks", self.talan_blocks, "give the ModuleList's name such as 'model.layers', or None")
+            raise _refuse(
+                "talan_blocks", self.talan_blocks, "give the ModuleList's name such as 'model.layers', or None"
+            )
         if self.talan_hidden_size is not None:
             _check_count("talan_hidden_size", self.talan_hidden_size)
         if self.talan_memory_scope == "bidirectional" and self.task_type in ("CAUSAL_LM", "SEQ_2_SEQ_LM"):

@@ -20,6 +20,7 @@ from .initialization import initial_parameters
 from .segments import TokenLayout
 from .state import carry_memory, mark_memories_left_behind, memory_to_go_on_with
 
+
 class TalanLayer(nn.Module, BaseTunerLayer):
     """Holds one block's side paths and runs them around the block's call.
 
@@ -60,7 +61,8 @@ class TalanLayer(nn.Module, BaseTunerLayer):
         self._disable_adapters = False
         self._handles: list[RemovableHandle] = []
         self._mask_place: int | None = None
-        # Follows the model from device to device, so that adapters that are added or loaded later land beside it.
+        # Follows the model's device and dtype, so that adapters that are added or loaded later are like it.
+        self._placement: torch.Tensor
         self.register_buffer("_placement", torch.empty(0), persistent=False)
 
     @property
@@ -77,7 +79,7 @@ class TalanLayer(nn.Module, BaseTunerLayer):
         """
         for name, tensor in initial_parameters(config, self.in_features).items():
             container = getattr(self, f"lora_talan_{name}")
-            container[adapter_name] = nn.Parameter(tensor)
+            container[adapter_name] = nn.Parameter(tensor.to(self._placement.dtype))
         self.talan_options[adapter_name] = config.side_path_options
         self.talan_alpha[adapter_name] = float(config.talan_alpha)
         self.talan_position[adapter_name] = config.talan_position
@@ -116,7 +118,8 @@ class TalanLayer(nn.Module, BaseTunerLayer):
         """
         parameter = next(block.parameters(), None)
         if parameter is not None and not parameter.is_meta:
-            self._placement = torch.empty(0, device=parameter.device)
+            dtype = parameter.dtype if parameter.is_floating_point() else torch.float32
+            self._placement = torch.empty(0, device=parameter.device, dtype=dtype)
         self._mask_place = mask_argument_place(block)
         block.add_module(self.child_name, self)
         # Before hooks that were there earlier: what they see (recorded hidden states, say) is after the write-back.

@@ -14,7 +14,10 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import PeftType
 from peft.utils.integrations import init_empty_weights
 from peft.utils.other import _set_layer_requires_grad
-from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers, get_model_conversion_mapping
+from peft.utils.transformers_weight_conversion import (
+    convert_peft_config_for_transformers,
+    get_model_conversion_mapping,
+)
 from torch import nn
 
 from .blocks import find_hidden_size, find_targets
@@ -216,4 +219,21 @@ class TalanModel(LoraModel):
                 f"the checkpoint of adapter {adapter_name!r} has NaN or infinite values in {', '.join(broken[:3])}"
                 f"{f' and {len(broken) - 3} more' if len(broken) > 3 else ''}; it can't be used, train or fetch it again"
             )
-        return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        remapped: dict[str, torch.Tensor] = super()._remap_adapter_state_dict_for_load(
+            model, config, adapter_name, state_dict
+        )
+        known = set(model.state_dict())
+        prefix = "base_model.model."
+        foreign = [
+            key
+            for key in remapped
+            if f".{TalanLayer.child_name}.lora_talan_" in key
+            and not known & {key, key.removeprefix(prefix), prefix + key}
+        ]
+        if foreign:
+            # PEFT passes over what has no place; here it would be half an adapter without a word.
+            raise ValueError(
+                f"the checkpoint of adapter {adapter_name!r} has side-path tensors that its configuration has no place "
+                f"for: {', '.join(foreign[:3])}; load it with the adapter_config.json that it was saved with"
+            )
+        return remapped

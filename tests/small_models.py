@@ -60,6 +60,7 @@ CONFIGS: dict[str, PreTrainedConfig] = {
         num_hidden_layers=DEPTH,
         num_attention_heads=4,
         max_position_embeddings=256,
+        dropout=0.0,
     ),
     "gpt_neox": GPTNeoXConfig(**_NEOX_LIKE),
 }

@@ -38,7 +38,9 @@ def left_padded(tokens: torch.Tensor, padding: int) -> dict[str, torch.Tensor]:
     return {"input_ids": tokens.masked_fill(mask == 0, 0), "attention_mask": mask}
 
 
-def generate(model: PeftModel, inputs: dict[str, torch.Tensor], **options: object) -> tuple[torch.Tensor, torch.Tensor]:
+def generate(
+    model: PeftModel, inputs: dict[str, torch.Tensor], **options: object
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Tokens and the logits that they were chosen by."""
     torch.manual_seed(5)
     output = model.generate(
@@ -141,9 +143,7 @@ def test_several_turns_on_one_cache(architecture: str) -> None:
     cache = DynamicCache(config=model.get_base_model().config)
     conversation = make_tokens(batch=1, tokens=9)
     for turn in range(3):
-        conversation = model.generate(
-            input_ids=conversation, past_key_values=cache, max_new_tokens=5, do_sample=False
-        )
+        conversation = model.generate(input_ids=conversation, past_key_values=cache, max_new_tokens=5, do_sample=False)
         expected = model.generate(input_ids=conversation[:, :-5], max_new_tokens=5, do_sample=False, use_cache=False)
         assert torch.equal(conversation, expected), f"turn {turn}"
         conversation = torch.cat([conversation, make_tokens(batch=1, tokens=4, seed=turn)], dim=1)

@@ -156,7 +156,11 @@ class PlainModel(nn.Module):
 
 def test_plain_module_with_named_blocks_and_width() -> None:
     config = TalanConfig(
-        target_modules=["linear"], talan_blocks="stages", talan_hidden_size=16, talan_layers=[1], init_talan_weights=False
+        target_modules=["linear"],
+        talan_blocks="stages",
+        talan_hidden_size=16,
+        talan_layers=[1],
+        init_talan_weights=False,
     )
     torch.manual_seed(0)
     base = PlainModel()

@@ -1,0 +1,56 @@
+"""Imports point one way: a file imports only those that stand before it in this order."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import peft_talan
+
+ROOT = Path(peft_talan.__file__).parent
+ORDER = (
+    "version",
+    "functional.parameters",
+    "functional.reference",
+    "functional.chunked",
+    "functional.recomputed",
+    "functional.fused",
+    "segments",
+    "state",
+    "block_call",
+    "config",
+    "initialization",
+    "blocks",
+    "layer",
+    "model",
+    "registry",
+)
+
+
+def own_imports(name: str) -> set[str]:
+    package = name.split(".")[:-1]
+    found = set()
+    for node in ast.walk(ast.parse((ROOT / f"{name.replace('.', '/')}.py").read_text())):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            prefix = package[: len(package) - node.level + 1]
+            if node.module:
+                target = ".".join([*prefix, node.module])
+                names = (
+                    [target]
+                    if (ROOT / f"{target.replace('.', '/')}.py").exists()
+                    else [f"{target}.{alias.name}" for alias in node.names]
+                )
+            else:
+                names = [".".join([*prefix, alias.name]) for alias in node.names]
+            found.update(names)
+    return found
+
+
+def test_imports_point_one_way() -> None:
+    for place, name in enumerate(ORDER):
+        assert own_imports(name) <= set(ORDER[:place]), name
+
+
+def test_no_core_file_is_left_out() -> None:
+    core = {path.stem for path in ROOT.glob("*.py")} | {f"functional.{p.stem}" for p in ROOT.glob("functional/*.py")}
+    assert core - set(ORDER) <= {"__init__", "functional.__init__", "__main__", "cli"}
