@@ -127,7 +127,7 @@ def _remix_bidirectional(
     return readouts, final_state
 
 
-def _final_state(
+def memory_after(
     values: torch.Tensor, weights: torch.Tensor, segment_ids: torch.Tensor | None, state: torch.Tensor | None
 ) -> torch.Tensor:
     """The memory after the last token: all that its segment has put in."""
@@ -170,7 +170,7 @@ def _remix_chunkwise(
         p = torch.softmax(s / (d * math.sqrt(width)) + parameter, dim=-1)
     r = MemoryReadouts.apply(p / d, z, e, total, *plan)
     readouts = r.reshape(batch, -1, width)[:, :tokens]
-    return readouts, _final_state(values, weights, segment_ids, state) if return_state else None
+    return readouts, memory_after(values, weights, segment_ids, state) if return_state else None
 
 
 def _remix_recomputed(
