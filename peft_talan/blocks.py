@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from torch import nn
+from transformers import PreTrainedModel
 
 from .config import DEFAULT_DEPTHS, TalanConfig
-
 
 CHILD_NAME = "talan"
 """The name under which a side path becomes a child of its block."""
@@ -41,7 +41,7 @@ def find_blocks(model: nn.Module, config: TalanConfig) -> tuple[str, nn.ModuleLi
         return config.talan_blocks, lists[config.talan_blocks]
     depth = getattr(_text_config(model), "num_hidden_layers", None)
     fitting = [name for name, module in lists.items() if len(module) == depth]
-    decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
+    decoder = model.get_decoder() if isinstance(model, PreTrainedModel) else None
     if len(fitting) > 1 and isinstance(decoder, nn.Module):
         inside = {id(module) for module in decoder.modules()}
         fitting = [name for name in fitting if id(lists[name]) in inside]
@@ -136,8 +136,8 @@ def find_targets(model: nn.Module, config: TalanConfig) -> dict[int, nn.Module]:
     for index, block in targets.items():
         if isinstance(block, (nn.Sequential, nn.ModuleList, nn.ModuleDict)):
             raise ValueError(
-                f"talan_blocks: block {name}.{index} is a {type(block).__name__}, which would call the side path as one "
-                "of its steps; put it inside a module of its own class"
+                f"talan_blocks: block {name}.{index} is a {type(block).__name__}, which would call the side path as "
+                "one of its steps; put it inside a module of its own class"
             )
         child = getattr(block, CHILD_NAME, None)
         if child is not None and not hasattr(child, "talan_options"):

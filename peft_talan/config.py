@@ -37,8 +37,9 @@ def _check_choice(name: str, value: object, choices: Sequence[str]) -> None:
 
 
 def _check_number(name: str, value: object, lowest: float, highest: float, remedy: str) -> None:
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not is_number or not math.isfinite(value) or not lowest <= value <= highest:  # type: ignore[arg-type]
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise _refuse(name, value, remedy)
+    if not math.isfinite(value) or not lowest <= value <= highest:
         raise _refuse(name, value, remedy)
 
 
@@ -85,7 +86,7 @@ class TalanConfig(LoraConfig):
         talan_trainable (`"joint"`, `"side_path"`, `"writeback"` or `"low_rank"`): What requires a gradient: both
             halves, the side path, its write-back (and gate), or the low-rank half. Default `"joint"`.
         talan_grad_scale (`float`): gamma, by which the gradient that enters the side path is multiplied. Default 1.0.
-        talan_memory_scope (`"causal"` or `"bidirectional"`): Whether a token's memory holds the tokens up to itself, or
+        talan_memory_scope (`"causal"` or `"bidirectional"`): Whether a token's memory holds the tokens up to itself or
             those of the whole sequence (encoders; not for generation). Default `"causal"`.
         init_talan_weights (`bool`): True: the write-back starts at zero, so that a fresh adapter is its low-rank half.
             False: at random, for tests. Default True.

@@ -14,7 +14,7 @@ def initial_parameters(config: TalanConfig, hidden_size: int) -> dict[str, torch
     """Draw the tensors of a fresh side path.
 
     Projections start at a standard deviation of 1 / sqrt(inputs), the slot biases at zero. `W_write` and the second
-    layers of the `mlp` mixer start at zero: a fresh adapter is exactly its low-rank half, and a fresh `mlp` mixer reads
+    layers of the `mlp` mixer start at zero: a fresh adapter is exactly its low-rank half, and a fresh `mlp` reads
     like `attention`. With `init_talan_weights=False` nothing starts at zero.
 
     Args:

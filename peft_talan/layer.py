@@ -11,8 +11,8 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 from transformers.cache_utils import Cache
 
-from .blocks import CHILD_NAME
 from .block_call import BlockCall, describe_call, mask_argument_place, replace_recorded_state
+from .blocks import CHILD_NAME
 from .config import TalanConfig
 from .functional import fused
 from .functional.parameters import MIXER_PARAMETERS, SidePathOptions, SidePathParameters
@@ -44,6 +44,9 @@ class TalanLayer(nn.Module, BaseTunerLayer):
         "lora_talan_write",
         "lora_talan_gate",
     )
+    lora_talan_read: nn.ParameterDict
+    lora_talan_write: nn.ParameterDict
+    lora_talan_gate: nn.ParameterDict
     other_param_names: tuple[str, ...] = ("talan_options", "talan_alpha", "talan_position")
 
     def __init__(self, hidden_size: int, block_index: int) -> None:
@@ -66,7 +69,7 @@ class TalanLayer(nn.Module, BaseTunerLayer):
         self.register_buffer("_placement", torch.empty(0), persistent=False)
 
     @property
-    def bias(self) -> None:
+    def bias(self) -> None:  # type: ignore[override]
         """A side path has no bias that PEFT's bias options could train."""
         return None
 
@@ -107,7 +110,7 @@ class TalanLayer(nn.Module, BaseTunerLayer):
             read=self.lora_talan_read[adapter_name],
             mixer=tuple(getattr(self, f"lora_talan_{name}")[adapter_name] for name in names),
             write=self.lora_talan_write[adapter_name],
-            gate=gates[adapter_name] if adapter_name in gates else None,
+            gate=gates.get(adapter_name),
         )
 
     def attach(self, block: nn.Module) -> None:

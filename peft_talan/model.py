@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -14,11 +14,10 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import PeftType
 from peft.utils.integrations import init_empty_weights
 from peft.utils.other import _set_layer_requires_grad
-from peft.utils.transformers_weight_conversion import (
-    convert_peft_config_for_transformers,
-    get_model_conversion_mapping,
-)
+from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 from torch import nn
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
 
 from .blocks import find_hidden_size, find_targets
 from .config import TalanConfig
@@ -39,7 +38,7 @@ class TalanModel(LoraModel):
 
     prefix: str = LoraModel.prefix
     # Both kinds of layers are switched, frozen and deleted together.
-    tuner_layer_cls = BaseTunerLayer
+    tuner_layer_cls = BaseTunerLayer  # type: ignore[assignment]
 
     def inject_adapter(
         self,
@@ -83,8 +82,8 @@ class TalanModel(LoraModel):
 
     @staticmethod
     def _convert_expert_targets(model: nn.Module, config: TalanConfig) -> None:
-        """Point the low-rank half at fused experts where transformers 5 fuses them, as PEFT does for the type LORA only."""
-        if not hasattr(getattr(model, "config", None), "model_type"):
+        """Point the low-rank half at experts that transformers 5 fuses, as PEFT does for the type LORA only."""
+        if not isinstance(model, PreTrainedModel):
             return
         own_type, config.peft_type = config.peft_type, PeftType.LORA
         try:
@@ -134,7 +133,7 @@ class TalanModel(LoraModel):
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
         if kwargs.get("adapter_names") is not None:
             raise NotImplementedError(
-                f"adapter_names={kwargs['adapter_names']!r}: batches of mixed adapters are not supported by TALAN yet; "
+                f"adapter_names={kwargs['adapter_names']!r}: TALAN has no batches of mixed adapters yet; "
                 "run one batch per adapter with set_adapter"
             )
         with super()._enable_peft_forward_hooks(*args, **kwargs):
@@ -162,7 +161,7 @@ class TalanModel(LoraModel):
                 )
         return self.model.generate(*args, **kwargs)
 
-    def _unload_and_optionally_merge(
+    def _unload_and_optionally_merge(  # type: ignore[override]
         self,
         merge: bool = True,
         progressbar: bool = False,
@@ -171,8 +170,8 @@ class TalanModel(LoraModel):
     ) -> nn.Module:
         if merge:
             warnings.warn(
-                "The side path depends on its input and can't become weights: merge_and_unload folds the low-rank half "
-                "and drops the side path, so the outputs differ from the adapter's. Keep the adapter, or use "
+                "The side path depends on its input and can't become weights: merge_and_unload folds the low-rank "
+                "half and drops the side path, so the outputs differ from the adapter's. Keep the adapter, or use "
                 "merge_adapter() to fold the low-rank half and go on with the side path live.",
                 stacklevel=3,
             )
@@ -180,9 +179,8 @@ class TalanModel(LoraModel):
             layer = getattr(module, TalanLayer.child_name, None)
             if isinstance(layer, TalanLayer):
                 layer.detach(module)
-        return super()._unload_and_optionally_merge(
-            merge=merge, progressbar=progressbar, safe_merge=safe_merge, adapter_names=adapter_names
-        )
+        unload: Callable[..., Any] = super()._unload_and_optionally_merge
+        return unload(merge=merge, progressbar=progressbar, safe_merge=safe_merge, adapter_names=adapter_names)
 
     def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> None:
         """Refuse: a weighted sum of LoRA matrices has a meaning, one of side paths has none.
@@ -217,7 +215,7 @@ class TalanModel(LoraModel):
         if broken:
             raise ValueError(
                 f"the checkpoint of adapter {adapter_name!r} has NaN or infinite values in {', '.join(broken[:3])}"
-                f"{f' and {len(broken) - 3} more' if len(broken) > 3 else ''}; it can't be used, train or fetch it again"
+                f"{f' and {len(broken) - 3} more' if len(broken) > 3 else ''}; train or fetch it again"
             )
         remapped: dict[str, torch.Tensor] = super()._remap_adapter_state_dict_for_load(
             model, config, adapter_name, state_dict
@@ -233,7 +231,7 @@ class TalanModel(LoraModel):
         if foreign:
             # PEFT passes over what has no place; here it would be half an adapter without a word.
             raise ValueError(
-                f"the checkpoint of adapter {adapter_name!r} has side-path tensors that its configuration has no place "
-                f"for: {', '.join(foreign[:3])}; load it with the adapter_config.json that it was saved with"
+                f"the checkpoint of adapter {adapter_name!r} has side-path tensors that its configuration has no "
+                f"place for: {', '.join(foreign[:3])}; load it with the adapter_config.json that it was saved with"
             )
         return remapped

@@ -1,4 +1,4 @@
-"""From what a decoder block is given (attention mask, position ids) to which tokens are real and where samples start."""
+"""From what a block is given (attention mask, position ids) to which tokens are real and where samples start."""
 
 from __future__ import annotations
 
@@ -103,8 +103,8 @@ def token_layout(
         return TokenLayout(None, None if segment_ids is None else segment_ids.expand(batch, tokens))
     if not isinstance(attention_mask, torch.Tensor) or attention_mask.dim() not in (2, 4):
         raise TypeError(
-            f"attention_mask={type(attention_mask).__name__}: the side path reads masks of 2 or 4 dimensions; load the "
-            "model with attn_implementation='sdpa', 'eager' or 'flash_attention_2'"
+            f"attention_mask={type(attention_mask).__name__}: the side path reads masks of 2 or 4 dimensions; load "
+            "the model with attn_implementation='sdpa', 'eager' or 'flash_attention_2'"
         )
     if attention_mask.dim() == 2:
         valid = _attended(_columns_of_call(attention_mask, tokens, past)).expand(batch, tokens)

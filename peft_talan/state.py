@@ -8,7 +8,7 @@ follows beams, assisted decoding and several turns, and two generations can't mi
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -165,14 +165,14 @@ def _rows_follow(memories: dict[str, LatentMemory], rows: torch.Tensor | None, r
             memory.select_rows(chosen.repeat_interleave(repeats))
 
 
-@lru_cache(maxsize=None)
+@cache
 def _carrying_class(base_class: Any) -> Any:
     """Make the subclass of a cache layer's class that carries memories.
 
     It derives from that class alone: only then can a living layer take the subclass on.
     """
 
-    class CarryingLayer(base_class):  # type: ignore[misc]
+    class CarryingLayer(base_class):
         latent_memories: dict[str, LatentMemory]
 
         def reorder_cache(self, beam_idx: torch.Tensor) -> None:
@@ -246,9 +246,9 @@ def memory_to_go_on_with(
     # A static cache keeps its length on the device; its memory can't fall behind but by `behind`.
     if memory is None or memory.behind or not (memory.static or memory.length == past):
         raise ValueError(
-            f"the cache holds {int(past)} tokens that did not all pass through adapter {adapter_name!r} at block {index} "
-            "(it was filled with the adapter off, by another adapter or by another model), so the latent memory is "
-            "missing; start from an empty cache and run the whole prompt with this adapter active"
+            f"the cache holds {int(past)} tokens that did not all pass through adapter {adapter_name!r} at block "
+            f"{index} (it was filled with the adapter off, by another adapter or by another model), so the latent "
+            "memory is missing; start from an empty cache and run the whole prompt with this adapter active"
         )
     if memory.state is not None and memory.state.shape[0] != batch:
         raise ValueError(
@@ -284,10 +284,10 @@ def carry_memory(cache: Cache, index: int, adapter_name: str, memory: LatentMemo
             f"the cache has {len(cache.layers)} layers and none for block {index}, so the side path's memory has no "
             "place; pass DynamicCache(config=model.config), or use_cache=False"
         )
-    layer = cache.layers[index]
+    layer: Any = cache.layers[index]
     if not hasattr(layer, "latent_memories"):
         layer.latent_memories = {}
-        layer.__class__ = _carrying_class(type(layer))
+        layer.__class__ = _carrying_class(type(layer))  # type: ignore[arg-type]
     layer.latent_memories[adapter_name] = memory
 
 

@@ -235,7 +235,7 @@ def test_a_cache_that_was_filled_otherwise_is_refused(filled_by: str, cache_kind
         model.set_adapter("default")
     else:
         make_base("qwen3")(tokens, past_key_values=cache, use_cache=True)
-    with pytest.raises(ValueError, match="'default'.*empty cache"):
+    with pytest.raises(ValueError, match=r"'default'.*empty cache"):
         model(tokens[:, :1], past_key_values=cache, use_cache=True)
 
 

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from peft import get_peft_model
 from torch import nn
 from transformers import BertConfig, BertModel
-
-from peft import get_peft_model
 
 from .small_models import ARCHITECTURES, VOCABULARY, make_config, make_model, make_tokens, rounding
 
@@ -187,7 +186,7 @@ def test_positions_of_three_dimensions_or_with_gaps_are_not_packing() -> None:
 
 
 def test_a_mask_that_does_not_show_padding_is_refused() -> None:
-    with pytest.raises(TypeError, match="attention_mask=dict.*sdpa"):
+    with pytest.raises(TypeError, match=r"attention_mask=dict.*sdpa"):
         positionwise_model()(make_tokens(), attention_mask={})
 
 

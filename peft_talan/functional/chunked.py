@@ -14,7 +14,7 @@ import torch
 from torch.nn import functional as F
 
 CHUNK = 64
-"""Tokens a chunk. The products inside a chunk cost this many multiplications a token, the sums over chunks the rest."""
+"""Tokens a chunk: the products inside a chunk cost as many multiplications a token."""
 
 
 class ChunkPlan(NamedTuple):
@@ -24,8 +24,8 @@ class ChunkPlan(NamedTuple):
         visible: [batch or 1, chunks or 1, chunk, chunk], float: 1 where row t sees column i of the same chunk.
         from_carry: [batch, chunks, chunk, 1], float: 1 where t belongs to the segment that the carried sum is of;
             None: everywhere.
-        to_carry: [batch, chunks, chunk, 1], float: 1 where i belongs to the last segment of its chunk; None: everywhere.
-        carries: [batch, chunks, chunks], float: 1 where the carried sum of chunk c includes chunk c'; None: all c' < c.
+        to_carry: [batch, chunks, chunk, 1], float: 1 where i is in the last segment of its chunk; None: everywhere.
+        carries: [batch, chunks, chunks], float: 1 where chunk c carries the sum of chunk c'; None: of all c' < c.
         from_state: [batch, chunks, 1, 1], float: 1 where the carried sum includes the initial state; None: everywhere.
     """
 
@@ -91,9 +91,7 @@ def _carried(e: torch.Tensor, z: torch.Tensor, state: torch.Tensor | None, plan:
     return carried if state is None else carried + _masked(state.unsqueeze(1), plan.from_state)
 
 
-def _scores(
-    x: torch.Tensor, z: torch.Tensor, e: torch.Tensor, carried: torch.Tensor, plan: ChunkPlan
-) -> torch.Tensor:
+def _scores(x: torch.Tensor, z: torch.Tensor, e: torch.Tensor, carried: torch.Tensor, plan: ChunkPlan) -> torch.Tensor:
     """s[t, m] = x[t] . N[t, m] as ((X Z^T) . L) E + X S^T."""
     inside = (x @ z.mT).mul_(plan.visible) @ e
     return inside.add_(_masked(x @ carried.mT, plan.from_carry))

