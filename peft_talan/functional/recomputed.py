@@ -7,15 +7,11 @@ from typing import Any, cast
 import torch
 
 from . import reference
-from .chunked import CHUNK
+from .chunked import relative_segments
 
 
-def _relative_segments(segment_ids: torch.Tensor | None, start: int) -> torch.Tensor | None:
-    """The segments of one chunk, numbered from the one that the carried memory is of."""
-    if segment_ids is None:
-        return None
-    before = segment_ids[:, start - 1 : start] if start else torch.zeros_like(segment_ids[:, :1])
-    return segment_ids[:, start : start + CHUNK] - before
+CHUNK = 64
+"""Tokens taken at a time: as many [slots, width] memories exist at once."""
 
 
 class RecomputedRemix(torch.autograd.Function):
@@ -56,7 +52,7 @@ class RecomputedRemix(torch.autograd.Function):
                 weights[:, piece],
                 mixer,
                 parameters,
-                _relative_segments(segment_ids, start),
+                relative_segments(segment_ids, piece),
                 states[-1],
             )
             readouts.append(readout)
@@ -86,7 +82,7 @@ class RecomputedRemix(torch.autograd.Function):
                     inputs[2],
                     ctx.mixer,
                     tuple(inputs[4:]),
-                    _relative_segments(segment_ids, piece.start),
+                    relative_segments(segment_ids, piece),
                     inputs[3],
                 )
             gradients = torch.autograd.grad(
