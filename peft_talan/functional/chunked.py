@@ -1,14 +1,14 @@
 """The causal memory read by matrix products over chunks of tokens, with a backward pass written by hand.
 
-Nothing of shape [tokens, slots, width] is made: a token sees the sum S over earlier chunks and, inside its own chunk, a
-masked [chunk, chunk] product. Everything that has a slot is laid out [slots, chunk]: a product or a softmax then runs
-along the tokens, of which there are many, and not along the slots, of which there are few.
+Nothing of shape [tokens, slots, width] is made: a token sees the sum S over earlier chunks and, inside its own chunk,
+a masked [chunk, chunk] product. Everything that has a slot is laid out [slots, chunk]: a product or a softmax then
+runs along the tokens, of which there are many, and not along the slots, of which there are few.
 """
 
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch.nn import functional as F
@@ -16,10 +16,10 @@ from torch.nn import functional as F
 from .parameters import SMALLEST_DENOMINATOR
 
 CHUNK = 32
-"""Tokens a chunk: the products inside a chunk cost this many multiplications a token, the sums over chunks the rest."""
+"""Tokens a chunk: a token costs this many multiplications inside its chunk, and slots x width outside of it."""
 
 SLAB = 2048
-"""Tokens worked on at a time, over all sequences of the batch, so that the temporaries stay in the processor's cache."""
+"""Tokens worked on at a time, over all sequences of the batch: the temporaries stay in the processor's cache."""
 
 
 class Plan(NamedTuple):
@@ -27,8 +27,8 @@ class Plan(NamedTuple):
 
     Args:
         visible: [1 or items, chunk, chunk], float: 1 where row t sees column i of the same chunk.
-        carries: [1 or sequences, chunks + 1, chunks], float: 1 where the sum at the start of chunk c has chunk c' in it;
-            the last row is the sum after the slab.
+        carries: [1 or sequences, chunks + 1, chunks], float: 1 where the sum at the start of chunk c has chunk c' in
+            it; the last row is the sum after the slab.
         from_state: [sequences, chunks + 1, 1, 1], float: 1 where that sum has the initial state in it; None: all.
         from_carry: [items, chunk, 1], float: 1 where t's segment is that of the sum at its chunk's start; None: all.
         to_carry: [items, chunk, 1], float: 1 where i's segment is the last one of its chunk; None: all.
@@ -231,8 +231,12 @@ def relative_segments(segment_ids: torch.Tensor | None, piece: slice) -> torch.T
     return segment_ids[:, piece] - segment_ids[:, piece.start - 1 : piece.start]
 
 
-def _joined(pieces: list[torch.Tensor]) -> torch.Tensor:
-    return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=1)
+def _put(part: torch.Tensor, piece: slice, whole: torch.Tensor | None) -> torch.Tensor:
+    """Collect the parts of a tensor; the only part of a short sequence is the whole, without a copy."""
+    if whole is None:
+        return part
+    whole[:, piece] = part
+    return whole
 
 
 class ChunkwiseRemix(torch.autograd.Function):
@@ -265,8 +269,10 @@ class ChunkwiseRemix(torch.autograd.Function):
             r, [sequences, tokens, width], and the final memory, [sequences, slots, width + 1].
         """
         sequences, tokens, _ = values.shape
-        states, readouts = [state], []
-        for piece in _slabs(tokens, sequences):
+        slabs = _slabs(tokens, sequences)
+        readouts = values.new_empty(values.shape) if len(slabs) > 1 else None
+        states = [state]
+        for piece in slabs:
             slab = _cut(
                 values[:, piece],
                 queries[:, piece],
@@ -274,11 +280,12 @@ class ChunkwiseRemix(torch.autograd.Function):
                 states[-1],
                 relative_segments(segment_ids, piece),
             )
-            readouts.append(_tokens(_forward(slab, mixer, parameter), sequences, piece.stop - piece.start))
+            part = _tokens(_forward(slab, mixer, parameter), sequences, piece.stop - piece.start)
+            readouts = _put(part, piece, readouts)
             states.append(slab.final_state)
         ctx.mixer = mixer
         ctx.save_for_backward(values, queries, weights, segment_ids, parameter, *states[:-1])
-        return _joined(readouts), states[-1].clone()
+        return readouts, states[-1].clone()
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Any) -> tuple[torch.Tensor | None, ...]:
@@ -286,15 +293,18 @@ class ChunkwiseRemix(torch.autograd.Function):
         values, queries, weights, segment_ids, parameter, *states = ctx.saved_tensors
         grad_readouts, grad_state = grad_outputs
         sequences, tokens, _ = values.shape
-        token_gradients: list[list[torch.Tensor]] = []
+        slabs = _slabs(tokens, sequences)
+        gradients = [
+            tensor.new_empty(tensor.shape) if len(slabs) > 1 else None for tensor in (values, queries, weights)
+        ]
         grad_parameter = torch.zeros_like(parameter)
-        for piece, state in reversed(list(zip(_slabs(tokens, sequences), states, strict=True))):
+        for piece, state in reversed(list(zip(slabs, states, strict=True))):
             slab = _cut(
                 values[:, piece], queries[:, piece], weights[:, piece], state, relative_segments(segment_ids, piece)
             )
             grad_r = _items(grad_readouts[:, piece], slab.z.shape[1])
             *by_item, grad_state, by_parameter = _backward(slab, ctx.mixer, parameter, grad_r, grad_state)
-            token_gradients.append([_tokens(g, sequences, piece.stop - piece.start) for g in by_item])
+            parts = (_tokens(gradient, sequences, piece.stop - piece.start) for gradient in by_item)
+            gradients = [_put(part, piece, whole) for part, whole in zip(parts, gradients, strict=True)]
             grad_parameter = grad_parameter + by_parameter
-        by_tensor = [_joined(list(pieces)[::-1]) for pieces in zip(*token_gradients, strict=True)]
-        return *by_tensor, grad_state, None, None, grad_parameter
+        return *gradients, grad_state, None, None, grad_parameter

@@ -69,13 +69,13 @@ def read_shared(
     mean = memory[..., :width] / memory[..., width:].clamp_min(SMALLEST_DENOMINATOR)
     parameters = tuple(tensor.to(memory.dtype) for tensor in parameters)
     if mixer == "linear":
-        return (queries @ parameters[0]) @ mean
+        return torch.bmm(queries @ parameters[0], mean)
     if mixer == "mlp":
         _, slot_in, slot_out, channel_in, channel_out = parameters
         mean = mean + slot_out @ F.gelu(slot_in @ mean)
         mean = mean + F.gelu(mean @ channel_in.T) @ channel_out.T
     scores = torch.baddbmm(parameters[0], queries, mean.mT, alpha=1 / math.sqrt(width))
-    return scores.softmax(-1) @ mean
+    return torch.bmm(scores.softmax(-1), mean)
 
 
 def _remix_one_token(

@@ -9,7 +9,6 @@ import torch
 from . import reference
 from .chunked import relative_segments
 
-
 CHUNK = 64
 """Tokens taken at a time: as many [slots, width] memories exist at once."""
 
