@@ -74,7 +74,7 @@ def add_demo_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", help="hub id or folder of a causal LM; without it SmolLM2-135M-Instruct")
     parser.add_argument("--task", default="chain_sum", help="reasoning-gym task, where no --data is given")
     parser.add_argument("--data", help="JSONL file of prompt/completion or messages")
-    parser.add_argument("--steps", type=int, default=90, help="optimizer steps an adapter")
+    parser.add_argument("--steps", type=int, default=75, help="optimizer steps an adapter")
     parser.add_argument("--batch-size", type=int, default=8, help="examples a step")
     parser.add_argument("--learning-rate", type=float, default=1e-3, help="highest learning rate")
     parser.add_argument("--rank", type=int, default=16, help="rank of the low-rank half")

@@ -31,10 +31,19 @@ class Evaluation(NamedTuple):
     loss: float
 
 
-def _batch(
+def make_batch(
     rows: Sequence[tuple[list[int], list[int]]], pad_token_id: int, left: bool = False
 ) -> dict[str, torch.Tensor]:
-    """Pad prompts with answers to one length; labels are the answers' tokens."""
+    """Pad prompts with answers to one length.
+
+    Args:
+        rows: The tokens of each prompt and of its answer.
+        pad_token_id: What to pad with.
+        left: Whether the padding comes first, as generation needs it. Default False.
+
+    Returns:
+        `input_ids`, `attention_mask` and `labels`, [rows, tokens]; the labels are the answers' tokens.
+    """
     longest = max(len(prompt) + len(answer) for prompt, answer in rows)
     tokens, mask, labels = [], [], []
     for prompt, answer in rows:
@@ -91,14 +100,14 @@ def train(
             queue += order.sample(rows, len(rows))
         batch, queue = queue[:batch_size], queue[batch_size:]
         started = time.perf_counter()
-        loss = model(**_batch(batch, tokenizer.pad_token_id), use_cache=False).loss
+        loss = model(**make_batch(batch, tokenizer.pad_token_id), use_cache=False).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
         seconds.append(time.perf_counter() - started)
-        losses.append(float(loss))
+        losses.append(float(loss.detach()))
         report(step + 1, losses[-1])
     model.eval()
     return losses, sorted(seconds)[len(seconds) // 2]
@@ -118,7 +127,7 @@ def answer(model: Any, tokenizer: PreTrainedTokenizerBase, examples: Sequence[Ex
         The answers' texts.
     """
     prompts: list[tuple[list[int], list[int]]] = [(encode(tokenizer, example)[0], []) for example in examples]
-    inputs = _batch(prompts, tokenizer.pad_token_id, left=True)
+    inputs = make_batch(prompts, tokenizer.pad_token_id, left=True)
     output = model.generate(
         input_ids=inputs["input_ids"],
         attention_mask=inputs["attention_mask"],
@@ -149,7 +158,7 @@ def evaluate(
     longest = min(MOST_NEW_TOKENS, 2 + max(len(encode(tokenizer, example)[1]) for example in examples))
     for start in range(0, len(examples), EVALUATION_BATCH):
         part = examples[start : start + EVALUATION_BATCH]
-        batch = _batch([encode(tokenizer, example) for example in part], tokenizer.pad_token_id)
+        batch = make_batch([encode(tokenizer, example) for example in part], tokenizer.pad_token_id)
         counted = int((batch["labels"] != IGNORED).sum())
         total += float(model(**batch, use_cache=False).loss) * counted
         tokens += counted
