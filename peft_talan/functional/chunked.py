@@ -8,7 +8,7 @@ runs along the tokens, of which there are many, and not along the slots, of whic
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch.nn import functional as F
@@ -17,9 +17,6 @@ from .parameters import SMALLEST_DENOMINATOR
 
 CHUNK = 32
 """Tokens a chunk: a token costs this many multiplications inside its chunk, and slots x width outside of it."""
-
-SLAB = 2048
-"""Tokens worked on at a time, over all sequences of the batch: the temporaries stay in the processor's cache."""
 
 
 class Plan(NamedTuple):
@@ -97,29 +94,41 @@ def _masked(tensor: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
     return tensor if mask is None else tensor * mask
 
 
-def _items(tensor: torch.Tensor, chunk: int) -> torch.Tensor:
-    """[sequences, tokens, channels] as [items, chunk, channels]."""
+def to_chunks(tensor: torch.Tensor, chunk: int) -> torch.Tensor:
+    """Give [sequences, tokens, channels] as [items, chunk, channels], padded with zeros."""
     missing = -tensor.shape[1] % chunk
     if missing:
         tensor = F.pad(tensor, (0, 0, 0, missing))
     return tensor.unflatten(1, (-1, chunk)).flatten(0, 1)
 
 
-def _tokens(tensor: torch.Tensor, sequences: int, tokens: int) -> torch.Tensor:
-    """The inverse of `_items`."""
+def to_tokens(tensor: torch.Tensor, sequences: int, tokens: int) -> torch.Tensor:
+    """Take back what `to_chunks` did."""
     return tensor.unflatten(0, (sequences, -1)).flatten(1, 2)[:, :tokens]
 
 
-def _cut(
+def cut_slab(
     values: torch.Tensor,
     queries: torch.Tensor,
     weights: torch.Tensor,
     state: torch.Tensor,
     segment_ids: torch.Tensor | None,
 ) -> Slab:
+    """Cut a slab into chunks and sum the memory that each of them finds.
+
+    Args:
+        values: z, [sequences, tokens, width].
+        queries: q, [sequences, tokens, width].
+        weights: e, [sequences, tokens, slots].
+        state: [sequences, slots, width + 1].
+        segment_ids: [sequences, tokens], counted from the state's segment; None: one segment.
+
+    Returns:
+        The slab.
+    """
     sequences, tokens, _ = values.shape
     chunk = min(CHUNK, tokens)
-    z, q, e = _items(values, chunk), _items(queries, chunk), _items(weights, chunk).mT.contiguous()
+    z, q, e = to_chunks(values, chunk), to_chunks(queries, chunk), to_chunks(weights, chunk).mT.contiguous()
     chunks = z.shape[0] // sequences
     if segment_ids is not None and tokens % chunk:
         segment_ids = torch.cat([segment_ids, segment_ids[:, -1:].expand(-1, -tokens % chunk)], dim=1)
@@ -159,15 +168,16 @@ def _probabilities(
     return torch.softmax(scores + parameter.unsqueeze(-1), dim=1), inside, scores
 
 
-def _forward(slab: Slab, mixer: str, parameter: torch.Tensor) -> torch.Tensor:
+def forward_slab(slab: Slab, mixer: str, parameter: torch.Tensor) -> torch.Tensor:
+    """Give the read-outs r, [items, chunk, width]."""
     p, _, _ = _probabilities(slab, mixer, parameter)
     return _readouts(p / slab.d, slab)[1]
 
 
-def _backward(
+def backward_slab(
     slab: Slab, mixer: str, parameter: torch.Tensor, grad_r: torch.Tensor, grad_final_state: torch.Tensor
 ) -> tuple[torch.Tensor, ...]:
-    """The gradients of z, q, e, the initial state and the mixer's parameter.
+    """Give the gradients of z, q, e (laid out as the tokens), the initial state and the mixer's parameter.
 
     With u[t, m] = grad_r[t] . N[t, m] and w = p / D, a token's memory gets
     grad_N[t, m] = w[t, m] grad_r[t] + grad_s[t, m] q[t] and grad_D = -(w u + grad_s s) / D.
@@ -209,102 +219,3 @@ def _backward(
         grad_z.baddbmm_(inside_y.mT, x)
         grad_e.baddbmm_(y, inside_x)
     return grad_z, grad_q, grad_e.mT, grad_state, grad_parameter
-
-
-def _slabs(tokens: int, sequences: int) -> list[slice]:
-    length = max(SLAB // sequences // CHUNK, 1) * CHUNK
-    return [slice(start, min(start + length, tokens)) for start in range(0, tokens, length)]
-
-
-def relative_segments(segment_ids: torch.Tensor | None, piece: slice) -> torch.Tensor | None:
-    """The segments of one piece of the tokens, numbered from the one that the memory at its start is of.
-
-    Args:
-        segment_ids: [sequences, tokens], int, not falling; None: one segment.
-        piece: Which tokens.
-
-    Returns:
-        [sequences, tokens of the piece], int, or None.
-    """
-    if segment_ids is None or piece.start == 0:
-        return segment_ids if segment_ids is None else segment_ids[:, piece]
-    return segment_ids[:, piece] - segment_ids[:, piece.start - 1 : piece.start]
-
-
-def _put(part: torch.Tensor, piece: slice, whole: torch.Tensor | None) -> torch.Tensor:
-    """Collect the parts of a tensor; the only part of a short sequence is the whole, without a copy."""
-    if whole is None:
-        return part
-    whole[:, piece] = part
-    return whole
-
-
-class ChunkwiseRemix(torch.autograd.Function):
-    """`reference.remix` with a causal scope for the mixers that are linear in N: `attention` and `linear`."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        values: torch.Tensor,
-        queries: torch.Tensor,
-        weights: torch.Tensor,
-        state: torch.Tensor,
-        segment_ids: torch.Tensor | None,
-        mixer: str,
-        parameter: torch.Tensor,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Compute read-outs and final memory, and keep the memory at each slab's start.
-
-        Args:
-            ctx: The autograd context.
-            values: z, [sequences, tokens, width].
-            queries: q, [sequences, tokens, width].
-            weights: e, [sequences, tokens, slots].
-            state: [sequences, slots, width + 1].
-            segment_ids: [sequences, tokens] or None.
-            mixer: `attention` or `linear`.
-            parameter: The mixer's one tensor: slot bias [slots] or slot readout [width, slots].
-
-        Returns:
-            r, [sequences, tokens, width], and the final memory, [sequences, slots, width + 1].
-        """
-        sequences, tokens, _ = values.shape
-        slabs = _slabs(tokens, sequences)
-        readouts = values.new_empty(values.shape) if len(slabs) > 1 else None
-        states = [state]
-        for piece in slabs:
-            slab = _cut(
-                values[:, piece],
-                queries[:, piece],
-                weights[:, piece],
-                states[-1],
-                relative_segments(segment_ids, piece),
-            )
-            part = _tokens(_forward(slab, mixer, parameter), sequences, piece.stop - piece.start)
-            readouts = _put(part, piece, readouts)
-            states.append(slab.final_state)
-        ctx.mixer = mixer
-        ctx.save_for_backward(values, queries, weights, segment_ids, parameter, *states[:-1])
-        return readouts, states[-1].clone()
-
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Any) -> tuple[torch.Tensor | None, ...]:
-        """Walk the slabs backwards; each is computed again from the memory at its start."""
-        values, queries, weights, segment_ids, parameter, *states = ctx.saved_tensors
-        grad_readouts, grad_state = grad_outputs
-        sequences, tokens, _ = values.shape
-        slabs = _slabs(tokens, sequences)
-        gradients = [
-            tensor.new_empty(tensor.shape) if len(slabs) > 1 else None for tensor in (values, queries, weights)
-        ]
-        grad_parameter = torch.zeros_like(parameter)
-        for piece, state in reversed(list(zip(slabs, states, strict=True))):
-            slab = _cut(
-                values[:, piece], queries[:, piece], weights[:, piece], state, relative_segments(segment_ids, piece)
-            )
-            grad_r = _items(grad_readouts[:, piece], slab.z.shape[1])
-            *by_item, grad_state, by_parameter = _backward(slab, ctx.mixer, parameter, grad_r, grad_state)
-            parts = (_tokens(gradient, sequences, piece.stop - piece.start) for gradient in by_item)
-            gradients = [_put(part, piece, whole) for part, whole in zip(parts, gradients, strict=True)]
-            grad_parameter = grad_parameter + by_parameter
-        return *gradients, grad_state, None, None, grad_parameter

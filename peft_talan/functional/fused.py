@@ -15,7 +15,6 @@ import torch
 from torch.nn import functional as F
 
 from . import reference
-from .chunked import ChunkwiseRemix
 from .parameters import (
     NORM_EPSILON,
     SMALLEST_DENOMINATOR,
@@ -24,7 +23,7 @@ from .parameters import (
     SidePathOutput,
     SidePathParameters,
 )
-from .recomputed import RecomputedRemix
+from .recomputed import ChunkwiseRemix, RecomputedRemix
 
 
 def _inverse_rms(hidden_states: torch.Tensor) -> torch.Tensor:
