@@ -23,7 +23,7 @@ from .parameters import (
     SidePathOutput,
     SidePathParameters,
 )
-from .recomputed import ChunkwiseRemix, RecomputedRemix
+from .recomputed import ChunkwiseRemix, recomputed_remix
 
 
 def _inverse_rms(hidden_states: torch.Tensor) -> torch.Tensor:
@@ -169,8 +169,7 @@ def _remix_recomputed(
     """`mlp`, which is not linear in the memory: chunk by chunk, computed again in backward."""
     if state is None:
         state = values.new_zeros(values.shape[0], weights.shape[2], values.shape[2] + 1)
-    readouts, final_state = RecomputedRemix.apply(values, queries, weights, state, segment_ids, mixer, *parameters)
-    return readouts, final_state
+    return recomputed_remix(values, queries, weights, mixer, parameters, segment_ids, state)
 
 
 MIXER_RULES: dict[str, Callable[..., tuple[torch.Tensor, torch.Tensor | None]]] = {

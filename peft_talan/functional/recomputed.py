@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, cast
 
 import torch
+from torch.utils.checkpoint import checkpoint
 
 from . import reference
 from .chunked import CHUNK, backward_slab, cut_slab, forward_slab, to_chunks, to_tokens
@@ -12,8 +13,8 @@ from .chunked import CHUNK, backward_slab, cut_slab, forward_slab, to_chunks, to
 SLAB = 4096
 """Tokens of all sequences that `ChunkwiseRemix` takes at a time: the temporaries stay in the processor's cache."""
 
-PIECE = 64
-"""Tokens that `RecomputedRemix` takes at a time: so many [slots, width] memories exist at once."""
+PIECE = 128
+"""Tokens that `recomputed_remix` takes at a time: so many [slots, width] memories exist at once."""
 
 
 def _slabs(tokens: int, sequences: int) -> list[slice]:
@@ -115,83 +116,40 @@ class ChunkwiseRemix(torch.autograd.Function):
         return *gradients, grad_state, None, None, grad_parameter
 
 
-class RecomputedRemix(torch.autograd.Function):
-    """`reference.remix` over one chunk of tokens after the other: memory for one chunk at a time, in both passes."""
+def recomputed_remix(
+    values: torch.Tensor,
+    queries: torch.Tensor,
+    weights: torch.Tensor,
+    mixer: str,
+    parameters: tuple[torch.Tensor, ...],
+    segment_ids: torch.Tensor | None,
+    state: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Run `reference.remix` with a causal scope over one piece of the tokens after the other.
 
-    @staticmethod
-    def forward(
-        ctx: Any,
-        values: torch.Tensor,
-        queries: torch.Tensor,
-        weights: torch.Tensor,
-        state: torch.Tensor,
-        segment_ids: torch.Tensor | None,
-        mixer: str,
-        *parameters: torch.Tensor,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Compute read-outs and final memory, and keep the memory at each chunk's start.
+    Args:
+        values: z, [sequences, tokens, width].
+        queries: q, [sequences, tokens, width].
+        weights: e, [sequences, tokens, slots].
+        mixer: Any mixer.
+        parameters: The mixer's tensors.
+        segment_ids: [sequences, tokens] or None.
+        state: [sequences, slots, width + 1].
 
-        Args:
-            ctx: The autograd context.
-            values: z, [batch, tokens, width].
-            queries: q, [batch, tokens, width].
-            weights: e, [batch, tokens, slots].
-            state: [batch, slots, width + 1].
-            segment_ids: [batch, tokens] or None.
-            mixer: The mixer's name.
-            *parameters: The mixer's tensors.
-
-        Returns:
-            r, [batch, tokens, width], and the final memory, [batch, slots, width + 1].
-        """
-        states, readouts = [state], []
-        for start in range(0, values.shape[1], PIECE):
-            piece = slice(start, start + PIECE)
-            readout, after = reference.remix(
-                values[:, piece],
-                queries[:, piece],
-                weights[:, piece],
-                mixer,
-                parameters,
-                relative_segments(segment_ids, piece),
-                states[-1],
-            )
-            readouts.append(readout)
-            states.append(cast(torch.Tensor, after))
-        ctx.mixer, ctx.number_of_parameters = mixer, len(parameters)
-        ctx.save_for_backward(values, queries, weights, segment_ids, *parameters, *states[:-1])
-        return torch.cat(readouts, dim=1), states[-1]
-
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Any) -> tuple[Any, ...]:
-        """Walk the chunks backwards; each is computed again from the memory at its start."""
-        values, queries, weights, segment_ids, *rest = ctx.saved_tensors
-        parameters, states = rest[: ctx.number_of_parameters], rest[ctx.number_of_parameters :]
-        grad_readouts, grad_state = grad_outputs
-        token_gradients: list[tuple[torch.Tensor, ...]] = []
-        parameter_gradients = [torch.zeros_like(parameter) for parameter in parameters]
-        for index in reversed(range(len(states))):
-            piece = slice(index * PIECE, (index + 1) * PIECE)
-            inputs = [
-                tensor.detach().requires_grad_()
-                for tensor in (values[:, piece], queries[:, piece], weights[:, piece], states[index], *parameters)
-            ]
-            with torch.enable_grad():
-                outputs = reference.remix(
-                    inputs[0],
-                    inputs[1],
-                    inputs[2],
-                    ctx.mixer,
-                    tuple(inputs[4:]),
-                    relative_segments(segment_ids, piece),
-                    inputs[3],
-                )
-            gradients = torch.autograd.grad(
-                cast(tuple[torch.Tensor, ...], outputs), inputs, (grad_readouts[:, piece], grad_state)
-            )
-            grad_state = gradients[3]
-            token_gradients.append(gradients[:3])
-            for total, gradient in zip(parameter_gradients, gradients[4:], strict=True):
-                total.add_(gradient)
-        by_tensor = (torch.cat(pieces[::-1], dim=1) for pieces in zip(*token_gradients, strict=True))
-        return *by_tensor, grad_state, None, None, *parameter_gradients
+    Returns:
+        r, [sequences, tokens, width], and the final memory, [sequences, slots, width + 1].
+    """
+    readouts, start = [], 0
+    # Split and not sliced: the gradient of a slice would be as long as the sequence, once a piece.
+    for z, q, e in zip(values.split(PIECE, 1), queries.split(PIECE, 1), weights.split(PIECE, 1), strict=True):
+        piece = slice(start, start + PIECE)
+        arguments = (z, q, e, mixer, parameters, relative_segments(segment_ids, piece), state)
+        if torch.is_grad_enabled():
+            r, state = checkpoint(reference.remix, *arguments, use_reentrant=False, preserve_rng_state=False)
+        else:
+            r, state = cast("tuple[torch.Tensor, torch.Tensor]", reference.remix(*arguments))
+        # The memory is a view of those that each token saw: without a copy it would keep them all.
+        state = state.clone()
+        readouts.append(r)
+        start += PIECE
+    return torch.cat(readouts, dim=1), state
