@@ -1,79 +1,92 @@
-"""The causal memory as matrix products over chunks of tokens, with backward passes written by hand.
+"""The causal memory read by matrix products over chunks of tokens, with a backward pass written by hand.
 
-Both products come from one trilinear form, `F = sum_t sum_m sum_{i <= t} y[t, m] e[i, m] (x[t] . z[i])`: the scores
-are its derivative by y, the read-outs its derivative by x. So each one's backward pass is made of the other and of
-`_derivatives_of_memory`. Nothing of shape [tokens, slots, width] is made: a token sees the sum S over earlier chunks
-and, inside its own chunk, a masked [chunk, chunk] product. The chunk-local products are computed again in backward.
+Nothing of shape [tokens, slots, width] is made: a token sees the sum S over earlier chunks and, inside its own chunk,
+a masked [chunk, chunk] product. Everything that has a slot is laid out [slots, chunk]: a product or a softmax then
+runs along the tokens, of which there are many, and not along the slots, of which there are few.
 """
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+import math
+from typing import NamedTuple
 
 import torch
 from torch.nn import functional as F
 
-CHUNK = 64
-"""Tokens a chunk: the products inside a chunk cost as many multiplications a token."""
+from .parameters import SMALLEST_DENOMINATOR
+
+CHUNK = 32
+"""Tokens a chunk: a token costs this many multiplications inside its chunk, and slots x width outside of it."""
 
 
-class ChunkPlan(NamedTuple):
-    """Which tokens see which, for tensors of shape [batch, chunks, chunk, ...].
+class Plan(NamedTuple):
+    """Which tokens see which, in one slab. `sequences` is the batch, `items` is sequences x chunks.
 
     Args:
-        visible: [batch or 1, chunks or 1, chunk, chunk], float: 1 where row t sees column i of the same chunk.
-        from_carry: [batch, chunks, chunk, 1], float: 1 where t belongs to the segment that the carried sum is of;
-            None: everywhere.
-        to_carry: [batch, chunks, chunk, 1], float: 1 where i is in the last segment of its chunk; None: everywhere.
-        carries: [batch, chunks, chunks], float: 1 where chunk c carries the sum of chunk c'; None: of all c' < c.
-        from_state: [batch, chunks, 1, 1], float: 1 where the carried sum includes the initial state; None: everywhere.
+        visible: [1 or items, chunk, chunk], float: 1 where row t sees column i of the same chunk.
+        carries: [1 or sequences, chunks + 1, chunks], float: 1 where the sum at the start of chunk c has chunk c' in
+            it; the last row is the sum after the slab.
+        from_state: [sequences, chunks + 1, 1, 1], float: 1 where that sum has the initial state in it; None: all.
+        from_carry: [items, chunk, 1], float: 1 where t's segment is that of the sum at its chunk's start; None: all.
+        to_carry: [items, chunk, 1], float: 1 where i's segment is the last one of its chunk; None: all.
     """
 
     visible: torch.Tensor
+    carries: torch.Tensor
+    from_state: torch.Tensor | None = None
     from_carry: torch.Tensor | None = None
     to_carry: torch.Tensor | None = None
-    carries: torch.Tensor | None = None
-    from_state: torch.Tensor | None = None
 
 
-def split_into_chunks(tensor: torch.Tensor, chunk: int) -> torch.Tensor:
-    """Pad [batch, tokens, channels] with zeros and view it as [batch, chunks, chunk, channels]."""
-    batch, tokens, channels = tensor.shape
-    missing = -tokens % chunk
-    if missing:
-        tensor = torch.cat([tensor, tensor.new_zeros(batch, missing, channels)], dim=1)
-    return tensor.reshape(batch, -1, chunk, channels)
-
-
-def make_plan(segment_ids: torch.Tensor | None, tokens: int, chunk: int, like: torch.Tensor) -> ChunkPlan:
-    """Lay out the masks of a causal pass.
+class Slab(NamedTuple):
+    """One slab, cut into chunks and padded with tokens of no weight.
 
     Args:
-        segment_ids: [batch, tokens], int, not falling; the initial state belongs to segment 0. None: one segment.
-        tokens: The number of tokens.
+        z: [items, chunk, width].
+        q: [items, chunk, width].
+        e: [items, slots, chunk].
+        plan: Which tokens see which.
+        s: S, what a chunk finds in the memory when it begins, [items, slots, width].
+        d: D, the denominators, [items, slots, chunk].
+        final_state: The memory after the slab, [sequences, slots, width + 1].
+    """
+
+    z: torch.Tensor
+    q: torch.Tensor
+    e: torch.Tensor
+    plan: Plan
+    s: torch.Tensor
+    d: torch.Tensor
+    final_state: torch.Tensor
+
+
+def make_plan(segment_ids: torch.Tensor | None, chunks: int, chunk: int, like: torch.Tensor) -> Plan:
+    """Lay out the masks of a slab.
+
+    Args:
+        segment_ids: [sequences, chunks * chunk], int, not falling; the initial state belongs to segment 0. None: one
+            segment.
+        chunks: Chunks in the slab.
         chunk: Tokens a chunk.
         like: A tensor whose dtype and device the masks take.
 
     Returns:
         The masks.
     """
-    triangle = torch.ones(chunk, chunk, dtype=like.dtype, device=like.device).tril()
+    triangle = torch.ones(1, chunk, chunk, dtype=like.dtype, device=like.device).tril()
+    earlier = torch.ones(1, chunks + 1, chunks, dtype=like.dtype, device=like.device).tril(-1)
     if segment_ids is None:
-        return ChunkPlan(triangle)
-    missing = -tokens % chunk
-    if missing:
-        segment_ids = torch.cat([segment_ids, segment_ids[:, -1:].expand(-1, missing)], dim=1)
-    ids = segment_ids.reshape(segment_ids.shape[0], -1, chunk)
-    last = ids[..., -1]
-    before = torch.cat([torch.zeros_like(last[:, :1]), last[:, :-1]], dim=1)
-    chunks = ids.shape[1]
-    earlier = torch.ones(chunks, chunks, dtype=torch.bool, device=like.device).tril(-1)
-    return ChunkPlan(
-        visible=(ids.unsqueeze(-1) == ids.unsqueeze(-2)).to(like.dtype) * triangle,
-        from_carry=(ids == before.unsqueeze(-1)).to(like.dtype).unsqueeze(-1),
-        to_carry=(ids == last.unsqueeze(-1)).to(like.dtype).unsqueeze(-1),
-        carries=((before.unsqueeze(-1) == last.unsqueeze(-2)) & earlier).to(like.dtype),
+        return Plan(triangle, earlier)
+    ids = segment_ids.unflatten(1, (chunks, chunk))
+    last = ids[:, :, -1]
+    before = F.pad(last, (1, 0))
+    visible = ids.unsqueeze(-1) == ids.unsqueeze(-2)
+    return Plan(
+        visible=visible.flatten(0, 1) * triangle,
+        carries=(before.unsqueeze(-1) == last.unsqueeze(-2)) * earlier,
         from_state=(before == 0).to(like.dtype)[..., None, None],
+        from_carry=(ids == before[:, :-1, None]).to(like.dtype).flatten(0, 1).unsqueeze(-1),
+        to_carry=(ids == last.unsqueeze(-1)).to(like.dtype).flatten(0, 1).unsqueeze(-1),
     )
 
 
@@ -81,117 +94,128 @@ def _masked(tensor: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
     return tensor if mask is None else tensor * mask
 
 
-def _carried(e: torch.Tensor, z: torch.Tensor, state: torch.Tensor | None, plan: ChunkPlan) -> torch.Tensor:
-    """S, [batch, chunks, slots, width]: what a chunk finds in the memory when it begins."""
-    sums = _masked(e, plan.to_carry).mT @ z
-    if plan.carries is None:
-        carried = F.pad(sums[:, :-1].cumsum(1), (0, 0, 0, 0, 1, 0))
+def to_chunks(tensor: torch.Tensor, chunk: int) -> torch.Tensor:
+    """Give [sequences, tokens, channels] as [items, chunk, channels], padded with zeros."""
+    missing = -tensor.shape[1] % chunk
+    if missing:
+        tensor = F.pad(tensor, (0, 0, 0, missing))
+    return tensor.unflatten(1, (-1, chunk)).flatten(0, 1)
+
+
+def to_tokens(tensor: torch.Tensor, sequences: int, tokens: int) -> torch.Tensor:
+    """Take back what `to_chunks` did."""
+    return tensor.unflatten(0, (sequences, -1)).flatten(1, 2)[:, :tokens]
+
+
+def cut_slab(
+    values: torch.Tensor,
+    queries: torch.Tensor,
+    weights: torch.Tensor,
+    state: torch.Tensor,
+    segment_ids: torch.Tensor | None,
+) -> Slab:
+    """Cut a slab into chunks and sum the memory that each of them finds.
+
+    Args:
+        values: z, [sequences, tokens, width].
+        queries: q, [sequences, tokens, width].
+        weights: e, [sequences, tokens, slots].
+        state: [sequences, slots, width + 1].
+        segment_ids: [sequences, tokens], counted from the state's segment; None: one segment.
+
+    Returns:
+        The slab.
+    """
+    sequences, tokens, _ = values.shape
+    chunk = min(CHUNK, tokens)
+    z, q, e = to_chunks(values, chunk), to_chunks(queries, chunk), to_chunks(weights, chunk).mT.contiguous()
+    chunks = z.shape[0] // sequences
+    if segment_ids is not None and tokens % chunk:
+        segment_ids = torch.cat([segment_ids, segment_ids[:, -1:].expand(-1, -tokens % chunk)], dim=1)
+    plan = make_plan(segment_ids, chunks, chunk, values)
+    entering = _masked(e, None if plan.to_carry is None else plan.to_carry.mT)
+    own = torch.cat([entering @ z, entering.sum(-1, keepdim=True)], dim=-1).unflatten(0, (sequences, chunks))
+    sums = (plan.carries @ own.flatten(2)).unflatten(2, own.shape[2:]) + _masked(state.unsqueeze(1), plan.from_state)
+    found = sums[:, :-1].flatten(0, 1)
+    # D[t] = sum_{i <= t} e[i]: inside the chunk E L^T, and what the chunk found.
+    inside = torch.matmul(e, plan.visible.mT)
+    d = inside.add_(found[..., -1:] if plan.from_carry is None else found[..., -1:] * plan.from_carry.mT)
+    return Slab(z, q, e, plan, found[..., :-1], d.clamp_min_(SMALLEST_DENOMINATOR), sums[:, -1])
+
+
+def _products(x: torch.Tensor, slab: Slab) -> tuple[torch.Tensor, torch.Tensor]:
+    """(X Z^T) . L, [items, chunk, chunk], and with it x[t] . N[t, m] as E ((X Z^T) . L)^T + S X^T."""
+    inside = torch.bmm(x, slab.z.mT).mul_(slab.plan.visible)
+    carried = torch.bmm(slab.s, _masked(x, slab.plan.from_carry).mT)
+    return inside, carried.baddbmm_(slab.e, inside.mT)
+
+
+def _readouts(y: torch.Tensor, slab: Slab) -> tuple[torch.Tensor, torch.Tensor]:
+    """(Y^T E) . L, [items, chunk, chunk], and with it sum_m y[m, t] N[t, m] as ((Y^T E) . L) Z + Y^T S."""
+    inside = torch.bmm(y.mT, slab.e).mul_(slab.plan.visible)
+    carried = _masked(torch.bmm(y.mT, slab.s), slab.plan.from_carry)
+    return inside, carried.baddbmm_(inside, slab.z)
+
+
+def _probabilities(
+    slab: Slab, mixer: str, parameter: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    """p; for `attention` also (Q Z^T) . L and s / (D sqrt(d)), which the backward pass needs."""
+    if mixer == "linear":
+        return torch.matmul(parameter.mT, slab.q.mT), None, None
+    inside, scores = _products(slab.q, slab)
+    scores = scores.div_(slab.d).div_(math.sqrt(slab.q.shape[-1]))
+    return torch.softmax(scores + parameter.unsqueeze(-1), dim=1), inside, scores
+
+
+def forward_slab(slab: Slab, mixer: str, parameter: torch.Tensor) -> torch.Tensor:
+    """Give the read-outs r, [items, chunk, width]."""
+    p, _, _ = _probabilities(slab, mixer, parameter)
+    return _readouts(p / slab.d, slab)[1]
+
+
+def backward_slab(
+    slab: Slab, mixer: str, parameter: torch.Tensor, grad_r: torch.Tensor, grad_final_state: torch.Tensor
+) -> tuple[torch.Tensor, ...]:
+    """Give the gradients of z, q, e (laid out as the tokens), the initial state and the mixer's parameter.
+
+    With u[t, m] = grad_r[t] . N[t, m] and w = p / D, a token's memory gets
+    grad_N[t, m] = w[t, m] grad_r[t] + grad_s[t, m] q[t] and grad_D = -(w u + grad_s s) / D.
+    """
+    z, q, e, plan, s, d, _ = slab
+    p, inside_q, scores = _probabilities(slab, mixer, parameter)
+    inside_r, u = _products(grad_r, slab)
+    w, grad_p = p / d, u.div_(d)
+    grad_d = (p * grad_p).neg_()
+    # Each reader (x, y) puts y[m, t] x[t] into grad_N[t, m].
+    readers = [(grad_r, w, inside_r, torch.bmm(w.mT, e).mul_(plan.visible))]
+    if inside_q is None or scores is None:
+        grad_q = torch.matmul(grad_p.mT, parameter.mT)
+        grad_parameter = torch.matmul(grad_p, q).sum(0).mT
     else:
-        carried = (plan.carries @ sums.flatten(2)).view_as(sums)
-    return carried if state is None else carried + _masked(state.unsqueeze(1), plan.from_state)
+        # The mean that the softmax takes away, sum_m p grad_p, stands in grad_d with a minus.
+        grad_logits = grad_p.add_(grad_d.sum(1, keepdim=True)).mul_(p)
+        grad_parameter = grad_logits.sum((0, 2))
+        grad_d.sub_(scores.mul_(grad_logits))
+        grad_s = grad_logits.div_(d).div_(math.sqrt(q.shape[-1]))
+        inside_s, grad_q = _readouts(grad_s, slab)
+        readers.append((q, grad_s, inside_q, inside_s))
+    grad_d.div_(d)
 
+    # A chunk's readers reach, through S and through D, all the chunks that S is the sum of.
+    grad_found = sum((torch.bmm(y, _masked(x, plan.from_carry)) for x, y, _, _ in readers), torch.zeros_like(s))
+    asked = grad_d if plan.from_carry is None else grad_d * plan.from_carry.mT
+    grad_found = torch.cat([grad_found, asked.sum(-1, keepdim=True)], dim=-1).unflatten(0, (-1, plan.carries.shape[2]))
+    grad_sums = torch.cat([grad_found, grad_final_state.unsqueeze(1)], dim=1)
+    grad_own = (plan.carries.mT @ grad_sums.flatten(2)).unflatten(2, grad_sums.shape[2:]).flatten(0, 1)
+    grad_state = _masked(grad_sums, plan.from_state).sum(1)
 
-def _scores(x: torch.Tensor, z: torch.Tensor, e: torch.Tensor, carried: torch.Tensor, plan: ChunkPlan) -> torch.Tensor:
-    """s[t, m] = x[t] . N[t, m] as ((X Z^T) . L) E + X S^T."""
-    inside = (x @ z.mT).mul_(plan.visible) @ e
-    return inside.add_(_masked(x @ carried.mT, plan.from_carry))
-
-
-def _readouts(
-    y: torch.Tensor, z: torch.Tensor, e: torch.Tensor, carried: torch.Tensor, plan: ChunkPlan
-) -> torch.Tensor:
-    """r[t] = sum_m y[t, m] N[t, m] as ((Y E^T) . L) Z + Y S."""
-    inside = (y @ e.mT).mul_(plan.visible) @ z
-    return inside.add_(_masked(y @ carried, plan.from_carry))
-
-
-def _derivatives_of_memory(
-    x: torch.Tensor,
-    y: torch.Tensor,
-    z: torch.Tensor,
-    e: torch.Tensor,
-    has_state: bool,
-    plan: ChunkPlan,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """The derivatives of the trilinear form by z, by e and by the initial state."""
-    sums = _masked(y, plan.from_carry).mT @ x
-    if plan.carries is None:
-        later = F.pad(sums[:, 1:].flip(1).cumsum(1).flip(1), (0, 0, 0, 0, 0, 1))
-    else:
-        later = (plan.carries.mT @ sums.flatten(2)).view_as(sums)
-    grad_z = (y @ e.mT).mul_(plan.visible).mT @ x
-    grad_z.add_(_masked(e @ later, plan.to_carry))
-    grad_e = (x @ z.mT).mul_(plan.visible).mT @ y
-    grad_e.add_(_masked(z @ later.mT, plan.to_carry))
-    grad_state = _masked(sums, plan.from_state).sum(1) if has_state else None
-    return grad_z, grad_e, grad_state
-
-
-class MemoryScores(torch.autograd.Function):
-    """`s[t, m] = x[t] . N[t, m]` for every token t, over chunked tensors."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, x: torch.Tensor, z: torch.Tensor, e: torch.Tensor, state: torch.Tensor | None, *plan: Any
-    ) -> torch.Tensor:
-        """Compute the scores.
-
-        Args:
-            ctx: The autograd context.
-            x: [batch, chunks, chunk, width].
-            z: [batch, chunks, chunk, width].
-            e: [batch, chunks, chunk, slots].
-            state: N before the first token, [batch, slots, width]; None: empty.
-            *plan: The fields of the `ChunkPlan`.
-
-        Returns:
-            s, [batch, chunks, chunk, slots].
-        """
-        masks = ChunkPlan(*plan)
-        ctx.save_for_backward(x, z, e, state, *plan)
-        return _scores(x, z, e, _carried(e, z, state, masks), masks)
-
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Any) -> tuple[torch.Tensor | None, ...]:
-        """Compute the derivatives by x, z, e and the state."""
-        x, z, e, state, *plan = ctx.saved_tensors
-        masks = ChunkPlan(*plan)
-        grad_s = grad_outputs[0]
-        grad_x = _readouts(grad_s, z, e, _carried(e, z, state, masks), masks)
-        grad_z, grad_e, grad_state = _derivatives_of_memory(x, grad_s, z, e, state is not None, masks)
-        return grad_x, grad_z, grad_e, grad_state, *([None] * len(plan))
-
-
-class MemoryReadouts(torch.autograd.Function):
-    """`r[t] = sum_m y[t, m] N[t, m]` for every token t, over chunked tensors."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, y: torch.Tensor, z: torch.Tensor, e: torch.Tensor, state: torch.Tensor | None, *plan: Any
-    ) -> torch.Tensor:
-        """Compute the read-outs.
-
-        Args:
-            ctx: The autograd context.
-            y: [batch, chunks, chunk, slots].
-            z: [batch, chunks, chunk, width].
-            e: [batch, chunks, chunk, slots].
-            state: N before the first token, [batch, slots, width]; None: empty.
-            *plan: The fields of the `ChunkPlan`.
-
-        Returns:
-            r, [batch, chunks, chunk, width].
-        """
-        masks = ChunkPlan(*plan)
-        ctx.save_for_backward(y, z, e, state, *plan)
-        return _readouts(y, z, e, _carried(e, z, state, masks), masks)
-
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Any) -> tuple[torch.Tensor | None, ...]:
-        """Compute the derivatives by y, z, e and the state."""
-        y, z, e, state, *plan = ctx.saved_tensors
-        masks = ChunkPlan(*plan)
-        grad_r = grad_outputs[0]
-        grad_y = _scores(grad_r, z, e, _carried(e, z, state, masks), masks)
-        grad_z, grad_e, grad_state = _derivatives_of_memory(grad_r, y, z, e, state is not None, masks)
-        return grad_y, grad_z, grad_e, grad_state, *([None] * len(plan))
+    later = torch.bmm(grad_own[..., :-1], z.mT).add_(grad_own[..., -1:])
+    grad_e = _masked(later, None if plan.to_carry is None else plan.to_carry.mT).add_(
+        torch.matmul(grad_d, plan.visible)
+    )
+    grad_z = _masked(torch.bmm(e.mT, grad_own[..., :-1]), plan.to_carry)
+    for x, y, inside_x, inside_y in readers:
+        grad_z.baddbmm_(inside_y.mT, x)
+        grad_e.baddbmm_(y, inside_x)
+    return grad_z, grad_q, grad_e.mT, grad_state, grad_parameter

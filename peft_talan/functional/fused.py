@@ -15,7 +15,6 @@ import torch
 from torch.nn import functional as F
 
 from . import reference
-from .chunked import CHUNK, MemoryReadouts, MemoryScores, make_plan, split_into_chunks
 from .parameters import (
     NORM_EPSILON,
     SMALLEST_DENOMINATOR,
@@ -24,7 +23,7 @@ from .parameters import (
     SidePathOutput,
     SidePathParameters,
 )
-from .recomputed import RecomputedRemix
+from .recomputed import ChunkwiseRemix, RecomputedRemix
 
 
 def _inverse_rms(hidden_states: torch.Tensor) -> torch.Tensor:
@@ -69,13 +68,13 @@ def read_shared(
     mean = memory[..., :width] / memory[..., width:].clamp_min(SMALLEST_DENOMINATOR)
     parameters = tuple(tensor.to(memory.dtype) for tensor in parameters)
     if mixer == "linear":
-        return (queries @ parameters[0]) @ mean
+        return torch.bmm(queries @ parameters[0], mean)
     if mixer == "mlp":
         _, slot_in, slot_out, channel_in, channel_out = parameters
         mean = mean + slot_out @ F.gelu(slot_in @ mean)
         mean = mean + F.gelu(mean @ channel_in.T) @ channel_out.T
     scores = torch.baddbmm(parameters[0], queries, mean.mT, alpha=1 / math.sqrt(width))
-    return scores.softmax(-1) @ mean
+    return torch.bmm(scores.softmax(-1), mean)
 
 
 def _remix_one_token(
@@ -150,27 +149,11 @@ def _remix_chunkwise(
     return_state: bool,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """`attention` and `linear`, which are linear in N: all in matrix products."""
-    batch, tokens, width = values.shape
-    chunk = min(CHUNK, tokens)
-    plan = make_plan(segment_ids, tokens, chunk, values)
-    total, denominator = (None, None) if state is None else (state[..., :width], state[..., width:])
-    z, q, e = (split_into_chunks(tensor, chunk) for tensor in (values, queries, weights))
-    if segment_ids is None:
-        d = weights.cumsum(1) if denominator is None else weights.cumsum(1) + denominator.mT
-        d = split_into_chunks(d, chunk)
-    else:
-        ones = torch.ones_like(z[..., :1])
-        d = MemoryScores.apply(ones, ones, e, denominator, *plan)
-    d = d.clamp_min(SMALLEST_DENOMINATOR)
     parameter = parameters[0].to(values.dtype)
-    if mixer == "linear":
-        p = q @ parameter
-    else:
-        s = MemoryScores.apply(q, z, e, total, *plan)
-        p = torch.softmax(s / (d * math.sqrt(width)) + parameter, dim=-1)
-    r = MemoryReadouts.apply(p / d, z, e, total, *plan)
-    readouts = r.reshape(batch, -1, width)[:, :tokens]
-    return readouts, memory_after(values, weights, segment_ids, state) if return_state else None
+    if state is None:
+        state = values.new_zeros(values.shape[0], weights.shape[2], values.shape[2] + 1)
+    readouts, final_state = ChunkwiseRemix.apply(values, queries, weights, state, segment_ids, mixer, parameter)
+    return readouts, final_state
 
 
 def _remix_recomputed(

@@ -1,0 +1,265 @@
+"""Compare the fused side path with the readable reference, and with the reference under torch.compile.
+
+All sides run in one process and in alternation, CALLS_A_TURN calls a turn, so that a change of the machine's clock
+hits all of them. Times are medians over all calls, the first of a turn included. Peak extra memory is the highest sum
+of bytes that the CPU allocator had handed out and not got back since the call began (torch.profiler's memory events),
+results and gradients included, inputs excluded.
+
+    python benchmarks/bench_kernel.py
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from peft_talan.functional import fused, reference
+from peft_talan.functional.parameters import MIXERS, SidePathOptions, SidePathParameters
+
+TOKENS, LONG_TOKENS = 2048, 32768
+CALLS_A_TURN = 5
+SLOTS, WIDTH, HIDDEN_SIZE, MIXER_HIDDEN = 8, 32, 576, 32
+TARGETS = {
+    "forward_speedup_at_least": 10.0,
+    "forward_backward_speedup_at_least": 5.0,
+    "extra_memory_share_at_most": 0.2,
+    "time_at_32768_over_time_at_2048_at_most": 18.0,
+}
+
+
+class DispatchCounter(TorchDispatchMode):
+    """Counts the operations that reach the dispatcher."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Count one operation and run it."""
+        self.count += 1
+        return func(*args, **(kwargs or {}))
+
+
+def processor_name() -> str:
+    """The processor's name as the system gives it."""
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor()
+
+
+def medians_in_alternation(calls: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
+    """Give every call a turn in each round, and return each one's median in milliseconds."""
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for call in calls.values():
+        for _ in range(3):
+            call()
+    for _ in range(repeats):
+        for name, call in calls.items():
+            for _ in range(CALLS_A_TURN):
+                start = time.perf_counter()
+                call()
+                times[name].append(1e3 * (time.perf_counter() - start))
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def peak_extra_bytes(call: Callable[[], object]) -> int:
+    """The highest balance of allocated minus freed bytes during one call."""
+    call()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as run:
+        call()
+    events = [event for event in run.profiler.kineto_results.events() if event.name() == "[memory]"]
+    balance = peak = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        balance += event.nbytes()
+        peak = max(peak, balance)
+    return peak
+
+
+def mixer_parameters(mixer: str) -> tuple[torch.Tensor, ...]:
+    """Random tensors of one mixer, with gradients."""
+    shapes = {
+        "attention": [(SLOTS,)],
+        "linear": [(WIDTH, SLOTS)],
+        "mlp": [(SLOTS,), (MIXER_HIDDEN, SLOTS), (SLOTS, MIXER_HIDDEN), (MIXER_HIDDEN, WIDTH), (WIDTH, MIXER_HIDDEN)],
+    }
+    return tuple((0.1 * torch.randn(shape)).requires_grad_() for shape in shapes[mixer])
+
+
+def remix_calls(
+    remix: Callable[..., Any], mixer: str, tokens: int
+) -> tuple[Callable[[], object], Callable[[], object]]:
+    """The forward pass without gradients, and the forward and backward pass, of one implementation."""
+    parameters = mixer_parameters(mixer)
+    values, queries = torch.randn(1, tokens, WIDTH), torch.randn(1, tokens, WIDTH)
+    weights = fused.slot_weights(torch.randn(1, tokens, SLOTS), None)
+    inputs = [tensor.requires_grad_() for tensor in (values, queries, weights)]
+    direction = torch.randn(1, tokens, WIDTH)
+
+    def forward() -> object:
+        with torch.no_grad():
+            return remix(*inputs, mixer, parameters, return_state=False)
+
+    def forward_backward() -> object:
+        readouts, _ = remix(*inputs, mixer, parameters, return_state=False)
+        return torch.autograd.grad(readouts, (*inputs, *parameters), direction)
+
+    return forward, forward_backward
+
+
+def compare(sides: dict[str, Callable[..., Any]], mixer: str, repeats: int, seed: int) -> dict[str, Any]:
+    """Times and memory of all sides for one mixer at TOKENS, and of the fused one at LONG_TOKENS."""
+    calls = {}
+    for name, remix in sides.items():
+        torch.manual_seed(seed)
+        calls[name] = remix_calls(remix, mixer, TOKENS)
+    failed: dict[str, str] = {}
+    compile_seconds = 0.0
+    if "compiled_reference" in calls:
+        start = time.perf_counter()
+        try:
+            for call in calls["compiled_reference"]:
+                call()
+        except (RuntimeError, torch._dynamo.exc.TorchDynamoException) as error:
+            failed["compiled_reference"] = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+            del calls["compiled_reference"]
+        compile_seconds = time.perf_counter() - start
+    result: dict[str, Any] = {"mixer": mixer, "compile_seconds": round(compile_seconds, 1), "failed": failed}
+    for place, what in enumerate(("forward", "forward_backward")):
+        times = medians_in_alternation({name: pair[place] for name, pair in calls.items()}, repeats)
+        memory = {name: peak_extra_bytes(pair[place]) for name, pair in calls.items()}
+        result[what] = {
+            "milliseconds": times,
+            "peak_extra_bytes": memory,
+            "speedup": times["reference"] / times["fused"],
+            "extra_memory_share": memory["fused"] / memory["reference"],
+        }
+        torch.manual_seed(seed)
+        long = remix_calls(sides["fused"], mixer, LONG_TOKENS)[place]
+        both = medians_in_alternation({"short": calls["fused"][place], "long": long}, max(repeats // 3, 3))
+        result[what]["milliseconds_at_32768"] = both["long"]
+        result[what]["time_at_32768_over_time_at_2048"] = both["long"] / both["short"]
+    return result
+
+
+def compare_one_token(repeats: int, seed: int) -> dict[str, Any]:
+    """Operations and microseconds of one decoded token's whole side path, memory carried on."""
+    torch.manual_seed(seed)
+    result: dict[str, Any] = {"hidden_size": HIDDEN_SIZE}
+    for mixer in MIXERS:
+        parameters = SidePathParameters(
+            read=0.05 * torch.randn(2 * WIDTH + SLOTS, HIDDEN_SIZE),
+            mixer=tuple(tensor.detach() for tensor in mixer_parameters(mixer)),
+            write=0.05 * torch.randn(HIDDEN_SIZE, WIDTH),
+        )
+        options = SidePathOptions(mixer=mixer)
+        hidden_states = torch.randn(1, 1, HIDDEN_SIZE)
+        state = torch.rand(1, SLOTS, WIDTH + 1)
+        calls: dict[str, Callable[[], object]] = {}
+        result[mixer] = {}
+        for name, module in (("reference", reference), ("fused", fused)):
+
+            def step(side_path: Callable[..., Any] = module.side_path) -> object:
+                with torch.no_grad():
+                    return side_path(hidden_states, parameters, options, state=state)  # noqa: B023
+
+            with DispatchCounter() as counter:
+                step()
+            result[mixer][name] = {"operations": counter.count}
+            calls[name] = step
+        for name, milliseconds in medians_in_alternation(calls, 20 * repeats).items():
+            result[mixer][name]["microseconds"] = 1e3 * milliseconds
+    return result
+
+
+def table(results: list[dict[str, Any]]) -> str:
+    """The comparison as text."""
+    lines = [f"{'mixer':<10} {'pass':<17} {'side':<19} {'ms':>9} {'x faster':>9} {'extra MiB':>10} {'share':>7}"]
+    for result in results:
+        for what in ("forward", "forward_backward"):
+            row = result[what]
+            for side, milliseconds in row["milliseconds"].items():
+                memory = row["peak_extra_bytes"][side]
+                lines.append(
+                    f"{result['mixer']:<10} {what:<17} {side:<19} {milliseconds:9.3f} "
+                    f"{row['milliseconds']['reference'] / milliseconds:9.2f} {memory / 2**20:10.2f} "
+                    f"{memory / row['peak_extra_bytes']['reference']:7.3f}"
+                )
+            lines.append(
+                f"{'':<10} {'':<17} fused at T={LONG_TOKENS}: {row['milliseconds_at_32768']:.2f} ms, "
+                f"{row['time_at_32768_over_time_at_2048']:.2f} times T={TOKENS}"
+            )
+        lines.extend(f"{'':<10} {side} failed: {why}" for side, why in result["failed"].items())
+    return "\n".join(lines)
+
+
+def check_targets(attention: dict[str, Any]) -> dict[str, bool]:
+    """Which of TARGETS the attention mixer meets; memory and long sequences in both passes."""
+    passes = [attention["forward"], attention["forward_backward"]]
+    share, growth = TARGETS["extra_memory_share_at_most"], TARGETS["time_at_32768_over_time_at_2048_at_most"]
+    return {
+        "forward_speedup_at_least": passes[0]["speedup"] >= TARGETS["forward_speedup_at_least"],
+        "forward_backward_speedup_at_least": passes[1]["speedup"] >= TARGETS["forward_backward_speedup_at_least"],
+        "extra_memory_share_at_most": all(row["extra_memory_share"] <= share for row in passes),
+        "time_at_32768_over_time_at_2048_at_most": all(
+            row["time_at_32768_over_time_at_2048"] <= growth for row in passes
+        ),
+    }
+
+
+def main() -> int:
+    """Run the benchmark, print it and store it; the exit code is 1 where a target is missed."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--threads", type=int, default=1, help="threads that torch may use (default 1)")
+    parser.add_argument("--repeats", type=int, default=20, help="turns of every side (default 20)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the random inputs (default 0)")
+    parser.add_argument("--no-compile", action="store_true", help="leave torch.compile of the reference out")
+    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "kernel.json")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    environment = {
+        "processor": processor_name(),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "seed": arguments.seed,
+        "repeats": arguments.repeats,
+        "calls_a_turn": CALLS_A_TURN,
+        "shape": {"batch": 1, "tokens": TOKENS, "slots": SLOTS, "width": WIDTH, "dtype": "float32"},
+    }
+    print(json.dumps(environment, indent=2))
+    sides: dict[str, Callable[..., Any]] = {"reference": reference.remix, "fused": fused.remix}
+    if not arguments.no_compile:
+        sides["compiled_reference"] = torch.compile(reference.remix, dynamic=False)
+    results = [compare(sides, mixer, arguments.repeats, arguments.seed) for mixer in MIXERS]
+    print(table(results))
+    one_token = compare_one_token(arguments.repeats, arguments.seed)
+    for mixer in MIXERS:
+        for name, row in one_token[mixer].items():
+            print(f"one token, {mixer:<10} {name:<10} {row['operations']:4d} operations {row['microseconds']:8.1f} us")
+    met = check_targets(results[0])
+    for target, wanted in TARGETS.items():
+        print(f"{'met   ' if met[target] else 'MISSED'} {target} {wanted}")
+    arguments.output.parent.mkdir(parents=True, exist_ok=True)
+    stored = {"environment": environment, "remix": results, "one_token": one_token, "targets": TARGETS, "met": met}
+    arguments.output.write_text(json.dumps(stored, indent=2) + "\n")
+    return 0 if all(met.values()) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

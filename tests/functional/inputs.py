@@ -1,0 +1,68 @@
+"""Random inputs of the operators, in float64 unless told."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from peft_talan.functional.parameters import MIXERS, SidePathParameters
+
+BATCH, HIDDEN_SIZE, SLOTS, WIDTH, MIXER_HIDDEN = 2, 7, 3, 4, 5
+
+TOLERANCE = {"rtol": 1e-11, "atol": 1e-12}
+"""Float64 has 2.2e-16 of relative rounding; sums of some hundred terms, differently ordered, stay far below this."""
+
+
+def mixer_tensors(mixer: str, slots: int = SLOTS, width: int = WIDTH) -> tuple[torch.Tensor, ...]:
+    shapes: dict[str, list[tuple[int, ...]]] = {
+        "attention": [(slots,)],
+        "linear": [(width, slots)],
+        "mlp": [(slots,), (MIXER_HIDDEN, slots), (slots, MIXER_HIDDEN), (MIXER_HIDDEN, width), (width, MIXER_HIDDEN)],
+    }
+    assert set(shapes) == set(MIXERS)
+    return tuple(torch.randn(shape, dtype=torch.float64) for shape in shapes[mixer])
+
+
+def side_path_tensors(mixer: str, writeback: str) -> SidePathParameters:
+    return SidePathParameters(
+        read=torch.randn(2 * WIDTH + SLOTS, HIDDEN_SIZE, dtype=torch.float64),
+        mixer=mixer_tensors(mixer),
+        write=torch.randn(HIDDEN_SIZE, WIDTH, dtype=torch.float64),
+        gate=torch.randn(HIDDEN_SIZE + 1, dtype=torch.float64) if writeback == "gated" else None,
+    )
+
+
+def memory(batch: int = BATCH) -> torch.Tensor:
+    """A memory that tokens could have left: positive denominators."""
+    state = torch.randn(batch, SLOTS, WIDTH + 1, dtype=torch.float64)
+    state[..., -1] = state[..., -1].abs() + 0.5
+    return state
+
+
+def segments(batch: int, tokens: int) -> torch.Tensor:
+    """Segments of random lengths, the first token being of segment 0, some borders inside and some at chunks' ends."""
+    borders = torch.rand(batch, tokens) < 0.06
+    borders[:, 0] = False
+    borders[0, 32::64] = True
+    return borders.long().cumsum(1)
+
+
+def padding(batch: int, tokens: int) -> torch.Tensor:
+    """Leading padding of a different length in each sequence."""
+    return torch.arange(tokens) >= (torch.arange(batch).unsqueeze(1) * tokens) // 3
+
+
+def layout(kind: str, batch: int, tokens: int) -> dict[str, Any]:
+    """The keyword arguments of `side_path` for one kind of batch."""
+    return {
+        "plain": {},
+        "padded": {"valid": padding(batch, tokens)},
+        "segments": {"segment_ids": segments(batch, tokens)},
+        "state": {"state": memory(batch)},
+        "all": {
+            "valid": padding(batch, tokens),
+            "segment_ids": segments(batch, tokens),
+            "state": memory(batch),
+        },
+    }[kind]

@@ -1,0 +1,91 @@
+"""The memory's own operators: gradients by finite differences, and the size of what they make."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from peft_talan.functional import fused, recomputed, reference
+from peft_talan.functional.parameters import MIXERS
+
+from .inputs import SLOTS, TOLERANCE, WIDTH, memory, mixer_tensors, padding, segments
+
+
+class LargestTensor(TorchDispatchMode):
+    """Notes the largest number of elements of any tensor that an operation gives."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.elements = 0
+
+    def __torch_dispatch__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in torch.utils._pytree.tree_leaves(result):
+            if isinstance(tensor, torch.Tensor):
+                # An expanded view has many elements and little memory.
+                self.elements = max(self.elements, tensor.untyped_storage().nbytes() // tensor.element_size())
+        return result
+
+
+def inputs(batch: int, tokens: int) -> list[torch.Tensor]:
+    """z, q, e."""
+    values = torch.randn(batch, tokens, WIDTH, dtype=torch.float64)
+    weights = fused.slot_weights(torch.randn(batch, tokens, SLOTS, dtype=torch.float64), padding(batch, tokens))
+    return [values, torch.randn_like(values), weights]
+
+
+@pytest.mark.parametrize("tokens", [2, 5, 33])
+@pytest.mark.parametrize("mixer", MIXERS)
+def test_gradcheck_of_the_remix(mixer: Any, tokens: int) -> None:
+    leaves = [*inputs(1, tokens), memory(1), *mixer_tensors(mixer)]
+    segment_ids = segments(1, tokens)
+    for ids in (None, segment_ids):
+
+        def run(
+            z: torch.Tensor, q: torch.Tensor, e: torch.Tensor, state: torch.Tensor, *rest: torch.Tensor, ids: Any = ids
+        ) -> Any:
+            return fused.remix(z, q, e, mixer, rest, ids, state)
+
+        assert torch.autograd.gradcheck(run, tuple(leaf.requires_grad_() for leaf in leaves), fast_mode=tokens > 5)
+
+
+@pytest.mark.parametrize("mixer", ["attention", "linear"])
+def test_several_slabs_equal_the_reference(mixer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    batch, tokens = 3, 200
+    # A slab of one chunk a sequence, and one of several with a remainder: both occur at full size with long sequences.
+    for slab in (64, 3 * 64):
+        monkeypatch.setattr(recomputed, "SLAB", slab)
+        for ids, state in ((None, None), (segments(batch, tokens), memory(batch))):
+            leaves = [leaf.requires_grad_() for leaf in (*inputs(batch, tokens), *mixer_tensors(mixer))]
+            if state is not None:
+                leaves.append(state.requires_grad_())
+            results = []
+            for module in (fused, reference):
+                r, final = module.remix(*leaves[:3], mixer, tuple(leaves[3:4]), ids, state)
+                scalar = r.square().sum() + final.square().sum()
+                results.append([r, final, *torch.autograd.grad(scalar, leaves)])
+            for found, expected in zip(*results, strict=True):
+                torch.testing.assert_close(found, expected, **TOLERANCE)
+
+
+@pytest.mark.parametrize("with_segments", [False, True])
+@pytest.mark.parametrize("mixer", MIXERS)
+def test_no_tensor_has_tokens_times_slots_times_width(mixer: Any, with_segments: bool) -> None:
+    batch, tokens, slots, width = 1, 2048, 8, 32
+    values = torch.randn(batch, tokens, width).requires_grad_()
+    queries = torch.randn(batch, tokens, width).requires_grad_()
+    weights = fused.slot_weights(torch.randn(batch, tokens, slots), None).requires_grad_()
+    parameters = tuple(tensor.float().requires_grad_() for tensor in mixer_tensors(mixer, slots, width))
+    ids = (torch.arange(tokens) // 300).unsqueeze(0) if with_segments else None
+    direction = torch.randn(batch, tokens, width)
+    with LargestTensor() as largest:
+        readouts, state = fused.remix(values, queries, weights, mixer, parameters, ids)
+        torch.autograd.grad(readouts, (values, queries, weights, *parameters), direction)
+    assert state.shape == (batch, slots, width + 1)
+    assert largest.elements <= batch * tokens * slots * width // 4
