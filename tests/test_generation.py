@@ -204,7 +204,7 @@ def test_a_copied_cache_carries_its_own_memory(copier: object) -> None:
 
 @torch.no_grad()
 def test_keys_that_are_offloaded_between_calls_leave_the_memory_alone() -> None:
-    """`cache_implementation="offloaded"` itself needs CUDA streams, also without us; this is what it does to a layer."""
+    """`cache_implementation="offloaded"` needs CUDA streams, also without us; this is what it does to a layer."""
     model = make_model("qwen3")
     tokens = make_tokens(tokens=20)
     cache = DynamicCache(config=model.get_base_model().config)
