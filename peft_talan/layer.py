@@ -142,46 +142,37 @@ class TalanLayer(nn.Module, BaseTunerLayer):
         self._handles = []
         delattr(block, self.child_name)
 
-    def _names_at(self, position: str) -> list[str]:
-        if self._disable_adapters:
-            return []
-        return [name for name in self.active_adapters if self.talan_position.get(name) == position]
-
     def _before_block(
         self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        names = self._names_at("input")
-        if not names:
+        if self._disable_adapters or "input" not in self.talan_position.values():
             return None
         hidden_states = args[0] if args else kwargs["hidden_states"]
-        call = describe_call(block, self._mask_place, args, kwargs)
-        written = self(hidden_states, names, "input", call)
+        written = self(hidden_states, "input", describe_call(block, self._mask_place, args, kwargs))
         replace_recorded_state(hidden_states, written)
         return ((written, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": written})
 
     def _after_block(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         call = describe_call(block, self._mask_place, args, kwargs)
-        names = self._names_at("output")
-        if names:
-            if isinstance(output, tuple):
-                output = (self(output[0], names, "output", call), *output[1:])
-            else:
-                output = self(output, names, "output", call)
-        if call.cache is not None:
-            running = () if self._disable_adapters else self.active_adapters
-            mark_memories_left_behind(call.cache, self.block_index, running)
-        return output
+        if isinstance(output, tuple):
+            return (self(output[0], "output", call), *output[1:])
+        return self(output, "output", call)
 
     def forward(
-        self, hidden_states: torch.Tensor, adapter_names: list[str], position: str, call: BlockCall
+        self,
+        hidden_states: torch.Tensor,
+        position: str,
+        call: BlockCall,
+        adapter_names: list[str] | None = None,
     ) -> torch.Tensor:
-        """Run the active side paths on the residual stream at one end of the block.
+        """Run side paths on the residual stream at one end of the block; those of several adapters add up.
 
         Args:
             hidden_states: h, [batch, tokens, hidden_size].
-            adapter_names: The adapters to run; their perturbations add up.
             position: `input` or `output`: which end this is.
             call: What the block was called with.
+            adapter_names: The adapter of each row, `__base__` for none; PEFT passes it for batches of mixed adapters.
+                None: the active adapters, for all rows.
 
         Returns:
             h', [batch, tokens, hidden_size].
@@ -190,13 +181,37 @@ class TalanLayer(nn.Module, BaseTunerLayer):
             ValueError: The cache holds tokens that a side path has not seen.
         """
         batch, tokens = hidden_states.shape[:2]
-        past = call.tokens_before(self.block_index, tokens, counted=position == "output")
-        layout = call.layout(batch, tokens, past)
+        running = self._running(adapter_names, batch)
         written = hidden_states
-        for count, name in enumerate(adapter_names):
-            changed = self._run(name, hidden_states, layout, call.cache, past)
+        here = [name for name in running if self.talan_position[name] == position]
+        if here:
+            past = call.tokens_before(self.block_index, tokens, counted=position == "output")
+            layout = call.layout(batch, tokens, past)
+        for count, name in enumerate(here):
+            rows = running[name]
+            changed = self._run(name, hidden_states, layout, call.cache, past, rows)
+            if rows is not None:
+                changed = torch.where(rows.to(changed.device)[:, None, None], changed, hidden_states)
             written = changed if count == 0 else written + (changed - hidden_states)
+        if position == "output" and call.cache is not None:
+            mark_memories_left_behind(call.cache, self.block_index, running)
         return written
+
+    def _running(self, adapter_names: list[str] | None, batch: int) -> dict[str, torch.Tensor | None]:
+        """The adapters that run at this block, each with its rows as [batch], bool; None: all rows."""
+        if self._disable_adapters:
+            return {}
+        if adapter_names is None:
+            return dict.fromkeys(name for name in self.active_adapters if name in self.talan_options)
+        if len(adapter_names) != batch:
+            raise ValueError(
+                f"adapter_names={adapter_names!r}: {len(adapter_names)} names for {batch} rows; give one a row"
+            )
+        return {
+            name: torch.tensor([row_name == name for row_name in adapter_names])
+            for name in dict.fromkeys(adapter_names)
+            if name in self.talan_options
+        }
 
     def _run(
         self,
@@ -205,12 +220,13 @@ class TalanLayer(nn.Module, BaseTunerLayer):
         layout: TokenLayout,
         cache: Cache | None,
         past: int | torch.Tensor,
+        rows: torch.Tensor | None,
     ) -> torch.Tensor:
         options = self.talan_options[adapter_name]
         memory = None
         if cache is not None:
             memory = memory_to_go_on_with(
-                cache, self.block_index, adapter_name, past, hidden_states.shape[0], options.scope
+                cache, self.block_index, adapter_name, past, hidden_states.shape[0], options.scope, rows
             )
         output = fused.side_path(
             hidden_states,

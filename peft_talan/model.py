@@ -5,11 +5,13 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
 from peft import PeftConfig
 from peft.tuners.lora import LoraLayer, LoraModel
+from peft.tuners.lora.model import _adapter_names_pre_forward_hook
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import PeftType
 from peft.utils.integrations import init_empty_weights
@@ -131,13 +133,24 @@ class TalanModel(LoraModel):
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
-        if kwargs.get("adapter_names") is not None:
-            raise NotImplementedError(
-                f"adapter_names={kwargs['adapter_names']!r}: TALAN has no batches of mixed adapters yet; "
-                "run one batch per adapter with set_adapter"
-            )
+        adapter_names = kwargs.get("adapter_names")
+        handles = []
         with super()._enable_peft_forward_hooks(*args, **kwargs):
-            yield
+            if adapter_names is not None:
+                # As PEFT does for LoRA's layers: beam search repeats every row.
+                beams = kwargs.get("num_beams") or 1
+                names = [name for name in adapter_names for _ in range(beams)]
+                hook = partial(_adapter_names_pre_forward_hook, adapter_names=names)
+                handles = [
+                    module.register_forward_pre_hook(hook, with_kwargs=True)
+                    for module in self.modules()
+                    if isinstance(module, TalanLayer)
+                ]
+            try:
+                yield
+            finally:
+                for handle in handles:
+                    handle.remove()
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """Generate with the base model's own method, if every active adapter's memory is causal.

@@ -7,7 +7,7 @@ follows beams, assisted decoding and several turns, and two generations can't mi
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -51,6 +51,8 @@ class LatentMemory:
         self.static = static
         self.recorded = recorded
         self.behind = False
+        # In batches of mixed adapters: which rows this memory is kept up for, [batch], bool; None: all.
+        self.rows: torch.Tensor | None = None
         self._records: list[TokenRecord | torch.Tensor] = []
 
     def append(self, output: SidePathOutput, segment_ids: torch.Tensor | None) -> None:
@@ -98,6 +100,8 @@ class LatentMemory:
         """
         if self.state is None:
             return
+        if self.rows is not None:
+            self.rows = self.rows.index_select(0, rows.to(self.rows.device))
         rows = rows.to(self.state.device)
         self.state = self.state.index_select(0, rows)
         if self.recorded:
@@ -145,10 +149,28 @@ class LatentMemory:
         if rows is not None and self.state is not None:
             self.select_rows(rows)
 
+    def is_kept_up_for(self, rows: torch.Tensor | None) -> bool:
+        """Whether the memory saw every token of some rows; from now on it is kept up for them only.
+
+        Args:
+            rows: [batch], bool; None: all.
+
+        Returns:
+            False where a row's tokens passed it by.
+        """
+        if self.rows is None or rows is None or self.rows.shape != rows.shape:
+            kept_up = self.rows is None
+            self.rows = rows if kept_up else self.rows
+            return kept_up
+        kept_up = not bool((rows & ~self.rows).any())
+        self.rows = self.rows & rows
+        return kept_up
+
     def reset(self) -> None:
         """Empty the memory; a static one keeps its storage."""
         self.length = 0
         self.behind = False
+        self.rows = None
         self._records.clear()
         if self.static and self.state is not None:
             self.state.zero_()
@@ -219,7 +241,13 @@ def _memories_of(cache: Cache, index: int) -> dict[str, LatentMemory]:
 
 
 def memory_to_go_on_with(
-    cache: Cache, index: int, adapter_name: str, past: int | torch.Tensor, batch: int, scope: str
+    cache: Cache,
+    index: int,
+    adapter_name: str,
+    past: int | torch.Tensor,
+    batch: int,
+    scope: str,
+    rows: torch.Tensor | None = None,
 ) -> LatentMemory:
     """Find the memory that the cache carries for an adapter at a block, or begin one with an empty cache.
 
@@ -230,6 +258,7 @@ def memory_to_go_on_with(
         past: How many tokens the cache held before this call.
         batch: The number of rows of this call.
         scope: The adapter's memory scope.
+        rows: The rows of the batch that the adapter runs for, [batch], bool; None: all.
 
     Returns:
         The memory.
@@ -242,9 +271,12 @@ def memory_to_go_on_with(
     if memory is None and int(past) == 0:
         layer = cache.layers[index] if index < len(cache.layers) else None
         static = isinstance(layer, StaticLayer)
-        return LatentMemory(static=static, recorded=not static and bool(getattr(layer, "is_croppable", True)))
+        memory = LatentMemory(static=static, recorded=not static and bool(getattr(layer, "is_croppable", True)))
+        memory.rows = rows
+        return memory
     # A static cache keeps its length on the device; its memory can't fall behind but by `behind`.
-    if memory is None or memory.behind or not (memory.static or memory.length == past):
+    kept_up = memory is not None and not memory.behind and (memory.static or memory.length == past)
+    if memory is None or not kept_up or not memory.is_kept_up_for(rows):
         raise ValueError(
             f"the cache holds {int(past)} tokens that did not all pass through adapter {adapter_name!r} at block "
             f"{index} (it was filled with the adapter off, by another adapter or by another model), so the latent "
@@ -291,7 +323,7 @@ def carry_memory(cache: Cache, index: int, adapter_name: str, memory: LatentMemo
     layer.latent_memories[adapter_name] = memory
 
 
-def mark_memories_left_behind(cache: Cache, index: int, running: Sequence[str]) -> None:
+def mark_memories_left_behind(cache: Cache, index: int, running: Collection[str]) -> None:
     """Mark the memories that a call's tokens passed by: their cache has moved ahead of them.
 
     Args:

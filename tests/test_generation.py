@@ -203,6 +203,21 @@ def test_a_copied_cache_carries_its_own_memory(copier: object) -> None:
 
 
 @torch.no_grad()
+def test_keys_that_are_offloaded_between_calls_leave_the_memory_alone() -> None:
+    """`cache_implementation="offloaded"` needs CUDA streams, also without us; this is what it does to a layer."""
+    model = make_model("qwen3")
+    tokens = make_tokens(tokens=20)
+    cache = DynamicCache(config=model.get_base_model().config)
+    for index, part in enumerate(tokens.split(4, dim=1)):
+        logits = model(part, past_key_values=cache, use_cache=True).logits
+        for layer in cache.layers:
+            layer.offload()
+            layer.prefetch()
+        expected = model(tokens[:, : 4 * index + 4], use_cache=False).logits[:, -4:]
+        torch.testing.assert_close(logits, expected, **rounding())
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("cache_kind", ["dynamic", "static"])
 def test_a_reset_cache_starts_again(cache_kind: str) -> None:
     model = make_model("qwen3")

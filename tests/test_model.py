@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+from contextlib import nullcontext
 
 import pytest
 import torch
 from peft import PeftModel, get_peft_model, get_peft_model_state_dict
 from torch import nn
+from transformers import DynamicCache
 
 import peft_talan
 from peft_talan import TalanConfig, TalanLayer
@@ -222,6 +224,51 @@ def test_two_active_adapters_add_their_perturbations() -> None:
     torch.testing.assert_close(last_state() - base, changes[0] + changes[1], **rounding())
 
 
+def mixed_model(**options: object) -> PeftModel:
+    model = make_model("qwen3", make_config(**options))
+    torch.manual_seed(4)
+    model.add_adapter("other", make_config(talan_layers=[0, 1], talan_mixer="linear", talan_position="input"))
+    return model.to(torch.float64)
+
+
+ROWS = ["default", "__base__", "other", "default"]
+
+
+def test_a_batch_of_mixed_adapters_is_its_rows_one_by_one() -> None:
+    model = mixed_model()
+    tokens = make_tokens(batch=len(ROWS))
+    generated = model.generate(input_ids=tokens, adapter_names=ROWS, max_new_tokens=6, do_sample=False)
+    beams = model.generate(input_ids=tokens, adapter_names=ROWS, max_new_tokens=6, do_sample=False, num_beams=3)
+    with torch.no_grad():
+        mixed = model(tokens, adapter_names=ROWS).logits
+    for index, name in enumerate(ROWS):
+        row = tokens[index : index + 1]
+        with model.disable_adapter() if name == "__base__" else nullcontext():
+            if name != "__base__":
+                model.set_adapter(name)
+            with torch.no_grad():
+                torch.testing.assert_close(mixed[index : index + 1], model(row).logits, **rounding())
+            alone = model.generate(input_ids=row, max_new_tokens=6, do_sample=False)
+            assert torch.equal(generated[index : index + 1], alone)
+            alone = model.generate(input_ids=row, max_new_tokens=6, do_sample=False, num_beams=3)
+            assert torch.equal(beams[index : index + 1], alone)
+
+
+@torch.no_grad()
+def test_rows_that_change_their_adapter_on_one_cache_are_refused() -> None:
+    model = mixed_model()
+    tokens = make_tokens(batch=2)
+    for first, second in ((["default", "other"], ["default", "default"]), (["other", "default"], None)):
+        cache = DynamicCache(config=model.get_base_model().config)
+        model(tokens, adapter_names=first, past_key_values=cache, use_cache=True)
+        with pytest.raises(ValueError, match="empty cache"):
+            model(tokens[:, :1], adapter_names=second, past_key_values=cache, use_cache=True)
+    with pytest.raises(ValueError, match="non-existing"):
+        model(tokens, adapter_names=["default", "nobody"])
+    with pytest.raises(ValueError, match="names"):
+        model(tokens, adapter_names=["default"])
+
+
 SCOPES = {
     "joint": lambda name: "lora_" in name,
     "side_path": lambda name: ".talan." in name,
@@ -313,5 +360,3 @@ def test_what_has_no_meaning_is_refused_by_name() -> None:
     model = make_model("qwen3")
     with pytest.raises(NotImplementedError, match="add_weighted_adapter"):
         model.add_weighted_adapter(["default"], [1.0], "sum")
-    with pytest.raises(NotImplementedError, match="adapter_names"):
-        model(make_tokens(), adapter_names=["default", "__base__"])
