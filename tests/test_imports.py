@@ -16,6 +16,7 @@ ORDER = (
     "functional.recomputed",
     "functional.fused",
     "segments",
+    "memory",
     "state",
     "block_call",
     "config",
