@@ -19,7 +19,7 @@ from peft_talan.functional.parameters import (
     SidePathParameters,
 )
 
-from .inputs import BATCH, HIDDEN_SIZE, SLOTS, TOLERANCE, WIDTH, layout, side_path_tensors
+from .inputs import BATCH, HIDDEN_SIZE, SLOTS, WIDTH, assert_equal_up_to_rounding, layout, side_path_tensors
 
 BOTH = pytest.mark.parametrize("module", [reference, fused], ids=["reference", "fused"])
 
@@ -115,7 +115,7 @@ def test_the_equations_token_by_token(module: ModuleType, mixer: Any, writeback:
         for index in range(BATCH):
             own = {name: tensor[index] for name, tensor in given.items()}
             expected = token_by_token(hidden[index], parameters, options, 0.7, own)
-            torch.testing.assert_close(found[index], expected, **TOLERANCE)
+            assert_equal_up_to_rounding(found[index], expected)
 
 
 @BOTH
@@ -142,7 +142,7 @@ def test_orthogonal_has_no_component_along_the_hidden_state(module: ModuleType) 
     weight = torch.randn(HIDDEN_SIZE, WIDTH, dtype=torch.float64)
     change = module.write_back(hidden, readout, weight, "orthogonal") - hidden
     assert change.norm() > 1
-    torch.testing.assert_close((change * hidden).sum(-1), torch.zeros(BATCH, 9, dtype=torch.float64), **TOLERANCE)
+    assert_equal_up_to_rounding((change * hidden).sum(-1), torch.zeros(BATCH, 9, dtype=torch.float64))
 
 
 @BOTH
@@ -186,7 +186,7 @@ def test_gradient_scale_scales_what_enters_the_side_path_only(module: ModuleType
         by_parameter.append(others)
     assert torch.equal(by_hidden[2], direction)
     for found, scale in ((1, 0.25), (2, 0.0)):
-        torch.testing.assert_close(outputs[found], outputs[0], **TOLERANCE)
-        torch.testing.assert_close(by_hidden[found] - direction, scale * (by_hidden[0] - direction), **TOLERANCE)
+        assert_equal_up_to_rounding(outputs[found], outputs[0])
+        assert_equal_up_to_rounding(by_hidden[found] - direction, scale * (by_hidden[0] - direction))
         for scaled, whole in zip(by_parameter[found], by_parameter[0], strict=True):
-            torch.testing.assert_close(scaled, scale * whole, **TOLERANCE)
+            assert_equal_up_to_rounding(scaled, scale * whole)
