@@ -16,7 +16,7 @@ from .functional.parameters import MEMORY_SCOPES, MIXERS, WRITEBACKS, MemoryScop
 Position = Literal["output", "input"]
 Trainable = Literal["joint", "side_path", "writeback", "low_rank"]
 
-DEFAULT_DEPTHS: tuple[float, ...] = (0.5,)
+DEFAULT_DEPTHS: tuple[float, ...] = (0.33,)
 """Where the side path goes when `talan_layers` is None, as fractions of the depth; see docs/default_layers.md."""
 
 INCOMPATIBLE_LORA_OPTIONS: dict[str, str] = {
