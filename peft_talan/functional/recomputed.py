@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, cast
 
 import torch
+from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from . import reference
@@ -94,6 +95,7 @@ class ChunkwiseRemix(torch.autograd.Function):
         return cast("torch.Tensor", readouts), states[-1].clone()
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grad_outputs: Any) -> tuple[torch.Tensor | None, ...]:
         """Walk the slabs backwards; each is computed again from the memory at its start."""
         values, queries, weights, segment_ids, parameter, *states = ctx.saved_tensors
