@@ -1,6 +1,6 @@
 """Compare the fused side path with the readable reference, and with the reference under torch.compile.
 
-All sides run in one process and in alternation, CALLS_A_TURN calls a turn, so that a change of the machine's clock
+All sides run in one process and in alternation, some calls a turn (5 unless told), so that a change of the machine's clock
 hits all of them. Times are medians over all calls, the first of a turn included. Peak extra memory is the highest sum
 of bytes that the CPU allocator had handed out and not got back since the call began (torch.profiler's memory events),
 results and gradients included, inputs excluded.
@@ -28,7 +28,6 @@ from peft_talan.functional import fused, reference
 from peft_talan.functional.parameters import MIXERS, SidePathOptions, SidePathParameters
 
 TOKENS, LONG_TOKENS = 2048, 32768
-CALLS_A_TURN = 5
 SLOTS, WIDTH, HIDDEN_SIZE, MIXER_HIDDEN = 8, 32, 576, 32
 TARGETS = {
     "forward_speedup_at_least": 10.0,
@@ -63,7 +62,9 @@ def processor_name() -> str:
     return platform.processor()
 
 
-def medians_in_alternation(calls: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
+def medians_in_alternation(
+    calls: dict[str, Callable[[], object]], repeats: int, calls_a_turn: int
+) -> dict[str, float]:
     """Give every call a turn in each round, and return each one's median in milliseconds."""
     times: dict[str, list[float]] = {name: [] for name in calls}
     for call in calls.values():
@@ -71,7 +72,7 @@ def medians_in_alternation(calls: dict[str, Callable[[], object]], repeats: int)
             call()
     for _ in range(repeats):
         for name, call in calls.items():
-            for _ in range(CALLS_A_TURN):
+            for _ in range(calls_a_turn):
                 start = time.perf_counter()
                 call()
                 times[name].append(1e3 * (time.perf_counter() - start))
@@ -122,7 +123,9 @@ def remix_calls(
     return forward, forward_backward
 
 
-def compare(sides: dict[str, Callable[..., Any]], mixer: str, repeats: int, seed: int) -> dict[str, Any]:
+def compare(
+    sides: dict[str, Callable[..., Any]], mixer: str, repeats: int, seed: int, calls_a_turn: int
+) -> dict[str, Any]:
     """Times and memory of all sides for one mixer at TOKENS, and of the fused one at LONG_TOKENS."""
     calls = {}
     for name, remix in sides.items():
@@ -141,7 +144,7 @@ def compare(sides: dict[str, Callable[..., Any]], mixer: str, repeats: int, seed
         compile_seconds = time.perf_counter() - start
     result: dict[str, Any] = {"mixer": mixer, "compile_seconds": round(compile_seconds, 1), "failed": failed}
     for place, what in enumerate(("forward", "forward_backward")):
-        times = medians_in_alternation({name: pair[place] for name, pair in calls.items()}, repeats)
+        times = medians_in_alternation({name: pair[place] for name, pair in calls.items()}, repeats, calls_a_turn)
         memory = {name: peak_extra_bytes(pair[place]) for name, pair in calls.items()}
         result[what] = {
             "milliseconds": times,
@@ -157,7 +160,7 @@ def compare(sides: dict[str, Callable[..., Any]], mixer: str, repeats: int, seed
     return result
 
 
-def compare_one_token(repeats: int, seed: int) -> dict[str, Any]:
+def compare_one_token(repeats: int, seed: int, calls_a_turn: int) -> dict[str, Any]:
     """Operations and microseconds of one decoded token's whole side path, memory carried on."""
     torch.manual_seed(seed)
     result: dict[str, Any] = {"hidden_size": HIDDEN_SIZE}
@@ -227,6 +230,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=1, help="threads that torch may use (default 1)")
     parser.add_argument("--repeats", type=int, default=20, help="turns of every side (default 20)")
+    parser.add_argument("--calls-a-turn", type=int, default=5, help="calls of one side in a row; 1: always cold")
     parser.add_argument("--seed", type=int, default=0, help="seed of the random inputs (default 0)")
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile of the reference out")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "kernel.json")
@@ -239,16 +243,16 @@ def main() -> int:
         "torch": torch.__version__,
         "seed": arguments.seed,
         "repeats": arguments.repeats,
-        "calls_a_turn": CALLS_A_TURN,
+        "calls_a_turn": arguments.calls_a_turn,
         "shape": {"batch": 1, "tokens": TOKENS, "slots": SLOTS, "width": WIDTH, "dtype": "float32"},
     }
     print(json.dumps(environment, indent=2))
     sides: dict[str, Callable[..., Any]] = {"reference": reference.remix, "fused": fused.remix}
     if not arguments.no_compile:
         sides["compiled_reference"] = torch.compile(reference.remix, dynamic=False)
-    results = [compare(sides, mixer, arguments.repeats, arguments.seed) for mixer in MIXERS]
+    results = [compare(sides, mixer, arguments.repeats, arguments.seed, arguments.calls_a_turn) for mixer in MIXERS]
     print(table(results))
-    one_token = compare_one_token(arguments.repeats, arguments.seed)
+    one_token = compare_one_token(arguments.repeats, arguments.seed, arguments.calls_a_turn)
     for mixer in MIXERS:
         for name, row in one_token[mixer].items():
             print(f"one token, {mixer:<10} {name:<10} {row['operations']:4d} operations {row['microseconds']:8.1f} us")
