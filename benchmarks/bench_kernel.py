@@ -1,9 +1,9 @@
 """Compare the fused side path with the readable reference, and with the reference under torch.compile.
 
-All sides run in one process and in alternation, some calls a turn (5 unless told), so that a change of the machine's clock
-hits all of them. Times are medians over all calls, the first of a turn included. Peak extra memory is the highest sum
-of bytes that the CPU allocator had handed out and not got back since the call began (torch.profiler's memory events),
-results and gradients included, inputs excluded.
+All sides run in one process and in alternation, some calls a turn (5 unless told), so that a change of the machine's
+clock hits all of them. Times are medians over all calls, the first of a turn, which is cold, included. Peak extra memory
+is the highest sum of bytes that the CPU allocator had handed out and not got back since the call began
+(torch.profiler's memory events), results and gradients included, inputs excluded.
 
     python benchmarks/bench_kernel.py
 """
@@ -154,7 +154,9 @@ def compare(
         }
         torch.manual_seed(seed)
         long = remix_calls(sides["fused"], mixer, LONG_TOKENS)[place]
-        both = medians_in_alternation({"short": calls["fused"][place], "long": long}, max(repeats // 3, 3))
+        both = medians_in_alternation(
+            {"short": calls["fused"][place], "long": long}, max(repeats // 3, 3), calls_a_turn
+        )
         result[what]["milliseconds_at_32768"] = both["long"]
         result[what]["time_at_32768_over_time_at_2048"] = both["long"] / both["short"]
     return result
@@ -185,7 +187,7 @@ def compare_one_token(repeats: int, seed: int, calls_a_turn: int) -> dict[str, A
                 step()
             result[mixer][name] = {"operations": counter.count}
             calls[name] = step
-        for name, milliseconds in medians_in_alternation(calls, 20 * repeats).items():
+        for name, milliseconds in medians_in_alternation(calls, 20 * repeats, calls_a_turn).items():
             result[mixer][name]["microseconds"] = 1e3 * milliseconds
     return result
 
