@@ -1,8 +1,8 @@
 """Compare the fused side path with the readable reference, and with the reference under torch.compile.
 
 All sides run in one process and in alternation, some calls a turn (5 unless told), so that a change of the machine's
-clock hits all of them. Times are medians over all calls, the first of a turn, which is cold, included. Peak extra memory
-is the highest sum of bytes that the CPU allocator had handed out and not got back since the call began
+clock hits all of them. Times are medians over all calls, the first of a turn, which is cold, included. Peak extra
+memory is the highest sum of bytes that the CPU allocator had handed out and not got back since the call began
 (torch.profiler's memory events), results and gradients included, inputs excluded.
 
     python benchmarks/bench_kernel.py
