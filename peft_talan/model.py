@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from peft import PeftConfig
@@ -24,6 +24,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from .blocks import find_hidden_size, find_targets
 from .config import TalanConfig
 from .layer import TalanLayer
+from .merge import attached_side_paths, detach_side_paths, keep_side_paths, side_path_config
 
 WRITEBACK_PARAMETERS: tuple[str, ...] = ("lora_talan_write", "lora_talan_gate")
 
@@ -38,6 +39,7 @@ class TalanModel(LoraModel):
         low_cpu_mem_usage (`bool`): Whether to create empty adapter weights on the meta device. Default False.
     """
 
+    peft_config: dict[str, TalanConfig]  # type: ignore[assignment]
     prefix: str = LoraModel.prefix
     # Both kinds of layers are switched, frozen and deleted together.
     tuner_layer_cls = BaseTunerLayer  # type: ignore[assignment]
@@ -174,26 +176,63 @@ class TalanModel(LoraModel):
                 )
         return self.model.generate(*args, **kwargs)
 
-    def _unload_and_optionally_merge(  # type: ignore[override]
+    def merge_and_unload(
         self,
-        merge: bool = True,
         progressbar: bool = False,
         safe_merge: bool = False,
         adapter_names: list[str] | None = None,
+        side_path: Literal["keep", "drop"] = "keep",
     ) -> nn.Module:
-        if merge:
-            warnings.warn(
-                "The side path depends on its input and can't become weights: merge_and_unload folds the low-rank "
-                "half and drops the side path, so the outputs differ from the adapter's. Keep the adapter, or use "
-                "merge_adapter() to fold the low-rank half and go on with the side path live.",
-                stacklevel=3,
-            )
-        for module in list(self.model.modules()):
-            layer = getattr(module, TalanLayer.child_name, None)
-            if isinstance(layer, TalanLayer):
-                layer.detach(module)
-        unload: Callable[..., Any] = super()._unload_and_optionally_merge
-        return unload(merge=merge, progressbar=progressbar, safe_merge=safe_merge, adapter_names=adapter_names)
+        """Fold the low-rank half into the base weights and give back the model without PEFT's wrappers.
+
+        The side path depends on its input and can't become weights, so it stays on its blocks, or is dropped.
+
+        Args:
+            progressbar: Whether to show a progress bar. Default False.
+            safe_merge: Whether to check both halves for NaN. Default False.
+            adapter_names: The adapters to fold; None: the active ones. Default None.
+            side_path: `"keep"`: the outputs stay the adapter's; the model's `save_pretrained` writes the merged
+                weights and an embedded adapter into one folder. `"drop"`: a plain model, the low-rank half alone.
+                Default `"keep"`.
+
+        Returns:
+            The base model.
+
+        Raises:
+            ValueError: `side_path` is neither, or `safe_merge` found a NaN or an infinity.
+        """
+        if side_path not in ("keep", "drop"):
+            raise ValueError(f"side_path={side_path!r}: choose 'keep' or 'drop'")
+        names = self.active_adapters if adapter_names is None else adapter_names
+        layers = [layer for _, layer in attached_side_paths(self.model)]
+        if safe_merge:
+            for layer in layers:
+                layer.check_finite(names)
+        merged_earlier = [name for layer in layers for name in layer.merged_adapters]
+        kept = {name: side_path_config(self.peft_config[name]) for name in dict.fromkeys([*merged_earlier, *names])}
+        model = super().merge_and_unload(progressbar, safe_merge, adapter_names)
+        if side_path == "keep":
+            keep_side_paths(model, kept)
+            outcome = "stays on its blocks as an embedded adapter (side_path='drop' gives a plain model)"
+        else:
+            detach_side_paths(model)
+            outcome = "was dropped, so the outputs differ from the adapter's (side_path='keep' keeps them)"
+        warnings.warn(
+            f"The side path depends on its input and can't become weights: the low-rank half was merged, and the side "
+            f"path {outcome}.",
+            stacklevel=2,
+        )
+        return model
+
+    def unload(self) -> nn.Module:
+        """Give back the base model as it was before the adapter.
+
+        Returns:
+            The base model.
+        """
+        model = super().unload()
+        detach_side_paths(model)
+        return model
 
     def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> None:
         """Refuse: a weighted sum of LoRA matrices has a meaning, one of side paths has none.

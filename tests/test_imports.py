@@ -23,6 +23,8 @@ ORDER = (
     "initialization",
     "blocks",
     "layer",
+    "merge",
+    "lora",
     "model",
     "registry",
 )
