@@ -167,5 +167,4 @@ def push_kept_model(model: PreTrainedModel, repo_id: str, **kwargs: Any) -> str:
     for config in getattr(model, "peft_config", {}).values():
         # From the hub, transformers takes the weights from where the adapter's configuration says.
         config.base_model_name_or_path = repo_id
-    plain_push: Any = type(model).push_to_hub
-    return plain_push(model, repo_id, **kwargs)
+    return str(partial(type(model).push_to_hub, model)(repo_id, **kwargs))
