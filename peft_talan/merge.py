@@ -129,7 +129,7 @@ def save_kept_model(
     if is_main_process:
         _save_side_path(model, names[0], state_dict, Path(save_directory))
     if push_to_hub:
-        model.push_to_hub(repo_id or Path(save_directory).name, token=kwargs.get("token"))
+        push_kept_model(model, repo_id or Path(save_directory).name, token=kwargs.get("token"))
 
 
 def _save_side_path(
@@ -167,4 +167,4 @@ def push_kept_model(model: PreTrainedModel, repo_id: str, **kwargs: Any) -> str:
     for config in getattr(model, "peft_config", {}).values():
         # From the hub, transformers takes the weights from where the adapter's configuration says.
         config.base_model_name_or_path = repo_id
-    return str(partial(type(model).push_to_hub, model)(repo_id, **kwargs))
+    return type(model).push_to_hub(model, repo_id, **kwargs)
