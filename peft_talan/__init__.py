@@ -8,8 +8,19 @@ from .layer import TalanLayer
 from .lora import export_lora, warm_start
 from .model import TalanModel
 from .registry import register_talan
+from .training import set_trainable, talan_param_groups
 from .version import __version__
 
-__all__ = ["TalanConfig", "TalanLayer", "TalanModel", "__version__", "export_lora", "register_talan", "warm_start"]
+__all__ = [
+    "TalanConfig",
+    "TalanLayer",
+    "TalanModel",
+    "__version__",
+    "export_lora",
+    "register_talan",
+    "set_trainable",
+    "talan_param_groups",
+    "warm_start",
+]
 
 register_talan()

@@ -201,6 +201,11 @@ class TalanConfig(LoraConfig):
             self.target_modules = DUMMY_TARGET_MODULES
 
     @property
+    def has_low_rank_half(self) -> bool:
+        """Whether there is a low-rank half at all."""
+        return bool(self.target_modules != DUMMY_TARGET_MODULES)
+
+    @property
     def side_path_options(self) -> SidePathOptions:
         """The axes that the operators of the side path take."""
         return SidePathOptions(

@@ -17,7 +17,6 @@ from peft import (
     set_peft_model_state_dict,
 )
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
-from peft.utils.constants import DUMMY_TARGET_MODULES
 from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
@@ -54,7 +53,7 @@ def export_lora(
     config = getattr(model, "peft_config", {}).get(adapter_name)
     if not isinstance(config, TalanConfig):
         raise ValueError(f"adapter_name={adapter_name!r}: the model has no TALAN adapter of this name")
-    if config.target_modules == DUMMY_TARGET_MODULES:
+    if not config.has_low_rank_half:
         raise ValueError(f"adapter_name={adapter_name!r}: the adapter has no low-rank half (r=0 or no target modules)")
     folder = Path(save_directory)
     folder.mkdir(parents=True, exist_ok=True)

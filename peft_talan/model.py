@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import torch
 from peft import PeftConfig
-from peft.tuners.lora import LoraLayer, LoraModel
+from peft.tuners.lora import LoraModel
 from peft.tuners.lora.model import _adapter_names_pre_forward_hook
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import PeftType
@@ -25,8 +25,7 @@ from .blocks import find_hidden_size, find_targets
 from .config import TalanConfig
 from .layer import TalanLayer
 from .merge import attached_side_paths, detach_side_paths, keep_side_paths, side_path_config
-
-WRITEBACK_PARAMETERS: tuple[str, ...] = ("lora_talan_write", "lora_talan_gate")
+from .training import declare_scope
 
 
 class TalanModel(LoraModel):
@@ -82,7 +81,7 @@ class TalanModel(LoraModel):
         for index, block in blocks.items():
             with init_empty_weights() if low_cpu_mem_usage else nullcontext():
                 self._attach_side_path(block, index, hidden_size, adapter_name, config)
-        self._freeze_by_scope(model, adapter_name, config)
+        declare_scope(model, adapter_name, config.talan_trainable)
 
     @staticmethod
     def _convert_expert_targets(model: nn.Module, config: TalanConfig) -> None:
@@ -111,27 +110,6 @@ class TalanModel(LoraModel):
             container = getattr(layer, name)
             if adapter_name in container:
                 _set_layer_requires_grad(container[adapter_name], trains)
-
-    def _freeze_by_scope(self, model: nn.Module, adapter_name: str, config: TalanConfig) -> None:
-        """Declare what the trainability scope keeps frozen, in the way that PEFT re-applies at every switch."""
-        scope = config.talan_trainable
-        for module in model.modules():
-            if isinstance(module, TalanLayer):
-                frozen = {
-                    "joint": (),
-                    "side_path": (),
-                    "writeback": tuple(n for n in module.adapter_layer_names if n not in WRITEBACK_PARAMETERS),
-                    "low_rank": module.adapter_layer_names,
-                }[scope]
-            elif isinstance(module, LoraLayer):
-                frozen = module.adapter_layer_names if scope in ("side_path", "writeback") else ()
-            else:
-                continue
-            if frozen and adapter_name in module._get_available_adapters():
-                declared = module.frozen_peft_weight_names.get(adapter_name, ())
-                names = tuple(dict.fromkeys((*declared, *frozen)))
-                module.frozen_peft_weight_names = {**module.frozen_peft_weight_names, adapter_name: names}
-                module._freeze_non_trainable_peft_weights(adapter_name)
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:

@@ -25,6 +25,7 @@ ORDER = (
     "layer",
     "merge",
     "lora",
+    "training",
     "model",
     "registry",
 )

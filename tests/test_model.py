@@ -269,34 +269,6 @@ def test_rows_that_change_their_adapter_on_one_cache_are_refused() -> None:
         model(tokens, adapter_names=["default"])
 
 
-SCOPES = {
-    "joint": lambda name: "lora_" in name,
-    "side_path": lambda name: ".talan." in name,
-    "writeback": lambda name: "lora_talan_write" in name or "lora_talan_gate" in name,
-    "low_rank": lambda name: "lora_" in name and ".talan." not in name,
-}
-
-
-@pytest.mark.parametrize("scope", SCOPES)
-def test_trainability_scope_holds_through_peft_switches(scope: str) -> None:
-    config = make_config(talan_trainable=scope, talan_writeback="gated", use_dora=True)
-    model = make_model("qwen3", config)
-
-    def check() -> None:
-        trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-        assert trainable == {name for name, _ in model.named_parameters() if SCOPES[scope](name)}
-
-    check()
-    with model.disable_adapter():
-        assert not [name for name, parameter in model.named_parameters() if parameter.requires_grad]
-    check()
-    model.add_adapter("other", make_config())
-    model.set_adapter("other")
-    model.set_adapter("default")
-    model.delete_adapter("other")
-    check()
-
-
 def test_strength_zero_is_the_low_rank_half_alone() -> None:
     model = make_model("qwen3", make_config(talan_alpha=0.0, init_lora_weights=True))
     torch.testing.assert_close(logits(model), logits(make_base("qwen3")), **rounding())

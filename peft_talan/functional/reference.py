@@ -105,8 +105,23 @@ def compress(
     return memory, memory[:, -1]
 
 
+def attend_to_slots(memory: torch.Tensor, queries: torch.Tensor, parameters: tuple[torch.Tensor, ...]) -> torch.Tensor:
+    """Weigh the slots for each token: `p = softmax_m(q . mu[m] / sqrt(d) + b[m])`.
+
+    Args:
+        memory: mu, [batch, tokens, slots, width].
+        queries: q, [batch, tokens, width].
+        parameters: (slot bias b [slots],).
+
+    Returns:
+        p, [batch, tokens, slots].
+    """
+    scores = torch.einsum("btd,btmd->btm", queries, memory) / math.sqrt(queries.shape[-1])
+    return (scores + parameters[0].to(memory.dtype)).softmax(-1)
+
+
 def mix_attention(memory: torch.Tensor, queries: torch.Tensor, parameters: tuple[torch.Tensor, ...]) -> torch.Tensor:
-    """Read the slots by attention: `p = softmax_m(q . mu[m] / sqrt(d) + b[m])`, `r = sum_m p[m] mu[m]`.
+    """Read the slots by attention: `r = sum_m p[m] mu[m]`, p of `attend_to_slots`.
 
     Args:
         memory: mu, [batch, tokens, slots, width].
@@ -116,9 +131,7 @@ def mix_attention(memory: torch.Tensor, queries: torch.Tensor, parameters: tuple
     Returns:
         r, [batch, tokens, width].
     """
-    slot_bias = parameters[0].to(memory.dtype)
-    scores = torch.einsum("btd,btmd->btm", queries, memory) / math.sqrt(queries.shape[-1]) + slot_bias
-    return torch.einsum("btm,btmd->btd", scores.softmax(-1), memory)
+    return torch.einsum("btm,btmd->btd", attend_to_slots(memory, queries, parameters), memory)
 
 
 def mix_linear(memory: torch.Tensor, queries: torch.Tensor, parameters: tuple[torch.Tensor, ...]) -> torch.Tensor:
@@ -135,24 +148,27 @@ def mix_linear(memory: torch.Tensor, queries: torch.Tensor, parameters: tuple[to
     return torch.einsum("btm,btmd->btd", queries @ parameters[0].to(memory.dtype), memory)
 
 
-def mix_mlp(memory: torch.Tensor, queries: torch.Tensor, parameters: tuple[torch.Tensor, ...]) -> torch.Tensor:
-    """Remix the slots, then the channels, by small residual MLPs (MLP-Mixer, arXiv 2105.01601); read as `attention`.
+def remix_slots(memory: torch.Tensor, parameters: tuple[torch.Tensor, ...]) -> torch.Tensor:
+    """Remix the slots, then the channels, by small residual MLPs (MLP-Mixer, arXiv 2105.01601).
 
     `mu <- mu + S_out gelu(S_in mu)` across slots, then `mu <- mu + gelu(mu C_in^T) C_out^T` across channels.
 
     Args:
         memory: mu, [batch, tokens, slots, width].
-        queries: q, [batch, tokens, width].
         parameters: (slot bias [slots], S_in [hidden, slots], S_out [slots, hidden], C_in [hidden, width],
             C_out [width, hidden]).
 
     Returns:
-        r, [batch, tokens, width].
+        mu, [batch, tokens, slots, width].
     """
-    slot_bias, slot_in, slot_out, channel_in, channel_out = (tensor.to(memory.dtype) for tensor in parameters)
+    _, slot_in, slot_out, channel_in, channel_out = (tensor.to(memory.dtype) for tensor in parameters)
     memory = memory + slot_out @ F.gelu(slot_in @ memory)
-    memory = memory + F.gelu(memory @ channel_in.T) @ channel_out.T
-    return mix_attention(memory, queries, (slot_bias,))
+    return memory + F.gelu(memory @ channel_in.T) @ channel_out.T
+
+
+def mix_mlp(memory: torch.Tensor, queries: torch.Tensor, parameters: tuple[torch.Tensor, ...]) -> torch.Tensor:
+    """Read the slots that `remix_slots` gives as `attention` does; arguments as there."""
+    return mix_attention(remix_slots(memory, parameters), queries, parameters)
 
 
 MIXER_RULES: dict[str, Callable[..., torch.Tensor]] = {
