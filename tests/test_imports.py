@@ -26,6 +26,8 @@ ORDER = (
     "merge",
     "lora",
     "training",
+    "analysis",
+    "monitor",
     "model",
     "registry",
 )

@@ -220,15 +220,20 @@ def change_add(
     return delta
 
 
-def change_gated(
-    hidden_states: torch.Tensor, delta: torch.Tensor, gate: torch.Tensor | None, cap: float
-) -> torch.Tensor:
-    """Write through one gate a token: `h' - h = sigmoid(x w_g + b_g) delta`, x = RMSNorm(h)."""
+def gate_openings(hidden_states: torch.Tensor, gate: torch.Tensor | None) -> torch.Tensor:
+    """Open one gate a token: `sigmoid(x w_g + b_g)`, x = RMSNorm(h)."""
     if gate is None:
         raise ValueError("gate=None, but the 'gated' writeback needs its row of shape [hidden_size + 1]")
     gate = gate.to(hidden_states.dtype)
     normalised = hidden_states * torch.rsqrt(hidden_states.square().mean(-1, keepdim=True) + NORM_EPSILON)
-    return torch.sigmoid(normalised @ gate[:-1] + gate[-1]).unsqueeze(-1) * delta
+    return torch.sigmoid(normalised @ gate[:-1] + gate[-1])
+
+
+def change_gated(
+    hidden_states: torch.Tensor, delta: torch.Tensor, gate: torch.Tensor | None, cap: float
+) -> torch.Tensor:
+    """Write through one gate a token: `h' - h = gate delta`."""
+    return gate_openings(hidden_states, gate).unsqueeze(-1) * delta
 
 
 def change_capped(
