@@ -40,7 +40,8 @@ class SidePathMonitor(TrainerCallback):
         model: nn.Module | None = None,
         **kwargs: Any,
     ) -> None:
-        """Begin to measure if this step will be logged."""
+        """Log what the last measured step gave, and measure again if this step will be logged."""
+        self._report()
         if model is None or (state.global_step + 1) % max(state.logging_steps, 1):
             return
         layers = (module for module in model.modules() if isinstance(module, TalanLayer))
@@ -49,13 +50,22 @@ class SidePathMonitor(TrainerCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Log what was measured in this step: means over its calls."""
+        """Stop measuring. Logging must wait: a log of ours would stand for the one that Trainer is about to write."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
-        if self._seen:
-            self._log({name: sum(values) / len(values) for name, values in self._seen.items()})
-            self._seen.clear()
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Log what the last measured step gave."""
+        self._report()
+
+    def _report(self) -> None:
+        measured = {name: sum(values) / len(values) for name, values in self._seen.items()}
+        self._seen.clear()
+        if measured:
+            self._log(measured)
 
     def _measure(self, layer: nn.Module, args: tuple[Any, ...]) -> None:
         if not isinstance(layer, TalanLayer) or not layer.training or layer.disable_adapters:

@@ -41,6 +41,7 @@ def test_each_logged_step_has_the_numbers_of_every_block(kind: str, tmp_path: Pa
     trainer, _ = train(tmp_path, True, **OPTIONS[kind])
     logged = [entry for entry in trainer.state.log_history if any(key.startswith("talan/") for key in entry)]
     assert [entry["step"] for entry in logged] == [2, 4]
+    assert [entry["step"] for entry in trainer.state.log_history if "loss" in entry] == [2, 4]
     for entry in logged:
         for block in (1, 3):
             name = f"talan/default/block_{block}"
@@ -73,5 +74,6 @@ def test_relative_norm_is_that_of_the_residual_stream(tmp_path: Path) -> None:
     with torch.no_grad():
         model(tokens)
     monitor.on_step_end(arguments, state, TrainerControl())
+    monitor.on_train_end(arguments, state, TrainerControl())
     change = (streams["after"] - streams["before"]).norm(dim=-1) / streams["before"].norm(dim=-1)
     assert logged[0]["talan/default/block_2/relative_norm"] == pytest.approx(float(change.mean()), rel=1e-9)
