@@ -7,13 +7,11 @@ from .config import TalanConfig
 from .layer import TalanLayer
 from .lora import export_lora, warm_start
 from .model import TalanModel
-from .monitor import SidePathMonitor
 from .registry import register_talan
 from .training import set_trainable, talan_param_groups
 from .version import __version__
 
 __all__ = [
-    "SidePathMonitor",
     "TalanConfig",
     "TalanLayer",
     "TalanModel",

@@ -8,7 +8,8 @@ from dataclasses import dataclass, field, fields
 from os import PathLike
 from typing import Any, Literal, get_args
 
-from peft import LoraConfig, PeftConfig
+from peft.config import PeftConfig
+from peft.tuners.lora import LoraConfig
 from peft.utils import PeftType
 from peft.utils.constants import DUMMY_TARGET_MODULES
 

@@ -8,15 +8,15 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from peft import (
-    LoraConfig,
-    PeftModel,
-    get_peft_model,
+from peft.mapping_func import get_peft_model
+from peft.peft_model import PeftModel
+from peft.tuners.lora import LoraConfig
+from peft.utils import (
+    SAFETENSORS_WEIGHTS_NAME,
     get_peft_model_state_dict,
     load_peft_weights,
     set_peft_model_state_dict,
 )
-from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import save_file
 from transformers import PreTrainedModel
 

@@ -11,8 +11,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import HfApi
-from peft import get_peft_model_state_dict
-from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from peft.utils import SAFETENSORS_WEIGHTS_NAME, get_peft_model_state_dict
 from safetensors.torch import save_file
 from torch import nn
 from transformers import PreTrainedModel

@@ -9,14 +9,13 @@ from functools import partial
 from typing import Any, Literal
 
 import torch
-from peft import PeftConfig
+from peft.config import PeftConfig
 from peft.tuners.lora import LoraModel
 from peft.tuners.lora.model import _adapter_names_pre_forward_hook
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import PeftType
 from peft.utils.integrations import init_empty_weights
 from peft.utils.other import _set_layer_requires_grad
-from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
@@ -86,6 +85,9 @@ class TalanModel(LoraModel):
     @staticmethod
     def _convert_expert_targets(model: nn.Module, config: TalanConfig) -> None:
         """Point the low-rank half at experts that transformers 5 fuses, as PEFT does for the type LORA only."""
+        # It asks for all of `peft`, which is still being imported where the entry point registers this package.
+        from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
+
         if not isinstance(model, PreTrainedModel):
             return
         own_type, config.peft_type = config.peft_type, PeftType.LORA

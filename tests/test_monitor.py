@@ -10,7 +10,7 @@ from datasets import Dataset
 from torch import nn
 from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
 
-from peft_talan import SidePathMonitor
+from peft_talan.monitor import SidePathMonitor
 
 from .small_models import make_config, make_model, make_tokens
 

@@ -28,7 +28,8 @@ from trl import (
     get_quantization_config,
 )
 
-from peft_talan import SidePathMonitor, TalanConfig, talan_param_groups
+from peft_talan import TalanConfig, talan_param_groups
+from peft_talan.monitor import SidePathMonitor
 
 
 @dataclass
