@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from peft import PeftConfig
 from peft.tuners.lora import LoraLayer, LoraModel
-from peft.tuners.lora.model import _adapter_names_pre_forward_hook
+from peft.tuners.lora.model import _adapter_names_pre_forward_hook, _get_encoder
 from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils import PeftType
+from peft.utils import AuxiliaryTrainingWrapper, PeftType
 from peft.utils.integrations import init_empty_weights
 from peft.utils.other import _set_layer_requires_grad
 from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
@@ -26,6 +26,10 @@ from .config import TalanConfig
 from .layer import TalanLayer
 
 WRITEBACK_PARAMETERS: tuple[str, ...] = ("lora_talan_write", "lora_talan_gate")
+
+
+def _is_side_path_key(key: str) -> bool:
+    return f".{TalanLayer.child_name}.lora_talan_" in key
 
 
 class TalanModel(LoraModel):
@@ -57,12 +61,19 @@ class TalanModel(LoraModel):
             adapter_name: The adapter's name.
             autocast_adapter_dtype: As in PEFT. Default True.
             low_cpu_mem_usage: Whether to create empty weights on the meta device. Default False.
-            state_dict: As in PEFT.
+            state_dict: As in PEFT: its keys name the modules of the low-rank half; the side path goes where the
+                configuration says.
 
         Raises:
             ValueError: The configuration does not fit the model.
         """
         config = self.peft_config[adapter_name]
+        if adapter_name == TalanLayer.child_name:
+            # PEFT saves an adapter by leaving out every key that has another adapter's name as one of its parts.
+            raise ValueError(
+                f"adapter_name={adapter_name!r}: side paths have this name in the model, and other adapters would be "
+                "saved without theirs; choose another name"
+            )
         if not isinstance(config, TalanConfig):
             raise ValueError(
                 f"config={type(config).__name__}: a TALAN model takes a TalanConfig for adapter {adapter_name!r}"
@@ -70,6 +81,8 @@ class TalanModel(LoraModel):
         blocks = find_targets(model, config)
         hidden_size = find_hidden_size(model, config)
         self._convert_expert_targets(model, config)
+        if state_dict is not None:
+            state_dict = {key: tensor for key, tensor in state_dict.items() if not _is_side_path_key(key)}
         super().inject_adapter(
             model,
             adapter_name,
@@ -101,8 +114,11 @@ class TalanModel(LoraModel):
         if layer is None:
             layer = TalanLayer(hidden_size, index)
             layer.train(block.training)
+            tuner_layers = (m for m in self.model.modules() if isinstance(m, self.tuner_layer_cls))
+            disabled = any(other.disable_adapters for other in tuner_layers)
             layer.attach(block)
             layer.set_adapter(self.active_adapters)
+            layer.enable_adapters(not disabled)
         layer.update_layer(adapter_name, config)
         trains = adapter_name in self.active_adapters and not config.inference_mode
         for name in layer.adapter_layer_names:
@@ -135,22 +151,53 @@ class TalanModel(LoraModel):
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
         adapter_names = kwargs.get("adapter_names")
         handles = []
+        own_kinds: tuple[type[nn.Module], ...] = (TalanLayer,)
+        if adapter_names is not None:
+            # To PEFT, an adapter without low-rank half does not exist.
+            low_rank = {n for m in self.modules() if isinstance(m, LoraLayer) for n in m._get_available_adapters()}
+            alone = {name for name in adapter_names if name in self.peft_config} - low_rank
+            if alone:
+                kwargs["adapter_names"] = ["__base__" if name in alone else name for name in adapter_names]
+                own_kinds = (TalanLayer, AuxiliaryTrainingWrapper)
         with super()._enable_peft_forward_hooks(*args, **kwargs):
             if adapter_names is not None:
-                # As PEFT does for LoRA's layers: beam search repeats every row.
+                # As PEFT does for LoRA's layers: beam search repeats every row, but for the encoder.
                 beams = kwargs.get("num_beams") or 1
-                names = [name for name in adapter_names for _ in range(beams)]
-                hook = partial(_adapter_names_pre_forward_hook, adapter_names=names)
-                handles = [
-                    module.register_forward_pre_hook(hook, with_kwargs=True)
-                    for module in self.modules()
-                    if isinstance(module, TalanLayer)
-                ]
+                repeated = [name for name in adapter_names for _ in range(beams)]
+                encoder = _get_encoder(self.model)
+                once = set() if encoder is None else set(encoder.modules())
+                for module in self.modules():
+                    if isinstance(module, own_kinds):
+                        names = adapter_names if module in once else repeated
+                        hook = partial(_adapter_names_pre_forward_hook, adapter_names=names)
+                        handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
             try:
                 yield
             finally:
                 for handle in handles:
                     handle.remove()
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Delete both halves of an adapter; a block whose last side path goes is left without a trace.
+
+        Args:
+            adapter_name: The adapter's name.
+
+        Raises:
+            ValueError: There is no such adapter, or its low-rank half is merged.
+        """
+        was_active = adapter_name in self.active_adapters
+        super().delete_adapter(adapter_name)
+        for block in list(self.model.modules()):
+            layer = getattr(block, TalanLayer.child_name, None)
+            if isinstance(layer, TalanLayer) and not layer.talan_options:
+                layer.detach(block)
+        if was_active:
+            # PEFT lets every layer choose the next adapter from those it holds; side paths may hold others.
+            self.active_adapter = self.active_adapters or sorted(self.peft_config)[:1]
+            for module in self.model.modules():
+                if isinstance(module, self.tuner_layer_cls) and module.active_adapters != self.active_adapters:
+                    module.set_adapter(self.active_adapters)
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """Generate with the base model's own method, if every active adapter's memory is causal.
@@ -238,8 +285,7 @@ class TalanModel(LoraModel):
         foreign = [
             key
             for key in remapped
-            if f".{TalanLayer.child_name}.lora_talan_" in key
-            and not known & {key, key.removeprefix(prefix), prefix + key}
+            if _is_side_path_key(key) and not known & {key, key.removeprefix(prefix), prefix + key}
         ]
         if foreign:
             # PEFT passes over what has no place; here it would be half an adapter without a word.
