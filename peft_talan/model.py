@@ -5,15 +5,15 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from functools import partial
+from dataclasses import replace
 from typing import Any
 
 import torch
 from peft import PeftConfig
 from peft.tuners.lora import LoraLayer, LoraModel
-from peft.tuners.lora.model import _adapter_names_pre_forward_hook, _get_encoder
 from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils import AuxiliaryTrainingWrapper, PeftType
+from peft.utils import PeftType
+from peft.utils.constants import DUMMY_TARGET_MODULES
 from peft.utils.integrations import init_empty_weights
 from peft.utils.other import _set_layer_requires_grad
 from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
@@ -24,6 +24,8 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from .blocks import find_hidden_size, find_targets
 from .config import TalanConfig
 from .layer import TalanLayer
+from .mixed_batch import low_rank_names, rows_named
+from .weighted import copy_side_paths, weigh_side_paths
 
 WRITEBACK_PARAMETERS: tuple[str, ...] = ("lora_talan_write", "lora_talan_gate")
 
@@ -149,33 +151,15 @@ class TalanModel(LoraModel):
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
-        adapter_names = kwargs.get("adapter_names")
-        handles = []
-        own_kinds: tuple[type[nn.Module], ...] = (TalanLayer,)
-        if adapter_names is not None:
-            # To PEFT, an adapter without low-rank half does not exist.
-            low_rank = {n for m in self.modules() if isinstance(m, LoraLayer) for n in m._get_available_adapters()}
-            alone = {name for name in adapter_names if name in self.peft_config} - low_rank
-            if alone:
-                kwargs["adapter_names"] = ["__base__" if name in alone else name for name in adapter_names]
-                own_kinds = (TalanLayer, AuxiliaryTrainingWrapper)
-        with super()._enable_peft_forward_hooks(*args, **kwargs):
-            if adapter_names is not None:
-                # As PEFT does for LoRA's layers: beam search repeats every row, but for the encoder.
-                beams = kwargs.get("num_beams") or 1
-                repeated = [name for name in adapter_names for _ in range(beams)]
-                encoder = _get_encoder(self.model)
-                once = set() if encoder is None else set(encoder.modules())
-                for module in self.modules():
-                    if isinstance(module, own_kinds):
-                        names = adapter_names if module in once else repeated
-                        hook = partial(_adapter_names_pre_forward_hook, adapter_names=names)
-                        handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
-            try:
+        adapter_names = kwargs.pop("adapter_names", None)
+        if adapter_names is None:
+            with super()._enable_peft_forward_hooks(*args, **kwargs):
                 yield
-            finally:
-                for handle in handles:
-                    handle.remove()
+            return
+        low_rank = low_rank_names(self.model, adapter_names, self.peft_config)
+        told = rows_named(self.model, adapter_names, kwargs.get("num_beams") or 1, low_rank)
+        with super()._enable_peft_forward_hooks(*args, adapter_names=low_rank, **kwargs), told:
+            yield
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Delete both halves of an adapter; a block whose last side path goes is left without a trace.
@@ -242,16 +226,50 @@ class TalanModel(LoraModel):
         unload: Callable[..., Any] = super()._unload_and_optionally_merge
         return unload(merge=merge, progressbar=progressbar, safe_merge=safe_merge, adapter_names=adapter_names)
 
-    def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> None:
-        """Refuse: a weighted sum of LoRA matrices has a meaning, one of side paths has none.
+    def add_weighted_adapter(
+        self, adapters: list[str], weights: list[float], adapter_name: str, *args: Any, **kwargs: Any
+    ) -> None:
+        """Add an adapter that is the weighted sum of others: PEFT combines the low-rank halves, perturbations add up.
+
+        Args:
+            adapters: The names of the adapters; at most one with a trained side path at each block.
+            weights: The weight of each.
+            adapter_name: The new adapter's name.
+            *args: How the low-rank halves are combined, as in PEFT.
+            **kwargs: The same.
 
         Raises:
-            NotImplementedError: Always.
+            ValueError: The name is taken, an adapter is unknown, or their sum is no adapter.
         """
-        raise NotImplementedError(
-            "add_weighted_adapter: side paths are not linear in their weights, so a weighted sum of adapters has no "
-            "meaning; activate several adapters at once with set_adapter([...]), and their perturbations add up"
-        )
+        if adapter_name in self.peft_config:
+            raise ValueError(
+                f"adapter_name={adapter_name!r}: there is such an adapter; delete it, or choose another name"
+            )
+        configs: dict[str, Any] = self.peft_config
+        side_paths = weigh_side_paths(self.model, configs, adapters, weights)
+        low_rank = {
+            name: weight
+            for name, weight in zip(adapters, weights, strict=True)
+            if configs[name].target_modules != DUMMY_TARGET_MODULES
+        }
+        first = next(iter(low_rank), adapters[0])
+        first_config = configs[first]
+        # PEFT multiplies the scaling into the matrices, but would apply rsLoRA's to the sum once more.
+        config = replace(first_config, use_rslora=False, **side_paths.fields)
+        try:
+            if low_rank:
+                configs[first] = config  # PEFT makes the new configuration from the first one's.
+                super().add_weighted_adapter(list(low_rank), list(low_rank.values()), adapter_name, *args, **kwargs)
+            else:
+                configs[adapter_name] = config
+                self.inject_adapter(self.model, adapter_name)
+        except Exception:
+            if adapter_name in configs:
+                self.delete_adapter(adapter_name)
+            raise
+        finally:
+            configs[first] = first_config
+        copy_side_paths(self.model, side_paths.sources, adapter_name)
 
     @classmethod
     def _convert_state_dict_for_initial_model(

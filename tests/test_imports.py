@@ -23,6 +23,8 @@ ORDER = (
     "initialization",
     "blocks",
     "layer",
+    "mixed_batch",
+    "weighted",
     "model",
     "registry",
 )

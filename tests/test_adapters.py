@@ -1,0 +1,288 @@
+"""Several adapters on one model: each is what it would be alone, and PEFT's LoRA is the yardstick for all else."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from torch import nn
+
+from peft_talan import TalanLayer
+
+from .small_models import make_base, make_config, make_lora_config, make_model, make_tokens, rounding
+
+KINDS: dict[str, dict[str, object]] = {
+    "default": {"talan_layers": [0, -1]},
+    "linear": {"talan_layers": [1], "talan_mixer": "linear", "talan_slots": 7, "talan_position": "input", "r": 2},
+    "mlp": {"talan_layers": [0, 1, 2], "talan_mixer": "mlp", "talan_dim": 3, "target_modules": ["v_proj"]},
+    "alone": {"talan_layers": [2], "talan_writeback": "gated", "r": 0},
+}
+
+
+def logits(model: nn.Module, **kwargs: object) -> torch.Tensor:
+    with torch.no_grad():
+        return model(make_tokens(), **kwargs).logits
+
+
+def several(kinds: dict[str, dict[str, object]] = KINDS, architecture: str = "qwen3") -> PeftModel:
+    model = make_model(architecture, make_config(**kinds["default"]))
+    for name, options in kinds.items():
+        if name != "default":
+            model.add_adapter(name, make_config(**options))
+    return model.to(torch.float64)
+
+
+def blocks_with_side_path(model: nn.Module) -> list[int]:
+    return [layer.block_index for layer in model.modules() if isinstance(layer, TalanLayer)]
+
+
+def last_state(model: nn.Module) -> torch.Tensor:
+    """What the last block hands on; the model's own final norm comes after it."""
+    seen: list[torch.Tensor] = []
+    blocks = next(m for m in model.modules() if isinstance(m, nn.ModuleList))
+    handle = blocks[-1].register_forward_hook(lambda _, __, output: seen.append(output))
+    logits(model)
+    handle.remove()
+    return seen[0]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_each_adapter_is_what_it_would_be_alone(kind: str) -> None:
+    model = several()
+    model.set_adapter(kind)
+    alone = make_model("qwen3", make_config(**KINDS[kind]))
+    set_peft_model_state_dict(alone, get_peft_model_state_dict(model, adapter_name=kind))
+    assert torch.equal(logits(model), logits(alone))
+
+
+def test_a_deleted_adapter_leaves_no_trace_and_its_name_is_free() -> None:
+    model, without = several(), several({name: KINDS[name] for name in ("default", "linear", "mlp")})
+    for name in ("linear", "mlp", "alone"):
+        model.delete_adapter(name)
+    without.delete_adapter("linear")
+    without.delete_adapter("mlp")
+    assert blocks_with_side_path(model) == [0, 3]
+    assert list(model.state_dict()) == list(without.state_dict())
+    hooks = {name: len(m._forward_hooks) + len(m._forward_pre_hooks) for name, m in model.named_modules()}
+    assert sum(hooks.values()) == 4, "two hooks at each block that has a side path"
+    model.add_adapter("linear", make_config(**KINDS["mlp"]))
+    model.set_adapter("linear")
+    assert model.get_model_status().active_adapters == ["linear"]
+    assert blocks_with_side_path(model) == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("active", ["default", ["default", "linear"], ["mlp", "default"]])
+def test_deleting_an_active_adapter_leaves_the_one_active_that_lora_would(active: str | list[str]) -> None:
+    talan = several()
+    lora = make_model("qwen3", make_lora_config())
+    for name in ("linear", "mlp", "alone"):
+        lora.add_adapter(name, make_lora_config())
+    for model in (talan, lora):
+        model.base_model.set_adapter(active)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # PEFT warns of the adapter that it chooses
+            model.delete_adapter("default")
+    assert talan.get_model_status().active_adapters == lora.get_model_status().active_adapters
+    assert talan.get_model_status().requires_grad == lora.get_model_status().requires_grad
+    expected = logits(talan)
+    talan.base_model.set_adapter(lora.active_adapters)
+    assert torch.equal(logits(talan), expected)
+
+
+def test_a_side_path_alone_takes_over_when_the_last_low_rank_half_goes() -> None:
+    model = several({"default": KINDS["default"], "alone": KINDS["alone"]})
+    model.set_adapter("alone")
+    expected = logits(model)
+    model.set_adapter("default")
+    model.delete_adapter("default")
+    assert model.active_adapters == ["alone"]
+    assert torch.equal(logits(model), expected)
+
+
+def test_adapters_of_different_blocks_are_active_at_once() -> None:
+    model = several({"default": {"talan_layers": [1], "r": 0}, "other": {"talan_layers": [2], "r": 0}})
+    both = make_model("qwen3", make_config(talan_layers=[1, 2], r=0))
+    state = {**get_peft_model_state_dict(model), **get_peft_model_state_dict(model, adapter_name="other")}
+    set_peft_model_state_dict(both, state)
+    model.base_model.set_adapter(["default", "other"])
+    assert torch.equal(logits(model), logits(both))
+
+
+def test_an_adapter_without_low_rank_half_takes_part_in_a_mixed_batch() -> None:
+    rows = ["alone", "__base__", "default"]
+    model = make_model("qwen3", make_config())
+    model.add_adapter("alone", make_config(r=0, talan_layers=[0], modules_to_save=["lm_head"]))
+    model.to(torch.float64)
+    model.add_adapter("head", make_config(modules_to_save=["lm_head"]))
+    with torch.no_grad():
+        model.get_output_embeddings().modules_to_save["alone"].weight.mul_(1.5)
+    tokens = make_tokens(batch=len(rows))
+    # PEFT's wrapper of a saved module runs mixed batches while its own adapter is active, and knows its own alone.
+    model.set_adapter("alone")
+    with torch.no_grad():
+        alone, mixed = model(tokens[:1]).logits, model(tokens[:2], adapter_names=rows[:2]).logits
+        with model.disable_adapter():
+            base = model(tokens[1:2]).logits
+    torch.testing.assert_close(mixed, torch.cat([alone, base]), **rounding())
+
+
+def test_mixed_model_is_refused_by_peft_with_the_types_that_it_takes() -> None:
+    with pytest.raises(ValueError, match="'TALAN' is not compatible with the `PeftMixedModel`.*LORA"):
+        get_peft_model(make_base("qwen3"), make_config(), mixed=True)
+    model = get_peft_model(make_base("qwen3"), make_lora_config(), mixed=True)
+    with pytest.raises(ValueError, match="'TALAN' is not compatible with the `PeftMixedModel`.*LORA"):
+        model.add_adapter("other", make_config())
+
+
+def test_another_type_or_a_name_of_the_model_is_refused() -> None:
+    model = make_model("qwen3")
+    before = list(model.state_dict())
+    with pytest.raises(ValueError, match="different peft types"):
+        model.add_adapter("other", make_lora_config())
+    with pytest.raises(ValueError, match="adapter_name='talan'.*another name"):
+        model.add_adapter("talan", make_config())
+    assert list(model.state_dict()) == before
+    assert list(model.peft_config) == ["default"]
+
+
+@pytest.mark.parametrize("writeback", ["add", "gated", "capped", "orthogonal"])
+@pytest.mark.parametrize("weight", [0.5, -3.0])
+def test_weighted_adapter_scales_the_perturbation(writeback: str, weight: float, tmp_path: Path) -> None:
+    model = make_model("qwen3", make_config(r=0, talan_layers=[-1], talan_writeback=writeback, talan_alpha=0.7))
+    with model.disable_adapter():
+        base = last_state(model)
+    perturbation = last_state(model) - base
+    model.add_weighted_adapter(["default"], [weight], "weighted")
+    model.to(torch.float64).set_adapter("weighted")
+    torch.testing.assert_close(last_state(model) - base, weight * perturbation, **rounding())
+    model.save_pretrained(tmp_path, selected_adapters=["weighted"])
+    loaded = PeftModel.from_pretrained(make_base("qwen3"), tmp_path / "weighted").to(torch.float64).eval()
+    torch.testing.assert_close(last_state(loaded), last_state(model), **rounding(torch.float32))
+
+
+@pytest.mark.parametrize("combination", ["linear", "svd", "cat"])
+def test_weighted_adapter_has_the_low_rank_half_that_lora_has(combination: str) -> None:
+    kinds = {"default": {"talan_layers": [0, 3]}, "other": {"talan_layers": [1]}}
+    talan, lora = several(kinds), make_model("qwen3", make_lora_config())
+    lora.add_adapter("other", make_lora_config())
+    lora.to(torch.float64)
+    for name in kinds:
+        state = get_peft_model_state_dict(talan, adapter_name=name)
+        state = {key: tensor for key, tensor in state.items() if ".talan." not in key}
+        set_peft_model_state_dict(lora, state, adapter_name=name)
+    for model in (talan, lora):
+        model.add_weighted_adapter(["default", "other"], [2.0, -1.0], "sum", combination)
+    halves = get_peft_model_state_dict(talan, adapter_name="sum")
+    expected = get_peft_model_state_dict(lora, adapter_name="sum")
+    assert halves.keys() > expected.keys()
+    assert all(torch.equal(halves[key], expected[key]) for key in expected)
+    assert talan.peft_config["sum"].talan_layers == [0, 1, 3]
+
+
+def test_weighted_adapter_of_disjoint_blocks_is_both_at_once() -> None:
+    kinds = {"default": {"talan_layers": [0, 3], "r": 0}, "other": {"talan_layers": [1], "r": 0}}
+    model = several(kinds)
+    model.add_weighted_adapter(["default", "other"], [1.0, 1.0], "sum")
+    model.to(torch.float64).set_adapter("sum")
+    summed = logits(model)
+    model.base_model.set_adapter(["default", "other"])
+    torch.testing.assert_close(summed, logits(model), **rounding())
+
+
+def test_weighted_adapter_takes_over_the_scaling_of_rslora() -> None:
+    model = make_model("qwen3", make_config(use_rslora=True))
+    expected = logits(model)
+    # The rank makes the scaling a power of two, so PEFT's square roots in float32 are exact.
+    model.add_weighted_adapter(["default"], [1.0], "same", "linear")
+    model.to(torch.float64).set_adapter("same")
+    torch.testing.assert_close(logits(model), expected, **rounding())
+
+
+def test_side_paths_that_write_nothing_join_a_weighted_adapter() -> None:
+    untrained = {"init_talan_weights": True, "r": 0, "talan_mixer": "linear"}
+    model = several({"default": {"r": 0}, "untrained": untrained, "other": {"r": 0}})
+    expected = logits(model)
+    model.add_weighted_adapter(["untrained", "default", "other"], [2.0, 1.0, 0.0], "sum")
+    model.to(torch.float64).set_adapter("sum")
+    torch.testing.assert_close(logits(model), expected, **rounding())
+    model.add_weighted_adapter(["untrained", "other"], [2.0, 0.0], "nothing")
+    model.set_adapter("nothing")
+    assert torch.equal(logits(model), logits(make_base("qwen3")))
+
+
+REFUSED: dict[str, tuple[dict[str, object], list[object], str]] = {
+    "both at one block": ({"talan_layers": [0, 1]}, [["default", "other"], [1.0, 1.0]], "block 1.*set_adapter"),
+    "other mixer": ({"talan_layers": [0], "talan_mixer": "linear"}, [["default", "other"], [1.0, 1.0]], "talan_mixer"),
+    "dora": ({"use_dora": True}, [["other"], [1.0]], "use_dora=True of adapter 'other'"),
+    "saved modules": ({"modules_to_save": ["lm_head"]}, [["other"], [1.0]], "modules_to_save"),
+    "unknown": ({}, [["nobody"], [1.0]], "'nobody' does not exist"),
+    "weights": ({}, [["default"], [1.0, 2.0]], r"weights=\[1.0, 2.0\]"),
+    "twice": ({}, [["default", "default"], [1.0, 2.0]], "each once"),
+    "ranks": ({"talan_layers": [0], "r": 2}, [["default", "other"], [1.0, 1.0]], "same r"),
+    "half made": ({}, [["default"], [1.0]], "density|NoneType"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_a_weighted_adapter_that_is_no_adapter_is_refused_and_leaves_the_model(case: str) -> None:
+    options, arguments, message = REFUSED[case]
+    model = make_model("qwen3", make_config(talan_layers=[1]))
+    model.add_adapter("other", make_config(**options))
+    before, configs = list(model.state_dict()), dict(model.peft_config)
+    combination = "ties" if case == "half made" else "linear"
+    with pytest.raises((ValueError, TypeError), match=message):
+        model.add_weighted_adapter(*arguments, "sum", combination)
+    assert list(model.state_dict()) == before
+    assert model.peft_config == configs
+    with pytest.raises(ValueError, match="adapter_name='other'"):
+        model.add_weighted_adapter(["default"], [1.0], "other")
+
+
+OPTIONS: dict[str, tuple[str, dict[str, object]]] = {
+    "modules to save": ("qwen3", {"modules_to_save": ["lm_head"]}),
+    "token indices": ("qwen3", {"trainable_token_indices": [3, 5, 9]}),
+    "bias none": ("gpt2", {"bias": "none"}),
+    "bias all": ("gpt2", {"bias": "all"}),
+    "bias lora only": ("gpt2", {"bias": "lora_only"}),
+    "parameters": ("mixtral", {"target_modules": ["q_proj"], "target_parameters": ["mlp.experts.gate_up_proj"]}),
+    "rank pattern": ("qwen3", {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"v_proj": 3}}),
+    "excluded": ("qwen3", {"exclude_modules": ["k_proj"]}),
+    "layers": ("qwen3", {"target_modules": ["q_proj"], "layers_to_transform": [1, 3]}),
+}
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_lora_options_train_and_come_back(option: str, tmp_path: Path) -> None:
+    architecture, options = OPTIONS[option]
+
+    def model_of(config: LoraConfig) -> PeftModel:
+        model = make_model(architecture, config, torch.float32)
+        with torch.no_grad():
+            generator = torch.Generator().manual_seed(3)
+            for name, parameter in model.named_parameters():
+                if "lora_B" in name:
+                    parameter.normal_(generator=generator)
+        return model
+
+    fresh = model_of(make_config(**options, init_lora_weights=True, init_talan_weights=True))
+    lora = model_of(make_lora_config(**options))
+    assert torch.equal(logits(fresh), logits(lora))
+
+    def trainable(model: nn.Module) -> set[str]:
+        return {name for name, p in model.named_parameters() if p.requires_grad and ".talan." not in name}
+
+    assert trainable(fresh) == trainable(lora)
+    tokens = make_tokens()
+    optimizer = torch.optim.SGD([p for p in fresh.parameters() if p.requires_grad], lr=0.5)
+    for _ in range(2):  # the write-back begins at zero, so the rest of the side path moves at the second step
+        optimizer.zero_grad()
+        fresh(tokens, labels=tokens).loss.backward()
+        optimizer.step()
+    assert all(p.grad is not None and p.grad.any() for p in fresh.parameters() if p.requires_grad)
+    fresh.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(make_base(architecture, torch.float32), tmp_path)
+    assert torch.equal(logits(loaded), logits(fresh))
+    assert not torch.allclose(logits(fresh), logits(lora))
