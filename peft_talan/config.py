@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from os import PathLike
 from typing import Any, Literal, get_args
 
-from peft import LoraConfig
+from peft import LoraConfig, PeftConfig
 from peft.utils import PeftType
 from peft.utils.constants import DUMMY_TARGET_MODULES
 
@@ -121,6 +122,26 @@ class TalanConfig(LoraConfig):
     init_talan_weights: bool = field(default=True, metadata={"help": "Whether the write-back starts at zero."})
     talan_blocks: str | None = field(default=None, metadata={"help": "Name of the ModuleList that holds the blocks."})
     talan_hidden_size: int | None = field(default=None, metadata={"help": "Width of the residual stream."})
+
+    @classmethod
+    def from_lora(cls, lora: LoraConfig | str | PathLike[str], **options: Any) -> TalanConfig:
+        """Take the low-rank half's options from a LoRA adapter; `warm_start` takes its weights, too.
+
+        Args:
+            lora: A LoRA configuration, or an adapter's folder or name on the hub.
+            **options: Fields of `TalanConfig`, such as `talan_layers`; they go before the LoRA adapter's.
+
+        Returns:
+            The configuration, to be trained.
+
+        Raises:
+            ValueError: It is no LoRA adapter.
+        """
+        found = lora if isinstance(lora, PeftConfig) else PeftConfig.from_pretrained(str(lora))
+        if not isinstance(found, LoraConfig) or found.peft_type != PeftType.LORA:
+            raise _refuse("lora", lora, f"is no LoRA adapter but of type {found.peft_type}; give one of type LORA")
+        taken = {option.name: getattr(found, option.name) for option in fields(LoraConfig) if option.init}
+        return cls(**{**taken, "inference_mode": False, **options})
 
     def __post_init__(self) -> None:
         """Check every field before any model is touched."""

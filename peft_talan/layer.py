@@ -261,21 +261,28 @@ class TalanLayer(nn.Module, BaseTunerLayer):
         Raises:
             ValueError: `safe_merge` found a NaN or an infinity.
         """
-        for name in check_adapters_to_merge(self, adapter_names):
-            if name not in self.talan_options:
-                continue
-            if safe_merge:
-                self._check_finite(name)
-            self.merged_adapters.append(name)
+        names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.talan_options]
+        if safe_merge:
+            self.check_finite(names)
+        self.merged_adapters.extend(names)
 
-    def _check_finite(self, adapter_name: str) -> None:
+    def check_finite(self, adapter_names: list[str]) -> None:
+        """Refuse side paths with a NaN or an infinity.
+
+        Args:
+            adapter_names: The adapters to check.
+
+        Raises:
+            ValueError: A tensor of theirs is not finite.
+        """
         for name in self.adapter_layer_names:
             container = getattr(self, name)
-            if adapter_name in container and not torch.isfinite(container[adapter_name]).all():
-                raise ValueError(
-                    f"NaNs detected in the merged weights. The adapter {adapter_name} seems to be broken: {name} of "
-                    f"block {self.block_index} is not finite"
-                )
+            for adapter_name in set(adapter_names) & set(container):
+                if not torch.isfinite(container[adapter_name]).all():
+                    raise ValueError(
+                        f"NaNs detected in the merged weights. The adapter {adapter_name} seems to be broken: {name} "
+                        f"of block {self.block_index} is not finite"
+                    )
 
     def unmerge(self) -> None:
         """Note that no low-rank half is folded any more."""

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from peft import PeftConfig
-from peft.tuners.lora import LoraLayer, LoraModel
+from peft.tuners.lora import LoraModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import PeftType
-from peft.utils.constants import DUMMY_TARGET_MODULES
 from peft.utils.integrations import init_empty_weights
 from peft.utils.other import _set_layer_requires_grad
 from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
@@ -22,12 +20,13 @@ from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 
 from .blocks import find_hidden_size, find_targets
+from .checkpoint import check_names
 from .config import TalanConfig
 from .layer import TalanLayer
+from .merge import attached_side_paths, detach_side_paths, keep_side_paths, side_path_config
 from .mixed_batch import low_rank_names, rows_named
-from .weighted import copy_side_paths, weigh_side_paths
-
-WRITEBACK_PARAMETERS: tuple[str, ...] = ("lora_talan_write", "lora_talan_gate")
+from .trainability import freeze_by_scope
+from .weighted import add_weighted_adapter
 
 
 def _is_side_path_key(key: str) -> bool:
@@ -44,6 +43,7 @@ class TalanModel(LoraModel):
         low_cpu_mem_usage (`bool`): Whether to create empty adapter weights on the meta device. Default False.
     """
 
+    peft_config: dict[str, TalanConfig]  # type: ignore[assignment]
     prefix: str = LoraModel.prefix
     # Both kinds of layers are switched, frozen and deleted together.
     tuner_layer_cls = BaseTunerLayer  # type: ignore[assignment]
@@ -70,12 +70,6 @@ class TalanModel(LoraModel):
             ValueError: The configuration does not fit the model.
         """
         config = self.peft_config[adapter_name]
-        if adapter_name == TalanLayer.child_name:
-            # PEFT saves an adapter by leaving out every key that has another adapter's name as one of its parts.
-            raise ValueError(
-                f"adapter_name={adapter_name!r}: side paths have this name in the model, and other adapters would be "
-                "saved without theirs; choose another name"
-            )
         if not isinstance(config, TalanConfig):
             raise ValueError(
                 f"config={type(config).__name__}: a TALAN model takes a TalanConfig for adapter {adapter_name!r}"
@@ -95,7 +89,7 @@ class TalanModel(LoraModel):
         for index, block in blocks.items():
             with init_empty_weights() if low_cpu_mem_usage else nullcontext():
                 self._attach_side_path(block, index, hidden_size, adapter_name, config)
-        self._freeze_by_scope(model, adapter_name, config)
+        freeze_by_scope(model, adapter_name, config.talan_trainable)
 
     @staticmethod
     def _convert_expert_targets(model: nn.Module, config: TalanConfig) -> None:
@@ -116,38 +110,16 @@ class TalanModel(LoraModel):
         if layer is None:
             layer = TalanLayer(hidden_size, index)
             layer.train(block.training)
-            tuner_layers = (m for m in self.model.modules() if isinstance(m, self.tuner_layer_cls))
-            disabled = any(other.disable_adapters for other in tuner_layers)
+            others = [m for m in self.model.modules() if isinstance(m, BaseTunerLayer)]
             layer.attach(block)
             layer.set_adapter(self.active_adapters)
-            layer.enable_adapters(not disabled)
+            layer.enable_adapters(not any(other.disable_adapters for other in others))
         layer.update_layer(adapter_name, config)
         trains = adapter_name in self.active_adapters and not config.inference_mode
         for name in layer.adapter_layer_names:
             container = getattr(layer, name)
             if adapter_name in container:
                 _set_layer_requires_grad(container[adapter_name], trains)
-
-    def _freeze_by_scope(self, model: nn.Module, adapter_name: str, config: TalanConfig) -> None:
-        """Declare what the trainability scope keeps frozen, in the way that PEFT re-applies at every switch."""
-        scope = config.talan_trainable
-        for module in model.modules():
-            if isinstance(module, TalanLayer):
-                frozen = {
-                    "joint": (),
-                    "side_path": (),
-                    "writeback": tuple(n for n in module.adapter_layer_names if n not in WRITEBACK_PARAMETERS),
-                    "low_rank": module.adapter_layer_names,
-                }[scope]
-            elif isinstance(module, LoraLayer):
-                frozen = module.adapter_layer_names if scope in ("side_path", "writeback") else ()
-            else:
-                continue
-            if frozen and adapter_name in module._get_available_adapters():
-                declared = module.frozen_peft_weight_names.get(adapter_name, ())
-                names = tuple(dict.fromkeys((*declared, *frozen)))
-                module.frozen_peft_weight_names = {**module.frozen_peft_weight_names, adapter_name: names}
-                module._freeze_non_trainable_peft_weights(adapter_name)
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
@@ -172,9 +144,8 @@ class TalanModel(LoraModel):
         """
         was_active = adapter_name in self.active_adapters
         super().delete_adapter(adapter_name)
-        for block in list(self.model.modules()):
-            layer = getattr(block, TalanLayer.child_name, None)
-            if isinstance(layer, TalanLayer) and not layer.talan_options:
+        for block, layer in attached_side_paths(self.model):
+            if not layer.talan_options:
                 layer.detach(block)
         if was_active:
             # PEFT lets every layer choose the next adapter from those it holds; side paths may hold others.
@@ -205,26 +176,63 @@ class TalanModel(LoraModel):
                 )
         return self.model.generate(*args, **kwargs)
 
-    def _unload_and_optionally_merge(  # type: ignore[override]
+    def merge_and_unload(
         self,
-        merge: bool = True,
         progressbar: bool = False,
         safe_merge: bool = False,
         adapter_names: list[str] | None = None,
+        side_path: Literal["keep", "drop"] = "keep",
     ) -> nn.Module:
-        if merge:
-            warnings.warn(
-                "The side path depends on its input and can't become weights: merge_and_unload folds the low-rank "
-                "half and drops the side path, so the outputs differ from the adapter's. Keep the adapter, or use "
-                "merge_adapter() to fold the low-rank half and go on with the side path live.",
-                stacklevel=3,
-            )
-        for module in list(self.model.modules()):
-            layer = getattr(module, TalanLayer.child_name, None)
-            if isinstance(layer, TalanLayer):
-                layer.detach(module)
-        unload: Callable[..., Any] = super()._unload_and_optionally_merge
-        return unload(merge=merge, progressbar=progressbar, safe_merge=safe_merge, adapter_names=adapter_names)
+        """Fold the low-rank half into the base weights and give back the model without PEFT's wrappers.
+
+        The side path depends on its input and can't become weights, so it stays on its blocks, or is dropped.
+
+        Args:
+            progressbar: Whether to show a progress bar. Default False.
+            safe_merge: Whether to check both halves for NaN. Default False.
+            adapter_names: The adapters to fold; None: the active ones. Default None.
+            side_path: `"keep"`: the outputs stay the adapter's; the model's `save_pretrained` writes the merged
+                weights and an embedded adapter into one folder. `"drop"`: a plain model, the low-rank half alone.
+                Default `"keep"`.
+
+        Returns:
+            The base model.
+
+        Raises:
+            ValueError: `side_path` is neither, or `safe_merge` found a NaN or an infinity.
+        """
+        if side_path not in ("keep", "drop"):
+            raise ValueError(f"side_path={side_path!r}: choose 'keep' or 'drop'")
+        names = self.active_adapters if adapter_names is None else adapter_names
+        layers = [layer for _, layer in attached_side_paths(self.model)]
+        if safe_merge:
+            for layer in layers:
+                layer.check_finite(names)
+        merged_earlier = [name for layer in layers for name in layer.merged_adapters]
+        kept = {name: side_path_config(self.peft_config[name]) for name in dict.fromkeys([*merged_earlier, *names])}
+        model = super().merge_and_unload(progressbar, safe_merge, adapter_names)
+        if side_path == "keep":
+            keep_side_paths(model, kept)
+            outcome = "stays on its blocks as an embedded adapter (side_path='drop' gives a plain model)"
+        else:
+            detach_side_paths(model)
+            outcome = "was dropped, so the outputs differ from the adapter's (side_path='keep' keeps them)"
+        warnings.warn(
+            f"The side path depends on its input and can't become weights: the low-rank half was merged, and the side "
+            f"path {outcome}.",
+            stacklevel=2,
+        )
+        return model
+
+    def unload(self) -> nn.Module:
+        """Give back the base model as it was before the adapter.
+
+        Returns:
+            The base model.
+        """
+        model = super().unload()
+        detach_side_paths(model)
+        return model
 
     def add_weighted_adapter(
         self, adapters: list[str], weights: list[float], adapter_name: str, *args: Any, **kwargs: Any
@@ -241,35 +249,14 @@ class TalanModel(LoraModel):
         Raises:
             ValueError: The name is taken, an adapter is unknown, or their sum is no adapter.
         """
-        if adapter_name in self.peft_config:
-            raise ValueError(
-                f"adapter_name={adapter_name!r}: there is such an adapter; delete it, or choose another name"
-            )
-        configs: dict[str, Any] = self.peft_config
-        side_paths = weigh_side_paths(self.model, configs, adapters, weights)
-        low_rank = {
-            name: weight
-            for name, weight in zip(adapters, weights, strict=True)
-            if configs[name].target_modules != DUMMY_TARGET_MODULES
-        }
-        first = next(iter(low_rank), adapters[0])
-        first_config = configs[first]
-        # PEFT multiplies the scaling into the matrices, but would apply rsLoRA's to the sum once more.
-        config = replace(first_config, use_rslora=False, **side_paths.fields)
-        try:
-            if low_rank:
-                configs[first] = config  # PEFT makes the new configuration from the first one's.
-                super().add_weighted_adapter(list(low_rank), list(low_rank.values()), adapter_name, *args, **kwargs)
-            else:
-                configs[adapter_name] = config
-                self.inject_adapter(self.model, adapter_name)
-        except Exception:
-            if adapter_name in configs:
-                self.delete_adapter(adapter_name)
-            raise
-        finally:
-            configs[first] = first_config
-        copy_side_paths(self.model, side_paths.sources, adapter_name)
+        combine = super().add_weighted_adapter
+        add_weighted_adapter(
+            self,
+            lambda low_rank, factors: combine(low_rank, factors, adapter_name, *args, **kwargs),
+            adapters,
+            weights,
+            adapter_name,
+        )
 
     @classmethod
     def _convert_state_dict_for_initial_model(
@@ -284,6 +271,18 @@ class TalanModel(LoraModel):
             f"path_initial_model_for_weight_conversion={path_initial_model_for_weight_conversion!r}: the conversion "
             "gives a plain LoRA adapter and would lose the side path; save without it"
         )
+
+    @classmethod
+    def _get_adapter_state_dict(
+        cls,
+        model: nn.Module,
+        config: PeftConfig,
+        adapter_name: str,
+        state_dict: dict[str, torch.Tensor],
+        unwanted_adapter_names: list[str],
+    ) -> dict[str, torch.Tensor]:
+        check_names(model, adapter_name, unwanted_adapter_names)
+        return super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
 
     @classmethod
     def _remap_adapter_state_dict_for_load(

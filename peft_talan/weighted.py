@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
+from peft.tuners.lora import LoraModel
+from peft.utils.constants import DUMMY_TARGET_MODULES
 from torch import nn
 
 from .config import TalanConfig
@@ -131,3 +134,51 @@ def copy_side_paths(model: nn.Module, sources: Mapping[int, SidePathSource], ada
                 if source in container:
                     scale = factor if name == "lora_talan_write" else 1.0
                     container[adapter_name].data = container[source] * scale
+
+
+def add_weighted_adapter(
+    tuner: LoraModel,
+    combine_low_rank: Callable[[list[str], list[float]], None],
+    adapters: Sequence[str],
+    weights: Sequence[float],
+    adapter_name: str,
+) -> None:
+    """Add an adapter that is the weighted sum of others; see `weigh_side_paths` for what has one.
+
+    Args:
+        tuner: The TALAN model.
+        combine_low_rank: PEFT's way to add the weighted sum of low-rank adapters, given names and weights.
+        adapters: The names of the adapters.
+        weights: The weight of each.
+        adapter_name: The new adapter's name.
+
+    Raises:
+        ValueError: The name is taken, an adapter is unknown, or their sum is no adapter.
+    """
+    configs: dict[str, Any] = tuner.peft_config
+    if adapter_name in configs:
+        raise ValueError(f"adapter_name={adapter_name!r}: there is such an adapter; delete it, or choose another name")
+    side_paths = weigh_side_paths(tuner.model, configs, adapters, weights)
+    low_rank = {
+        name: weight
+        for name, weight in zip(adapters, weights, strict=True)
+        if configs[name].target_modules != DUMMY_TARGET_MODULES
+    }
+    first = next(iter(low_rank), adapters[0])
+    first_config = configs[first]
+    # PEFT multiplies the scaling into the matrices, but would apply rsLoRA's to the sum once more.
+    config = replace(first_config, use_rslora=False, **side_paths.fields)
+    try:
+        if low_rank:
+            configs[first] = config  # PEFT makes the new configuration from the first one's.
+            combine_low_rank(list(low_rank), list(low_rank.values()))
+        else:
+            configs[adapter_name] = config
+            tuner.inject_adapter(tuner.model, adapter_name)
+    except Exception:
+        if adapter_name in configs:
+            tuner.delete_adapter(adapter_name)
+        raise
+    finally:
+        configs[first] = first_config
+    copy_side_paths(tuner.model, side_paths.sources, adapter_name)

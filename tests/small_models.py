@@ -65,16 +65,15 @@ CONFIGS: dict[str, PreTrainedConfig] = {
     "gpt_neox": GPTNeoXConfig(**_NEOX_LIKE),
 }
 ARCHITECTURES = tuple(CONFIGS)
+# Grouped matrix products of experts exist in half and single precision only.
+EXPERTS = {"experts_implementation": "eager"}
 
 
 def make_base(architecture: str, dtype: torch.dtype = torch.float64, attention: str = "sdpa") -> PreTrainedModel:
     """Build a model; the same architecture gives the same weights every time."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        # Grouped matrix products of experts exist in half and single precision only.
-        model = AutoModelForCausalLM.from_config(
-            CONFIGS[architecture], attn_implementation=attention, experts_implementation="eager"
-        )
+        model = AutoModelForCausalLM.from_config(CONFIGS[architecture], attn_implementation=attention, **EXPERTS)
     return model.to(dtype).eval()
 
 

@@ -316,17 +316,6 @@ def test_copies_are_independent() -> None:
     assert structure(twin.unload()) == structure(make_base("qwen3"))
 
 
-def test_merged_low_rank_half_keeps_the_outputs_and_comes_back() -> None:
-    model = make_model("qwen3", dtype=torch.float64)
-    expected = logits(model)
-    model.merge_adapter(safe_merge=True)
-    torch.testing.assert_close(logits(model), expected, **rounding())
-    with pytest.raises(ValueError, match="merged"):
-        model.delete_adapter("default")
-    model.unmerge_adapter()
-    torch.testing.assert_close(logits(model), expected, **rounding())
-
-
 def test_status_reports_see_both_halves() -> None:
     model = make_model("qwen3")
     layers = [layer for layer in model.get_layer_status() if layer.module_type == "TalanLayer"]
@@ -354,9 +343,3 @@ def test_registration_is_idempotent() -> None:
     peft_talan.register_talan()
     peft_talan.register_talan()
     assert ARCHITECTURES
-
-
-def test_what_has_no_meaning_is_refused_by_name() -> None:
-    model = make_model("qwen3")
-    with pytest.raises(NotImplementedError, match="add_weighted_adapter"):
-        model.add_weighted_adapter(["default"], [1.0], "sum")

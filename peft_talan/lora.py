@@ -1,0 +1,114 @@
+"""Exchange with plain LoRA: an adapter's low-rank half as a LoRA adapter, and a LoRA adapter as a low-rank half."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import fields
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+from peft import (
+    LoraConfig,
+    PeftModel,
+    get_peft_model,
+    get_peft_model_state_dict,
+    load_peft_weights,
+    set_peft_model_state_dict,
+)
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from peft.utils.constants import DUMMY_TARGET_MODULES
+from safetensors.torch import save_file
+from transformers import PreTrainedModel
+
+from .config import TalanConfig
+from .layer import TalanLayer
+
+EXPORT_NOTE = """\
+---
+library_name: peft
+tags:
+- lora
+---
+
+# The low-rank half of a TALAN adapter
+
+This LoRA adapter is **not equivalent** to the TALAN adapter that it was taken from: the side path, which was trained
+together with it, is missing. It loads with PEFT alone, and converters for LoRA take it.
+"""
+
+
+def export_lora(
+    model: PeftModel | PreTrainedModel, save_directory: str | PathLike[str], adapter_name: str = "default"
+) -> None:
+    """Write the low-rank half of an adapter as a plain LoRA adapter, which PEFT loads without this package.
+
+    Args:
+        model: A model with a TALAN adapter.
+        save_directory: The folder to write.
+        adapter_name: The adapter's name. Default `"default"`.
+
+    Raises:
+        ValueError: There is no such TALAN adapter, or it has no low-rank half.
+    """
+    config = getattr(model, "peft_config", {}).get(adapter_name)
+    if not isinstance(config, TalanConfig):
+        raise ValueError(f"adapter_name={adapter_name!r}: the model has no TALAN adapter of this name")
+    if config.target_modules == DUMMY_TARGET_MODULES:
+        raise ValueError(f"adapter_name={adapter_name!r}: the adapter has no low-rank half (r=0 or no target modules)")
+    folder = Path(save_directory)
+    folder.mkdir(parents=True, exist_ok=True)
+    marker = f".{TalanLayer.child_name}.lora_talan_"
+    prefix = "" if isinstance(model, PeftModel) else "base_model.model."
+    tensors = {
+        f"{prefix}{name}": tensor.contiguous()
+        for name, tensor in get_peft_model_state_dict(model, adapter_name=adapter_name).items()
+        if marker not in name
+    }
+    save_file(tensors, folder / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
+    options = {option.name: getattr(config, option.name) for option in fields(LoraConfig) if option.init}
+    lora_config = LoraConfig(**{**options, "inference_mode": True})
+    if lora_config.base_model_name_or_path is None:
+        lora_config.base_model_name_or_path = getattr(model, "name_or_path", None)
+    lora_config.save_pretrained(str(folder))
+    (folder / "README.md").write_text(EXPORT_NOTE, encoding="utf-8")
+    warnings.warn(
+        f"The LoRA adapter in {folder} is not equivalent to the TALAN adapter {adapter_name!r}: its side path is left "
+        "out.",
+        stacklevel=2,
+    )
+
+
+def warm_start(
+    model: PreTrainedModel, lora: str | PathLike[str], adapter_name: str = "default", **options: Any
+) -> PeftModel:
+    """Make a TALAN model whose low-rank half is a trained LoRA adapter and whose side path is fresh.
+
+    At the start its outputs equal the LoRA adapter's.
+
+    Args:
+        model: The base model.
+        lora: The LoRA adapter's folder or its name on the hub.
+        adapter_name: The name of the new adapter. Default `"default"`.
+        **options: Fields of `TalanConfig`, such as `talan_layers`.
+
+    Returns:
+        The model with the adapter.
+
+    Raises:
+        ValueError: The tensors of the LoRA adapter do not fit the model; it is left as it was.
+    """
+    config = TalanConfig.from_lora(lora, **options)
+    tensors = load_peft_weights(str(lora), device="cpu")
+    adapted = get_peft_model(model, config, adapter_name)
+    marker = f".{TalanLayer.child_name}.lora_talan_"
+    expected = {key for key in get_peft_model_state_dict(adapted, adapter_name=adapter_name) if marker not in key}
+    if expected != set(tensors):
+        adapted.unload()
+        raise ValueError(
+            f"lora={str(lora)!r}: tensors are missing or have no place in {type(model).__name__}, such as "
+            f"{min(expected ^ set(tensors))}; load the adapter with PEFT and save it again, and leave the options of "
+            "the low-rank half as they are"
+        )
+    set_peft_model_state_dict(adapted, tensors, adapter_name)
+    return adapted
