@@ -13,7 +13,7 @@ from torch import nn
 
 from peft_talan import TalanLayer
 
-from .small_models import make_base, make_config, make_lora_config, make_model, make_tokens, rounding
+from .small_models import make_base, make_config, make_lora_config, make_model, make_several, make_tokens, rounding
 
 KINDS: dict[str, dict[str, object]] = {
     "default": {"talan_layers": [0, -1]},
@@ -28,31 +28,13 @@ def logits(model: nn.Module, **kwargs: object) -> torch.Tensor:
         return model(make_tokens(), **kwargs).logits
 
 
-def several(kinds: dict[str, dict[str, object]] = KINDS, architecture: str = "qwen3") -> PeftModel:
-    model = make_model(architecture, make_config(**kinds["default"]))
-    for name, options in kinds.items():
-        if name != "default":
-            model.add_adapter(name, make_config(**options))
-    return model.to(torch.float64)
-
-
 def blocks_with_side_path(model: nn.Module) -> list[int]:
     return [layer.block_index for layer in model.modules() if isinstance(layer, TalanLayer)]
 
 
-def last_state(model: nn.Module) -> torch.Tensor:
-    """What the last block hands on; the model's own final norm comes after it."""
-    seen: list[torch.Tensor] = []
-    blocks = next(m for m in model.modules() if isinstance(m, nn.ModuleList))
-    handle = blocks[-1].register_forward_hook(lambda _, __, output: seen.append(output))
-    logits(model)
-    handle.remove()
-    return seen[0]
-
-
 @pytest.mark.parametrize("kind", KINDS)
 def test_each_adapter_is_what_it_would_be_alone(kind: str) -> None:
-    model = several()
+    model = make_several(KINDS)
     model.set_adapter(kind)
     alone = make_model("qwen3", make_config(**KINDS[kind]))
     set_peft_model_state_dict(alone, get_peft_model_state_dict(model, adapter_name=kind))
@@ -60,7 +42,7 @@ def test_each_adapter_is_what_it_would_be_alone(kind: str) -> None:
 
 
 def test_a_deleted_adapter_leaves_no_trace_and_its_name_is_free() -> None:
-    model, without = several(), several({name: KINDS[name] for name in ("default", "linear", "mixing")})
+    model, without = make_several(KINDS), make_several({name: KINDS[name] for name in ("default", "linear", "mixing")})
     for name in ("linear", "mixing", "alone"):
         model.delete_adapter(name)
     without.delete_adapter("linear")
@@ -77,7 +59,7 @@ def test_a_deleted_adapter_leaves_no_trace_and_its_name_is_free() -> None:
 
 @pytest.mark.parametrize("active", ["default", ["default", "linear"], ["mixing", "default"]])
 def test_deleting_an_active_adapter_leaves_the_one_active_that_lora_would(active: str | list[str]) -> None:
-    talan = several({name: options for name, options in KINDS.items() if name != "alone"})
+    talan = make_several({name: options for name, options in KINDS.items() if name != "alone"})
     lora = make_model("qwen3", make_lora_config())
     for name in ("linear", "mixing"):
         lora.add_adapter(name, make_lora_config())
@@ -94,7 +76,7 @@ def test_deleting_an_active_adapter_leaves_the_one_active_that_lora_would(active
 
 
 def test_a_side_path_alone_takes_over_when_the_last_low_rank_half_goes() -> None:
-    model = several({"default": KINDS["default"], "alone": KINDS["alone"]})
+    model = make_several({"default": KINDS["default"], "alone": KINDS["alone"]})
     model.set_adapter("alone")
     expected = logits(model)
     model.set_adapter("default")
@@ -104,7 +86,7 @@ def test_a_side_path_alone_takes_over_when_the_last_low_rank_half_goes() -> None
 
 
 def test_adapters_of_different_blocks_are_active_at_once() -> None:
-    model = several({"default": {"talan_layers": [1], "r": 0}, "other": {"talan_layers": [2], "r": 0}})
+    model = make_several({"default": {"talan_layers": [1], "r": 0}, "other": {"talan_layers": [2], "r": 0}})
     both = make_model("qwen3", make_config(talan_layers=[1, 2], r=0))
     state = {**get_peft_model_state_dict(model), **get_peft_model_state_dict(model, adapter_name="other")}
     set_peft_model_state_dict(both, state)
@@ -115,7 +97,9 @@ def test_adapters_of_different_blocks_are_active_at_once() -> None:
 @pytest.mark.parametrize("saved", [None, ["lm_head"]])
 def test_an_adapter_without_low_rank_half_takes_part_in_a_mixed_batch(saved: list[str] | None) -> None:
     rows = ["alone", "__base__", "default"]
-    model = several({"default": {"modules_to_save": saved}, "alone": {**KINDS["alone"], "modules_to_save": saved}})
+    model = make_several(
+        {"default": {"modules_to_save": saved}, "alone": {**KINDS["alone"], "modules_to_save": saved}}
+    )
     if saved:
         with torch.no_grad():
             model.get_output_embeddings().modules_to_save["alone"].weight.mul_(1.5)
@@ -149,7 +133,7 @@ def test_another_type_is_refused() -> None:
 
 @pytest.mark.parametrize("names", [("a", "aa", "default_2", "lora"), ("0a", "a0", "layer", "read")])
 def test_names_that_are_parts_of_one_another_are_kept_apart(names: tuple[str, ...], tmp_path: Path) -> None:
-    model = several({"default": {}, **{name: {"talan_layers": [index]} for index, name in enumerate(names)}})
+    model = make_several({"default": {}, **{name: {"talan_layers": [index]} for index, name in enumerate(names)}})
     model.save_pretrained(tmp_path)
     for name in names:
         model.set_adapter(name)
@@ -159,105 +143,12 @@ def test_names_that_are_parts_of_one_another_are_kept_apart(names: tuple[str, ..
 
 @pytest.mark.parametrize("name", ["talan", "mlp", "1"])
 def test_an_adapter_that_is_named_like_a_module_does_not_cost_another_its_tensors(name: str) -> None:
-    model = several({"default": {}, name: {}})
+    model = make_several({"default": {}, name: {}})
     with pytest.raises(ValueError, match=f"adapter 'default' would be saved without.*{name!r}.*delete"):
         get_peft_model_state_dict(model)
     alone = get_peft_model_state_dict(model, adapter_name=name)
     model.delete_adapter(name)
     assert get_peft_model_state_dict(model).keys() == alone.keys()
-
-
-@pytest.mark.parametrize("writeback", ["add", "gated", "capped", "orthogonal"])
-@pytest.mark.parametrize("weight", [0.5, -3.0])
-def test_weighted_adapter_scales_the_perturbation(writeback: str, weight: float, tmp_path: Path) -> None:
-    model = make_model("qwen3", make_config(r=0, talan_layers=[-1], talan_writeback=writeback, talan_alpha=0.7))
-    with model.disable_adapter():
-        base = last_state(model)
-    perturbation = last_state(model) - base
-    model.add_weighted_adapter(["default"], [weight], "weighted")
-    model.to(torch.float64).set_adapter("weighted")
-    torch.testing.assert_close(last_state(model) - base, weight * perturbation, **rounding())
-    model.save_pretrained(tmp_path, selected_adapters=["weighted"])
-    loaded = PeftModel.from_pretrained(make_base("qwen3"), tmp_path / "weighted").to(torch.float64).eval()
-    torch.testing.assert_close(last_state(loaded), last_state(model), **rounding(torch.float32))
-
-
-@pytest.mark.parametrize("combination", ["linear", "svd", "cat"])
-def test_weighted_adapter_has_the_low_rank_half_that_lora_has(combination: str) -> None:
-    kinds = {"default": {"talan_layers": [0, 3]}, "other": {"talan_layers": [1]}}
-    talan, lora = several(kinds), make_model("qwen3", make_lora_config())
-    lora.add_adapter("other", make_lora_config())
-    lora.to(torch.float64)
-    for name in kinds:
-        state = get_peft_model_state_dict(talan, adapter_name=name)
-        state = {key: tensor for key, tensor in state.items() if ".talan." not in key}
-        set_peft_model_state_dict(lora, state, adapter_name=name)
-    for model in (talan, lora):
-        model.add_weighted_adapter(["default", "other"], [2.0, -1.0], "sum", combination)
-    halves = get_peft_model_state_dict(talan, adapter_name="sum")
-    expected = get_peft_model_state_dict(lora, adapter_name="sum")
-    assert halves.keys() > expected.keys()
-    assert all(torch.equal(halves[key], expected[key]) for key in expected)
-    assert talan.peft_config["sum"].talan_layers == [0, 1, 3]
-
-
-def test_weighted_adapter_of_disjoint_blocks_is_both_at_once() -> None:
-    kinds = {"default": {"talan_layers": [0, 3], "r": 0}, "other": {"talan_layers": [1], "r": 0}}
-    model = several(kinds)
-    model.add_weighted_adapter(["default", "other"], [1.0, 1.0], "sum")
-    model.to(torch.float64).set_adapter("sum")
-    summed = logits(model)
-    model.base_model.set_adapter(["default", "other"])
-    torch.testing.assert_close(summed, logits(model), **rounding())
-
-
-def test_weighted_adapter_takes_over_the_scaling_of_rslora() -> None:
-    model = make_model("qwen3", make_config(use_rslora=True))
-    expected = logits(model)
-    # The rank makes the scaling a power of two, so PEFT's square roots in float32 are exact.
-    model.add_weighted_adapter(["default"], [1.0], "same", "linear")
-    model.to(torch.float64).set_adapter("same")
-    torch.testing.assert_close(logits(model), expected, **rounding())
-
-
-def test_side_paths_that_write_nothing_join_a_weighted_adapter() -> None:
-    untrained = {"init_talan_weights": True, "r": 0, "talan_mixer": "linear"}
-    model = several({"default": {"r": 0}, "untrained": untrained, "other": {"r": 0}})
-    expected = logits(model)
-    model.add_weighted_adapter(["untrained", "default", "other"], [2.0, 1.0, 0.0], "sum")
-    model.to(torch.float64).set_adapter("sum")
-    torch.testing.assert_close(logits(model), expected, **rounding())
-    model.add_weighted_adapter(["untrained", "other"], [2.0, 0.0], "nothing")
-    model.set_adapter("nothing")
-    assert torch.equal(logits(model), logits(make_base("qwen3")))
-
-
-REFUSED: dict[str, tuple[dict[str, object], list[object], str]] = {
-    "both at one block": ({"talan_layers": [0, 1]}, [["default", "other"], [1.0, 1.0]], "block 1.*set_adapter"),
-    "other mixer": ({"talan_layers": [0], "talan_mixer": "linear"}, [["default", "other"], [1.0, 1.0]], "talan_mixer"),
-    "dora": ({"use_dora": True}, [["other"], [1.0]], "use_dora=True of adapter 'other'"),
-    "saved modules": ({"modules_to_save": ["lm_head"]}, [["other"], [1.0]], "modules_to_save"),
-    "unknown": ({}, [["nobody"], [1.0]], "'nobody' does not exist"),
-    "weights": ({}, [["default"], [1.0, 2.0]], r"weights=\[1.0, 2.0\]"),
-    "twice": ({}, [["default", "default"], [1.0, 2.0]], "each once"),
-    "ranks": ({"talan_layers": [0], "r": 2}, [["default", "other"], [1.0, 1.0]], "same r"),
-    "half made": ({"talan_layers": [0]}, [["default", "other"], [1.0, 1.0]], "NoneType"),
-}
-
-
-@pytest.mark.parametrize("case", REFUSED)
-def test_a_weighted_adapter_that_is_no_adapter_is_refused_and_leaves_the_model(case: str) -> None:
-    options, arguments, message = REFUSED[case]
-    model = make_model("qwen3", make_config(talan_layers=[1]))
-    model.add_adapter("other", make_config(**options))
-    before, configs = list(model.state_dict()), dict(model.peft_config)
-    combination = "ties" if case == "half made" else "linear"
-    with pytest.raises((ValueError, TypeError), match=message):
-        model.add_weighted_adapter(*arguments, "sum", combination)
-    assert list(model.state_dict()) == before
-    assert model.peft_config == configs
-    with pytest.raises(ValueError, match="adapter_name='other'"):
-        model.add_weighted_adapter(["default"], [1.0], "other")
 
 
 OPTIONS: dict[str, tuple[str, dict[str, object]]] = {
