@@ -86,7 +86,7 @@ def test_side_paths_that_write_nothing_join_a_weighted_adapter() -> None:
     model.add_weighted_adapter(["untrained", "default", "other"], [2.0, 1.0, 0.0], "sum")
     model.to(torch.float64).set_adapter("sum")
     torch.testing.assert_close(logits(model), expected, **rounding())
-    model.add_weighted_adapter(["untrained", "other"], [2.0, 0.0], "nothing")
+    model.add_weighted_adapter(["other", "untrained"], [0.0, 2.0], "nothing")
     model.set_adapter("nothing")
     assert torch.equal(logits(model), logits(make_base("qwen3")))
 
