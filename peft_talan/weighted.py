@@ -56,6 +56,22 @@ def _axes(config: TalanConfig, weight: float) -> dict[str, Any]:
     return {**axes, "talan_cap": abs(weight) * config.talan_cap} if config.talan_writeback == "capped" else axes
 
 
+def _check_summands(configs: Mapping[str, TalanConfig], adapters: Sequence[str], weights: Sequence[float]) -> None:
+    if not adapters or len(set(adapters)) != len(adapters):
+        raise ValueError(f"adapters={adapters!r}: name at least one adapter, and each once")
+    if len(adapters) != len(weights):
+        raise ValueError(f"weights={weights!r}: give one for each of adapters={adapters!r}")
+    for name in adapters:
+        if name not in configs:
+            raise ValueError(f"adapters={adapters!r}: adapter {name!r} does not exist; there are {sorted(configs)}")
+        for option in NOT_SUMMED:
+            if getattr(configs[name], option):
+                raise ValueError(
+                    f"{option}={getattr(configs[name], option)!r} of adapter {name!r}: a weighted sum would leave out "
+                    "what was trained for it; use the adapter by itself"
+                )
+
+
 def weigh_side_paths(
     model: nn.Module, configs: Mapping[str, TalanConfig], adapters: Sequence[str], weights: Sequence[float]
 ) -> WeightedSidePaths:
@@ -76,19 +92,7 @@ def weigh_side_paths(
     Raises:
         ValueError: An adapter is unknown, the sum is no adapter, or would leave out what an adapter has trained.
     """
-    if not adapters or len(set(adapters)) != len(adapters):
-        raise ValueError(f"adapters={adapters!r}: name at least one adapter, and each once")
-    if len(adapters) != len(weights):
-        raise ValueError(f"weights={weights!r}: give one for each of adapters={adapters!r}")
-    for name in adapters:
-        if name not in configs:
-            raise ValueError(f"adapters={adapters!r}: adapter {name!r} does not exist; there are {sorted(configs)}")
-        for option in NOT_SUMMED:
-            if getattr(configs[name], option):
-                raise ValueError(
-                    f"{option}={getattr(configs[name], option)!r} of adapter {name!r}: a weighted sum would leave out "
-                    "what was trained for it; use the adapter by itself"
-                )
+    _check_summands(configs, adapters, weights)
     axes: dict[str, tuple[str, Any]] = {}
     sources: dict[int, SidePathSource] = {}
     for layer in (module for module in model.modules() if isinstance(module, TalanLayer)):

@@ -96,6 +96,7 @@ REFUSED: dict[str, tuple[dict[str, object], list[object], str]] = {
     "other mixer": ({"talan_layers": [0], "talan_mixer": "linear"}, [["default", "other"], [1.0, 1.0]], "talan_mixer"),
     "dora": ({"use_dora": True}, [["other"], [1.0]], "use_dora=True of adapter 'other'"),
     "saved modules": ({"modules_to_save": ["lm_head"]}, [["other"], [1.0]], "modules_to_save"),
+    "bias": ({"bias": "all"}, [["other"], [1.0]], "only 1 adapter with bias"),
     "unknown": ({}, [["nobody"], [1.0]], "'nobody' does not exist"),
     "weights": ({}, [["default"], [1.0, 2.0]], r"weights=\[1.0, 2.0\]"),
     "twice": ({}, [["default", "default"], [1.0, 2.0]], "each once"),
