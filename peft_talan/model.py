@@ -129,9 +129,13 @@ class TalanModel(LoraModel):
                 yield
             return
         low_rank = low_rank_names(self.model, adapter_names, self.peft_config)
-        told = rows_named(self.model, adapter_names, kwargs.get("num_beams") or 1, low_rank)
-        with super()._enable_peft_forward_hooks(*args, adapter_names=low_rank, **kwargs), told:
-            yield
+        told = super()._enable_peft_forward_hooks(*args, adapter_names=low_rank, **kwargs)
+        told.__enter__()
+        try:
+            with rows_named(self.model, adapter_names, kwargs.get("num_beams") or 1, low_rank):
+                yield
+        finally:
+            told.__exit__(None, None, None)  # PEFT would leave its hooks behind if it saw an error.
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Delete both halves of an adapter; a block whose last side path goes is left without a trace.

@@ -114,6 +114,16 @@ def test_an_adapter_without_low_rank_half_takes_part_in_a_mixed_batch(saved: lis
             torch.testing.assert_close(mixed[index : index + 1], alone, **rounding())
 
 
+def test_a_mixed_batch_that_fails_leaves_the_model_as_it_was() -> None:
+    model = make_several(KINDS)
+    expected = logits(model)
+    with pytest.raises(ValueError, match="adapter_names"):
+        model(make_tokens(), adapter_names=["default"])
+    with pytest.raises(IndexError):
+        model(make_tokens() + 64, adapter_names=["default", "linear"])
+    assert torch.equal(logits(model), expected)
+
+
 def test_mixed_model_is_refused_by_peft_with_the_types_that_it_takes() -> None:
     with pytest.raises(ValueError, match=r"'TALAN' is not compatible with the `PeftMixedModel`.*LORA"):
         get_peft_model(make_base("qwen3"), make_config(), mixed=True)
@@ -158,6 +168,7 @@ OPTIONS: dict[str, tuple[str, dict[str, object]]] = {
     "bias all": ("gpt2", {"bias": "all"}),
     "bias lora only": ("gpt2", {"bias": "lora_only"}),
     "parameters": ("mixtral", {"target_modules": ["q_proj"], "target_parameters": ["mlp.experts.gate_up_proj"]}),
+    "embeddings": ("qwen3", {"target_modules": ["embed_tokens", "q_proj"]}),
     "rank pattern": ("qwen3", {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"v_proj": 3}}),
     "excluded": ("qwen3", {"exclude_modules": ["k_proj"]}),
     "layers": ("qwen3", {"target_modules": ["q_proj"], "layers_to_transform": [1, 3]}),
