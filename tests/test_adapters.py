@@ -94,6 +94,14 @@ def test_adapters_of_different_blocks_are_active_at_once() -> None:
     assert torch.equal(logits(model), logits(both))
 
 
+def test_adapters_that_are_active_at_once_generate_with_the_cache_what_they_do_without() -> None:
+    model = make_several(KINDS)
+    model.base_model.set_adapter(list(KINDS))
+    options = {"max_new_tokens": 8, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
+    cached, uncached = (model.generate(make_tokens(), use_cache=use_cache, **options) for use_cache in (True, False))
+    torch.testing.assert_close(torch.stack(cached.logits), torch.stack(uncached.logits), **rounding())
+
+
 @pytest.mark.parametrize("saved", [None, ["lm_head"]])
 def test_an_adapter_without_low_rank_half_takes_part_in_a_mixed_batch(saved: list[str] | None) -> None:
     rows = ["alone", "__base__", "default"]
