@@ -73,6 +73,11 @@ class TalanLayer(nn.Module, BaseTunerLayer):
         """A side path has no bias that PEFT's bias options could train."""
         return None
 
+    @property
+    def weight(self) -> torch.Tensor:
+        """A side path has no base layer whose weight this could be."""
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute 'weight'")
+
     def update_layer(self, adapter_name: str, config: TalanConfig) -> None:
         """Add an adapter's side path.
 
@@ -180,6 +185,8 @@ class TalanLayer(nn.Module, BaseTunerLayer):
         Raises:
             ValueError: The cache holds tokens that a side path has not seen.
         """
+        if self._disable_adapters and self.merged:
+            self.unmerge()  # As LoRA's layers do: they give the base weights back when they run disabled.
         batch, tokens = hidden_states.shape[:2]
         running = self._running(adapter_names, batch)
         written = hidden_states

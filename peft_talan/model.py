@@ -5,13 +5,11 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from functools import partial
 from typing import Any, Literal
 
 import torch
 from peft.config import PeftConfig
 from peft.tuners.lora import LoraModel
-from peft.tuners.lora.model import _adapter_names_pre_forward_hook
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import PeftType
 from peft.utils.integrations import init_empty_weights
@@ -21,10 +19,17 @@ from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 
 from .blocks import find_hidden_size, find_targets
+from .checkpoint import check_names
 from .config import TalanConfig
 from .layer import TalanLayer
 from .merge import attached_side_paths, detach_side_paths, keep_side_paths, side_path_config
+from .mixed_batch import low_rank_names, rows_named
 from .training import declare_scope
+from .weighted import add_weighted_adapter
+
+
+def _is_side_path_key(key: str) -> bool:
+    return f".{TalanLayer.child_name}.lora_talan_" in key
 
 
 class TalanModel(LoraModel):
@@ -57,7 +62,8 @@ class TalanModel(LoraModel):
             adapter_name: The adapter's name.
             autocast_adapter_dtype: As in PEFT. Default True.
             low_cpu_mem_usage: Whether to create empty weights on the meta device. Default False.
-            state_dict: As in PEFT.
+            state_dict: As in PEFT: its keys name the modules of the low-rank half; the side path goes where the
+                configuration says.
 
         Raises:
             ValueError: The configuration does not fit the model.
@@ -70,6 +76,8 @@ class TalanModel(LoraModel):
         blocks = find_targets(model, config)
         hidden_size = find_hidden_size(model, config)
         self._convert_expert_targets(model, config)
+        if state_dict is not None:
+            state_dict = {key: tensor for key, tensor in state_dict.items() if not _is_side_path_key(key)}
         super().inject_adapter(
             model,
             adapter_name,
@@ -104,8 +112,10 @@ class TalanModel(LoraModel):
         if layer is None:
             layer = TalanLayer(hidden_size, index)
             layer.train(block.training)
+            others = [m for m in self.model.modules() if isinstance(m, BaseTunerLayer)]
             layer.attach(block)
             layer.set_adapter(self.active_adapters)
+            layer.enable_adapters(not any(other.disable_adapters for other in others))
         layer.update_layer(adapter_name, config)
         trains = adapter_name in self.active_adapters and not config.inference_mode
         for name in layer.adapter_layer_names:
@@ -115,24 +125,40 @@ class TalanModel(LoraModel):
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
-        adapter_names = kwargs.get("adapter_names")
-        handles = []
-        with super()._enable_peft_forward_hooks(*args, **kwargs):
-            if adapter_names is not None:
-                # As PEFT does for LoRA's layers: beam search repeats every row.
-                beams = kwargs.get("num_beams") or 1
-                names = [name for name in adapter_names for _ in range(beams)]
-                hook = partial(_adapter_names_pre_forward_hook, adapter_names=names)
-                handles = [
-                    module.register_forward_pre_hook(hook, with_kwargs=True)
-                    for module in self.modules()
-                    if isinstance(module, TalanLayer)
-                ]
-            try:
+        adapter_names = kwargs.pop("adapter_names", None)
+        if adapter_names is None:
+            with super()._enable_peft_forward_hooks(*args, **kwargs):
                 yield
-            finally:
-                for handle in handles:
-                    handle.remove()
+            return
+        low_rank = low_rank_names(self.model, adapter_names, self.peft_config)
+        told = super()._enable_peft_forward_hooks(*args, adapter_names=low_rank, **kwargs)
+        told.__enter__()
+        try:
+            with rows_named(self.model, adapter_names, kwargs.get("num_beams") or 1, low_rank):
+                yield
+        finally:
+            told.__exit__(None, None, None)  # PEFT would leave its hooks behind if it saw an error.
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Delete both halves of an adapter; a block whose last side path goes is left without a trace.
+
+        Args:
+            adapter_name: The adapter's name.
+
+        Raises:
+            ValueError: There is no such adapter, or its low-rank half is merged.
+        """
+        was_active = adapter_name in self.active_adapters
+        super().delete_adapter(adapter_name)
+        for block, layer in attached_side_paths(self.model):
+            if not layer.talan_options:
+                layer.detach(block)
+        if was_active:
+            # PEFT lets every layer choose the next adapter from those it holds; side paths may hold others.
+            self.active_adapter = self.active_adapters or sorted(self.peft_config)[:1]
+            for module in self.model.modules():
+                if isinstance(module, self.tuner_layer_cls) and module.active_adapters != self.active_adapters:
+                    module.set_adapter(self.active_adapters)
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """Generate with the base model's own method, if every active adapter's memory is causal.
@@ -214,15 +240,28 @@ class TalanModel(LoraModel):
         detach_side_paths(model)
         return model
 
-    def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> None:
-        """Refuse: a weighted sum of LoRA matrices has a meaning, one of side paths has none.
+    def add_weighted_adapter(
+        self, adapters: list[str], weights: list[float], adapter_name: str, *args: Any, **kwargs: Any
+    ) -> None:
+        """Add an adapter that is the weighted sum of others: PEFT combines the low-rank halves, perturbations add up.
+
+        Args:
+            adapters: The names of the adapters; at most one with a trained side path at each block.
+            weights: The weight of each.
+            adapter_name: The new adapter's name.
+            *args: How the low-rank halves are combined, as in PEFT.
+            **kwargs: The same.
 
         Raises:
-            NotImplementedError: Always.
+            ValueError: The name is taken, an adapter is unknown, or their sum is no adapter.
         """
-        raise NotImplementedError(
-            "add_weighted_adapter: side paths are not linear in their weights, so a weighted sum of adapters has no "
-            "meaning; activate several adapters at once with set_adapter([...]), and their perturbations add up"
+        combine = super().add_weighted_adapter
+        add_weighted_adapter(
+            self,
+            lambda low_rank, factors: combine(low_rank, factors, adapter_name, *args, **kwargs),
+            adapters,
+            weights,
+            adapter_name,
         )
 
     @classmethod
@@ -238,6 +277,18 @@ class TalanModel(LoraModel):
             f"path_initial_model_for_weight_conversion={path_initial_model_for_weight_conversion!r}: the conversion "
             "gives a plain LoRA adapter and would lose the side path; save without it"
         )
+
+    @classmethod
+    def _get_adapter_state_dict(
+        cls,
+        model: nn.Module,
+        config: PeftConfig,
+        adapter_name: str,
+        state_dict: dict[str, torch.Tensor],
+        unwanted_adapter_names: list[str],
+    ) -> dict[str, torch.Tensor]:
+        check_names(model, adapter_name, unwanted_adapter_names)
+        return super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
@@ -257,8 +308,7 @@ class TalanModel(LoraModel):
         foreign = [
             key
             for key in remapped
-            if f".{TalanLayer.child_name}.lora_talan_" in key
-            and not known & {key, key.removeprefix(prefix), prefix + key}
+            if _is_side_path_key(key) and not known & {key, key.removeprefix(prefix), prefix + key}
         ]
         if foreign:
             # PEFT passes over what has no place; here it would be half an adapter without a word.

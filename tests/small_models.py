@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from torch import nn
 from transformers import (
     AutoModelForCausalLM,
     Gemma3TextConfig,
@@ -109,10 +110,32 @@ def make_model(
     return model.to(dtype).eval()
 
 
+def make_several(kinds: dict[str, dict[str, object]], architecture: str = "qwen3") -> PeftModel:
+    """Build a model with several adapters from their options by name; the first one is active."""
+    (first, options), *others = kinds.items()
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        model = get_peft_model(make_base(architecture), make_config(**options), adapter_name=first)
+        for name, options in others:
+            model.add_adapter(name, make_config(**options))
+    return model.to(torch.float64).eval()
+
+
 def make_tokens(batch: int = 2, tokens: int = 21, seed: int = 2) -> torch.Tensor:
     """Random tokens without the padding token."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(2, VOCABULARY, (batch, tokens), generator=generator)
+
+
+def last_state(model: nn.Module) -> torch.Tensor:
+    """What the last block hands on; the model's own final norm comes after it."""
+    seen: list[torch.Tensor] = []
+    blocks = next(module for module in model.modules() if isinstance(module, nn.ModuleList))
+    handle = blocks[-1].register_forward_hook(lambda _, __, output: seen.append(output))
+    with torch.no_grad():
+        model(make_tokens())
+    handle.remove()
+    return seen[0]
 
 
 def rounding(dtype: torch.dtype = torch.float64) -> dict[str, float]:

@@ -15,6 +15,7 @@ ORDER = (
     "functional.chunked",
     "functional.recomputed",
     "functional.fused",
+    "checkpoint",
     "segments",
     "memory",
     "state",
@@ -28,6 +29,8 @@ ORDER = (
     "training",
     "analysis",
     "monitor",
+    "mixed_batch",
+    "weighted",
     "model",
     "registry",
 )

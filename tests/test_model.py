@@ -14,7 +14,16 @@ from transformers import DynamicCache
 import peft_talan
 from peft_talan import TalanConfig, TalanLayer
 
-from .small_models import ARCHITECTURES, make_base, make_config, make_lora_config, make_model, make_tokens, rounding
+from .small_models import (
+    ARCHITECTURES,
+    last_state,
+    make_base,
+    make_config,
+    make_lora_config,
+    make_model,
+    make_tokens,
+    rounding,
+)
 
 MATCHED_HALVES = {"lora": {}, "dora": {"use_dora": True}, "rslora": {"use_rslora": True}}
 
@@ -206,22 +215,14 @@ def test_two_active_adapters_add_their_perturbations() -> None:
     model.add_adapter("other", make_config(r=0, talan_layers=[-1], talan_mixer="linear"))
     model.to(torch.float64)
 
-    def last_state() -> torch.Tensor:
-        """What the last block hands on; the model's own final norm comes after it."""
-        block, seen = _all_blocks(model)[-1], []
-        handle = block.register_forward_hook(lambda _, __, output: seen.append(output))
-        logits(model)
-        handle.remove()
-        return seen[0]
-
     with model.disable_adapter():
-        base = last_state()
+        base = last_state(model)
     changes = []
     for name in ("default", "other"):
         model.set_adapter(name)
-        changes.append(last_state() - base)
+        changes.append(last_state(model) - base)
     model.base_model.set_adapter(["default", "other"])
-    torch.testing.assert_close(last_state() - base, changes[0] + changes[1], **rounding())
+    torch.testing.assert_close(last_state(model) - base, changes[0] + changes[1], **rounding())
 
 
 def mixed_model(**options: object) -> PeftModel:
@@ -315,9 +316,3 @@ def test_registration_is_idempotent() -> None:
     peft_talan.register_talan()
     peft_talan.register_talan()
     assert ARCHITECTURES
-
-
-def test_what_has_no_meaning_is_refused_by_name() -> None:
-    model = make_model("qwen3")
-    with pytest.raises(NotImplementedError, match="add_weighted_adapter"):
-        model.add_weighted_adapter(["default"], [1.0], "sum")
