@@ -6,7 +6,7 @@ import warnings
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge, onload_layer
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 from transformers.cache_utils import Cache
@@ -47,7 +47,7 @@ class TalanLayer(nn.Module, BaseTunerLayer):
     lora_talan_read: nn.ParameterDict
     lora_talan_write: nn.ParameterDict
     lora_talan_gate: nn.ParameterDict
-    other_param_names: tuple[str, ...] = ("talan_options", "talan_alpha", "talan_position")
+    other_param_names: tuple[str, ...] = ("talan_options", "talan_alpha", "talan_position", "has_low_rank_half")
 
     def __init__(self, hidden_size: int, block_index: int) -> None:
         super().__init__()
@@ -58,6 +58,8 @@ class TalanLayer(nn.Module, BaseTunerLayer):
         self.talan_options: dict[str, SidePathOptions] = {}
         self.talan_alpha: dict[str, float] = {}
         self.talan_position: dict[str, str] = {}
+        # All of the model's adapters, also those without a side path at this block.
+        self.has_low_rank_half: dict[str, bool] = {}
         self.frozen_peft_weight_names: dict[str, tuple[str, ...]] = {}
         self.merged_adapters: list[str] = []
         self._active_adapter: str | list[str] = []
@@ -93,6 +95,10 @@ class TalanLayer(nn.Module, BaseTunerLayer):
         self.talan_position[adapter_name] = config.talan_position
         self._move_adapter_to_device_of_base_layer(adapter_name)
 
+    def _all_available_adapter_names(self) -> list[str]:
+        """Where the active adapter is deleted, PEFT goes on with the first of these: the same as in LoRA's layers."""
+        return sorted(self.has_low_rank_half, key=lambda name: (not self.has_low_rank_half[name], name))
+
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         device = self._placement.device if device is None else device
         for name in self.adapter_layer_names:
@@ -108,7 +114,24 @@ class TalanLayer(nn.Module, BaseTunerLayer):
 
         Returns:
             The tensors.
+
+        Raises:
+            ValueError: Their values are on a disk where PEFT does not put them.
         """
+        parameters = self._held_parameters(adapter_name)
+        if not parameters.read.is_meta:
+            return parameters
+        # accelerate has offloaded them, and brings values back for modules that are called only.
+        try:
+            with onload_layer(self):
+                return self._held_parameters(adapter_name)
+        except KeyError as error:
+            raise ValueError(
+                f"device_map: block {self.block_index} is on the disk, where PEFT does not write the side path of "
+                f"adapter {adapter_name!r}; map this block to a device or to 'cpu'"
+            ) from error
+
+    def _held_parameters(self, adapter_name: str) -> SidePathParameters:
         names = MIXER_PARAMETERS[self.talan_options[adapter_name].mixer]
         gates = self.lora_talan_gate
         return SidePathParameters(
@@ -126,7 +149,9 @@ class TalanLayer(nn.Module, BaseTunerLayer):
         """
         parameter = next(block.parameters(), None)
         if parameter is not None and not parameter.is_meta:
-            dtype = parameter.dtype if parameter.is_floating_point() else torch.float32
+            # As LoRA's layers: quantized ones take the type that they compute in, if they say it.
+            computes_in: Any = next((m.compute_dtype for m in block.modules() if hasattr(m, "compute_dtype")), None)
+            dtype = parameter.dtype if parameter.is_floating_point() else computes_in or torch.float32
             self._placement = torch.empty(0, device=parameter.device, dtype=dtype)
         self._mask_place = mask_argument_place(block)
         block.add_module(self.child_name, self)

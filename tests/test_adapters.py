@@ -75,13 +75,52 @@ def test_deleting_an_active_adapter_leaves_the_one_active_that_lora_would(active
     assert torch.equal(logits(talan), expected)
 
 
-def test_a_side_path_alone_takes_over_when_the_last_low_rank_half_goes() -> None:
-    model = make_several({"default": KINDS["default"], "alone": KINDS["alone"]})
+@pytest.mark.parametrize("saved", [None, ["lm_head"]])
+def test_a_side_path_alone_takes_over_when_the_last_low_rank_half_goes(saved: list[str] | None) -> None:
+    kinds = {name: {**KINDS[name], "modules_to_save": saved} for name in ("default", "alone")}
+    model = make_several(kinds)
+    if saved:
+        with torch.no_grad():
+            model.get_output_embeddings().modules_to_save["alone"].weight.mul_(1.5)
     model.set_adapter("alone")
     expected = logits(model)
     model.set_adapter("default")
     model.delete_adapter("default")
     assert model.active_adapters == ["alone"]
+    assert torch.equal(logits(model), expected)
+
+
+def test_only_an_adapter_that_exists_is_deleted() -> None:
+    model = make_several(KINDS)
+    expected, names = logits(model), list(model.state_dict())
+    with pytest.raises(ValueError, match="nobody does not exist"):
+        model.delete_adapter("nobody")
+    assert torch.equal(logits(model), expected)
+    assert list(model.state_dict()) == names
+
+
+@pytest.mark.parametrize("name", ["", "a.b", "__base__", "keys", "forward"])
+def test_a_name_that_no_adapter_can_have_is_refused_before_the_model_is_touched(name: str) -> None:
+    base = make_base("qwen3")
+    before = [type(module) for module in base.modules()]
+    with pytest.raises(ValueError, match=f"adapter_name={name!r}"):
+        get_peft_model(base, make_config(), adapter_name=name)
+    assert [type(module) for module in base.modules()] == before
+    model = make_model("qwen3")
+    names = list(model.state_dict())
+    with pytest.raises(ValueError, match=f"adapter_name={name!r}"):
+        model.add_adapter(name, make_config(r=0))
+    assert list(model.state_dict()) == names
+    assert list(model.peft_config) == ["default"]
+
+
+def test_a_second_bias_is_refused_before_the_model_is_touched() -> None:
+    model = make_model("gpt2", make_config(bias="all"))
+    expected, names = logits(model), list(model.state_dict())
+    with pytest.raises(ValueError, match="supports only 1 adapter with bias"):
+        model.add_adapter("other", make_config(bias="all"))
+    assert list(model.state_dict()) == names
+    assert list(model.peft_config) == ["default"]
     assert torch.equal(logits(model), expected)
 
 
@@ -132,6 +171,25 @@ def test_a_mixed_batch_that_fails_leaves_the_model_as_it_was() -> None:
     assert torch.equal(logits(model), expected)
 
 
+def test_a_mixed_batch_is_refused_where_lora_refuses_it() -> None:
+    rows = ["alone", "__base__"]
+    talan, lora = make_several(KINDS), make_model("qwen3", make_lora_config())
+    for model, names in ((talan, rows), (talan, ["default", "linear"]), (lora, ["default", "__base__"])):
+        model.train()
+        with pytest.raises(ValueError, match="training mode"):
+            model(make_tokens(), adapter_names=names)
+        model.eval()
+    for model in (talan, lora):
+        model.merge_adapter()
+        with pytest.raises(ValueError, match="merged adapters"):
+            model(make_tokens(), adapter_names=["default", "__base__"])
+        model.unmerge_adapter()
+        with model.disable_adapter(), torch.no_grad():
+            assert torch.equal(
+                model(make_tokens(), adapter_names=["default", "__base__"]).logits, model(make_tokens()).logits
+            )
+
+
 def test_mixed_model_is_refused_by_peft_with_the_types_that_it_takes() -> None:
     with pytest.raises(ValueError, match=r"'TALAN' is not compatible with the `PeftMixedModel`.*LORA"):
         get_peft_model(make_base("qwen3"), make_config(), mixed=True)
@@ -176,6 +234,10 @@ OPTIONS: dict[str, tuple[str, dict[str, object]]] = {
     "bias all": ("gpt2", {"bias": "all"}),
     "bias lora only": ("gpt2", {"bias": "lora_only"}),
     "parameters": ("mixtral", {"target_modules": ["q_proj"], "target_parameters": ["mlp.experts.gate_up_proj"]}),
+    "two parameters": (
+        "qwen3_moe",
+        {"target_modules": [], "target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]},
+    ),
     "embeddings": ("qwen3", {"target_modules": ["embed_tokens", "q_proj"]}),
     "rank pattern": ("qwen3", {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"v_proj": 3}}),
     "excluded": ("qwen3", {"exclude_modules": ["k_proj"]}),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pickle
 import warnings
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -20,9 +21,12 @@ from peft import (
 )
 from peft import functional as peft_functional
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.hotswap import hotswap_adapter
 from torch import distributed, nn
 from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
 from transformers import AutoModelForCausalLM
+from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer
 
 from peft_talan import TalanLayer
 
@@ -156,6 +160,61 @@ def test_set_requires_grad_keeps_to_the_trainability_scope() -> None:
     assert not trainable()
 
 
+def test_training_changes_the_adapter_that_is_active_and_nothing_else() -> None:
+    model = two_adapters()
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    model.train()
+    model.set_adapter("other")
+    model(make_tokens(), labels=make_tokens()).loss.backward()
+    torch.optim.SGD(model.parameters(), lr=0.5).step()
+    changed = {name for name, parameter in model.named_parameters() if not torch.equal(parameter, before[name])}
+    adapters = {name for name in before if name.endswith((".other", ".other.weight"))}
+    assert changed == adapters
+
+
+STARTS = [True, "gaussian", "olora", "pissa", "pissa_niter_4", "orthogonal"]
+
+
+@pytest.mark.parametrize("start", STARTS)
+def test_every_start_of_the_low_rank_half_is_that_of_lora(start: bool | str) -> None:
+    talan = make_config(init_lora_weights=start, init_talan_weights=True)
+    lora = make_lora_config(init_lora_weights=start)
+    models = [make_model("qwen3", config, torch.float32) for config in (talan, lora)]
+    assert torch.equal(*map(logits, models))
+    halves = [get_peft_model_state_dict(model) for model in models]
+    assert all(torch.equal(halves[0][key], tensor) for key, tensor in halves[1].items())
+
+
+def test_disabling_warns_of_trained_biases_as_lora_does() -> None:
+    model = make_model("gpt2", make_config(bias="lora_only"))
+    with pytest.warns(UserWarning, match="bias configured to be 'lora_only'"), model.disable_adapter():
+        logits(model)
+
+
+def test_generate_takes_tokens_by_position() -> None:
+    model, tokens = make_model("qwen3"), make_tokens()
+    options = {"max_new_tokens": 4, "do_sample": False}
+    assert torch.equal(model.generate(tokens, **options), model.generate(input_ids=tokens, **options))
+
+
+def test_the_representation_names_blocks_and_axes() -> None:
+    text = repr(make_model("qwen3", make_config(talan_mixer="linear")))
+    assert "(talan): TalanLayer(" in text
+    assert "block_index=3" in text and "mixer='linear'" in text
+
+
+def test_hotswap_is_refused_before_anything_is_touched(tmp_path: Path) -> None:
+    model = make_model("qwen3", dtype=torch.float32)
+    expected = logits(model)
+    make_model("qwen3", make_config(talan_alpha=0.5), torch.float32).save_pretrained(tmp_path / "talan")
+    make_model("qwen3", make_lora_config(), torch.float32).save_pretrained(tmp_path / "lora")
+    with pytest.raises(ValueError, match="Hotswapping only supports LORA but TALAN was passed"):
+        hotswap_adapter(model, tmp_path / "talan", "default")
+    with pytest.raises(ValueError, match="Incompatible PEFT types found: TALAN and LORA"):
+        hotswap_adapter(model, tmp_path / "lora", "default")
+    assert torch.equal(logits(model), expected)
+
+
 def test_every_tuner_layer_gives_its_widths() -> None:
     layers = tuner_layers(make_model("qwen3"))
     assert all(layer.in_features > 0 and layer.out_features > 0 for layer in layers)
@@ -210,6 +269,26 @@ def test_state_dict_of_a_model_that_fsdp_wraps(one_process: None) -> None:
     gathered = get_peft_model_state_dict(wrapped)
     assert gathered.keys() == state.keys()
     assert all(torch.equal(gathered[key], state[key]) for key in state)
+
+
+@pytest.mark.filterwarnings("ignore:.*NO_SHARD.*:UserWarning")
+@pytest.mark.parametrize("given", [False, True])
+def test_state_dict_of_a_model_whose_blocks_fsdp_wraps(given: bool, one_process: None, tmp_path: Path) -> None:
+    model = make_model("qwen3", make_config(use_dora=True, bias="lora_only"), torch.float32)
+    model.add_adapter("other", make_config(r=0, talan_layers=[0]))
+    expected, state = logits(model), get_peft_model_state_dict(model)
+    state = {key: tensor.clone() for key, tensor in state.items()}
+    blocks = partial(transformer_auto_wrap_policy, transformer_layer_cls={Qwen3DecoderLayer})
+    wrapped = FullyShardedDataParallel(
+        model, use_orig_params=True, device_id=torch.device("cpu"), auto_wrap_policy=blocks
+    )
+    assert torch.equal(logits(wrapped), expected)
+    gathered = get_peft_model_state_dict(model, wrapped.state_dict()) if given else get_peft_model_state_dict(wrapped)
+    assert gathered.keys() == state.keys()
+    assert all(torch.equal(gathered[key], state[key]) for key in state)
+    model.save_pretrained(tmp_path, state_dict=wrapped.state_dict(), selected_adapters=["default"])
+    loaded = PeftModel.from_pretrained(make_base("qwen3", torch.float32), tmp_path)
+    assert torch.equal(logits(loaded), expected)
 
 
 @pytest.mark.parametrize("how", ["config", "device map", "torch device", "other name", "reloaded"])
