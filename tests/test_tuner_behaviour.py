@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import pickle
 import warnings
-from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -22,11 +20,8 @@ from peft import (
 from peft import functional as peft_functional
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.hotswap import hotswap_adapter
-from torch import distributed, nn
-from torch.distributed.fsdp import FullyShardedDataParallel
-from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
+from torch import nn
 from transformers import AutoModelForCausalLM
-from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer
 
 from peft_talan import TalanLayer
 
@@ -250,45 +245,6 @@ def test_injected_into_a_plain_model(low_cpu_mem_usage: bool, from_keys: bool) -
     assert get_model_status(model).requires_grad == {"default": False, "other": False}
     peft_functional.delete_adapter(model, "other", prefix="lora_")
     assert not [layer for layer in get_layer_status(model) if "other" in layer.available_adapters]
-
-
-@pytest.fixture
-def one_process(tmp_path: Path) -> Iterator[None]:
-    distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
-    yield
-    distributed.destroy_process_group()
-
-
-@pytest.mark.filterwarnings("ignore:.*NO_SHARD.*:UserWarning")
-def test_state_dict_of_a_model_that_fsdp_wraps(one_process: None) -> None:
-    model = make_model("qwen3", make_config(modules_to_save=["lm_head"]), torch.float32)
-    expected, state = logits(model), get_peft_model_state_dict(model)
-    state = {key: tensor.clone() for key, tensor in state.items()}
-    wrapped = FullyShardedDataParallel(model, use_orig_params=True, device_id=torch.device("cpu"))
-    assert torch.equal(logits(wrapped), expected)
-    gathered = get_peft_model_state_dict(wrapped)
-    assert gathered.keys() == state.keys()
-    assert all(torch.equal(gathered[key], state[key]) for key in state)
-
-
-@pytest.mark.filterwarnings("ignore:.*NO_SHARD.*:UserWarning")
-@pytest.mark.parametrize("given", [False, True])
-def test_state_dict_of_a_model_whose_blocks_fsdp_wraps(given: bool, one_process: None, tmp_path: Path) -> None:
-    model = make_model("qwen3", make_config(use_dora=True, bias="lora_only"), torch.float32)
-    model.add_adapter("other", make_config(r=0, talan_layers=[0]))
-    expected, state = logits(model), get_peft_model_state_dict(model)
-    state = {key: tensor.clone() for key, tensor in state.items()}
-    blocks = partial(transformer_auto_wrap_policy, transformer_layer_cls={Qwen3DecoderLayer})
-    wrapped = FullyShardedDataParallel(
-        model, use_orig_params=True, device_id=torch.device("cpu"), auto_wrap_policy=blocks
-    )
-    assert torch.equal(logits(wrapped), expected)
-    gathered = get_peft_model_state_dict(model, wrapped.state_dict()) if given else get_peft_model_state_dict(wrapped)
-    assert gathered.keys() == state.keys()
-    assert all(torch.equal(gathered[key], state[key]) for key in state)
-    model.save_pretrained(tmp_path, state_dict=wrapped.state_dict(), selected_adapters=["default"])
-    loaded = PeftModel.from_pretrained(make_base("qwen3", torch.float32), tmp_path)
-    assert torch.equal(logits(loaded), expected)
 
 
 @pytest.mark.parametrize("how", ["config", "device map", "torch device", "other name", "reloaded"])
