@@ -15,10 +15,11 @@ from .block_call import BlockCall, describe_call, mask_argument_place, replace_r
 from .blocks import CHILD_NAME
 from .config import TalanConfig
 from .functional import fused
-from .functional.parameters import MIXER_PARAMETERS, SidePathOptions, SidePathParameters
+from .functional.one_row import one_row
+from .functional.parameters import MIXER_PARAMETERS, SidePathOptions, SidePathParameters, working_dtype
 from .initialization import initial_parameters
 from .segments import TokenLayout
-from .state import carry_memory, mark_memories_left_behind, memory_to_go_on_with
+from .state import mark_memories_left_behind, memory_to_go_on_with
 
 
 class TalanLayer(nn.Module, BaseTunerLayer):
@@ -29,7 +30,8 @@ class TalanLayer(nn.Module, BaseTunerLayer):
 
     Args:
         hidden_size: H, the width of the residual stream.
-        block_index: The block's index; the cache carries the memory in its layer of the same index.
+        block_index: The block's index, by which the cache carries the memory.
+        depth: The number of the model's blocks.
     """
 
     child_name: str = CHILD_NAME
@@ -49,10 +51,11 @@ class TalanLayer(nn.Module, BaseTunerLayer):
     lora_talan_gate: nn.ParameterDict
     other_param_names: tuple[str, ...] = ("talan_options", "talan_alpha", "talan_position")
 
-    def __init__(self, hidden_size: int, block_index: int) -> None:
+    def __init__(self, hidden_size: int, block_index: int, depth: int) -> None:
         super().__init__()
         self.in_features = self.out_features = hidden_size
         self.block_index = block_index
+        self.depth = depth
         for name in self.adapter_layer_names:
             self.add_module(name, nn.ParameterDict())
         self.talan_options: dict[str, SidePathOptions] = {}
@@ -230,25 +233,34 @@ class TalanLayer(nn.Module, BaseTunerLayer):
         rows: torch.Tensor | None,
     ) -> torch.Tensor:
         options = self.talan_options[adapter_name]
+        parameters, alpha = self.parameters_of(adapter_name), self.talan_alpha[adapter_name]
+        batch, tokens = hidden_states.shape[:2]
         memory = None
         if cache is not None:
             memory = memory_to_go_on_with(
-                cache, self.block_index, adapter_name, past, hidden_states.shape[0], options.scope, rows
+                cache, self.block_index, self.depth, adapter_name, past, batch, options.scope, rows
             )
+            if batch == tokens == 1 and not torch.compiler.is_compiling():
+                row = memory.row_in_place(working_dtype(hidden_states.dtype))
+                if row is not None:
+                    written, weights, values = one_row(
+                        hidden_states, parameters, options, row, alpha=alpha, valid=layout.valid
+                    )
+                    memory.took_in(weights, values)
+                    return written
         output = fused.side_path(
             hidden_states,
-            self.parameters_of(adapter_name),
+            parameters,
             options,
-            alpha=self.talan_alpha[adapter_name],
+            alpha=alpha,
             valid=layout.valid,
             segment_ids=layout.segment_ids,
             state=None if memory is None else memory.state,
             training=self.training,
             return_state=memory is not None,
         )
-        if cache is not None and memory is not None:
+        if memory is not None:
             memory.append(output, layout.segment_ids)
-            carry_memory(cache, self.block_index, adapter_name, memory)
         return output.hidden_states
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:

@@ -18,7 +18,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 
-from .blocks import find_hidden_size, find_targets
+from .blocks import find_blocks, find_hidden_size, find_targets
 from .checkpoint import check_names
 from .config import TalanConfig
 from .layer import TalanLayer
@@ -74,6 +74,7 @@ class TalanModel(LoraModel):
                 f"config={type(config).__name__}: a TALAN model takes a TalanConfig for adapter {adapter_name!r}"
             )
         blocks = find_targets(model, config)
+        depth = len(find_blocks(model, config)[1])
         hidden_size = find_hidden_size(model, config)
         self._convert_expert_targets(model, config)
         if state_dict is not None:
@@ -87,7 +88,7 @@ class TalanModel(LoraModel):
         )
         for index, block in blocks.items():
             with init_empty_weights() if low_cpu_mem_usage else nullcontext():
-                self._attach_side_path(block, index, hidden_size, adapter_name, config)
+                self._attach_side_path(block, index, depth, hidden_size, adapter_name, config)
         declare_scope(model, adapter_name, config.talan_trainable)
 
     @staticmethod
@@ -106,11 +107,11 @@ class TalanModel(LoraModel):
             config.peft_type = own_type
 
     def _attach_side_path(
-        self, block: nn.Module, index: int, hidden_size: int, adapter_name: str, config: TalanConfig
+        self, block: nn.Module, index: int, depth: int, hidden_size: int, adapter_name: str, config: TalanConfig
     ) -> None:
         layer = getattr(block, TalanLayer.child_name, None)
         if layer is None:
-            layer = TalanLayer(hidden_size, index)
+            layer = TalanLayer(hidden_size, index, depth)
             layer.train(block.training)
             others = [m for m in self.model.modules() if isinstance(m, BaseTunerLayer)]
             layer.attach(block)
