@@ -22,6 +22,20 @@ from .segments import TokenLayout
 from .state import mark_memories_left_behind, memory_to_go_on_with
 
 
+class AdapterTensor(nn.Module):
+    """One tensor of one adapter, held by a module so that its name contains `.ADAPTER.`, as those of LoRA's layers do.
+
+    Others find an adapter's tensors by that: TRL copies a trained adapter into its frozen reference adapter so.
+
+    Args:
+        tensor: The initial values.
+    """
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(tensor)
+
+
 class TalanLayer(nn.Module, BaseTunerLayer):
     """Holds one block's side paths and runs them around the block's call.
 
@@ -46,9 +60,6 @@ class TalanLayer(nn.Module, BaseTunerLayer):
         "lora_talan_write",
         "lora_talan_gate",
     )
-    lora_talan_read: nn.ParameterDict
-    lora_talan_write: nn.ParameterDict
-    lora_talan_gate: nn.ParameterDict
     other_param_names: tuple[str, ...] = ("talan_options", "talan_alpha", "talan_position")
 
     def __init__(self, hidden_size: int, block_index: int, depth: int) -> None:
@@ -57,7 +68,7 @@ class TalanLayer(nn.Module, BaseTunerLayer):
         self.block_index = block_index
         self.depth = depth
         for name in self.adapter_layer_names:
-            self.add_module(name, nn.ParameterDict())
+            self.add_module(name, nn.ModuleDict())
         self.talan_options: dict[str, SidePathOptions] = {}
         self.talan_alpha: dict[str, float] = {}
         self.talan_position: dict[str, str] = {}
@@ -90,7 +101,7 @@ class TalanLayer(nn.Module, BaseTunerLayer):
         """
         for name, tensor in initial_parameters(config, self.in_features).items():
             container = getattr(self, f"lora_talan_{name}")
-            container[adapter_name] = nn.Parameter(tensor.to(self._placement.dtype))
+            container[adapter_name] = AdapterTensor(tensor.to(self._placement.dtype))
         self.talan_options[adapter_name] = config.side_path_options
         self.talan_alpha[adapter_name] = float(config.talan_alpha)
         self.talan_position[adapter_name] = config.talan_position
@@ -100,8 +111,8 @@ class TalanLayer(nn.Module, BaseTunerLayer):
         device = self._placement.device if device is None else device
         for name in self.adapter_layer_names:
             container = getattr(self, name)
-            if adapter_name in container and not container[adapter_name].is_meta:
-                container[adapter_name].data = container[adapter_name].data.to(device)
+            if adapter_name in container and not container[adapter_name].weight.is_meta:
+                container[adapter_name].to(device)
 
     def parameters_of(self, adapter_name: str) -> SidePathParameters:
         """The tensors of an adapter's side path, as its operators take them.
@@ -112,14 +123,17 @@ class TalanLayer(nn.Module, BaseTunerLayer):
         Returns:
             The tensors.
         """
-        names = MIXER_PARAMETERS[self.talan_options[adapter_name].mixer]
-        gates = self.lora_talan_gate
+        options = self.talan_options[adapter_name]
+        names = MIXER_PARAMETERS[options.mixer]
         return SidePathParameters(
-            read=self.lora_talan_read[adapter_name],
-            mixer=tuple(getattr(self, f"lora_talan_{name}")[adapter_name] for name in names),
-            write=self.lora_talan_write[adapter_name],
-            gate=gates.get(adapter_name),
+            read=self._tensor("read", adapter_name),
+            mixer=tuple(self._tensor(name, adapter_name) for name in names),
+            write=self._tensor("write", adapter_name),
+            gate=self._tensor("gate", adapter_name) if options.writeback == "gated" else None,
         )
+
+    def _tensor(self, name: str, adapter_name: str) -> torch.Tensor:
+        return getattr(self, f"lora_talan_{name}")[adapter_name].weight
 
     def attach(self, block: nn.Module) -> None:
         """Become the block's child and act around its calls.
@@ -290,7 +304,7 @@ class TalanLayer(nn.Module, BaseTunerLayer):
         for name in self.adapter_layer_names:
             container = getattr(self, name)
             for adapter_name in set(adapter_names) & set(container):
-                if not torch.isfinite(container[adapter_name]).all():
+                if not torch.isfinite(container[adapter_name].weight).all():
                     raise ValueError(
                         f"NaNs detected in the merged weights. The adapter {adapter_name} seems to be broken: {name} "
                         f"of block {self.block_index} is not finite"
