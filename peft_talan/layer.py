@@ -15,10 +15,25 @@ from .block_call import BlockCall, describe_call, mask_argument_place, replace_r
 from .blocks import CHILD_NAME
 from .config import TalanConfig
 from .functional import fused
-from .functional.parameters import MIXER_PARAMETERS, SidePathOptions, SidePathParameters
+from .functional.one_row import one_row
+from .functional.parameters import MIXER_PARAMETERS, SidePathOptions, SidePathParameters, working_dtype
 from .initialization import initial_parameters
 from .segments import TokenLayout
-from .state import carry_memory, mark_memories_left_behind, memory_to_go_on_with
+from .state import mark_memories_left_behind, memory_to_go_on_with
+
+
+class AdapterTensor(nn.Module):
+    """One tensor of one adapter, held by a module so that its name contains `.ADAPTER.`, as those of LoRA's layers do.
+
+    Others find an adapter's tensors by that: TRL copies a trained adapter into its frozen reference adapter so.
+
+    Args:
+        tensor: The initial values.
+    """
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(tensor)
 
 
 class TalanLayer(nn.Module, BaseTunerLayer):
@@ -29,7 +44,8 @@ class TalanLayer(nn.Module, BaseTunerLayer):
 
     Args:
         hidden_size: H, the width of the residual stream.
-        block_index: The block's index; the cache carries the memory in its layer of the same index.
+        block_index: The block's index, by which the cache carries the memory.
+        depth: The number of the model's blocks.
     """
 
     child_name: str = CHILD_NAME
@@ -44,17 +60,15 @@ class TalanLayer(nn.Module, BaseTunerLayer):
         "lora_talan_write",
         "lora_talan_gate",
     )
-    lora_talan_read: nn.ParameterDict
-    lora_talan_write: nn.ParameterDict
-    lora_talan_gate: nn.ParameterDict
     other_param_names: tuple[str, ...] = ("talan_options", "talan_alpha", "talan_position", "has_low_rank_half")
 
-    def __init__(self, hidden_size: int, block_index: int) -> None:
+    def __init__(self, hidden_size: int, block_index: int, depth: int) -> None:
         super().__init__()
         self.in_features = self.out_features = hidden_size
         self.block_index = block_index
+        self.depth = depth
         for name in self.adapter_layer_names:
-            self.add_module(name, nn.ParameterDict())
+            self.add_module(name, nn.ModuleDict())
         self.talan_options: dict[str, SidePathOptions] = {}
         self.talan_alpha: dict[str, float] = {}
         self.talan_position: dict[str, str] = {}
@@ -89,7 +103,7 @@ class TalanLayer(nn.Module, BaseTunerLayer):
         """
         for name, tensor in initial_parameters(config, self.in_features).items():
             container = getattr(self, f"lora_talan_{name}")
-            container[adapter_name] = nn.Parameter(tensor.to(self._placement.dtype))
+            container[adapter_name] = AdapterTensor(tensor.to(self._placement.dtype))
         self.talan_options[adapter_name] = config.side_path_options
         self.talan_alpha[adapter_name] = float(config.talan_alpha)
         self.talan_position[adapter_name] = config.talan_position
@@ -103,8 +117,8 @@ class TalanLayer(nn.Module, BaseTunerLayer):
         device = self._placement.device if device is None else device
         for name in self.adapter_layer_names:
             container = getattr(self, name)
-            if adapter_name in container and not container[adapter_name].is_meta:
-                container[adapter_name].data = container[adapter_name].data.to(device)
+            if adapter_name in container and not container[adapter_name].weight.is_meta:
+                container[adapter_name].to(device)
 
     def parameters_of(self, adapter_name: str) -> SidePathParameters:
         """The tensors of an adapter's side path, as its operators take them.
@@ -132,14 +146,17 @@ class TalanLayer(nn.Module, BaseTunerLayer):
             ) from error
 
     def _held_parameters(self, adapter_name: str) -> SidePathParameters:
-        names = MIXER_PARAMETERS[self.talan_options[adapter_name].mixer]
-        gates = self.lora_talan_gate
+        options = self.talan_options[adapter_name]
+        names = MIXER_PARAMETERS[options.mixer]
         return SidePathParameters(
-            read=self.lora_talan_read[adapter_name],
-            mixer=tuple(getattr(self, f"lora_talan_{name}")[adapter_name] for name in names),
-            write=self.lora_talan_write[adapter_name],
-            gate=gates.get(adapter_name),
+            read=self._tensor("read", adapter_name),
+            mixer=tuple(self._tensor(name, adapter_name) for name in names),
+            write=self._tensor("write", adapter_name),
+            gate=self._tensor("gate", adapter_name) if options.writeback == "gated" else None,
         )
+
+    def _tensor(self, name: str, adapter_name: str) -> torch.Tensor:
+        return getattr(self, f"lora_talan_{name}")[adapter_name].weight
 
     def attach(self, block: nn.Module) -> None:
         """Become the block's child and act around its calls.
@@ -255,25 +272,34 @@ class TalanLayer(nn.Module, BaseTunerLayer):
         rows: torch.Tensor | None,
     ) -> torch.Tensor:
         options = self.talan_options[adapter_name]
+        parameters, alpha = self.parameters_of(adapter_name), self.talan_alpha[adapter_name]
+        batch, tokens = hidden_states.shape[:2]
         memory = None
         if cache is not None:
             memory = memory_to_go_on_with(
-                cache, self.block_index, adapter_name, past, hidden_states.shape[0], options.scope, rows
+                cache, self.block_index, self.depth, adapter_name, past, batch, options.scope, rows
             )
+            if batch == tokens == 1 and not torch.compiler.is_compiling():
+                row = memory.row_in_place(working_dtype(hidden_states.dtype))
+                if row is not None:
+                    written, weights, values = one_row(
+                        hidden_states, parameters, options, row, alpha=alpha, valid=layout.valid
+                    )
+                    memory.took_in(weights, values)
+                    return written
         output = fused.side_path(
             hidden_states,
-            self.parameters_of(adapter_name),
+            parameters,
             options,
-            alpha=self.talan_alpha[adapter_name],
+            alpha=alpha,
             valid=layout.valid,
             segment_ids=layout.segment_ids,
             state=None if memory is None else memory.state,
             training=self.training,
             return_state=memory is not None,
         )
-        if cache is not None and memory is not None:
+        if memory is not None:
             memory.append(output, layout.segment_ids)
-            carry_memory(cache, self.block_index, adapter_name, memory)
         return output.hidden_states
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
@@ -303,7 +329,7 @@ class TalanLayer(nn.Module, BaseTunerLayer):
         for name in self.adapter_layer_names:
             container = getattr(self, name)
             for adapter_name in set(adapter_names) & set(container):
-                if not torch.isfinite(container[adapter_name]).all():
+                if not torch.isfinite(container[adapter_name].weight).all():
                     raise ValueError(
                         f"NaNs detected in the merged weights. The adapter {adapter_name} seems to be broken: {name} "
                         f"of block {self.block_index} is not finite"

@@ -15,7 +15,7 @@ from peft.utils.integrations import init_empty_weights
 from peft.utils.other import _set_layer_requires_grad
 from torch import nn
 
-from .blocks import find_hidden_size, find_targets, point_at_fused_experts
+from .blocks import find_blocks, find_hidden_size, find_targets, point_at_fused_experts
 from .checkpoint import check_names, check_new_name, with_wrappers, without_wrappers
 from .config import TalanConfig
 from .layer import TalanLayer
@@ -79,6 +79,7 @@ class TalanModel(LoraModel):
                 f"config={type(config).__name__}: a TALAN model takes a TalanConfig for adapter {adapter_name!r}"
             )
         blocks = find_targets(model, config)
+        depth = len(find_blocks(model, config)[1])
         hidden_size = find_hidden_size(model, config)
         point_at_fused_experts(model, config)
         if state_dict is not None:
@@ -92,17 +93,17 @@ class TalanModel(LoraModel):
         )
         for index, block in blocks.items():
             with init_empty_weights() if low_cpu_mem_usage else nullcontext():
-                self._attach_side_path(block, index, hidden_size, adapter_name, config)
+                self._attach_side_path(block, index, depth, hidden_size, adapter_name, config)
         for _, layer in attached_side_paths(model):
             layer.has_low_rank_half = {name: other.has_low_rank_half for name, other in self.peft_config.items()}
         declare_scope(model, adapter_name, config.talan_trainable)
 
     def _attach_side_path(
-        self, block: nn.Module, index: int, hidden_size: int, adapter_name: str, config: TalanConfig
+        self, block: nn.Module, index: int, depth: int, hidden_size: int, adapter_name: str, config: TalanConfig
     ) -> None:
         layer = getattr(block, TalanLayer.child_name, None)
         if layer is None:
-            layer = TalanLayer(hidden_size, index)
+            layer = TalanLayer(hidden_size, index, depth)
             layer.train(block.training)
             others = [m for m in self.model.modules() if isinstance(m, BaseTunerLayer)]
             layer.attach(block)

@@ -15,6 +15,7 @@ ORDER = (
     "functional.chunked",
     "functional.recomputed",
     "functional.fused",
+    "functional.one_row",
     "checkpoint",
     "segments",
     "memory",

@@ -19,6 +19,7 @@ from .parameters import (
     SidePathOptions,
     SidePathOutput,
     SidePathParameters,
+    working_dtype,
 )
 
 
@@ -35,7 +36,7 @@ def read(hidden_states: torch.Tensor, weight: torch.Tensor, slots: int) -> tuple
     Returns:
         z [batch, tokens, width], q [batch, tokens, width] and a [batch, tokens, slots], at least float32.
     """
-    dtype = torch.promote_types(hidden_states.dtype, torch.float32)
+    dtype = working_dtype(hidden_states.dtype)
     hidden_states = hidden_states.to(dtype)
     normalised = hidden_states * torch.rsqrt(hidden_states.square().mean(-1, keepdim=True) + NORM_EPSILON)
     projected = normalised @ weight.to(dtype).T
@@ -209,7 +210,8 @@ def remix(
     """
     memory, final_state = compress(values, weights, segment_ids, state, scope)
     total, denominator = memory[..., :-1], memory[..., -1:]
-    mean = total / denominator.clamp_min(SMALLEST_DENOMINATOR)
+    # A state may be more precise than the tokens: a long sum needs it, its mean does not.
+    mean = (total / denominator.clamp_min(SMALLEST_DENOMINATOR)).to(values.dtype)
     return MIXER_RULES[mixer](mean, queries, parameters), final_state if return_state else None
 
 
@@ -297,7 +299,7 @@ def write_back(
     dtype = readout.dtype
     delta = alpha * (readout @ weight.to(dtype).T)
     change = WRITEBACK_RULES[writeback](hidden_states.to(dtype), delta, gate, cap)
-    return hidden_states + scale_gradient(change, grad_scale).to(hidden_states.dtype)
+    return (hidden_states.to(dtype) + scale_gradient(change, grad_scale)).to(hidden_states.dtype)
 
 
 def side_path(
