@@ -112,6 +112,7 @@ def keep_side_paths(model: nn.Module, configs: dict[str, TalanConfig]) -> None:
         layer.enable_adapters(True)
         layer.set_adapter(list(configs))
         layer.requires_grad_(False)
+        layer.to(layer.placement.dtype)  # the type that a model has which is loaded with an embedded adapter
     if isinstance(model, PreTrainedModel):
         model._hf_peft_config_loaded = True
         # transformers would write the adapter alone. Partials, since bound methods do not survive pickling.

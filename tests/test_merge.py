@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -172,6 +172,19 @@ def test_kept_folder_gives_back_exactly_that_model(half: str, tmp_path: Path) ->
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
     assert torch.equal(logits(loaded), logits(kept))
     assert set(loaded.state_dict()) == set(kept.state_dict())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_kept_folder_in_half_precision(dtype: torch.dtype, tmp_path: Path) -> None:
+    make_base("qwen3", dtype).save_pretrained(tmp_path / "base")
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=dtype)
+    kept = merge(get_peft_model(base, make_config(talan_mixer="mlp")).eval())
+    kept.save_pretrained(tmp_path / "kept")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "kept", dtype=dtype).eval()
+    state, expected = loaded.state_dict(), kept.state_dict()
+    assert state.keys() == expected.keys()
+    assert all(torch.equal(state[name], tensor) and state[name].dtype == dtype for name, tensor in expected.items())
+    assert torch.equal(logits(loaded), logits(kept))
 
 
 def test_kept_folder_of_every_architecture(architecture: str, tmp_path: Path) -> None:

@@ -130,6 +130,20 @@ def test_auto_class_gives_both_halves_in_half_precision(dtype: torch.dtype, tmp_
     assert torch.equal(logits(loaded), logits(model))
 
 
+def test_auto_class_gives_an_adapter_the_type_of_its_base_as_it_does_with_lora(tmp_path: Path) -> None:
+    make_base("qwen3", torch.bfloat16).save_pretrained(tmp_path / "base")
+    for kind, config in (("talan", make_config()), ("lora", make_lora_config(init_lora_weights=False))):
+        torch.manual_seed(1)
+        get_peft_model(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), config).save_pretrained(
+            tmp_path / kind
+        )
+        loaded = AutoModelForCausalLM.from_pretrained(tmp_path / kind).eval()
+        assert {p.dtype for name, p in loaded.named_parameters() if "lora_" in name} == {torch.bfloat16}
+        base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+        by_peft = PeftModel.from_pretrained(base, tmp_path / kind, autocast_adapter_dtype=False)
+        assert torch.equal(logits(loaded), logits(by_peft))
+
+
 def test_a_head_that_was_trained_comes_with_both_halves(tmp_path: Path) -> None:
     base = AutoModelForSequenceClassification.from_config(copy.deepcopy(CONFIGS["qwen3"]))
     base.to(torch.float32).save_pretrained(tmp_path / "base")

@@ -11,6 +11,7 @@ import torch
 from peft import (
     PeftConfig,
     PeftModel,
+    convert_to_lora,
     get_layer_status,
     get_model_status,
     get_peft_model_state_dict,
@@ -18,6 +19,7 @@ from peft import (
     set_peft_model_state_dict,
 )
 from peft import functional as peft_functional
+from peft.helpers import rescale_adapter_scale
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.hotswap import hotswap_adapter
 from torch import nn
@@ -167,17 +169,24 @@ def test_training_changes_the_adapter_that_is_active_and_nothing_else() -> None:
     assert changed == adapters
 
 
-STARTS = [True, "gaussian", "olora", "pissa", "pissa_niter_4", "orthogonal"]
+def test_what_would_lose_the_side_path_is_refused(tmp_path: Path) -> None:
+    model = make_model("qwen3", make_config(init_lora_weights="pissa"), torch.float32)
+    expected = logits(model)
+    with pytest.raises(NotImplementedError, match="would lose the side path"):
+        model.save_pretrained(tmp_path, path_initial_model_for_weight_conversion=tmp_path / "start")
+    assert not (tmp_path / "adapter_model.safetensors").exists()
+    with pytest.raises(TypeError, match=r"do not support LoRA conversion.*TalanLayer"):
+        convert_to_lora(model, rank=2)
+    assert not model.supports_lora_conversion()
+    assert torch.equal(logits(model), expected)
 
 
-@pytest.mark.parametrize("start", STARTS)
-def test_every_start_of_the_low_rank_half_is_that_of_lora(start: bool | str) -> None:
-    talan = make_config(init_lora_weights=start, init_talan_weights=True)
-    lora = make_lora_config(init_lora_weights=start)
-    models = [make_model("qwen3", config, torch.float32) for config in (talan, lora)]
-    assert torch.equal(*map(logits, models))
-    halves = [get_peft_model_state_dict(model) for model in models]
-    assert all(torch.equal(halves[0][key], tensor) for key, tensor in halves[1].items())
+def test_rescaling_scales_the_low_rank_half() -> None:
+    model = make_model("qwen3", make_config(init_talan_weights=True))
+    expected = logits(model)
+    with rescale_adapter_scale(model, 0.0):
+        assert torch.equal(logits(model), logits(make_base("qwen3")))
+    assert torch.equal(logits(model), expected)
 
 
 def test_disabling_warns_of_trained_biases_as_lora_does() -> None:
