@@ -16,6 +16,7 @@ ORDER = (
     "functional.recomputed",
     "functional.fused",
     "checkpoint",
+    "rollback",
     "segments",
     "memory",
     "state",
