@@ -17,6 +17,7 @@ ORDER = (
     "functional.fused",
     "functional.one_row",
     "checkpoint",
+    "rollback",
     "segments",
     "memory",
     "state",
