@@ -13,6 +13,18 @@ CHILD_NAME = "talan"
 """The name under which a side path becomes a child of its block."""
 
 
+def is_side_path_key(name: str) -> bool:
+    """Whether a name in a state dict or a checkpoint is that of a side path's tensor.
+
+    Args:
+        name: The name.
+
+    Returns:
+        True for a side path's tensor, False for every other.
+    """
+    return f".{CHILD_NAME}.lora_talan_" in name
+
+
 def _text_config(model: nn.Module) -> object | None:
     config = getattr(model, "config", None)
     if config is None or not hasattr(config, "get_text_config"):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from dataclasses import fields
 from functools import partial
 from os import PathLike
@@ -17,8 +17,9 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import PreTrainedModel
 
+from .attachment import attached_side_paths
+from .blocks import is_side_path_key
 from .config import TalanConfig
-from .layer import TalanLayer
 
 _NO_WEIGHTS = (
     "The side path depends on its input and can't become weights: the low-rank half was merged, and the side path"
@@ -64,32 +65,6 @@ def side_path_config(config: TalanConfig) -> TalanConfig:
     axes = {axis.name: getattr(config, axis.name) for axis in fields(config) if axis.name.startswith("talan_")}
     axes["talan_trainable"] = "joint"
     return TalanConfig(r=0, task_type=config.task_type, inference_mode=True, **axes)
-
-
-def attached_side_paths(model: nn.Module) -> Iterator[tuple[nn.Module, TalanLayer]]:
-    """Go through the blocks that have side paths.
-
-    Args:
-        model: The model.
-
-    Yields:
-        Each block and its layer of side paths.
-    """
-    for module in list(model.modules()):
-        # Its own child: wrappers (FSDP, compiled modules) show what lies in the module that they wrap.
-        layer = module._modules.get(TalanLayer.child_name)
-        if isinstance(layer, TalanLayer):
-            yield module, layer
-
-
-def detach_side_paths(model: nn.Module) -> None:
-    """Take every side path off its block.
-
-    Args:
-        model: The model.
-    """
-    for block, layer in attached_side_paths(model):
-        layer.detach(block)
 
 
 def keep_side_paths(model: nn.Module, configs: dict[str, TalanConfig]) -> None:
@@ -154,10 +129,10 @@ def save_kept_model(
         )
     repo_id = kwargs.pop("repo_id", None)
     state_dict = model.state_dict() if state_dict is None else state_dict
-    marker = f".{TalanLayer.child_name}.lora_talan_"
     model._hf_peft_config_loaded = False
     try:
-        plain_save(save_directory, state_dict={k: v for k, v in state_dict.items() if marker not in k}, **kwargs)
+        plain = {name: tensor for name, tensor in state_dict.items() if not is_side_path_key(name)}
+        plain_save(save_directory, state_dict=plain, **kwargs)
     finally:
         model._hf_peft_config_loaded = True
     if is_main_process:

@@ -12,39 +12,19 @@ from peft.config import PeftConfig
 from peft.tuners.lora import LoraModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.integrations import init_empty_weights
-from peft.utils.other import _set_layer_requires_grad
 from torch import nn
 
-from .blocks import find_blocks, find_hidden_size, find_targets, point_at_fused_experts
-from .checkpoint import (
-    CheckpointSource,
-    check_finite,
-    check_fit,
-    check_names,
-    check_new_name,
-    check_side_path,
-    with_wrappers,
-    without_wrappers,
-)
+from .attachment import attach_side_path, attached_side_paths, detach_side_paths
+from .blocks import find_blocks, find_hidden_size, find_targets, is_side_path_key, point_at_fused_experts
+from .checkpoint import check_finite, check_names, check_new_name, with_wrappers, without_wrappers
 from .config import TalanConfig
-from .initialization import check_size, initial_parameters
-from .layer import TalanLayer
-from .merge import (
-    OUTCOMES,
-    attached_side_paths,
-    check_mergeable,
-    detach_side_paths,
-    keep_side_paths,
-    side_path_config,
-)
+from .initialization import check_size
+from .loading import check_places, read_checkpoint
+from .merge import OUTCOMES, check_mergeable, keep_side_paths, side_path_config
 from .mixed_batch import rows_named
 from .rollback import unchanged_on_error
 from .training import declare_scope
 from .weighted import add_weighted_adapter
-
-
-def _is_side_path_key(key: str) -> bool:
-    return f".{TalanLayer.child_name}.lora_talan_" in key
 
 
 class TalanModel(LoraModel):
@@ -109,11 +89,11 @@ class TalanModel(LoraModel):
         depth = len(find_blocks(model, config)[1])
         hidden_size = find_hidden_size(model, config)
         check_size(config, model, hidden_size, len(blocks))
-        checkpoint = self._read_checkpoint(adapter_name, config, blocks, hidden_size)
+        checkpoint = read_checkpoint(adapter_name, config, blocks, hidden_size)
         with unchanged_on_error(self, config):
             point_at_fused_experts(model, config)
             if state_dict is not None:
-                state_dict = {key: tensor for key, tensor in state_dict.items() if not _is_side_path_key(key)}
+                state_dict = {key: tensor for key, tensor in state_dict.items() if not is_side_path_key(key)}
             super().inject_adapter(
                 model,
                 adapter_name,
@@ -123,50 +103,13 @@ class TalanModel(LoraModel):
             )
             for index, block in blocks.items():
                 with init_empty_weights() if low_cpu_mem_usage else nullcontext():
-                    self._attach_side_path(block, index, depth, hidden_size, adapter_name, config)
+                    attach_side_path(self, index, depth, hidden_size, block, adapter_name)
             for _, layer in attached_side_paths(model):
                 layer.has_low_rank_half = {name: other.has_low_rank_half for name, other in self.peft_config.items()}
             declare_scope(model, adapter_name, config.talan_trainable)
             # Its low-rank half has places to be checked against only now.
             self._remap_adapter_state_dict_for_load(model, config, adapter_name, checkpoint)
             config.checkpoint_source = None
-
-    @staticmethod
-    def _read_checkpoint(
-        adapter_name: str, config: TalanConfig, blocks: dict[int, nn.Module], hidden_size: int
-    ) -> dict[str, torch.Tensor]:
-        """Read and check the tensors that PEFT will load, if the configuration was loaded with them."""
-        source = config.checkpoint_source
-        if source is None or source.fields != CheckpointSource.describe(config.to_dict()):
-            return {}
-        tensors = source.read()
-        check_finite(adapter_name, tensors)
-        with torch.device("meta"):
-            shapes = initial_parameters(config, hidden_size)
-        ending = f"{TalanLayer.child_name}.lora_talan_"
-        places = {f"{index}.{ending}{name}.weight": tensor for index in blocks for name, tensor in shapes.items()}
-        # The names of the modules around the blocks may still be mapped; the block's index may not.
-        found = {".".join(name.split(".")[-4:]): tensor for name, tensor in tensors.items() if _is_side_path_key(name)}
-        check_side_path(adapter_name, found, places)
-        return tensors
-
-    def _attach_side_path(
-        self, block: nn.Module, index: int, depth: int, hidden_size: int, adapter_name: str, config: TalanConfig
-    ) -> None:
-        layer = getattr(block, TalanLayer.child_name, None)
-        if layer is None:
-            layer = TalanLayer(hidden_size, index, depth)
-            layer.train(block.training)
-            others = [m for m in self.model.modules() if isinstance(m, BaseTunerLayer)]
-            layer.attach(block)
-            layer.set_adapter(self.active_adapters)
-            layer.enable_adapters(not any(other.disable_adapters for other in others))
-        layer.update_layer(adapter_name, config)
-        trains = adapter_name in self.active_adapters and not config.inference_mode
-        for name in layer.adapter_layer_names:
-            container = getattr(layer, name)
-            if adapter_name in container:
-                _set_layer_requires_grad(container[adapter_name], trains)
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
@@ -349,18 +292,5 @@ class TalanModel(LoraModel):
         remapped: dict[str, torch.Tensor] = super()._remap_adapter_state_dict_for_load(
             model, config, adapter_name, state_dict
         )
-        known = model.state_dict()
-        prefix = "base_model.model."
-        placed = {}
-        for key, tensor in remapped.items():
-            name = next((name for name in (key, key.removeprefix(prefix), prefix + key) if name in known), None)
-            if name is not None:
-                placed[name] = tensor
-            elif _is_side_path_key(key):
-                # PEFT passes over what has no place; here it would be half an adapter without a word.
-                raise ValueError(
-                    f"the checkpoint of adapter {adapter_name!r} has a side-path tensor that its configuration has no "
-                    f"place for: {key}; load it with the adapter_config.json that it was saved with"
-                )
-        check_fit(adapter_name, placed, known)
+        check_places(model, adapter_name, remapped)
         return remapped
