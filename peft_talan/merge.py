@@ -173,7 +173,13 @@ def push_kept_model(model: PreTrainedModel, repo_id: str, **kwargs: Any) -> str:
     """
     options = {name: kwargs[name] for name in ("private", "token") if name in kwargs}
     repo_id = HfApi().create_repo(repo_id, exist_ok=True, **options).repo_id
-    for config in getattr(model, "peft_config", {}).values():
-        # From the hub, transformers takes the weights from where the adapter's configuration says.
-        config.base_model_name_or_path = repo_id
-    return type(model).push_to_hub(model, repo_id, **kwargs)
+    configs = list(getattr(model, "peft_config", {}).values())
+    bases = [config.base_model_name_or_path for config in configs]
+    try:
+        for config in configs:
+            # From the hub, transformers takes the weights from where the adapter's configuration says.
+            config.base_model_name_or_path = repo_id
+        return type(model).push_to_hub(model, repo_id, **kwargs)
+    finally:
+        for config, base in zip(configs, bases, strict=True):
+            config.base_model_name_or_path = base

@@ -40,6 +40,7 @@ from .small_models import (
 HALF = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 WIDTH = 64
 """Quantized weights come in blocks of 32 or 64 numbers."""
+FEW = {"target_modules": ["q_proj"]}
 
 
 def logits(model: nn.Module) -> torch.Tensor:
@@ -72,7 +73,7 @@ def test_both_halves_have_the_type_that_lora_has(
 ) -> None:
     options = {"autocast_adapter_dtype": autocast_adapter_dtype}
     found = {}
-    for kind, config in (("talan", make_config()), ("lora", make_lora_config())):
+    for kind, config in (("talan", make_config(**FEW)), ("lora", make_lora_config(**FEW))):
         base = make_base("qwen3", HALF[half])
         if way == "from_pretrained":
             get_peft_model(make_base("qwen3", HALF[half]), config).save_pretrained(tmp_path / kind)
@@ -264,8 +265,8 @@ def test_adapters_of_quantized_bases_have_the_type_that_lora_has(
     kind: str, autocast_adapter_dtype: bool, folder: Path
 ) -> None:
     options = {"autocast_adapter_dtype": autocast_adapter_dtype}
-    expected, _ = dtypes(adapt(folder, kind, make_lora_config(), **options))
-    assert dtypes(adapt(folder, kind, make_config(), **options)) == (expected, expected)
+    expected, _ = dtypes(adapt(folder, kind, make_lora_config(**FEW), **options))
+    assert dtypes(adapt(folder, kind, make_config(**FEW), **options)) == (expected, expected)
 
 
 @pytest.mark.parametrize("kind", ["bitsandbytes 4-bit", "bitsandbytes 8-bit"])
@@ -274,7 +275,7 @@ def test_prepared_for_kbit_training(kind: str, folder: Path) -> None:
     for checkpointing in (True, False):
         base = prepare_model_for_kbit_training(load(folder, kind), use_gradient_checkpointing=checkpointing)
         torch.manual_seed(1)
-        model = get_peft_model(base, make_config())
+        model = get_peft_model(base, make_config(**FEW))
         train_a_step(model)
         gradients[checkpointing] = {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
     assert gradients[True].keys() == gradients[False].keys()
@@ -285,8 +286,8 @@ def test_prepared_for_kbit_training(kind: str, folder: Path) -> None:
 @pytest.mark.parametrize("kind", QUANTIZED)
 def test_merging_into_a_quantized_base_keeps_the_side_path_live(kind: str, folder: Path) -> None:
     """PEFT quantizes the merged weights again, so what is exact here is what the side path adds to them."""
-    model = adapt(folder, kind, make_config())
-    lora = adapt(folder, kind, make_lora_config())
+    model = adapt(folder, kind, make_config(**FEW))
+    lora = adapt(folder, kind, make_lora_config(**FEW))
     state = {key: t for key, t in get_peft_model_state_dict(model).items() if ".talan." not in key}
     set_peft_model_state_dict(lora, state)
     for either in (model, lora):
