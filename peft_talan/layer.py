@@ -6,7 +6,7 @@ import warnings
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge, onload_layer
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 from transformers.cache_utils import Cache
@@ -60,7 +60,7 @@ class TalanLayer(nn.Module, BaseTunerLayer):
         "lora_talan_write",
         "lora_talan_gate",
     )
-    other_param_names: tuple[str, ...] = ("talan_options", "talan_alpha", "talan_position")
+    other_param_names: tuple[str, ...] = ("talan_options", "talan_alpha", "talan_position", "has_low_rank_half")
 
     def __init__(self, hidden_size: int, block_index: int, depth: int) -> None:
         super().__init__()
@@ -72,6 +72,8 @@ class TalanLayer(nn.Module, BaseTunerLayer):
         self.talan_options: dict[str, SidePathOptions] = {}
         self.talan_alpha: dict[str, float] = {}
         self.talan_position: dict[str, str] = {}
+        # All of the model's adapters, also those without a side path at this block.
+        self.has_low_rank_half: dict[str, bool] = {}
         self.frozen_peft_weight_names: dict[str, tuple[str, ...]] = {}
         self.merged_adapters: list[str] = []
         self._active_adapter: str | list[str] = []
@@ -79,8 +81,8 @@ class TalanLayer(nn.Module, BaseTunerLayer):
         self._handles: list[RemovableHandle] = []
         self._mask_place: int | None = None
         # Follows the model's device and dtype, so that adapters that are added or loaded later are like it.
-        self._placement: torch.Tensor
-        self.register_buffer("_placement", torch.empty(0), persistent=False)
+        self.placement: torch.Tensor
+        self.register_buffer("placement", torch.empty(0), persistent=False)
 
     @property
     def bias(self) -> None:  # type: ignore[override]
@@ -101,14 +103,18 @@ class TalanLayer(nn.Module, BaseTunerLayer):
         """
         for name, tensor in initial_parameters(config, self.in_features).items():
             container = getattr(self, f"lora_talan_{name}")
-            container[adapter_name] = AdapterTensor(tensor.to(self._placement.dtype))
+            container[adapter_name] = AdapterTensor(tensor.to(self.placement.dtype))
         self.talan_options[adapter_name] = config.side_path_options
         self.talan_alpha[adapter_name] = float(config.talan_alpha)
         self.talan_position[adapter_name] = config.talan_position
         self._move_adapter_to_device_of_base_layer(adapter_name)
 
+    def _all_available_adapter_names(self) -> list[str]:
+        """Where the active adapter is deleted, PEFT goes on with the first of these: the same as in LoRA's layers."""
+        return sorted(self.has_low_rank_half, key=lambda name: (not self.has_low_rank_half[name], name))
+
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
-        device = self._placement.device if device is None else device
+        device = self.placement.device if device is None else device
         for name in self.adapter_layer_names:
             container = getattr(self, name)
             if adapter_name in container and not container[adapter_name].weight.is_meta:
@@ -122,7 +128,24 @@ class TalanLayer(nn.Module, BaseTunerLayer):
 
         Returns:
             The tensors.
+
+        Raises:
+            ValueError: Their values are on a disk where PEFT does not put them.
         """
+        parameters = self._held_parameters(adapter_name)
+        if not parameters.read.is_meta:
+            return parameters
+        # accelerate has offloaded them, and brings values back for modules that are called only.
+        try:
+            with onload_layer(self):
+                return self._held_parameters(adapter_name)
+        except KeyError as error:
+            raise ValueError(
+                f"device_map: block {self.block_index} is on the disk, where PEFT does not write the side path of "
+                f"adapter {adapter_name!r}; map this block to a device or to 'cpu'"
+            ) from error
+
+    def _held_parameters(self, adapter_name: str) -> SidePathParameters:
         options = self.talan_options[adapter_name]
         names = MIXER_PARAMETERS[options.mixer]
         return SidePathParameters(
@@ -143,8 +166,10 @@ class TalanLayer(nn.Module, BaseTunerLayer):
         """
         parameter = next(block.parameters(), None)
         if parameter is not None and not parameter.is_meta:
-            dtype = parameter.dtype if parameter.is_floating_point() else torch.float32
-            self._placement = torch.empty(0, device=parameter.device, dtype=dtype)
+            # As LoRA's layers: quantized ones take the type that they compute in, if they say it.
+            computes_in: Any = next((m.compute_dtype for m in block.modules() if hasattr(m, "compute_dtype")), None)
+            dtype = parameter.dtype if parameter.is_floating_point() else computes_in or torch.float32
+            self.placement = torch.empty(0, device=parameter.device, dtype=dtype)
         self._mask_place = mask_argument_place(block)
         block.add_module(self.child_name, self)
         # Before hooks that were there earlier: what they see (recorded hidden states, say) is after the write-back.
@@ -281,34 +306,11 @@ class TalanLayer(nn.Module, BaseTunerLayer):
         """Note which adapters' low-rank halves are folded; the side path depends on its input and stays live.
 
         Args:
-            safe_merge: Whether to refuse weights that are not finite. Default False.
+            safe_merge: As in PEFT; the model looks at both halves before any layer is merged. Default False.
             adapter_names: The adapters; None: the active ones.
-
-        Raises:
-            ValueError: `safe_merge` found a NaN or an infinity.
         """
         names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.talan_options]
-        if safe_merge:
-            self.check_finite(names)
         self.merged_adapters.extend(names)
-
-    def check_finite(self, adapter_names: list[str]) -> None:
-        """Refuse side paths with a NaN or an infinity.
-
-        Args:
-            adapter_names: The adapters to check.
-
-        Raises:
-            ValueError: A tensor of theirs is not finite.
-        """
-        for name in self.adapter_layer_names:
-            container = getattr(self, name)
-            for adapter_name in set(adapter_names) & set(container):
-                if not torch.isfinite(container[adapter_name].weight).all():
-                    raise ValueError(
-                        f"NaNs detected in the merged weights. The adapter {adapter_name} seems to be broken: {name} "
-                        f"of block {self.block_index} is not finite"
-                    )
 
     def unmerge(self) -> None:
         """Note that no low-rank half is folded any more."""

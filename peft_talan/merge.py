@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import fields
 from functools import partial
 from os import PathLike
@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import HfApi
+from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import SAFETENSORS_WEIGHTS_NAME, get_peft_model_state_dict
 from safetensors.torch import save_file
 from torch import nn
@@ -18,6 +19,37 @@ from transformers import PreTrainedModel
 
 from .config import TalanConfig
 from .layer import TalanLayer
+
+_NO_WEIGHTS = (
+    "The side path depends on its input and can't become weights: the low-rank half was merged, and the side path"
+)
+OUTCOMES: dict[str, str] = {
+    "keep": f"{_NO_WEIGHTS} stays on its blocks as an embedded adapter (side_path='drop' gives a plain model).",
+    "drop": f"{_NO_WEIGHTS} was dropped, so the outputs differ from the adapter's (side_path='keep' keeps them).",
+}
+"""What `merge_and_unload` warns of, by its argument `side_path`."""
+
+
+def check_mergeable(model: nn.Module, adapter_names: Collection[str]) -> None:
+    """Refuse adapters with a NaN or an infinity in either half.
+
+    Args:
+        model: The model with the adapters.
+        adapter_names: The adapters to check.
+
+    Raises:
+        ValueError: A tensor of theirs is not finite.
+    """
+    for place, module in model.named_modules():
+        for part in module.adapter_layer_names if isinstance(module, BaseTunerLayer) else ():
+            for name, parameter in getattr(module, part).named_parameters():
+                adapter_name = name.split(".")[0]
+                # Weights on the meta device are offloaded; PEFT looks at them as it merges them.
+                if adapter_name in adapter_names and not parameter.is_meta and not torch.isfinite(parameter).all():
+                    raise ValueError(
+                        f"NaNs detected in the merged weights. The adapter {adapter_name} seems to be broken: "
+                        f"{part} of {place} is not finite"
+                    )
 
 
 def side_path_config(config: TalanConfig) -> TalanConfig:
@@ -44,7 +76,8 @@ def attached_side_paths(model: nn.Module) -> Iterator[tuple[nn.Module, TalanLaye
         Each block and its layer of side paths.
     """
     for module in list(model.modules()):
-        layer = getattr(module, TalanLayer.child_name, None)
+        # Its own child: wrappers (FSDP, compiled modules) show what lies in the module that they wrap.
+        layer = module._modules.get(TalanLayer.child_name)
         if isinstance(layer, TalanLayer):
             yield module, layer
 
@@ -76,8 +109,10 @@ def keep_side_paths(model: nn.Module, configs: dict[str, TalanConfig]) -> None:
             layer.detach(block)
             continue
         layer.merged_adapters.clear()
+        layer.enable_adapters(True)
         layer.set_adapter(list(configs))
         layer.requires_grad_(False)
+        layer.to(layer.placement.dtype)  # the type that a model has which is loaded with an embedded adapter
     if isinstance(model, PreTrainedModel):
         model._hf_peft_config_loaded = True
         # transformers would write the adapter alone. Partials, since bound methods do not survive pickling.
