@@ -16,8 +16,14 @@ from peft.utils.other import _set_layer_requires_grad
 from torch import nn
 
 from .blocks import find_blocks, find_hidden_size, find_targets, point_at_fused_experts
-from .checkpoint import check_names, check_new_name, with_wrappers, without_wrappers
+from .checkpoint import (
+    CheckpointSource,
+    check_finite,
+    check_fit,
+    check_side_path,
+)
 from .config import TalanConfig
+from .initialization import check_size, initial_parameters
 from .layer import TalanLayer
 from .merge import (
     OUTCOMES,
@@ -28,6 +34,8 @@ from .merge import (
     side_path_config,
 )
 from .mixed_batch import rows_named
+from .names import check_names, check_new_name, with_wrappers, without_wrappers
+from .rollback import unchanged_on_error
 from .training import declare_scope
 from .weighted import add_weighted_adapter
 
@@ -50,6 +58,22 @@ class TalanModel(LoraModel):
     prefix: str = LoraModel.prefix
     # Both kinds of layers are switched, frozen and deleted together.
     tuner_layer_cls = BaseTunerLayer  # type: ignore[assignment]
+
+    def __init__(self, model: nn.Module, peft_config: Any, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        taken = getattr(model, "peft_config", {})
+        if adapter_name in taken:
+            raise ValueError(
+                f"adapter_name={adapter_name!r}: the model already has an adapter of this name; give another name, or "
+                "call unload() or delete_adapter() first"
+            )
+        try:
+            with unchanged_on_error(model):
+                super().__init__(model, peft_config, adapter_name, *args, **kwargs)
+        except BaseException:
+            if not taken:
+                # transformers' add_adapter sets it too early, and could not add another adapter afterwards.
+                vars(model).pop("_hf_peft_config_loaded", None)
+            raise
 
     def inject_adapter(
         self,
@@ -81,22 +105,47 @@ class TalanModel(LoraModel):
         blocks = find_targets(model, config)
         depth = len(find_blocks(model, config)[1])
         hidden_size = find_hidden_size(model, config)
-        point_at_fused_experts(model, config)
-        if state_dict is not None:
-            state_dict = {key: tensor for key, tensor in state_dict.items() if not _is_side_path_key(key)}
-        super().inject_adapter(
-            model,
-            adapter_name,
-            autocast_adapter_dtype=autocast_adapter_dtype,
-            low_cpu_mem_usage=low_cpu_mem_usage,
-            state_dict=state_dict,
-        )
-        for index, block in blocks.items():
-            with init_empty_weights() if low_cpu_mem_usage else nullcontext():
-                self._attach_side_path(block, index, depth, hidden_size, adapter_name, config)
-        for _, layer in attached_side_paths(model):
-            layer.has_low_rank_half = {name: other.has_low_rank_half for name, other in self.peft_config.items()}
-        declare_scope(model, adapter_name, config.talan_trainable)
+        check_size(config, model, hidden_size, len(blocks))
+        checkpoint = self._read_checkpoint(adapter_name, config, blocks, hidden_size)
+        with unchanged_on_error(self, config):
+            point_at_fused_experts(model, config)
+            if state_dict is not None:
+                state_dict = {key: tensor for key, tensor in state_dict.items() if not _is_side_path_key(key)}
+            super().inject_adapter(
+                model,
+                adapter_name,
+                autocast_adapter_dtype=autocast_adapter_dtype,
+                low_cpu_mem_usage=low_cpu_mem_usage,
+                state_dict=state_dict,
+            )
+            for index, block in blocks.items():
+                with init_empty_weights() if low_cpu_mem_usage else nullcontext():
+                    self._attach_side_path(block, index, depth, hidden_size, adapter_name, config)
+            for _, layer in attached_side_paths(model):
+                layer.has_low_rank_half = {name: other.has_low_rank_half for name, other in self.peft_config.items()}
+            declare_scope(model, adapter_name, config.talan_trainable)
+            # Its low-rank half has places to be checked against only now.
+            self._remap_adapter_state_dict_for_load(model, config, adapter_name, checkpoint)
+            config.checkpoint_source = None
+
+    @staticmethod
+    def _read_checkpoint(
+        adapter_name: str, config: TalanConfig, blocks: dict[int, nn.Module], hidden_size: int
+    ) -> dict[str, torch.Tensor]:
+        """Read and check the tensors that PEFT will load, if the configuration was loaded with them."""
+        source = config.checkpoint_source
+        if source is None or source.fields != CheckpointSource.describe(config.to_dict()):
+            return {}
+        tensors = source.read()
+        check_finite(adapter_name, tensors)
+        with torch.device("meta"):
+            shapes = initial_parameters(config, hidden_size)
+        ending = f"{TalanLayer.child_name}.lora_talan_"
+        places = {f"{index}.{ending}{name}.weight": tensor for index in blocks for name, tensor in shapes.items()}
+        # The names of the modules around the blocks may still be mapped; the block's index may not.
+        found = {".".join(name.split(".")[-4:]): tensor for name, tensor in tensors.items() if _is_side_path_key(name)}
+        check_side_path(adapter_name, found, places)
+        return tensors
 
     def _attach_side_path(
         self, block: nn.Module, index: int, depth: int, hidden_size: int, adapter_name: str, config: TalanConfig
@@ -293,26 +342,22 @@ class TalanModel(LoraModel):
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, torch.Tensor]
     ) -> dict[str, torch.Tensor]:
-        broken = [key for key, tensor in state_dict.items() if not torch.isfinite(tensor).all()]
-        if broken:
-            raise ValueError(
-                f"the checkpoint of adapter {adapter_name!r} has NaN or infinite values in {', '.join(broken[:3])}"
-                f"{f' and {len(broken) - 3} more' if len(broken) > 3 else ''}; train or fetch it again"
-            )
+        check_finite(adapter_name, state_dict)
         remapped: dict[str, torch.Tensor] = super()._remap_adapter_state_dict_for_load(
             model, config, adapter_name, state_dict
         )
-        known = set(model.state_dict())
+        known = model.state_dict()
         prefix = "base_model.model."
-        foreign = [
-            key
-            for key in remapped
-            if _is_side_path_key(key) and not known & {key, key.removeprefix(prefix), prefix + key}
-        ]
-        if foreign:
-            # PEFT passes over what has no place; here it would be half an adapter without a word.
-            raise ValueError(
-                f"the checkpoint of adapter {adapter_name!r} has side-path tensors that its configuration has no "
-                f"place for: {', '.join(foreign[:3])}; load it with the adapter_config.json that it was saved with"
-            )
+        placed = {}
+        for key, tensor in remapped.items():
+            name = next((name for name in (key, key.removeprefix(prefix), prefix + key) if name in known), None)
+            if name is not None:
+                placed[name] = tensor
+            elif _is_side_path_key(key):
+                # PEFT passes over what has no place; here it would be half an adapter without a word.
+                raise ValueError(
+                    f"the checkpoint of adapter {adapter_name!r} has a side-path tensor that its configuration has no "
+                    f"place for: {key}; load it with the adapter_config.json that it was saved with"
+                )
+        check_fit(adapter_name, placed, known)
         return remapped

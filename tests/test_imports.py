@@ -17,6 +17,8 @@ ORDER = (
     "functional.fused",
     "functional.one_row",
     "checkpoint",
+    "rollback",
+    "names",
     "segments",
     "memory",
     "state",
