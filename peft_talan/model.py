@@ -18,8 +18,9 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 
+from . import tensor_parallel
 from .blocks import find_hidden_size, find_targets
-from .checkpoint import check_names
+from .checkpoint import check_names, plain_name, wrapped_names
 from .config import TalanConfig
 from .layer import TalanLayer
 from .merge import attached_side_paths, detach_side_paths, keep_side_paths, side_path_config
@@ -75,6 +76,7 @@ class TalanModel(LoraModel):
             )
         blocks = find_targets(model, config)
         hidden_size = find_hidden_size(model, config)
+        tensor_parallel.check_plan(model)
         self._convert_expert_targets(model, config)
         if state_dict is not None:
             state_dict = {key: tensor for key, tensor in state_dict.items() if not _is_side_path_key(key)}
@@ -88,6 +90,7 @@ class TalanModel(LoraModel):
         for index, block in blocks.items():
             with init_empty_weights() if low_cpu_mem_usage else nullcontext():
                 self._attach_side_path(block, index, hidden_size, adapter_name, config)
+        tensor_parallel.agree(model, adapter_name)
         declare_scope(model, adapter_name, config.talan_trainable)
 
     @staticmethod
@@ -288,7 +291,10 @@ class TalanModel(LoraModel):
         unwanted_adapter_names: list[str],
     ) -> dict[str, torch.Tensor]:
         check_names(model, adapter_name, unwanted_adapter_names)
-        return super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
+        own = super()._get_adapter_state_dict(
+            model, config, adapter_name, wrapped_names(model, state_dict), unwanted_adapter_names
+        )
+        return {plain_name(key): tensor for key, tensor in own.items()}
 
     @classmethod
     def _remap_adapter_state_dict_for_load(

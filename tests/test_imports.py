@@ -31,6 +31,7 @@ ORDER = (
     "monitor",
     "mixed_batch",
     "weighted",
+    "tensor_parallel",
     "model",
     "registry",
 )
