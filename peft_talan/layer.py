@@ -195,15 +195,20 @@ class TalanLayer(nn.Module, BaseTunerLayer):
         if self._disable_adapters or "input" not in self.talan_position.values():
             return None
         hidden_states = args[0] if args else kwargs["hidden_states"]
-        written = self(hidden_states, "input", describe_call(block, self._mask_place, args, kwargs))
+        written = self._called(block)(hidden_states, "input", describe_call(block, self._mask_place, args, kwargs))
         replace_recorded_state(hidden_states, written)
         return ((written, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": written})
 
     def _after_block(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         call = describe_call(block, self._mask_place, args, kwargs)
         if isinstance(output, tuple):
-            return (self(output[0], "output", call), *output[1:])
-        return self(output, "output", call)
+            return (self._called(block)(output[0], "output", call), *output[1:])
+        return self._called(block)(output, "output", call)
+
+    def _called(self, block: nn.Module) -> nn.Module:
+        """The block's child: this layer, or what a sharding library has wrapped it in to gather its parameters."""
+        child: nn.Module = getattr(block, self.child_name)
+        return child
 
     def forward(
         self,

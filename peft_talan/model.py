@@ -15,6 +15,7 @@ from peft.utils.integrations import init_empty_weights
 from peft.utils.other import _set_layer_requires_grad
 from torch import nn
 
+from . import tensor_parallel
 from .blocks import find_blocks, find_hidden_size, find_targets, point_at_fused_experts
 from .checkpoint import (
     CheckpointSource,
@@ -105,6 +106,7 @@ class TalanModel(LoraModel):
         blocks = find_targets(model, config)
         depth = len(find_blocks(model, config)[1])
         hidden_size = find_hidden_size(model, config)
+        tensor_parallel.check_plan(model)
         check_size(config, model, hidden_size, len(blocks))
         checkpoint = self._read_checkpoint(adapter_name, config, blocks, hidden_size)
         with unchanged_on_error(self, config):
@@ -123,6 +125,7 @@ class TalanModel(LoraModel):
                     self._attach_side_path(block, index, depth, hidden_size, adapter_name, config)
             for _, layer in attached_side_paths(model):
                 layer.has_low_rank_half = {name: other.has_low_rank_half for name, other in self.peft_config.items()}
+            tensor_parallel.agree(model, adapter_name)
             declare_scope(model, adapter_name, config.talan_trainable)
             # Its low-rank half has places to be checked against only now.
             self._remap_adapter_state_dict_for_load(model, config, adapter_name, checkpoint)

@@ -34,6 +34,7 @@ ORDER = (
     "monitor",
     "mixed_batch",
     "weighted",
+    "tensor_parallel",
     "model",
     "registry",
 )
