@@ -109,8 +109,13 @@ def attach_table(lines: list[Line]) -> str:
     """Attaching and loading."""
     found = [line for line in lines if line["key"]["measure"] in ("attach", "load")]
     rows = [
-        [where(line), line["key"]["measure"], milliseconds_text(line, "lora"), ratio_text(line, "talan")]
-        + [ratio_text(line, "lora again")]
+        [
+            where(line),
+            line["key"]["measure"],
+            milliseconds_text(line, "lora"),
+            ratio_text(line, "talan"),
+            ratio_text(line, "lora again"),
+        ]
         for line in found
     ]
     return markdown(["model", "what", "LoRA, ms", "TALAN / LoRA", "LoRA / LoRA (noise)"], rows)
@@ -127,8 +132,15 @@ def memory_table(lines: list[Line]) -> str:
                 call = f"{line['key']['measure']} {' / '.join(size(line))}"
                 peaks = f"{theirs['peak'] / 2**20:.2f}"
                 rows.append(
-                    [where(line), call, f"{name} / {other}", peaks, f"{ours['peak'] / theirs['peak']:.4f}"]
-                    + [f"{theirs['allocated'] / 2**20:.1f}", f"{ours['allocated'] / theirs['allocated']:.4f}"]
+                    [
+                        where(line),
+                        call,
+                        f"{name} / {other}",
+                        peaks,
+                        f"{ours['peak'] / theirs['peak']:.4f}",
+                        f"{theirs['allocated'] / 2**20:.1f}",
+                        f"{ours['allocated'] / theirs['allocated']:.4f}",
+                    ]
                 )
     header = ["model", "call", "conditions", "peak, MiB", "ratio of peaks", "allocated in all, MiB", "ratio"]
     return markdown(header, rows) if rows else "Not measured."
@@ -194,8 +206,13 @@ def compile_facts(lines: list[Line]) -> str:
     """Graphs and graph breaks."""
     found = [line for line in lines if line["key"]["compile"] and "graphs" in line]
     rows = [
-        [where(line), f"{line['key']['measure']} {' / '.join(size(line))}", str(len(line["times"]))]
-        + [str(line["graphs"]), str(line["graph_breaks"])]
+        [
+            where(line),
+            f"{line['key']['measure']} {' / '.join(size(line))}",
+            str(len(line["times"])),
+            str(line["graphs"]),
+            str(line["graph_breaks"]),
+        ]
         for line in found
     ]
     return (
