@@ -47,7 +47,7 @@ class TalanLayer(nn.Module, BaseTunerLayer):
     lora_talan_read: nn.ParameterDict
     lora_talan_write: nn.ParameterDict
     lora_talan_gate: nn.ParameterDict
-    other_param_names: tuple[str, ...] = ("talan_options", "talan_alpha", "talan_position")
+    other_param_names: tuple[str, ...] = ("talan_options", "talan_alpha", "talan_position", "talan_strength")
 
     def __init__(self, hidden_size: int, block_index: int) -> None:
         super().__init__()
@@ -58,6 +58,8 @@ class TalanLayer(nn.Module, BaseTunerLayer):
         self.talan_options: dict[str, SidePathOptions] = {}
         self.talan_alpha: dict[str, float] = {}
         self.talan_position: dict[str, str] = {}
+        # Set at run time (peft_talan.steering) and never saved; an adapter that is missing here has 1.
+        self.talan_strength: dict[str, float] = {}
         self.frozen_peft_weight_names: dict[str, tuple[str, ...]] = {}
         self.merged_adapters: list[str] = []
         self._active_adapter: str | list[str] = []
@@ -117,6 +119,17 @@ class TalanLayer(nn.Module, BaseTunerLayer):
             write=self.lora_talan_write[adapter_name],
             gate=gates.get(adapter_name),
         )
+
+    def alpha_at_run_time(self, adapter_name: str) -> float:
+        """The strength that an adapter's perturbation has now: the trained alpha times that set at run time.
+
+        Args:
+            adapter_name: The adapter's name.
+
+        Returns:
+            The product.
+        """
+        return self.talan_alpha[adapter_name] * self.talan_strength.get(adapter_name, 1.0)
 
     def attach(self, block: nn.Module) -> None:
         """Become the block's child and act around its calls.
@@ -239,7 +252,7 @@ class TalanLayer(nn.Module, BaseTunerLayer):
             hidden_states,
             self.parameters_of(adapter_name),
             options,
-            alpha=self.talan_alpha[adapter_name],
+            alpha=self.alpha_at_run_time(adapter_name),
             valid=layout.valid,
             segment_ids=layout.segment_ids,
             state=None if memory is None else memory.state,

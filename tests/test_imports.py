@@ -25,6 +25,7 @@ ORDER = (
     "blocks",
     "layer",
     "merge",
+    "steering",
     "lora",
     "training",
     "analysis",
