@@ -4,8 +4,8 @@
     python -m benchmarks.quality.study --seeds 0 1 2 3 4   # runs what is not in the results yet
     python -m benchmarks.quality.report                    # tables and plots
 
-One JSON line a finished run, so a study that was stopped goes on where it was; the seed changes slowest, so that a part
-of a study is balanced. `--jobs N` runs N processes. `--ablation` changes one axis at a time instead.
+One JSON line a finished run, so a study that was stopped goes on where it was; the seed changes slowest, so that a
+part of a study is balanced. `--jobs N` runs N processes. `--ablation` changes one axis at a time instead.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import json
 import math
 import multiprocessing
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from pathlib import Path
 from typing import Any
@@ -53,7 +53,7 @@ def grid(options: argparse.Namespace) -> list[Settings]:
     targets = options.target_modules
     common["target_modules"] = targets[0] if targets == ["all-linear"] else tuple(targets)
     arms = (
-        [("lora+talan", name, VARIANTS[name]) for name in options.variants]
+        [("lora", "default", {}), *(("lora+talan", name, VARIANTS[name]) for name in options.variants)]
         if options.ablation
         else [(adapter, "default", {}) for adapter in options.adapters]
     )
@@ -129,8 +129,8 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main() -> None:
-    options = make_parser().parse_args()
+def main(arguments: Sequence[str] | None = None) -> None:
+    options = make_parser().parse_args(arguments)
     everything = grid(options)
     done = finished(options.results)
     wanted = [settings for settings in everything if settings.key() not in done]

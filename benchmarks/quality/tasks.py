@@ -1,7 +1,7 @@
 """The study's questions: four tasks to fine-tune on, easier ones that a backbone knows before, and plain text.
 
-Every answer can be checked: reasoning-gym computes them, or Python does (`code`). Held-out items are the same for every
-seed and are never trained on.
+Every answer can be checked: reasoning-gym computes them, or Python does (`code`). Held-out items are the same for
+every seed and are never trained on.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def _number_programs(count: int, seed: int) -> list[tuple[str, str]]:
 
 
 TASKS: dict[str, Callable[[int, int], list[tuple[str, str]]]] = {
-    "arithmetic": _gym("chain_sum", min_terms=3, max_terms=3, min_digits=1, max_digits=2),
+    "arithmetic": _gym("chain_sum", min_terms=3, max_terms=3, min_digits=1, max_digits=1),
     "algebra": _gym("simple_equations", min_terms=2, max_terms=2, min_value=1, max_value=9),
     "logic": _gym("family_relationships"),
     "code": _list_programs,
