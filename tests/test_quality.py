@@ -82,18 +82,12 @@ def test_processes_give_what_one_process_gives(
 
 def test_exact_match_is_that_of_greedy_decoding(backbone: str) -> None:
     model, tokenizer = one_run.load_base_model(backbone)
-    examples = [*tasks.held_out("code", 6)]
-    # Answers that the model itself gives, so that some are right.
-    told = []
-    for example in examples:
-        prompt, answer = one_run.encode(tokenizer, example)
-        tokens = model.generate(torch.tensor([prompt]), max_new_tokens=len(answer), do_sample=False, eos_token_id=None)
-        told.append((prompt, tokens[0, len(prompt) :].tolist()))
-    asked = iter(told[:3] + [one_run.encode(tokenizer, example) for example in examples[3:]])
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(one_run, "encode", lambda tokenizer, example: next(asked))
-        scores = one_run.answer_scores(model, tokenizer, examples)
-    assert scores["exact_match"] >= 0.5
+    examples = tasks.held_out("syllogisms", 20)
+    settings = one_run.Settings(backbone, "syllogisms", "base", 0, steps=30, learning_rate=1e-2)
+    one_run.train(model, tokenizer, tasks.to_train_on("syllogisms", 480, 0, examples), settings)
+    scores = one_run.answer_scores(model, tokenizer, examples)
+    assert scores["exact_match"] == one_run.written_without_the_answer(model, tokenizer, examples)
+    assert 0 < scores["exact_match"] < 1
 
 
 @pytest.mark.parametrize("task", [*tasks.TASKS, *tasks.KNOWN_TASKS])

@@ -53,7 +53,7 @@ class Settings:
 
 
 @cache
-def _loaded(backbone: str, device: str, dtype: str) -> tuple[Any, Any, str]:
+def loaded(backbone: str, device: str, dtype: str) -> tuple[Any, Any, str]:
     model, tokenizer = load_base_model(backbone_folder(backbone))
     fingerprint = weights_hash(model)
     return model.to(device=device, dtype=getattr(torch, dtype)), tokenizer, fingerprint
@@ -161,7 +161,7 @@ def run(
     if device == "cpu":
         torch.set_num_threads(1)
     started = time.perf_counter()
-    base, tokenizer, fingerprint = _loaded(settings.backbone, device, dtype)
+    base, tokenizer, fingerprint = loaded(settings.backbone, device, dtype)
     row: dict[str, Any] = {"settings": asdict(settings), "key": settings.key(), "weights": fingerprint}
     model = base
     if settings.adapter != "base":
