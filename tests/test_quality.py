@@ -13,6 +13,7 @@ import torch
 from benchmarks.quality import arms, backbones, one_run, paired, report, study, tasks
 
 from .small_models import make_base
+from .test_downstream_apps import TASK
 
 ARMS = ["lora", "lora+talan", "lora-matched"]
 
@@ -78,6 +79,17 @@ def test_processes_give_what_one_process_gives(
     assert len(found) == 2
     for key, row in found.items():
         assert row["losses"] == rows[key]["losses"]
+
+
+def test_lm_eval_tasks_are_taken_by_name(backbone: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    lines = [{"text": f"{i} + {i} =", "target": str(2 * i)} for i in range(4)]
+    (tmp_path / "data.json").write_text("\n".join(map(json.dumps, lines)))
+    (tmp_path / "task.yaml").write_text(TASK.format(data=tmp_path / "data.json"))
+    options = ["--lm-eval", "continuation", "--lm-eval-folder", str(tmp_path), "--seeds", "0", "--adapters"]
+    found = start(backbone, tmp_path / "quality.jsonl", *options, "lora+talan", "base")
+    trained, base = (row["lm_eval"]["continuation"]["perplexity,none"] for row in found.values())
+    assert 1 < trained != base > 1
 
 
 def test_exact_match_is_that_of_greedy_decoding(backbone: str) -> None:

@@ -40,13 +40,13 @@ class Settings:
     seed: int
     variant: str = "default"
     axes: dict[str, Any] = field(default_factory=dict)
-    steps: int = 100
+    steps: int = 50
     batch_size: int = 16
-    learning_rate: float = 3e-3
+    learning_rate: float = 1e-2
     rank: int = 8
     target_modules: str | tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj")
-    held_out: int = 300
-    held_out_known: int = 100
+    held_out: int = 200
+    held_out_known: int = 20
 
     def key(self) -> str:
         return sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:16]
@@ -141,13 +141,20 @@ def train(model: Any, tokenizer: Any, examples: Sequence[Example], settings: Set
     return losses
 
 
-def lm_eval_scores(model: Any, tokenizer: Any, tasks: Sequence[str]) -> dict[str, Any]:
-    """Results of lm-eval tasks by name, where their data is at hand."""
+def lm_eval_scores(model: Any, tokenizer: Any, tasks: Sequence[str], folder: Path | None) -> dict[str, Any]:
+    """Results of lm-eval tasks by name, where their data is at hand; those of a folder of YAML files, too."""
     import lm_eval
     from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
 
+    manager = TaskManager(include_path=None if folder is None else str(folder))
     wrapped = HFLM(pretrained=model, tokenizer=tokenizer)
-    return dict(lm_eval.simple_evaluate(wrapped, tasks=list(tasks), bootstrap_iters=0)["results"])
+    found = lm_eval.simple_evaluate(wrapped, tasks=list(tasks), task_manager=manager, bootstrap_iters=0)["results"]
+    numbers = (int, float)
+    return {
+        task: {name: value for name, value in scores.items() if isinstance(value, numbers)}
+        for task, scores in found.items()
+    }
 
 
 def run(
@@ -156,6 +163,7 @@ def run(
     dtype: str = "float32",
     adapters_folder: Path | None = None,
     lm_eval_tasks: Sequence[str] = (),
+    lm_eval_folder: Path | None = None,
 ) -> dict[str, Any]:
     """Train and measure once; the adapter `base` is the backbone as it is."""
     if device == "cpu":
@@ -178,7 +186,7 @@ def run(
     if settings.axes.get("talan_memory_scope") == "bidirectional":
         row["exact_match"] = written_without_the_answer(model, tokenizer, held_out(settings.task, settings.held_out))
     if lm_eval_tasks:
-        row["lm_eval"] = lm_eval_scores(model, tokenizer, lm_eval_tasks)
+        row["lm_eval"] = lm_eval_scores(model, tokenizer, lm_eval_tasks, lm_eval_folder)
     if settings.adapter != "base":
         if adapters_folder is not None and settings.adapter.endswith("+talan"):
             model.save_pretrained(adapters_folder / settings.key())

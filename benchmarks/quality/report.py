@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from . import inside, strength
 from .arms import VARIANTS
 from .paired import Summary, summarise
 from .study import RESULTS, finished
@@ -194,19 +195,25 @@ def main() -> None:
     options = parser.parse_args()
     rows = [row for file in options.results for row in finished(file).values()]
     ablation = list(finished(options.ablation).values())
+    strengths = list(finished(strength.STRENGTH_RESULTS).values())
     tables = {
         "summary": summary_table(rows),
         "exact match": cells_table(rows, "exact match, points"),
         "loss": cells_table(rows, "loss, % lower"),
         "scores": scores_table(rows),
         "ablation": ablation_table(ablation),
+        "strength": strength.table(strengths) if strengths else "",
+        "inside": inside.table(list(finished(inside.INSIDE_RESULTS).values())),
     }
     if options.page is None:
         for name, table in tables.items():
             print(f"\n{name}\n\n{table}")
         return
     put_into_page(options.page, tables)
-    forest_plot(rows, options.page.parent / "images" / "quality_forest.png")
+    images = options.page.parent / "images"
+    forest_plot(rows, images / "quality_forest.png")
+    if strengths:
+        strength.plot(strengths, images / "quality_strength.png")
     print(json.dumps({"page": str(options.page), "runs": len(rows), "ablation": len(ablation)}))
 
 

@@ -78,7 +78,12 @@ def device_of_this_worker(device: str) -> str:
 
 def run_in_worker(settings: Settings, options: argparse.Namespace) -> dict[str, Any]:
     return run(
-        settings, device_of_this_worker(options.device), options.dtype, options.adapters_folder, options.lm_eval
+        settings,
+        device_of_this_worker(options.device),
+        options.dtype,
+        options.adapters_folder,
+        options.lm_eval,
+        options.lm_eval_folder,
     )
 
 
@@ -111,14 +116,15 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--ablation", action="store_true", help="LoRA+TALAN with one axis changed at a time")
     parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=list(VARIANTS))
     parser.add_argument("--axes", type=json.loads, default=None, help='other defaults, as JSON: {"talan_alpha": 3}')
-    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--batch-size", type=int, default=16)
-    parser.add_argument("--learning-rate", type=float, default=3e-3)
+    parser.add_argument("--learning-rate", type=float, default=1e-2)
     parser.add_argument("--rank", type=int, default=8)
     parser.add_argument("--target-modules", nargs="+", default=["q_proj", "k_proj", "v_proj", "o_proj"])
-    parser.add_argument("--held-out", type=int, default=300, help="items of the task")
-    parser.add_argument("--held-out-known", type=int, default=100, help="items of each known task; 0: none")
+    parser.add_argument("--held-out", type=int, default=200, help="items of the task")
+    parser.add_argument("--held-out-known", type=int, default=20, help="items of each known task; 0: none")
     parser.add_argument("--lm-eval", nargs="*", default=[], help="names of lm-eval tasks, after every run")
+    parser.add_argument("--lm-eval-folder", type=Path, default=None, help="of YAML files with more lm-eval tasks")
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--adapters-folder", type=Path, default=cache_folder() / "study")
     parser.add_argument("--jobs", type=int, default=1, help="processes")
