@@ -34,7 +34,7 @@ MEASURES: dict[str, Callable[[Row, Row], float]] = {
     "loss, % lower": lambda new, old: 100 * (1 - new["loss"] / old["loss"]),
     "known tasks, points": lambda new, old: 100 * (new["known_exact_match"] - old["known_exact_match"]),
     "known tasks, loss % lower": lambda new, old: 100 * (1 - new["known_loss"] / old["known_loss"]),
-    "text perplexity, % lower": lambda new, old: 100 * (1 - math.exp(new["text_loss"] - old["text_loss"])),
+    "plain text, nats lower": lambda new, old: old["text_loss"] - new["text_loss"],
 }
 
 
@@ -125,9 +125,9 @@ def summary_table(rows: list[Row]) -> str:
 def ablation_table(rows: list[Row]) -> str:
     """Each change of one axis against LoRA alone, and against the defaults."""
     lines = [
-        "| variant | pairs | trainable | loss % lower than LoRA | exact match, points over LoRA "
-        "| loss % lower than the default | text perplexity, % lower than LoRA |",
-        "|---|---|---|---|---|---|---|",
+        "| variant | pairs | trainable | loss, % lower than LoRA | loss, % lower than the default "
+        "| exact match, points over LoRA | known tasks, points over LoRA | plain text, nats lower than LoRA |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     lora, default = _arm(rows, "lora"), _arm(rows, "lora+talan")
     names = [name for name in VARIANTS if _arm(rows, "lora+talan", name)]
@@ -141,9 +141,10 @@ def ablation_table(rows: list[Row]) -> str:
             _interval(summarise(list(cells_of(pairs, MEASURES[measure]).values()))) if pairs else ""
             for pairs, measure in (
                 (over_lora, "loss, % lower"),
-                (over_lora, "exact match, points"),
                 (over_default if name != "default" else [], "loss, % lower"),
-                (over_lora, "text perplexity, % lower"),
+                (over_lora, "exact match, points"),
+                (over_lora, "known tasks, points"),
+                (over_lora, "plain text, nats lower"),
             )
         ]
         lines.append(f"| {name} | {len(over_lora)} | {found[0]['trainable']:,} | {' | '.join(parts)} |")
