@@ -60,7 +60,13 @@ class TalanLayer(nn.Module, BaseTunerLayer):
         "lora_talan_write",
         "lora_talan_gate",
     )
-    other_param_names: tuple[str, ...] = ("talan_options", "talan_alpha", "talan_position", "has_low_rank_half")
+    other_param_names: tuple[str, ...] = (
+        "talan_options",
+        "talan_alpha",
+        "talan_position",
+        "talan_strength",
+        "has_low_rank_half",
+    )
 
     def __init__(self, hidden_size: int, block_index: int, depth: int) -> None:
         super().__init__()
@@ -74,6 +80,8 @@ class TalanLayer(nn.Module, BaseTunerLayer):
         self.talan_position: dict[str, str] = {}
         # All of the model's adapters, also those without a side path at this block.
         self.has_low_rank_half: dict[str, bool] = {}
+        # Set at run time (peft_talan.steering) and never saved; an adapter that is missing here has 1.
+        self.talan_strength: dict[str, float] = {}
         self.frozen_peft_weight_names: dict[str, tuple[str, ...]] = {}
         self.merged_adapters: list[str] = []
         self._active_adapter: str | list[str] = []
@@ -157,6 +165,17 @@ class TalanLayer(nn.Module, BaseTunerLayer):
 
     def _tensor(self, name: str, adapter_name: str) -> torch.Tensor:
         return getattr(self, f"lora_talan_{name}")[adapter_name].weight
+
+    def alpha_at_run_time(self, adapter_name: str) -> float:
+        """The strength that an adapter's perturbation has now: the trained alpha times that set at run time.
+
+        Args:
+            adapter_name: The adapter's name.
+
+        Returns:
+            The product.
+        """
+        return self.talan_alpha[adapter_name] * self.talan_strength.get(adapter_name, 1.0)
 
     def attach(self, block: nn.Module) -> None:
         """Become the block's child and act around its calls.
@@ -277,7 +296,7 @@ class TalanLayer(nn.Module, BaseTunerLayer):
         rows: torch.Tensor | None,
     ) -> torch.Tensor:
         options = self.talan_options[adapter_name]
-        parameters, alpha = self.parameters_of(adapter_name), self.talan_alpha[adapter_name]
+        parameters, alpha = self.parameters_of(adapter_name), self.alpha_at_run_time(adapter_name)
         batch, tokens = hidden_states.shape[:2]
         memory = None
         if cache is not None:
