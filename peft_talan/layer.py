@@ -60,7 +60,13 @@ class TalanLayer(nn.Module, BaseTunerLayer):
         "lora_talan_write",
         "lora_talan_gate",
     )
-    other_param_names: tuple[str, ...] = ("talan_options", "talan_alpha", "talan_position", "has_low_rank_half")
+    other_param_names: tuple[str, ...] = (
+        "talan_options",
+        "talan_alpha",
+        "talan_position",
+        "talan_strength",
+        "has_low_rank_half",
+    )
 
     def __init__(self, hidden_size: int, block_index: int, depth: int) -> None:
         super().__init__()
@@ -74,6 +80,8 @@ class TalanLayer(nn.Module, BaseTunerLayer):
         self.talan_position: dict[str, str] = {}
         # All of the model's adapters, also those without a side path at this block.
         self.has_low_rank_half: dict[str, bool] = {}
+        # Set at run time (peft_talan.steering) and never saved; an adapter that is missing here has 1.
+        self.talan_strength: dict[str, float] = {}
         self.frozen_peft_weight_names: dict[str, tuple[str, ...]] = {}
         self.merged_adapters: list[str] = []
         self._active_adapter: str | list[str] = []
@@ -158,6 +166,17 @@ class TalanLayer(nn.Module, BaseTunerLayer):
     def _tensor(self, name: str, adapter_name: str) -> torch.Tensor:
         return getattr(self, f"lora_talan_{name}")[adapter_name].weight
 
+    def alpha_at_run_time(self, adapter_name: str) -> float:
+        """The strength that an adapter's perturbation has now: the trained alpha times that set at run time.
+
+        Args:
+            adapter_name: The adapter's name.
+
+        Returns:
+            The product.
+        """
+        return self.talan_alpha[adapter_name] * self.talan_strength.get(adapter_name, 1.0)
+
     def attach(self, block: nn.Module) -> None:
         """Become the block's child and act around its calls.
 
@@ -195,15 +214,20 @@ class TalanLayer(nn.Module, BaseTunerLayer):
         if self._disable_adapters or "input" not in self.talan_position.values():
             return None
         hidden_states = args[0] if args else kwargs["hidden_states"]
-        written = self(hidden_states, "input", describe_call(block, self._mask_place, args, kwargs))
+        written = self._called(block)(hidden_states, "input", describe_call(block, self._mask_place, args, kwargs))
         replace_recorded_state(hidden_states, written)
         return ((written, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": written})
 
     def _after_block(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         call = describe_call(block, self._mask_place, args, kwargs)
         if isinstance(output, tuple):
-            return (self(output[0], "output", call), *output[1:])
-        return self(output, "output", call)
+            return (self._called(block)(output[0], "output", call), *output[1:])
+        return self._called(block)(output, "output", call)
+
+    def _called(self, block: nn.Module) -> nn.Module:
+        """The block's child: this layer, or what a sharding library has wrapped it in to gather its parameters."""
+        child: nn.Module = getattr(block, self.child_name)
+        return child
 
     def forward(
         self,
@@ -272,7 +296,7 @@ class TalanLayer(nn.Module, BaseTunerLayer):
         rows: torch.Tensor | None,
     ) -> torch.Tensor:
         options = self.talan_options[adapter_name]
-        parameters, alpha = self.parameters_of(adapter_name), self.talan_alpha[adapter_name]
+        parameters, alpha = self.parameters_of(adapter_name), self.alpha_at_run_time(adapter_name)
         batch, tokens = hidden_states.shape[:2]
         memory = None
         if cache is not None:

@@ -14,14 +14,16 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.integrations import init_empty_weights
 from torch import nn
 
+from . import tensor_parallel
 from .attachment import attach_side_path, attached_side_paths, detach_side_paths
 from .blocks import find_blocks, find_hidden_size, find_targets, is_side_path_key, point_at_fused_experts
-from .checkpoint import check_finite, check_names, check_new_name, with_wrappers, without_wrappers
+from .checkpoint import check_finite
 from .config import TalanConfig
 from .initialization import check_size
 from .loading import check_places, read_checkpoint
 from .merge import OUTCOMES, check_mergeable, keep_side_paths, side_path_config
 from .mixed_batch import rows_named
+from .names import check_names, check_new_name, with_wrappers, without_wrappers
 from .rollback import unchanged_on_error
 from .training import declare_scope
 from .weighted import add_weighted_adapter
@@ -88,6 +90,7 @@ class TalanModel(LoraModel):
         blocks = find_targets(model, config)
         depth = len(find_blocks(model, config)[1])
         hidden_size = find_hidden_size(model, config)
+        tensor_parallel.check_plan(model)
         check_size(config, model, hidden_size, len(blocks))
         checkpoint = read_checkpoint(adapter_name, config, blocks, hidden_size)
         with unchanged_on_error(self, config):
@@ -106,6 +109,7 @@ class TalanModel(LoraModel):
                     attach_side_path(self, index, depth, hidden_size, block, adapter_name)
             for _, layer in attached_side_paths(model):
                 layer.has_low_rank_half = {name: other.has_low_rank_half for name, other in self.peft_config.items()}
+            tensor_parallel.agree(model, adapter_name)
             declare_scope(model, adapter_name, config.talan_trainable)
             # Its low-rank half has places to be checked against only now.
             self._remap_adapter_state_dict_for_load(model, config, adapter_name, checkpoint)

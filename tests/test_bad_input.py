@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-import pickle
 import struct
 import warnings
 from collections.abc import Callable, Iterator
@@ -22,7 +21,6 @@ from peft import (
     LoraConfig,
     PeftModel,
     get_peft_model,
-    get_peft_model_state_dict,
     inject_adapter_in_model,
     set_peft_model_state_dict,
 )
@@ -30,9 +28,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import PreTrainedModel
 
-from peft_talan import TalanConfig, __version__
+from peft_talan import TalanConfig
 
-from .small_models import make_base, make_config, make_lora_config, make_model, make_tokens
+from .small_models import make_base, make_config, make_model, make_tokens
 
 FUZZ = settings(
     derandomize=True,

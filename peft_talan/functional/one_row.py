@@ -18,7 +18,6 @@ from .parameters import (
     SOFT_CAP,
     SidePathOptions,
     SidePathParameters,
-    working_dtype,
 )
 
 
