@@ -25,7 +25,7 @@ def read_checkpoint(
         hidden_size: H, the width of the residual stream.
 
     Returns:
-        The tensors; none where there is no checkpoint.
+        The tensors of the low-rank half, which has places only once it is injected; none where there is no checkpoint.
 
     Raises:
         ValueError: The checkpoint can't be read, is not finite, or has not the side path of its configuration.
@@ -40,10 +40,10 @@ def read_checkpoint(
     places = {
         f"{index}.{CHILD_NAME}.lora_talan_{name}.weight": tensor for index in blocks for name, tensor in shapes.items()
     }
-    # The names of the modules around the blocks may still be mapped; the block's index may not.
+    # PEFT may still map the names of the modules around the blocks (`key_mapping`), but not a block's index.
     found = {".".join(name.split(".")[-4:]): tensor for name, tensor in tensors.items() if is_side_path_key(name)}
     check_side_path(adapter_name, found, places)
-    return tensors
+    return {name: tensor for name, tensor in tensors.items() if not is_side_path_key(name)}
 
 
 def check_places(model: nn.Module, adapter_name: str, tensors: Mapping[str, torch.Tensor]) -> None:
