@@ -112,13 +112,17 @@ class TalanLayer(nn.Module, BaseTunerLayer):
         Returns:
             The tensors.
         """
-        names = MIXER_PARAMETERS[self.talan_options[adapter_name].mixer]
-        gates = self.lora_talan_gate
+        options, containers = self.talan_options[adapter_name], self._modules
+
+        def tensor(name: str) -> torch.Tensor:
+            # Decoding asks for them at every token; `self.lora_talan_read[adapter_name]` takes several times as long.
+            return getattr(containers[f"lora_talan_{name}"], adapter_name)
+
         return SidePathParameters(
-            read=self.lora_talan_read[adapter_name],
-            mixer=tuple(getattr(self, f"lora_talan_{name}")[adapter_name] for name in names),
-            write=self.lora_talan_write[adapter_name],
-            gate=gates.get(adapter_name),
+            read=tensor("read"),
+            mixer=tuple(map(tensor, MIXER_PARAMETERS[options.mixer])),
+            write=tensor("write"),
+            gate=tensor("gate") if options.writeback == "gated" else None,
         )
 
     def attach(self, block: nn.Module) -> None:
@@ -212,7 +216,7 @@ class TalanLayer(nn.Module, BaseTunerLayer):
         if self._disable_adapters:
             return {}
         if adapter_names is None:
-            return dict.fromkeys(name for name in self.active_adapters if name in self.talan_options)
+            return {name: None for name in self.active_adapters if name in self.talan_options}
         if len(adapter_names) != batch:
             raise ValueError(
                 f"adapter_names={adapter_names!r}: {len(adapter_names)} names for {batch} rows; give one a row"
@@ -240,14 +244,12 @@ class TalanLayer(nn.Module, BaseTunerLayer):
             memory = memory_to_go_on_with(
                 cache, self.block_index, self.depth, adapter_name, past, batch, options.scope, rows
             )
-            if batch == tokens == 1 and not torch.compiler.is_compiling():
+            if batch == tokens == 1 and not self.training and not torch.compiler.is_compiling():
                 row = memory.row_in_place(working_dtype(hidden_states.dtype))
                 if row is not None:
-                    written, weights, values = one_row(
-                        hidden_states, parameters, options, row, alpha=alpha, valid=layout.valid
-                    )
-                    memory.took_in(weights, values)
-                    return written
+                    token = one_row(hidden_states, parameters, options, row, alpha=alpha, valid=layout.valid)
+                    memory.took_in(token.weights, token.capped_values)
+                    return token.hidden_states
         output = fused.side_path(
             hidden_states,
             parameters,
