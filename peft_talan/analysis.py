@@ -9,6 +9,7 @@ import torch
 
 from .functional import reference
 from .functional.parameters import SMALLEST_DENOMINATOR, SidePathOptions, SidePathParameters
+from .functional.writeback import gate_openings
 
 
 class SidePathStatistics(NamedTuple):
@@ -92,7 +93,7 @@ def side_path_statistics(
     relative = norm(written - stream, dim=-1) / norm(stream, dim=-1).clamp_min(torch.finfo(stream.dtype).tiny)
     gate = None
     if options.writeback == "gated":
-        gate = float(reference.gate_openings(stream, parameters.gate)[real].mean())
+        gate = float(gate_openings(stream, parameters.gate)[real].mean())
     shares = slot_shares(mean, queries, options, parameters)[real].mean(0)
     entropy = float(torch.special.entr(shares).sum()) / math.log(slots) if slots > 1 else 0.0
     return SidePathStatistics(float(relative[real].mean()), gate, entropy)
