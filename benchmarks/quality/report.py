@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from . import inside, strength
-from .arms import VARIANTS
+from .arms import MATCHED, VARIANTS
 from .paired import Summary, summarise
 from .study import RESULTS, finished
 
@@ -69,6 +69,8 @@ def _mean(values: Iterable[float]) -> float:
 
 
 def _interval(summary: Summary) -> str:
+    if math.isnan(summary.low):
+        return f"{summary.mean:+.2f}"
     return f"{summary.mean:+.2f} [{summary.low:+.2f}, {summary.high:+.2f}]"
 
 
@@ -132,8 +134,9 @@ def ablation_table(rows: list[Row]) -> str:
     lora, default = _arm(rows, "lora"), _arm(rows, "lora+talan")
     names = [name for name in VARIANTS if _arm(rows, "lora+talan", name)]
     places = {_place(row) for row in rows if row["settings"]["variant"] not in ("default",)}
-    for name in names:
-        found = [row for row in _arm(rows, "lora+talan", name) if _place(row) in places]
+    arms = [(MATCHED, "default", "no side path, rank raised")] + [("lora+talan", name, name) for name in names]
+    for adapter, variant, name in arms:
+        found = [row for row in _arm(rows, adapter, variant) if _place(row) in places]
         over_lora, over_default = pair_up(found, lora), pair_up(found, default)
         if not over_lora:
             continue
@@ -192,10 +195,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", type=Path, nargs="+", default=[RESULTS])
     parser.add_argument("--ablation", type=Path, default=RESULTS.with_name("quality_ablation.jsonl"))
+    parser.add_argument("--ablation-tasks", nargs="+", default=["code"])
     parser.add_argument("--page", type=Path, default=None, help="a page with marks like <!-- table summary -->")
     options = parser.parse_args()
     rows = [row for file in options.results for row in finished(file).values()]
-    ablation = list(finished(options.ablation).values())
+    ablation = [r for r in finished(options.ablation).values() if r["settings"]["task"] in options.ablation_tasks]
     strengths = list(finished(strength.STRENGTH_RESULTS).values())
     tables = {
         "summary": summary_table(rows),
