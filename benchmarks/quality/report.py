@@ -124,6 +124,37 @@ def summary_table(rows: list[Row]) -> str:
     return "\n".join(lines)
 
 
+def _judge(summary: Summary, unit: str) -> str:
+    numbers = f"{_interval(summary)} {unit}, {summary.positive} of {summary.pairs} pairs better"
+    if math.isnan(summary.low):
+        return f"too few seeds to say ({numbers})"
+    if summary.low > 0:
+        return f"better ({numbers})"
+    if summary.high < 0:
+        return f"worse ({numbers})"
+    return f"no difference that this study can tell ({numbers})"
+
+
+def verdict(rows: list[Row]) -> str:
+    """What the intervals say of each comparison, in words."""
+    lines = []
+    for new, old in PAIRS:
+        pairs = pair_up(_arm(rows, new), _arm(rows, old))
+        if not pairs:
+            continue
+        words = [
+            f"{what}: {_judge(summarise(list(cells_of(pairs, MEASURES[measure]).values())), unit)}"
+            for what, measure, unit in (
+                ("loss on the task", "loss, % lower", "% lower"),
+                ("exact match", "exact match, points", "points"),
+                ("known tasks", "known tasks, points", "points"),
+                ("plain text", "plain text, nats lower", "nats lower"),
+            )
+        ]
+        lines.append(f"- **{new} against {old}.** " + "; ".join(words) + ".")
+    return "\n".join(lines)
+
+
 def ablation_table(rows: list[Row]) -> str:
     """Each change of one axis against LoRA alone, and against the defaults."""
     lines = [
@@ -202,6 +233,7 @@ def main() -> None:
     ablation = [r for r in finished(options.ablation).values() if r["settings"]["task"] in options.ablation_tasks]
     strengths = list(finished(strength.STRENGTH_RESULTS).values())
     tables = {
+        "verdict": verdict(rows),
         "summary": summary_table(rows),
         "exact match": cells_table(rows, "exact match, points"),
         "loss": cells_table(rows, "loss, % lower"),
