@@ -185,6 +185,22 @@ def ablation_table(rows: list[Row]) -> str:
     return "\n".join(lines)
 
 
+def against_the_defaults(rows: list[Row]) -> str:
+    """The variants whose interval against the defaults leaves zero out, in words."""
+    default = _arm(rows, "lora+talan")
+    told: dict[str, list[str]] = {"better": [], "worse": []}
+    for name in VARIANTS:
+        pairs = pair_up(_arm(rows, "lora+talan", name), default) if name != "default" else []
+        if pairs:
+            summary = summarise(list(cells_of(pairs, MEASURES["loss, % lower"]).values()))
+            if summary.low > 0 or summary.high < 0:
+                told["better" if summary.low > 0 else "worse"].append(f"{name} ({_interval(summary)})")
+    return "\n".join(
+        f"- The loss is {how}, in per cent of the default's: {', '.join(names) or 'none'}."
+        for how, names in told.items()
+    )
+
+
 def forest_plot(rows: list[Row], file: Path, measure: str = "loss, % lower") -> None:
     """Every cell of every comparison with its interval."""
     from matplotlib.figure import Figure
@@ -239,6 +255,7 @@ def main() -> None:
         "loss": cells_table(rows, "loss, % lower"),
         "scores": scores_table(rows),
         "ablation": ablation_table(ablation),
+        "defaults": against_the_defaults(ablation),
         "strength": strength.table(strengths) if strengths else "",
         "inside": inside.table(list(finished(inside.INSIDE_RESULTS).values())),
     }
