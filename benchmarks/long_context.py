@@ -2,9 +2,9 @@
 
 `prefill`: one pass of the whole side path up to 131072 tokens, with and without the memory of a cache; the bytes that
 it allocates beyond its input and output, against the tokens. What grows is O(tokens x width): the projections.
-`drift`: one million decoded tokens of a float32 model, one at a time as in generation, against exact sums (float64, in
-large pieces) of the same weights and values. The latent memory is a long sum, so its error could grow; what is
-written back, from ratios of two such sums, is what the model sees.
+`drift`: one million decoded tokens of a float32 model, one at a time as in generation, against the reference in
+float64. The latent memory is a long sum, so its error could grow; what is written back, from ratios of two such sums,
+is what the model sees.
 
     python benchmarks/long_context.py
 """
@@ -22,7 +22,7 @@ from measure import code_version, machine, memory_of
 from peft_talan.functional.one_row import one_row
 
 from peft_talan.functional import fused, reference
-from peft_talan.functional.parameters import SidePathOptions, SidePathOutput, SidePathParameters
+from peft_talan.functional.parameters import SidePathOptions, SidePathParameters
 from peft_talan.memory import LatentMemory
 
 RESULTS = Path(__file__).parent / "results" / "long_context.json"
@@ -94,18 +94,18 @@ def drift(tokens: int, seed: int) -> dict[str, Any]:
     for done in range(0, tokens, PIECE):
         count = min(PIECE, tokens - done)
         hidden_states = mean + torch.randn(count, 1, 1, DRIFT_HIDDEN_SIZE, generator=generator)
-        added = []
         start = time.perf_counter()
         for token in hidden_states:
             row = memory.row_in_place(token.dtype)
             if row is None:
-                written, state, weights, values = fused.side_path(token, parameters, options, state=memory.state)
-                memory.append(SidePathOutput(written, state, weights, values), None)
+                output = fused.side_path(token, parameters, options, state=memory.state)
+                memory.append(output, None)
+                written = output.hidden_states
             else:
-                written, weights, values = one_row(token, parameters, options, row)
-            added.append((weights.view(1, 1, -1), values.reshape(1, 1, -1)))
+                written = one_row(token, parameters, options, row).hidden_states
         stepping += time.perf_counter() - start
-        weights, values = (torch.cat(tensors, dim=1).double() for tensors in zip(*added, strict=True))
+        values, _, logits = reference.read(hidden_states.view(1, count, -1).double(), exact_parameters.read, SLOTS)
+        weights = reference.slot_weights(logits, None)
         padded = torch.nn.functional.pad(values, (0, 1), value=1.0)
         before_last = exact + weights[:, :-1].mT @ padded[:, :-1]
         exact = exact + weights.mT @ padded
