@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from peft import PEFT_TYPE_TO_TUNER_MAPPING, LoraConfig, PeftConfig, PeftModel, PeftType, get_peft_model
 from peft_talan_cli import main
-from peft_talan_cli.console import MISUSED
+from peft_talan_cli.console import FAILED, MISUSED
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -126,15 +126,13 @@ def test_inspect_counts_what_was_saved(saved: Path, capsys: pytest.CaptureFixtur
     found = json.loads(answers(["inspect", saved / "adapter", "--json"], capsys))
     tensors = load_file(saved / "adapter" / "adapter_model.safetensors")
     side_path = {key: tensor for key, tensor in tensors.items() if "lora_talan" in key}
-    for half, expected in (
-        ("side_path", side_path),
-        ("low_rank", {k: tensors[k] for k in set(tensors) - set(side_path)}),
-    ):
+    low_rank = {key: tensor for key, tensor in tensors.items() if key not in side_path}
+    for half, expected in (("side_path", side_path), ("low_rank", low_rank)):
         assert found[half]["parameters"] == sum(tensor.numel() for tensor in expected.values())
         assert found[half]["bytes"] == sum(tensor.nbytes for tensor in expected.values())
         assert found[half]["tensors"] == len(expected)
     assert found["side_path"]["blocks"] == [1, 3]
-    assert found["low_rank"]["modules"] == len({key.split(".lora_")[0] for key in set(tensors) - set(side_path)})
+    assert found["low_rank"]["modules"] == len({key.split(".lora_")[0] for key in low_rank})
     assert found["axes"]["talan_slots"] == 3
     assert set(found["axes"]) == {name for name in TalanConfig.__dataclass_fields__ if name.startswith("talan_")} - {
         "talan_version"
@@ -290,9 +288,11 @@ def test_doctor_finds_nothing_wrong() -> None:
 def test_doctor_sees_what_is_broken(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setenv("PEFT_TALAN_AUTOLOAD", "0")
     assert "switched off" in answers(["doctor"], capsys)
-    # A side path that forgets what it was given: cached generation can't be the full forward.
-    monkeypatch.setattr("peft_talan.memory.LatentMemory.append", lambda memory, output, segment_ids: memory.reset())
-    assert main(["doctor", "--json"]) != 0
+    monkeypatch.delitem(PEFT_TYPE_TO_TUNER_MAPPING, PeftType("TALAN"))
+    assert main(["doctor", "--json"]) == FAILED
+    report = json.loads(capsys.readouterr().out)
+    assert [check["name"] for check in report["checks"] if check["passed"] is False] == ["registration"]
+    assert not report["passed"]
 
 
 @pytest.mark.parametrize("kind", BAD_FILES)
