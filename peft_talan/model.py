@@ -19,8 +19,9 @@ from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 
 from .blocks import find_hidden_size, find_targets
-from .checkpoint import CheckpointSource, check_finite, check_fit, check_names, check_side_path
+from .checkpoint import CheckpointSource, check_finite, check_fit, check_names, check_side_path, check_whole_modules
 from .config import TalanConfig
+from .hub import announce_save
 from .initialization import check_size, initial_parameters
 from .layer import TalanLayer
 from .merge import attached_side_paths, detach_side_paths, keep_side_paths, side_path_config
@@ -110,8 +111,10 @@ class TalanModel(LoraModel):
                 with init_empty_weights() if low_cpu_mem_usage else nullcontext():
                     self._attach_side_path(block, index, hidden_size, adapter_name, config)
             declare_scope(model, adapter_name, config.talan_trainable)
-            # Its low-rank half has places to be checked against only now.
-            self._remap_adapter_state_dict_for_load(model, config, adapter_name, checkpoint)
+            if checkpoint:
+                # All but the side path has places to be checked against only now.
+                self._remap_adapter_state_dict_for_load(model, config, adapter_name, checkpoint)
+                check_whole_modules(adapter_name, checkpoint, model)
             config.checkpoint_source = None
 
     @staticmethod
@@ -331,7 +334,12 @@ class TalanModel(LoraModel):
         unwanted_adapter_names: list[str],
     ) -> dict[str, torch.Tensor]:
         check_names(model, adapter_name, unwanted_adapter_names)
-        return super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
+        tensors: dict[str, torch.Tensor] = super()._get_adapter_state_dict(
+            model, config, adapter_name, state_dict, unwanted_adapter_names
+        )
+        if isinstance(config, TalanConfig):
+            announce_save(model, config, adapter_name, tensors)
+        return tensors
 
     @classmethod
     def _remap_adapter_state_dict_for_load(

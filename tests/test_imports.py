@@ -17,6 +17,7 @@ ORDER = (
     "functional.fused",
     "checkpoint",
     "rollback",
+    "hub",
     "segments",
     "memory",
     "state",
