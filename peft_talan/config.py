@@ -181,6 +181,21 @@ class TalanConfig(LoraConfig):
         config.checkpoint_source = CheckpointSource(pretrained_model_name_or_path, options, described)
         return config
 
+    def to_dict(self) -> dict[str, Any]:
+        """The fields, with sets in order: the same adapter gives the same file in every process."""
+        return {name: sorted(value) if isinstance(value, set) else value for name, value in super().to_dict().items()}
+
+    def __post_init__(self) -> None:
+        """Check every field before any model is touched."""
+        self._check_version()
+        self._check_numbers()
+        super().__post_init__()
+        self.checkpoint_source: CheckpointSource | None = None
+        self.saved_halves: SavedHalves | None = None
+        self.peft_type = PeftType("TALAN")
+        self._check_side_path()
+        self._check_low_rank()
+
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """Save the configuration, and the model card if the adapter's tensors are being saved, too.
 
@@ -194,21 +209,6 @@ class TalanConfig(LoraConfig):
         if saved is not None:
             card_folder = Path(save_directory).parent if saved.in_subfolder else None
             write_card(save_directory, self, saved.counts, card_folder=card_folder)
-
-    def to_dict(self) -> dict[str, Any]:
-        """The fields, with sets in order: the same adapter gives the same file in every process."""
-        return {name: sorted(value) if isinstance(value, set) else value for name, value in super().to_dict().items()}
-
-    def __post_init__(self) -> None:
-        """Check every field before any model is touched."""
-        self._check_version()
-        self._check_numbers()
-        super().__post_init__()
-        self.checkpoint_source: CheckpointSource | None = None
-        self.saved_halves = None
-        self.peft_type = PeftType("TALAN")
-        self._check_side_path()
-        self._check_low_rank()
 
     def _check_version(self) -> None:
         if self.talan_version is None:
