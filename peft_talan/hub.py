@@ -262,9 +262,8 @@ def write_card(
 def _upload_with_card(model: Any, working_dir: str, repo_id: str, *args: Any, **kwargs: Any) -> Any:
     if (Path(working_dir) / CONFIG_NAME).exists():
         write_card(working_dir, repo_id=repo_id)
-    else:
-        for file in sorted(Path(working_dir).glob(f"*/{CONFIG_NAME}")):
-            write_card(file.parent, repo_id=repo_id, card_folder=working_dir)
+    for file in sorted(Path(working_dir).glob(f"*/{CONFIG_NAME}")):
+        write_card(file.parent, repo_id=repo_id, card_folder=working_dir)
     return type(model)._upload_modified_files(model, working_dir, repo_id, *args, **kwargs)
 
 

@@ -98,7 +98,7 @@ class _Handler(BaseHTTPRequestHandler):
             return self.answer(401 if not token else 403, {"error": "no access"})
         name = f"{wanted.get('organization') or 'writer'}/{wanted['name']}"
         exists = name in self.server.repositories
-        self.server.repositories.setdefault(name, Repository(bool(wanted.get("private"))))
+        self.server.repositories.setdefault(name, Repository(wanted.get("visibility") == "private"))
         return self.answer(409 if exists else 200, {"url": f"{self.server.url}/{name}", "error": "exists"})
 
     def route(self, name: str, repository: Repository, rest: str, body: bytes) -> None:

@@ -7,14 +7,23 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from datasets import Dataset
 from huggingface_hub import ModelCard
+from peft import PeftModel, get_peft_model, get_peft_model_state_dict
+from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
+from trl.trainer.utils import generate_model_card
+
+from peft_talan import TalanConfig
+from peft_talan.hub import write_card
 
 from .loopback_hub import Hub, running_hub
+from .small_models import make_base, make_config, make_model, make_tokens
 
 ROOT = Path(__file__).parents[1]
 
@@ -140,17 +149,19 @@ def test_revisions(client: Client, hub: Hub, tmp_path: Path) -> None:
     client("push", folder=str(tmp_path), repo="user/revised", options=options, token="writer", revision="gated")
     for revision, name in ((first, "by commit"), ("main", "main"), ("gated", "gated")):
         client("pull", folder=str(tmp_path), repo="user/revised", name=name, revision=revision)
-        client("pull_auto", folder=str(tmp_path), repo="user/revised", name=f"auto {name}", revision=revision)
+        # transformers would apply `revision` to the base model's repository, too.
+        adapter = {"revision": revision}
+        client("pull_auto", folder=str(tmp_path), repo="user/revised", name=f"auto {name}", adapter_kwargs=adapter)
     assert same(tmp_path, "first", "by commit", "main", "auto by commit", "auto main")
     assert same(tmp_path, "pushed", "gated", "auto gated") and not same(tmp_path, "first", "gated")
     assert "error" in client.ask("pull", folder=str(tmp_path), repo="user/revised", revision="none")
 
 
-def test_private(client: Client, tmp_path: Path) -> None:
+def test_private(client: Client, hub: Hub, tmp_path: Path) -> None:
     client("push", folder=str(tmp_path), repo="user/private", options={}, token="writer", private=True)
     client("pull", folder=str(tmp_path), repo="user/private", token="reader")
     client("pull_auto", folder=str(tmp_path), repo="user/private", token="reader")
-    assert same(tmp_path, "pushed", "pulled", "auto")
+    assert hub.repositories["user/private"].private and same(tmp_path, "pushed", "pulled", "auto")
     for token in (False, "stranger"):
         # The files of the reader lie in the cache; a stranger has another one.
         cache = str(tmp_path / f"cache {token}")
@@ -196,3 +207,95 @@ def test_offline_from_the_cache(client: Client, hub: Hub, home: Path, tmp_path: 
     offline.close()
     assert same(tmp_path, "pushed", "pulled", "auto", "offline", "auto offline")
     assert hub.log == []
+
+
+def adapter(folder: Path, **options: object) -> PeftModel:
+    model = make_model("qwen3", make_config(**options), torch.float32)
+    model.peft_config["default"].base_model_name_or_path = "user/base"
+    model.save_pretrained(folder)
+    return model
+
+
+def test_local_card_and_a_second_save(tmp_path: Path) -> None:
+    model = adapter(tmp_path)
+    text = (tmp_path / "README.md").read_text()
+    model.save_pretrained(tmp_path)
+    assert (tmp_path / "README.md").read_text() == text
+    card = ModelCard(text)
+    assert {"peft", "talan"} <= set(card.data.tags) and card.data.library_name == "peft"
+    assert "- PEFT" in text and "- peft_talan" in text and "More Information Needed" not in text
+    sizes = {True: 0, False: 0}
+    for name, tensor in get_peft_model_state_dict(model).items():
+        sizes["lora_talan_" in name] += tensor.numel()
+    assert f"| side path | {sizes[True]:,} |" in text and f"| low-rank half | {sizes[False]:,} |" in text
+    for axis in fields(TalanConfig):
+        assert not axis.name.startswith("talan_") or axis.name == "talan_version" or f"| `{axis.name}` |" in text
+
+
+def test_what_the_user_wrote_stays(tmp_path: Path) -> None:
+    written = "---\nlicense: mit\nlanguage: en\n---\n# My adapter\n\nIt adds numbers.\n\n| a | b |\n| - | - |\n"
+    (tmp_path / "README.md").write_text(written)
+    model = adapter(tmp_path)
+    text = (tmp_path / "README.md").read_text()
+    assert "# My adapter\n\nIt adds numbers.\n\n| a | b |\n| - | - |\n" in text and "pip install peft-talan" in text
+    assert ModelCard(text).data.license == "mit" and ModelCard(text).data.language == "en"
+    card = ModelCard(text.replace("pip install peft-talan", "pip install peft-talan trl"))
+    card.data.tags.append("mine")
+    card.save(tmp_path / "README.md")
+    model.peft_config["default"].talan_alpha = 0.5
+    model.save_pretrained(tmp_path)
+    again = ModelCard.load(tmp_path / "README.md")
+    assert again.text == card.text and "mine" in again.data.tags
+
+
+def test_metadata_that_cannot_be_read_stays(tmp_path: Path) -> None:
+    adapter(tmp_path)
+    broken = "---\ntags: [\n---\n# Mine\n"
+    (tmp_path / "README.md").write_text(broken)
+    with pytest.warns(UserWarning, match="left as it is"):
+        write_card(tmp_path)
+    assert (tmp_path / "README.md").read_text() == broken
+
+
+def test_base_model_that_is_a_folder_is_not_named(tmp_path: Path) -> None:
+    make_base("qwen3", torch.float32).save_pretrained(tmp_path / "base")
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    get_peft_model(base, make_config()).save_pretrained(tmp_path / "adapter")
+    card = ModelCard.load(tmp_path / "adapter" / "README.md")
+    assert card.data.base_model is None
+    assert not [tag for tag in card.data.tags if tag.startswith("base_model:")]
+
+
+def test_configuration_alone_makes_no_card(tmp_path: Path) -> None:
+    make_config().save_pretrained(tmp_path)
+    assert [file.name for file in tmp_path.iterdir()] == ["adapter_config.json"]
+
+
+def test_card_of_trainer(tmp_path: Path) -> None:
+    rows = [{"input_ids": row, "labels": row} for row in make_tokens(4, 8).tolist()]
+    options = {"use_cpu": True, "report_to": "none", "max_steps": 2, "logging_steps": 1, "save_strategy": "no"}
+    arguments = TrainingArguments(str(tmp_path), **options)
+    model = make_model("qwen3", dtype=torch.float32)
+    trainer = Trainer(model, arguments, train_dataset=Dataset.from_list(rows))
+    trainer.train()
+    trainer.save_state()
+    trainer.save_model()
+    text = (tmp_path / "README.md").read_text()
+    assert "| steps | 2 |" in text and "| last loss |" in text
+    trainer.create_model_card()
+    card = ModelCard.load(tmp_path / "README.md")
+    assert "Training hyperparameters" in card.text and card.text.count("pip install peft-talan") == 1
+    assert {"peft", "talan"} <= set(card.data.tags)
+
+
+def test_card_of_trl(tmp_path: Path) -> None:
+    adapter(tmp_path)
+    names = {"base_model": "user/base", "model_name": "sums", "hub_model_id": "user/sums", "dataset_name": None}
+    urls = {"wandb_url": None, "trackio_url": None}
+    generate_model_card(**names, **urls, tags=["trl", "sft"], trainer_name="SFT").save(tmp_path / "README.md")
+    written = ModelCard.load(tmp_path / "README.md").text
+    write_card(tmp_path)
+    card = ModelCard.load(tmp_path / "README.md")
+    assert card.text.startswith(written.rstrip()) and "pip install peft-talan" in card.text
+    assert {"trl", "sft", "peft", "talan"} <= set(card.data.tags)
+    assert card.data["base_model_relation"] == "adapter"
