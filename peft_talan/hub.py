@@ -196,7 +196,7 @@ def _put_section(text: str, section: str, heading: str) -> str:
         if heading in found["text"].splitlines():
             if hashlib.sha256(found["text"].encode()).hexdigest()[:12] != found["digest"]:
                 return text
-            return text[: found.start()] + block + text[found.end() :]
+            return f"{text[: found.start()]}{block}{text[found.end() :].rstrip()}\n"
     return f"{text.rstrip()}\n\n{block}\n"
 
 
@@ -239,12 +239,15 @@ def write_card(
         warnings.warn(f"{file} was left as it is: its metadata can't be read ({error})", stacklevel=2)
         return
     embedded = (folder / MODEL_CONFIG_NAME).exists()
+    framework = None
     if _is_from_a_template(card.text):
         card.data.library_name = "transformers" if embedded else "peft"
         framework = re.search(r"### Framework versions\n\n- PEFT .*", card.text)
-        card.text = "\n# Model card\n" + (f"\n{framework[0]}\n" if framework else "")
+        card.text = "\n# Model card\n"
     section = _section(config, folder, counts, repo_id, subfolder)
     card.text = _put_section(card.text, section, section.splitlines()[1])
+    if framework is not None:
+        card.text += f"\n{framework[0]}\n"
     base = _base_model(config, repo_id)
     tags = ["peft", "talan"]
     _drop_local_base(card.data, config)

@@ -42,7 +42,7 @@ FUZZ = settings(
     deadline=None,
     database=None,
     phases=[Phase.explicit, Phase.generate],
-    max_examples=int(os.environ.get("PEFT_TALAN_FUZZ_EXAMPLES", "40")),
+    max_examples=int(os.environ.get("PEFT_TALAN_FUZZ_EXAMPLES", "30")),
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 WEIGHTS = "adapter_model.safetensors"
@@ -534,3 +534,17 @@ def test_entrances_that_name_no_checkpoint_to_the_tuner(entrance: str, kind: str
     with pytest.raises((ValueError, RuntimeError, OSError, SafetensorError)):
         NOT_MET[entrance](model, tmp_path)
     assert any("lora_" in name for name in model.state_dict())
+
+
+@pytest.mark.parametrize("tuner", ["talan", "lora"])
+def test_nan_is_refused_where_lora_takes_it_but_not_by_transformers_own_loading(tuner: str, tmp_path: Path) -> None:
+    config = {"talan": make_config, "lora": make_lora_config}[tuner]
+    damaged(lambda: make_model("qwen3", config(), torch.float32), "nan", tmp_path)
+    if tuner == "talan":
+        with pytest.raises(ValueError, match="NaN"):
+            NOT_MET["from_pretrained(config=...)"](base(), tmp_path)
+    else:
+        NOT_MET["from_pretrained(config=...)"](base(), tmp_path)
+    model = base()
+    NOT_MET["transformers' load_adapter"](model, tmp_path)
+    assert not all(tensor.isfinite().all() for tensor in model.state_dict().values())
