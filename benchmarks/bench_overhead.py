@@ -51,15 +51,14 @@ class LeftOut(Exception):
     """A measurement that would cost too much."""
 
 
-def probe(models: dict[str, nn.Module]) -> dict[str, float]:
-    """Seconds of a short prefill, by condition."""
-    seconds = {}
-    for name, call in prefill_calls(models, PROBE_TOKENS).items():
-        call()
-        start = time.perf_counter()
-        call()
-        seconds[name] = time.perf_counter() - start
-    return seconds
+def probe(models: dict[str, nn.Module], group: str) -> dict[str, float]:
+    """Seconds of a short prefill of the group's plain adapter, taken for all of its conditions."""
+    name = group if group in models else next(iter(models))
+    call = prefill_calls({name: models[name]}, PROBE_TOKENS)[name]
+    call()
+    start = time.perf_counter()
+    call()
+    return dict.fromkeys(models, time.perf_counter() - start)
 
 
 def timed(calls: Calls, options: argparse.Namespace, rounds: int, warm_up: int, fewest: int) -> dict[str, Any]:
@@ -100,11 +99,11 @@ def choose(group: str, models: dict[str, nn.Module], turns: int, seconds: dict[s
 
 def measure_prefill(models: dict[str, nn.Module], group: str, tokens: int, options: Any) -> dict[str, Any]:
     """Forward passes over a prompt."""
-    short = probe(models)
+    short = probe(models, group)
     first = next(iter(models.values()))
     growth = prefill_operations(first, tokens) / prefill_operations(first, PROBE_TOKENS)
     # DoRA's surplus, the norms of its weights, is there once a call, whatever the length.
-    plain = options.plain_probe or min(short.values())
+    plain = options.plain_probe
     foretold = {name: value + plain * (growth - 1) for name, value in short.items()}
     element = next(first.parameters()).element_size()
     needed = tokens * key_bytes(first.config, element) * 2
@@ -126,7 +125,7 @@ def measure_decode(
     cached = (
         (context + options.decode_rounds) * batch * key_bytes(first.config, next(first.parameters()).element_size())
     )
-    short = {name: seconds / 4 for name, seconds in probe(models).items()}
+    short = {name: seconds / 4 for name, seconds in probe(models, group).items()}
     names = choose(group, models, 8, short, cached * (1 + 1 / first.config.num_hidden_layers), options)
     models = {name: models[name] for name in names}
     if options.compile:
@@ -145,7 +144,7 @@ def measure_train(models: dict[str, nn.Module], group: str, tokens: int, options
     models = {name: model for name, model in models.items() if name not in ("base", "merged", "kept")}
     first = next(iter(models.values()))
     growth = 3 * prefill_operations(first, tokens) / prefill_operations(first, PROBE_TOKENS)
-    foretold = {name: value * growth for name, value in probe(models).items()}
+    foretold = {name: value * growth for name, value in probe(models, group).items()}
     names = choose(group, models, 4, foretold, 0, options)
     calls = train_calls({name: models[name] for name in names}, tokens)
     result = timed(calls, options, options.rounds, 1, 3)
@@ -187,7 +186,7 @@ def run_cell(base: nn.Module, cell: dict[str, Any], options: argparse.Namespace)
         return measure_attach(base, what, options)
     group = cell["group"]
     models = make_conditions(base, [name for name in GROUPS[group] if name in options.conditions])
-    options.plain_probe = min(probe({"base": base}).values())
+    options.plain_probe = probe({"base": base}, "base")["base"]
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     if what == "decode":

@@ -77,10 +77,12 @@ def compiled_prefill_calls(models: dict[str, nn.Module], tokens: int) -> Calls:
 def lengthen(cache: Cache, times: int) -> None:
     """Repeat a cache's keys and let the latent memories count as many tokens: only shapes matter to the time."""
     for layer in cache.layers:
-        layer.keys = layer.keys.repeat(1, 1, times, 1)
-        layer.values = layer.values.repeat(1, 1, times, 1)
-        for memory in getattr(layer, "latent_memories", {}).values():
-            memory.length *= times
+        for memories in getattr(layer, "memories", {}).values():
+            for memory in memories.values():
+                memory.length *= times
+        if getattr(layer, "keys", None) is not None:
+            layer.keys = layer.keys.repeat(1, 1, times, 1)
+            layer.values = layer.values.repeat(1, 1, times, 1)
 
 
 def decode_calls(models: dict[str, nn.Module], context: int, batch: int) -> Calls:

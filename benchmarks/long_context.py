@@ -2,8 +2,8 @@
 
 `prefill`: one pass of the whole side path up to 131072 tokens, with and without the memory of a cache; the bytes that
 it allocates beyond its input and output, against the tokens. What grows is O(tokens x width): the projections.
-`drift`: one million decoded tokens, one at a time in float32 as in generation, against float64 sums of the same
-weights and values. The latent memory is a long sum, so its error could grow; the read-out, a ratio of two sums,
+`drift`: one million decoded tokens of a float32 model, one at a time as in generation, against the reference in
+float64. The latent memory is a long sum, so its error could grow; what is written back, from ratios of two such sums,
 is what the model sees.
 
     python benchmarks/long_context.py
@@ -21,10 +21,13 @@ import torch
 from measure import code_version, machine, memory_of
 
 from peft_talan.functional import fused, reference
+from peft_talan.functional.one_row import one_row
 from peft_talan.functional.parameters import SidePathOptions, SidePathParameters
+from peft_talan.memory import LatentMemory
 
 RESULTS = Path(__file__).parent / "results" / "long_context.json"
 HIDDEN_SIZE, SLOTS, WIDTH = 576, 8, 32
+DRIFT_HIDDEN_SIZE = 64
 LENGTHS = (2048, 4096, 8192, 16384, 32768, 65536, 131072)
 PIECE = 2000
 
@@ -74,53 +77,54 @@ def relative_error(found: torch.Tensor, right: torch.Tensor) -> float:
 
 
 def drift(tokens: int, seed: int) -> dict[str, Any]:
-    """Errors of the memory and of the read-out after single steps in float32, against float64, along the way."""
+    """Errors of the memory and of what is written after single steps of generation, against float64, along the way."""
     generator = torch.Generator().manual_seed(seed)
-    bias = 0.1 * torch.randn(SLOTS, generator=generator)
-    state: torch.Tensor | None = None
+    parameters = make_parameters(DRIFT_HIDDEN_SIZE, SLOTS, WIDTH)
+    exact_parameters = SidePathParameters(
+        parameters.read.double(), tuple(tensor.double() for tensor in parameters.mixer), parameters.write.double()
+    )
+    options = SidePathOptions()
+    memory = LatentMemory(static=False, recorded=False)
     exact = torch.zeros(1, SLOTS, WIDTH + 1, dtype=torch.float64)
-    # Two means, so that the sums have a direction to grow in, and the slots differ.
-    mean = 0.5 * torch.randn(WIDTH, generator=generator)
-    preference = torch.randn(SLOTS, generator=generator)
+    # A mean beside the noise, so that the sums have a direction to grow in, and the slots differ.
+    mean = torch.randn(DRIFT_HIDDEN_SIZE, generator=generator)
     rows: list[dict[str, Any]] = []
     checkpoints = {10**power * digit for power in range(3, 8) for digit in (1, 2, 5)} | {tokens}
     begin, stepping = time.perf_counter(), 0.0
     for done in range(0, tokens, PIECE):
         count = min(PIECE, tokens - done)
-        values = mean + torch.randn(1, count, WIDTH, generator=generator)
-        queries = torch.randn(1, count, WIDTH, generator=generator)
-        weights = fused.slot_weights(preference + torch.randn(1, count, SLOTS, generator=generator), None)
+        hidden_states = mean + torch.randn(count, 1, 1, DRIFT_HIDDEN_SIZE, generator=generator)
         start = time.perf_counter()
-        readout = None
-        for index in range(count):
-            at = slice(index, index + 1)
-            readout, state = fused.remix(
-                values[:, at], queries[:, at], weights[:, at], "attention", (bias,), state=state
-            )
+        for token in hidden_states:
+            row = memory.row_in_place(token.dtype)
+            if row is None:
+                output = fused.side_path(token, parameters, options, state=memory.state)
+                memory.append(output, None)
+                written = output.hidden_states
+            else:
+                written = one_row(token, parameters, options, row).hidden_states
         stepping += time.perf_counter() - start
-        padded = torch.nn.functional.pad(values.double(), (0, 1), value=1.0)
-        before_last = exact + weights[:, :-1].double().mT @ padded[:, :-1]
-        exact = exact + weights.double().mT @ padded
-        if any(done < checkpoint <= done + count for checkpoint in checkpoints) and state is not None:
-            right, _ = reference.remix(
-                values[:, -1:].double(),
-                queries[:, -1:].double(),
-                weights[:, -1:].double(),
-                "attention",
-                (bias.double(),),
-                state=before_last,
-            )
-            row = {
+        values, _, logits = reference.read(hidden_states.view(1, count, -1).double(), exact_parameters.read, SLOTS)
+        weights = reference.slot_weights(logits, None)
+        padded = torch.nn.functional.pad(values, (0, 1), value=1.0)
+        before_last = exact + weights[:, :-1].mT @ padded[:, :-1]
+        exact = exact + weights.mT @ padded
+        if any(done < checkpoint <= done + count for checkpoint in checkpoints) and memory.state is not None:
+            last = hidden_states[-1].double()
+            right = reference.side_path(last, exact_parameters, options, state=before_last).hidden_states
+            errors = {
                 "tokens": done + count,
-                "memory_error": relative_error(state, exact),
+                "memory_error": relative_error(memory.state, exact),
                 "mean_error": relative_error(
-                    state[..., :WIDTH] / state[..., WIDTH:], exact[..., :WIDTH] / exact[..., WIDTH:]
+                    memory.state[..., :WIDTH] / memory.state[..., WIDTH:], exact[..., :WIDTH] / exact[..., WIDTH:]
                 ),
-                "readout_error": relative_error(readout, right),
+                # Beside what is written, not beside the far larger hidden state.
+                "written_error": float((written.double() - right).norm() / (right - last).norm()),
             }
-            print(row, f"{time.perf_counter() - begin:.0f} s", flush=True)
-            rows.append(row)
-    return {"microseconds_a_token": 1e6 * stepping / tokens, "along_the_way": rows}
+            print(errors, f"{time.perf_counter() - begin:.0f} s", flush=True)
+            rows.append(errors)
+    kept_in = str(None if memory.state is None else memory.state.dtype)
+    return {"memory_dtype": kept_in, "microseconds_a_token": 1e6 * stepping / tokens, "along_the_way": rows}
 
 
 def main() -> None:

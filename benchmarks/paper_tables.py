@@ -134,9 +134,9 @@ def _plot_side_path(cost: dict[str, Any], long_context: dict[str, Any], file: Pa
         xlabel="tokens of a pass", ylabel="bytes a token", title="peak beyond input and output", ylim=(0, None)
     )
     along = long_context["drift"]["along_the_way"]
-    for name, label in (("memory_error", "memory"), ("mean_error", "slot means"), ("readout_error", "read-out")):
+    for name, label in (("memory_error", "memory"), ("mean_error", "slot means"), ("written_error", "written back")):
         axes[2].loglog([r["tokens"] for r in along], [r[name] for r in along], "o-", markersize=3, label=label)
-    axes[2].set(xlabel="decoded tokens", title="relative error, float32 steps")
+    axes[2].set(xlabel="decoded tokens", title="relative error after single steps")
     axes[2].legend()
     figure.tight_layout()
     figure.savefig(file, metadata={"Date": None})
@@ -173,9 +173,9 @@ def paper_tables(folder: Path, names: dict[str, str], table: Callable[..., str])
             ],
         )
     if "drift" in long_context:
-        kinds = ("memory_error", "mean_error", "readout_error")
+        kinds = ("memory_error", "mean_error", "written_error")
         tables["drift"] = table(
-            ["decoded tokens", "memory", "slot means", "read-out"],
+            ["decoded tokens", "memory", "slot means", "what is written"],
             [
                 [str(row["tokens"]), *(f"{row[kind]:.1e}" for kind in kinds)]
                 for row in long_context["drift"]["along_the_way"]

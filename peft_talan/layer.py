@@ -164,7 +164,10 @@ class TalanLayer(nn.Module, BaseTunerLayer):
         )
 
     def _tensor(self, name: str, adapter_name: str) -> torch.Tensor:
-        return getattr(self, f"lora_talan_{name}")[adapter_name].weight
+        # Decoding asks for them at every token; `self.lora_talan_read[adapter_name]` takes several times as long.
+        container: Any = self._modules[f"lora_talan_{name}"]
+        tensor: torch.Tensor = container._modules[adapter_name].weight
+        return tensor
 
     def alpha_at_run_time(self, adapter_name: str) -> float:
         """The strength that an adapter's perturbation has now: the trained alpha times that set at run time.
@@ -275,7 +278,7 @@ class TalanLayer(nn.Module, BaseTunerLayer):
         if self._disable_adapters:
             return {}
         if adapter_names is None:
-            return dict.fromkeys(name for name in self.active_adapters if name in self.talan_options)
+            return {name: None for name in self.active_adapters if name in self.talan_options}
         if len(adapter_names) != batch:
             raise ValueError(
                 f"adapter_names={adapter_names!r}: {len(adapter_names)} names for {batch} rows; give one a row"
@@ -303,14 +306,12 @@ class TalanLayer(nn.Module, BaseTunerLayer):
             memory = memory_to_go_on_with(
                 cache, self.block_index, self.depth, adapter_name, past, batch, options.scope, rows
             )
-            if batch == tokens == 1 and not torch.compiler.is_compiling():
+            if batch == tokens == 1 and not self.training and not torch.compiler.is_compiling():
                 row = memory.row_in_place(working_dtype(hidden_states.dtype))
                 if row is not None:
-                    written, weights, values = one_row(
-                        hidden_states, parameters, options, row, alpha=alpha, valid=layout.valid
-                    )
-                    memory.took_in(weights, values)
-                    return written
+                    token = one_row(hidden_states, parameters, options, row, alpha=alpha, valid=layout.valid)
+                    memory.took_in(token.weights, token.capped_values)
+                    return token.hidden_states
         output = fused.side_path(
             hidden_states,
             parameters,

@@ -10,6 +10,7 @@ import torch
 
 from .functional import reference
 from .functional.parameters import SMALLEST_DENOMINATOR, SidePathOptions, SidePathParameters
+from .functional.writeback import gate_openings
 
 
 class SidePathStatistics(NamedTuple):
@@ -123,7 +124,7 @@ def token_measures(
     )
     norm = torch.linalg.vector_norm
     relative = norm(written - stream, dim=-1) / norm(stream, dim=-1).clamp_min(torch.finfo(stream.dtype).tiny)
-    gates = reference.gate_openings(stream, parameters.gate) if options.writeback == "gated" else None
+    gates = gate_openings(stream, parameters.gate) if options.writeback == "gated" else None
     return TokenMeasures(relative, gates, slot_shares(mean, queries, options, parameters))
 
 

@@ -8,7 +8,7 @@ import torch
 
 from .functional.fused import memory_after
 from .functional.one_row import RowMemory
-from .functional.parameters import SidePathOutput
+from .functional.parameters import SOFT_CAP, SidePathOutput
 
 TOKENS_A_RECORD = 64
 """So many decoded tokens are gathered into one record: few objects, and little to add up again after a crop."""
@@ -31,6 +31,20 @@ class TokenRecord(NamedTuple):
         """The record of some of the tokens."""
         segment_ids = None if self.segment_ids is None else self.segment_ids[:, tokens]
         return TokenRecord(self.weights[:, tokens], self.values[:, tokens], segment_ids)
+
+    def followed_by(self, other: TokenRecord) -> TokenRecord:
+        """The record of these tokens and those of another, whose segments count from these tokens' last one."""
+        weights = torch.cat([self.weights, other.weights], dim=1)
+        values = torch.cat([self.values, other.values], dim=1)
+        if self.segment_ids is None and other.segment_ids is None:
+            return TokenRecord(weights, values, None)
+        own, others = (
+            record.weights.new_zeros(record.weights.shape[:2], dtype=torch.long)
+            if record.segment_ids is None
+            else record.segment_ids
+            for record in (self, other)
+        )
+        return TokenRecord(weights, values, torch.cat([own, own[:, -1:] + others], dim=1))
 
 
 def _precise(state: torch.Tensor) -> torch.Tensor:
@@ -67,6 +81,8 @@ class LatentMemory:
         self.rows: torch.Tensor | None = None
         # What tokens put in, in their order, and the rows by index wherever they changed.
         self._records: list[TokenRecord | torch.Tensor] = []
+        # The last tokens that came one by one, not in the records yet: e and z, or e [slots] and z / c [width].
+        self._singles: list[tuple[torch.Tensor, torch.Tensor]] = []
         self._row: RowMemory | None = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -92,7 +108,7 @@ class LatentMemory:
                 self.state.copy_(output.state)
             return
         self.state, self._row = _precise(output.state), None
-        self._record(output.weights, output.values, segment_ids)
+        self._record(TokenRecord(output.weights, output.values, segment_ids))
 
     def row_in_place(self, dtype: torch.dtype) -> RowMemory | None:
         """The memory of a single row, to be updated in place by one token; None where it can't be.
@@ -112,37 +128,54 @@ class LatentMemory:
             self._row = RowMemory(state, dtype)
         return self._row
 
-    def took_in(self, weights: torch.Tensor, values: torch.Tensor) -> None:
+    def took_in(self, weights: torch.Tensor, capped_values: torch.Tensor) -> None:
         """Record a token that was put in in place.
 
         Args:
-            weights: e, [1, 1, slots].
-            values: z, [1, 1, width].
+            weights: e, [slots].
+            capped_values: z / c, [width].
         """
         if not self.static:
-            self._record(weights, values, None)
+            self.length += 1
+            self._record_single(weights, capped_values)
 
-    def _record(self, weights: torch.Tensor, values: torch.Tensor, segment_ids: torch.Tensor | None) -> None:
-        self.length += weights.shape[1]
+    def _record_single(self, weights: torch.Tensor, values: torch.Tensor) -> None:
         if not self.recorded:
             return
-        self._records.append(TokenRecord(weights, values, segment_ids))
-        if torch.compiler.is_compiling():
-            # One growing record, as the keys are one growing tensor: a growing list would be compiled anew each time.
-            self._join(len(self._records))
-        elif len(self._records) >= TOKENS_A_RECORD:
-            self._join(TOKENS_A_RECORD, longest=1)
+        if self._singles and self._singles[0][0].dim() != weights.dim():
+            self._gather_singles()
+        self._singles.append((weights, values))
+        if len(self._singles) == TOKENS_A_RECORD:
+            self._gather_singles()
 
-    def _join(self, count: int, longest: int | None = None) -> None:
-        """Join the last records into one, if all are of no more tokens than `longest` and have no segments."""
-        last = [entry for entry in self._records[-count:] if isinstance(entry, TokenRecord)]
-        if len(last) < count or any(entry.segment_ids is not None for entry in last):
+    def _gather_singles(self) -> None:
+        if not self._singles:
             return
-        if longest is not None and any(entry.weights.shape[1] > longest for entry in last):
+        of_one_row = self._singles[0][0].dim() == 1
+        weights, values = (
+            torch.stack(tensors).unsqueeze(0) if of_one_row else torch.cat(tensors, dim=1)
+            for tensors in zip(*self._singles, strict=True)
+        )
+        self._records.append(TokenRecord(weights, values * SOFT_CAP if of_one_row else values, None))
+        self._singles.clear()
+
+    def _record(self, record: TokenRecord) -> None:
+        self.length += record.weights.shape[1]
+        if not self.recorded:
             return
-        weights = torch.cat([entry.weights for entry in last], dim=1)
-        values = torch.cat([entry.values for entry in last], dim=1)
-        self._records[-count:] = [TokenRecord(weights, values, None)]
+        if torch.compiler.is_compiling():
+            # One growing tensor, as the keys are: a growing list would be compiled anew at every token.
+            self._gather_singles()
+            last = self._records[-1] if self._records else None
+            if isinstance(last, TokenRecord):
+                self._records[-1] = last.followed_by(record)
+            else:
+                self._records.append(record)
+        elif record.weights.shape[1] == 1 and record.segment_ids is None:
+            self._record_single(record.weights, record.values)
+        else:
+            self._gather_singles()
+            self._records.append(record)
 
     def every_row(self) -> torch.Tensor:
         """The indices of all rows."""
@@ -161,6 +194,7 @@ class LatentMemory:
         rows = rows.to(self.state.device)
         self.state = self.state.index_select(0, rows)
         if self.recorded:
+            self._gather_singles()
             self._records.append(rows)
 
     def crop(self, tokens: int) -> None:
@@ -179,6 +213,7 @@ class LatentMemory:
                 f"tokens={tokens}: this latent memory of {self.length} tokens can't be cropped by as much; "
                 "start again from an empty cache"
             )
+        self._gather_singles()
         dropped = self._drop(tokens)
         self.length -= tokens
         segmented = any(isinstance(entry, TokenRecord) and entry.segment_ids is not None for entry in dropped)
@@ -228,6 +263,7 @@ class LatentMemory:
         self.behind = False
         self.rows = None
         self._records.clear()
+        self._singles.clear()
         if self.static and self.state is not None:
             self.state.zero_()
         else:

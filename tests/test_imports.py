@@ -11,6 +11,7 @@ ROOT = Path(peft_talan.__file__).parent
 ORDER = (
     "version",
     "functional.parameters",
+    "functional.writeback",
     "functional.reference",
     "functional.chunked",
     "functional.recomputed",

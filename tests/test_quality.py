@@ -155,6 +155,7 @@ def test_sign_test_and_interval() -> None:
     wide = paired.summarise([values])
     half = 1.96 * torch.tensor(values).std().item() / math.sqrt(400)
     assert wide.high - wide.low == pytest.approx(2 * half, rel=0.05)
+    assert math.isnan(paired.summarise([[1.0, 2.0], [3.0]]).low)
     with pytest.raises(ValueError, match="no pair"):
         paired.summarise([[]])
 

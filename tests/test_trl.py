@@ -262,6 +262,31 @@ def test_grpo_rolls_out_what_the_model_says(checkpointing: bool, tmp_path: Path)
     assert [entry["kl"] > 0 for entry in trainer.state.log_history if "kl" in entry] == [True] * 3
 
 
+@pytest.mark.parametrize("way", ["optimizers", "class", "attribute"])
+def test_parameter_groups_are_the_optimizers(way: str, tmp_path: Path) -> None:
+    """Of a model that has its adapter already, or once the trainer has added it."""
+    arguments = SFTConfig(tmp_path, **COMMON, max_steps=1, per_device_train_batch_size=2, lr_scheduler_type="constant")
+    data = {"train_dataset": Dataset.from_list(DATA["text"][0]), "processing_class": make_chat_tokenizer()}
+    if way == "attribute":
+        trainer = SFTTrainer(make_base("llama", torch.float32), arguments, **data, peft_config=make_config())
+        groups = talan_param_groups(trainer.model, 1e-3, side_path_lr_scale=5.0)
+        trainer.optimizer_cls_and_kwargs = (torch.optim.AdamW, {"params": groups})
+    else:
+        model = make_model("llama", dtype=torch.float32)
+        groups = talan_param_groups(model, 1e-3, side_path_lr_scale=5.0)
+        given = (
+            {"optimizers": (torch.optim.AdamW(groups), None)}
+            if way == "optimizers"
+            else {"optimizer_cls_and_kwargs": (torch.optim.AdamW, {"params": groups})}
+        )
+        trainer = SFTTrainer(model, arguments, **data, **given)
+    names = {id(p): name for name, p in trainer.model.named_parameters()}
+    trainer.train()
+    rates = {names[id(p)]: group["lr"] for group in trainer.optimizer.param_groups for p in group["params"]}
+    assert rates.keys() == {name for name in names.values() if "lora_" in name}
+    assert all(rate == (5e-3 if ".talan." in name else 1e-3) for name, rate in rates.items())
+
+
 @pytest.mark.parametrize("own_groups", [False, True])
 def test_resumed_training_is_the_uninterrupted_one(own_groups: bool, tmp_path: Path) -> None:
     def trainer(folder: Path) -> SFTTrainer:

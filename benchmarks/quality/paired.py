@@ -18,7 +18,7 @@ class Summary:
 
     Args:
         mean: Over all pairs.
-        low: The lower end of the 95% interval.
+        low: The lower end of the 95% interval; NaN where a cell has one seed, which tells nothing of the spread.
         high: The upper end.
         positive: Pairs above zero.
         negative: Pairs below zero.
@@ -58,7 +58,8 @@ def summarise(cells: Sequence[Sequence[float]]) -> Summary:
         raise ValueError("cells: there is no pair")
     draw = np.random.default_rng(0)
     means = np.mean([cell[draw.integers(0, len(cell), (RESAMPLES, len(cell)))].mean(axis=1) for cell in kept], axis=0)
-    low, high = np.quantile(means, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
+    spread = all(len(cell) > 1 for cell in kept)
+    low, high = np.quantile(means, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2]) if spread else (math.nan, math.nan)
     everything = np.concatenate(kept)
     positive, negative = int((everything > 0).sum()), int((everything < 0).sum())
     return Summary(

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from . import inside, strength
-from .arms import VARIANTS
+from .arms import MATCHED, VARIANTS
 from .paired import Summary, summarise
 from .study import RESULTS, finished
 
@@ -69,6 +69,8 @@ def _mean(values: Iterable[float]) -> float:
 
 
 def _interval(summary: Summary) -> str:
+    if math.isnan(summary.low):
+        return f"{summary.mean:+.2f}"
     return f"{summary.mean:+.2f} [{summary.low:+.2f}, {summary.high:+.2f}]"
 
 
@@ -122,6 +124,37 @@ def summary_table(rows: list[Row]) -> str:
     return "\n".join(lines)
 
 
+def _judge(summary: Summary, unit: str) -> str:
+    numbers = f"{_interval(summary)} {unit}, {summary.positive} of {summary.pairs} pairs better"
+    if math.isnan(summary.low):
+        return f"too few seeds to say ({numbers})"
+    if summary.low > 0:
+        return f"better ({numbers})"
+    if summary.high < 0:
+        return f"worse ({numbers})"
+    return f"no difference that this study can tell ({numbers})"
+
+
+def verdict(rows: list[Row]) -> str:
+    """What the intervals say of each comparison, in words."""
+    lines = []
+    for new, old in PAIRS:
+        pairs = pair_up(_arm(rows, new), _arm(rows, old))
+        if not pairs:
+            continue
+        words = [
+            f"{what}: {_judge(summarise(list(cells_of(pairs, MEASURES[measure]).values())), unit)}"
+            for what, measure, unit in (
+                ("loss on the task", "loss, % lower", "% lower"),
+                ("exact match", "exact match, points", "points"),
+                ("known tasks", "known tasks, points", "points"),
+                ("plain text", "plain text, nats lower", "nats lower"),
+            )
+        ]
+        lines.append(f"- **{new} against {old}.** " + "; ".join(words) + ".")
+    return "\n".join(lines)
+
+
 def ablation_table(rows: list[Row]) -> str:
     """Each change of one axis against LoRA alone, and against the defaults."""
     lines = [
@@ -132,8 +165,9 @@ def ablation_table(rows: list[Row]) -> str:
     lora, default = _arm(rows, "lora"), _arm(rows, "lora+talan")
     names = [name for name in VARIANTS if _arm(rows, "lora+talan", name)]
     places = {_place(row) for row in rows if row["settings"]["variant"] not in ("default",)}
-    for name in names:
-        found = [row for row in _arm(rows, "lora+talan", name) if _place(row) in places]
+    arms = [(MATCHED, "default", "no side path, rank raised")] + [("lora+talan", name, name) for name in names]
+    for adapter, variant, name in arms:
+        found = [row for row in _arm(rows, adapter, variant) if _place(row) in places]
         over_lora, over_default = pair_up(found, lora), pair_up(found, default)
         if not over_lora:
             continue
@@ -149,6 +183,22 @@ def ablation_table(rows: list[Row]) -> str:
         ]
         lines.append(f"| {name} | {len(over_lora)} | {found[0]['trainable']:,} | {' | '.join(parts)} |")
     return "\n".join(lines)
+
+
+def against_the_defaults(rows: list[Row]) -> str:
+    """The variants whose interval against the defaults leaves zero out, in words."""
+    default = _arm(rows, "lora+talan")
+    told: dict[str, list[str]] = {"better": [], "worse": []}
+    for name in VARIANTS:
+        pairs = pair_up(_arm(rows, "lora+talan", name), default) if name != "default" else []
+        if pairs:
+            summary = summarise(list(cells_of(pairs, MEASURES["loss, % lower"]).values()))
+            if summary.low > 0 or summary.high < 0:
+                told["better" if summary.low > 0 else "worse"].append(f"{name} ({_interval(summary)})")
+    return "\n".join(
+        f"- The loss is {how}, in per cent of the default's: {', '.join(names) or 'none'}."
+        for how, names in told.items()
+    )
 
 
 def forest_plot(rows: list[Row], file: Path, measure: str = "loss, % lower") -> None:
@@ -192,17 +242,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", type=Path, nargs="+", default=[RESULTS])
     parser.add_argument("--ablation", type=Path, default=RESULTS.with_name("quality_ablation.jsonl"))
+    parser.add_argument("--ablation-tasks", nargs="+", default=["code"])
     parser.add_argument("--page", type=Path, default=None, help="a page with marks like <!-- table summary -->")
     options = parser.parse_args()
     rows = [row for file in options.results for row in finished(file).values()]
-    ablation = list(finished(options.ablation).values())
+    ablation = [r for r in finished(options.ablation).values() if r["settings"]["task"] in options.ablation_tasks]
     strengths = list(finished(strength.STRENGTH_RESULTS).values())
     tables = {
+        "verdict": verdict(rows),
         "summary": summary_table(rows),
         "exact match": cells_table(rows, "exact match, points"),
         "loss": cells_table(rows, "loss, % lower"),
         "scores": scores_table(rows),
         "ablation": ablation_table(ablation),
+        "defaults": against_the_defaults(ablation),
         "strength": strength.table(strengths) if strengths else "",
         "inside": inside.table(list(finished(inside.INSIDE_RESULTS).values())),
     }

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from .arms import ADAPTERS, VARIANTS
+from .arms import ADAPTERS, MATCHED, VARIANTS
 from .backbones import PRETRAINED_HERE, cache_folder
 from .one_run import Settings, run
 from .tasks import TASKS
@@ -53,7 +53,8 @@ def grid(options: argparse.Namespace) -> list[Settings]:
     targets = options.target_modules
     common["target_modules"] = targets[0] if targets == ["all-linear"] else tuple(targets)
     arms = (
-        [("lora", "default", {}), *(("lora+talan", name, VARIANTS[name]) for name in options.variants)]
+        [("lora", "default", {}), (MATCHED, "default", {})]
+        + [("lora+talan", name, VARIANTS[name]) for name in options.variants]
         if options.ablation
         else [(adapter, "default", {}) for adapter in options.adapters]
     )

@@ -7,6 +7,7 @@ answers at once, and a command imports what it needs when it runs.
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Sequence
 
 import typer
@@ -54,6 +55,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         The exit code: 0, 1 where a run or a check failed, 2 where options, files or packages are not usable.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
+    if not sys.warnoptions:
+        # Other packages' notes to their own callers; python -W default shows them.
+        warnings.simplefilter("ignore", FutureWarning)
     if "--traceback" in words[:1]:
         return int(app(words, prog_name="peft-talan", standalone_mode=False) or 0)
     try:

@@ -43,7 +43,9 @@ def register(app: typer.Typer) -> None:
 def doctor(as_json: Annotated[bool, Option("--json", help=JSON_HELP)] = False) -> None:
     """Show versions, registration and autoload, and run a small self-test; exit code 1 where a check fails."""
     versions = {"python": platform.python_version(), "peft-talan": version("peft-talan"), **_versions()}
-    checks = [check_ranges(versions), check_autoload(), check_registration(), *check_model()]
+    checks = [check_ranges(versions), check_autoload(), check_registration()]
+    if checks[-1].passed:
+        checks += check_model()
     passed = all(check.passed is not False for check in checks)
     if as_json:
         print_json({"versions": versions, "checks": [check._asdict() for check in checks], "passed": passed})

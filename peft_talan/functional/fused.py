@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from contextlib import nullcontext
-from typing import Any
 
 import torch
 from torch.nn import functional as F
@@ -25,6 +24,8 @@ from .parameters import (
     working_dtype,
 )
 from .recomputed import ChunkwiseRemix, recomputed_remix
+from .writeback import WRITEBACK_RULES as READABLE_RULES
+from .writeback import scale_gradient
 
 
 def _inverse_rms(hidden_states: torch.Tensor) -> torch.Tensor:
@@ -215,39 +216,10 @@ def remix(
     return rule(values, queries, weights, mixer, parameters, segment_ids, state, return_state)
 
 
-class ScaledGradient(torch.autograd.Function):
-    """The identity, with the gradient multiplied by a number."""
-
-    @staticmethod
-    def forward(ctx: Any, tensor: torch.Tensor, scale: float) -> torch.Tensor:
-        """Pass the tensor on.
-
-        Args:
-            ctx: The autograd context.
-            tensor: Any shape.
-            scale: gamma.
-
-        Returns:
-            The tensor.
-        """
-        ctx.scale = scale
-        return tensor.view_as(tensor)
-
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Any) -> tuple[torch.Tensor, None]:
-        """Multiply the gradient."""
-        return grad_outputs[0] * ctx.scale, None
-
-
-def scale_gradient(tensor: torch.Tensor, scale: float) -> torch.Tensor:
-    """Pass a tensor on as it is and multiply the gradient that comes back by `scale`."""
-    return tensor if scale == 1.0 else ScaledGradient.apply(tensor, scale)
-
-
 def change_gated(
     hidden_states: torch.Tensor, delta: torch.Tensor, gate: torch.Tensor | None, cap: float
 ) -> torch.Tensor:
-    """Write through one gate a token; see `reference.change_gated`."""
+    """Write through one gate a token; see `writeback.change_gated`."""
     if gate is None:
         raise ValueError("gate=None, but the 'gated' writeback needs its row of shape [hidden_size + 1]")
     gate = gate.to(hidden_states.dtype)
@@ -255,7 +227,7 @@ def change_gated(
     return torch.sigmoid(opening) * delta
 
 
-WRITEBACK_RULES: dict[str, Callable[..., torch.Tensor]] = {**reference.WRITEBACK_RULES, "gated": change_gated}
+WRITEBACK_RULES: dict[str, Callable[..., torch.Tensor]] = {**READABLE_RULES, "gated": change_gated}
 
 
 def write_back(

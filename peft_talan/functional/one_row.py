@@ -36,9 +36,9 @@ class RowMemory:
         self.denominator_line = state[0, :, width]
         self.mean = state.new_empty((slots, width), dtype=dtype)
         self.mean_transposed = self.mean.T
-        self.epsilon = state.new_full((1,), NORM_EPSILON, dtype=dtype)
+        self.epsilon = state.new_full((1,), SOFT_CAP**2 * NORM_EPSILON, dtype=dtype)
         self.pieces = (width, width, slots)
-        self.query_scale = 1 / math.sqrt(width)
+        self.query_scale = SOFT_CAP / math.sqrt(width)
 
 
 class RowOutput(NamedTuple):
@@ -46,16 +46,15 @@ class RowOutput(NamedTuple):
 
     Args:
         hidden_states: h', [1, 1, hidden_size].
-        weights: e, [1, 1, slots].
-        values: z, [1, 1, width].
+        weights: e, [slots].
+        capped_values: z / c, [width].
     """
 
     hidden_states: torch.Tensor
     weights: torch.Tensor
-    values: torch.Tensor
+    capped_values: torch.Tensor
 
 
-@torch.no_grad()
 def one_row(
     hidden_states: torch.Tensor,
     parameters: SidePathParameters,
@@ -65,7 +64,7 @@ def one_row(
     alpha: float = 1.0,
     valid: torch.Tensor | None = None,
 ) -> RowOutput:
-    """Run a side path for one token; see `reference.side_path`. Without gradients.
+    """Run a side path for one token, where gradients are off; see `reference.side_path`.
 
     Args:
         hidden_states: h, [1, 1, hidden_size].
@@ -83,15 +82,16 @@ def one_row(
     stream = hidden_states if hidden_states.dtype is dtype else hidden_states.to(dtype)
     size = stream.shape[-1]
     line, row = stream.view(1, size), stream.view(size)
-    inverse_rms = torch.addmv(memory.epsilon, line, row, alpha=1 / size).rsqrt_()
+    # The norm divides by c, too, which all that follows takes into account: [z, q, a] / c.
+    inverse_rms = torch.addmv(memory.epsilon, line, row, alpha=SOFT_CAP**2 / size).rsqrt_()
     projected = torch.mv(read if read.dtype is dtype else read.to(dtype), row).mul_(inverse_rms)
     values, queries, logits = projected.split(memory.pieces)
 
     # exp(c tanh(a / c)) as a power of exp(c).
-    weights = torch.pow(math.exp(SOFT_CAP), logits.div_(SOFT_CAP).tanh_())
+    weights = torch.pow(math.exp(SOFT_CAP), logits.tanh_())
     if valid is not None:
         weights.mul_(valid.view(1))
-    memory.total.addr_(weights, values)
+    memory.total.addr_(weights, values, alpha=SOFT_CAP)
     memory.denominator_line.add_(weights)
     denominator = memory.denominator
     if valid is not None:
@@ -104,7 +104,8 @@ def one_row(
         scores = torch.addmv(bias if bias.dtype is dtype else bias.to(dtype), mean, queries, alpha=memory.query_scale)
         readout = torch.mv(memory.mean_transposed, scores.softmax(0))
     else:
-        readout = read_mean(mean.unsqueeze(0), queries.view(1, 1, -1), options.mixer, parameters.mixer).view(-1)
+        queries = (queries * SOFT_CAP).view(1, 1, -1)
+        readout = read_mean(mean.unsqueeze(0), queries, options.mixer, parameters.mixer).view(-1)
 
     if options.writeback == "add":
         written = torch.addmv(row, write if write.dtype is dtype else write.to(dtype), readout, alpha=alpha)
@@ -121,4 +122,4 @@ def one_row(
             gate=parameters.gate,
             cap=options.cap,
         )
-    return RowOutput(written, weights.view(1, 1, -1), values.view(1, 1, -1))
+    return RowOutput(written, weights, values)
