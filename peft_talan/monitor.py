@@ -105,7 +105,7 @@ class SidePathMonitor(TrainerCallback):
                 hidden_states[:, :TOKENS_MEASURED].detach(),
                 layer.parameters_of(name),
                 layer.talan_options[name],
-                alpha=layer.talan_alpha[name],
+                alpha=layer.alpha_at_run_time(name),
                 valid=measured[0],
                 segment_ids=measured[1],
             )
