@@ -21,6 +21,28 @@ from .segments import TokenLayout
 from .state import carry_memory, mark_memories_left_behind, memory_to_go_on_with
 
 
+class AdapterParameters(nn.ParameterDict):
+    """One tensor of each adapter."""
+
+    def of(self, adapter_name: str) -> torch.Tensor:
+        """Take an adapter's tensor.
+
+        Args:
+            adapter_name: The adapter's name.
+
+        Returns:
+            The tensor.
+        """
+        tensor: torch.Tensor = self[adapter_name]
+        # accelerate fetches a module's offloaded weights around the module's call, and only then.
+        return self(adapter_name) if tensor.is_meta else tensor
+
+    def forward(self, adapter_name: str) -> torch.Tensor:
+        """The same, without a look at where the tensor is."""
+        tensor: torch.Tensor = self[adapter_name]
+        return tensor
+
+
 class TalanLayer(nn.Module, BaseTunerLayer):
     """Holds one block's side paths and runs them around the block's call.
 
@@ -44,9 +66,9 @@ class TalanLayer(nn.Module, BaseTunerLayer):
         "lora_talan_write",
         "lora_talan_gate",
     )
-    lora_talan_read: nn.ParameterDict
-    lora_talan_write: nn.ParameterDict
-    lora_talan_gate: nn.ParameterDict
+    lora_talan_read: AdapterParameters
+    lora_talan_write: AdapterParameters
+    lora_talan_gate: AdapterParameters
     other_param_names: tuple[str, ...] = ("talan_options", "talan_alpha", "talan_position")
 
     def __init__(self, hidden_size: int, block_index: int) -> None:
@@ -54,7 +76,7 @@ class TalanLayer(nn.Module, BaseTunerLayer):
         self.in_features = self.out_features = hidden_size
         self.block_index = block_index
         for name in self.adapter_layer_names:
-            self.add_module(name, nn.ParameterDict())
+            self.add_module(name, AdapterParameters())
         self.talan_options: dict[str, SidePathOptions] = {}
         self.talan_alpha: dict[str, float] = {}
         self.talan_position: dict[str, str] = {}
@@ -112,10 +134,10 @@ class TalanLayer(nn.Module, BaseTunerLayer):
         names = MIXER_PARAMETERS[self.talan_options[adapter_name].mixer]
         gates = self.lora_talan_gate
         return SidePathParameters(
-            read=self.lora_talan_read[adapter_name],
-            mixer=tuple(getattr(self, f"lora_talan_{name}")[adapter_name] for name in names),
-            write=self.lora_talan_write[adapter_name],
-            gate=gates.get(adapter_name),
+            read=self.lora_talan_read.of(adapter_name),
+            mixer=tuple(getattr(self, f"lora_talan_{name}").of(adapter_name) for name in names),
+            write=self.lora_talan_write.of(adapter_name),
+            gate=gates.of(adapter_name) if adapter_name in gates else None,
         )
 
     def attach(self, block: nn.Module) -> None:
