@@ -24,6 +24,8 @@ from .state import carry_memory, mark_memories_left_behind, memory_to_go_on_with
 class AdapterParameters(nn.ParameterDict):
     """One tensor of each adapter."""
 
+    __call__ = nn.Module.__call__  # torch forbids it for its own dictionaries, which have no `forward`.
+
     def of(self, adapter_name: str) -> torch.Tensor:
         """Take an adapter's tensor.
 

@@ -80,8 +80,9 @@ def test_loaded_onto_a_device_map(kind: str, tmp_path: Path) -> None:
     base = AutoModelForCausalLM.from_pretrained(
         tmp_path / "base", device_map=DEVICE_MAP, offload_folder=tmp_path / "weights"
     )
+    device_map = {f"base_model.model.{name}": device for name, device in DEVICE_MAP.items()}
     model = PeftModel.from_pretrained(
-        base, tmp_path / "adapter", device_map=DEVICE_MAP, offload_folder=str(tmp_path / "more")
+        base, tmp_path / "adapter", device_map=device_map, offload_folder=str(tmp_path / "more")
     )
     assert offloaded(model)
     check_same(model, expected)
