@@ -20,7 +20,7 @@ SCOPES = ("causal", "bidirectional")
 
 
 def writes(scope: str, tokens: torch.Tensor) -> torch.Tensor:
-    """Run two packed samples through a small Qwen3 with one side path; h' - h of every token, [tokens, hidden_size]."""
+    """Run two packed samples through a small Qwen3 and give its side path's h' - h, [tokens, hidden_size]."""
     torch.manual_seed(0)
     config = Qwen3Config(
         vocab_size=64,
