@@ -1,285 +1,267 @@
 """What the side path costs in a whole model, beside matched LoRA and DoRA, the base model and merged models.
 
 All conditions of a model live in one process and share its base weights. They take turns call by call, so that a
-change of the machine's clock hits all of them; ratios are medians of the ratios within a turn. Operations are what
-reaches the dispatcher, memory is the highest balance of allocated minus freed bytes (torch.profiler).
+change of the machine's clock hits all of them; a ratio is the median of the ratios within a turn, with a bootstrap
+interval over the turns. `lora again` is a second LoRA model: its ratio to the first shows the noise of the same run.
 
-    python benchmarks/bench_overhead.py --models smollm2 qwen3-0.6b --measure decode prefill train
+    python benchmarks/bench_overhead.py --models smollm2 --measure attach decode prefill train
+    python benchmarks/bench_overhead.py --models smollm2 --measure decode prefill --compile
+    python benchmarks/bench_overhead.py --report
 
-One JSON object a finished measurement is appended to the results; `--report` prints the tables and draws the plot.
+One JSON object a finished measurement is appended to the results; what is stored for this version of the code is
+skipped, unless --again. What would take too long or too much memory is measured with fewer conditions, or is stored
+as left out, with the reason. `--report` prints the tables, and writes them and the plots into the docs.
 """
 
 from __future__ import annotations
 
 import argparse
-import copy
-import json
 import statistics
 import tempfile
 import time
-import warnings
-from collections.abc import Callable, Iterator
-from functools import partial
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from measure import DispatchCounter, machine, peak_extra_bytes
-from peft import LoraConfig, PeftModel, get_peft_model
+from calls import (
+    Calls,
+    attach_calls,
+    compiled_decode_calls,
+    compiled_prefill_calls,
+    decode_calls,
+    key_bytes,
+    load_calls,
+    prefill_calls,
+    prefill_operations,
+    train_calls,
+)
+from conditions import GROUPS, MATCHED, MODELS, SMALLER_GROUPS, load_base, make_conditions, trainable_shares
+from measure import append_line, code_version, in_turns, machine, memory_of, operations_of, ratio_of, read_lines
 from torch import nn
-from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, PreTrainedConfig, Qwen3Config
-
-from peft_talan import TalanConfig
-from peft_talan.demo.base_model import default_model_folder
 
 RESULTS = Path(__file__).parent / "results" / "overhead.jsonl"
-QWEN3 = {"vocab_size": 151936, "num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 128}
-SHAPES: dict[str, PreTrainedConfig] = {
-    "qwen3-0.6b": Qwen3Config(**QWEN3, hidden_size=1024, intermediate_size=3072, num_hidden_layers=28),
-    "qwen3-1.7b": Qwen3Config(**QWEN3, hidden_size=2048, intermediate_size=6144, num_hidden_layers=28),
-    "llama-3.2-1b": LlamaConfig(
-        vocab_size=128256,
-        hidden_size=2048,
-        intermediate_size=8192,
-        num_hidden_layers=16,
-        num_attention_heads=32,
-        num_key_value_heads=8,
-        head_dim=64,
-    ),
-}
-MODELS = ("smollm2", *SHAPES)
-LOW_RANK = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
-EIGHT = [index / 8 for index in range(8)]
-ADAPTERS: dict[str, Callable[[], LoraConfig]] = {
-    "lora": lambda: LoraConfig(**LOW_RANK),
-    "talan": lambda: TalanConfig(**LOW_RANK),
-    "talan, 8 blocks": lambda: TalanConfig(**LOW_RANK, talan_layers=EIGHT),
-    "dora": lambda: LoraConfig(**LOW_RANK, use_dora=True),
-    "dora + talan": lambda: TalanConfig(**LOW_RANK, use_dora=True),
-}
-MATCHED = {
-    "talan": "lora",
-    "talan, 8 blocks": "lora",
-    "dora + talan": "dora",
-    "kept": "merged",
-    "merged": "base",
-    "lora": "base",
-}
-MERGED = {"merged": "lora", "kept": "talan"}
+PROBE_TOKENS = 64
+"""Length of the prefill from which the time of longer ones is foretold."""
+PROFILED_SECONDS = 8.0
+"""Memory and operations are counted where a call takes at most as long: they need several calls of each condition."""
 
 
-def load_base(name: str, dtype: torch.dtype) -> nn.Module:
-    """The real model, or random weights in a shape."""
-    if name == "smollm2":
-        return AutoModelForCausalLM.from_pretrained(default_model_folder(), dtype=dtype).eval()
-    torch.manual_seed(0)
-    return AutoModelForCausalLM.from_config(SHAPES[name], dtype=dtype).eval()
+class LeftOut(Exception):
+    """A measurement that would cost too much."""
 
 
-def make_conditions(base: nn.Module, names: list[str]) -> dict[str, nn.Module]:
-    """The model in each condition; all but the merged ones, which share theirs, share the base's tensors."""
-
-    def sharing(model: nn.Module) -> nn.Module:
-        return copy.deepcopy(model, {id(tensor): tensor for tensor in model.parameters()})
-
-    models: dict[str, nn.Module] = {}
-    merged = copy.deepcopy(base) if set(names) & set(MERGED) else None
-    for name in names:
-        torch.manual_seed(1)
-        if name == "base":
-            models[name] = sharing(base)
-        elif name in MERGED and merged is not None:
-            # A fresh low-rank half folds to the same weights, so both merged models can share them.
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", UserWarning)
-                models[name] = get_peft_model(sharing(merged), ADAPTERS[MERGED[name]]()).merge_and_unload()
-        else:
-            models[name] = get_peft_model(sharing(base), ADAPTERS[name]())
-        models[name].eval()
-    return models
+def probe(models: dict[str, nn.Module], group: str) -> dict[str, float]:
+    """Seconds of a short prefill of the group's plain adapter, taken for all of its conditions."""
+    name = group if group in models else next(iter(models))
+    call = prefill_calls({name: models[name]}, PROBE_TOKENS)[name]
+    call()
+    start = time.perf_counter()
+    call()
+    return dict.fromkeys(models, time.perf_counter() - start)
 
 
-def in_turns(
-    calls: dict[str, Callable[[], object]], rounds: int, warm_up: int = 2
-) -> tuple[dict[str, float], dict[str, float]]:
-    """Milliseconds of each call (medians), and its ratio to what it is matched with (median of the turns' ratios)."""
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    names = list(calls)
-    for turn in range(-warm_up, rounds):
-        # Every second turn backwards: what comes after what is balanced.
-        for name in names if turn % 2 else reversed(names):
-            start = time.perf_counter()
-            calls[name]()
-            if turn >= 0:
-                times[name].append(1e3 * (time.perf_counter() - start))
-    ratios = {
-        name: statistics.median(a / b for a, b in zip(times[name], times[other], strict=True))
-        for name, other in MATCHED.items()
-        if name in times and other in times
+def timed(calls: Calls, options: argparse.Namespace, rounds: int, warm_up: int, fewest: int) -> dict[str, Any]:
+    """Take turns; give medians, ratios and the times themselves."""
+    times = in_turns(calls, rounds, warm_up, options.seconds, fewest)
+    return summary(times)
+
+
+def summary(times: dict[str, list[float]]) -> dict[str, Any]:
+    """Medians and ratios of the turns."""
+    pairs = [(name, MATCHED[name]) for name in times if MATCHED.get(name) in times]
+    return {
+        "milliseconds": {name: statistics.median(values) for name, values in times.items()},
+        "ratios": {name: {"to": other, **ratio_of(times[name], times[other])._asdict()} for name, other in pairs},
+        "times": {name: [round(value, 3) for value in values] for name, values in times.items()},
     }
-    return {name: statistics.median(values) for name, values in times.items()}, ratios
 
 
-def counted(calls: dict[str, Callable[[], object]]) -> dict[str, int]:
-    """Operations that one call of each condition dispatches."""
-    counts = {}
-    for name, call in calls.items():
-        with DispatchCounter() as counter:
-            call()
-        counts[name] = counter.count
-    return counts
+def choose(group: str, models: dict[str, nn.Module], turns: int, seconds: dict[str, float], bytes_each: float,
+           options: argparse.Namespace) -> list[str]:  # fmt: skip
+    """The largest set of conditions whose turns fit into the time and whose caches fit into the memory."""
+    weights = sum(tensor.numel() * tensor.element_size() for tensor in next(iter(models.values())).parameters())
+    room = options.memory * 2**30 - weights
+    time_limit = 1.5 * options.seconds
+    sets = [[name for name in names if name in models] for names in [list(models), *SMALLER_GROUPS[group]]]
+    for names in sets:
+        if turns * sum(seconds[name] for name in names) <= time_limit and len(names) * bytes_each <= room:
+            return names
+    least = turns * sum(seconds[name] for name in sets[-1])
+    if len(sets[-1]) * bytes_each > room:
+        gigabytes = (weights + len(sets[-1]) * bytes_each) / 2**30
+        raise LeftOut(f"the caches of two conditions need {gigabytes:.0f} GiB; the limit is {options.memory:g}")
+    raise LeftOut(
+        f"{turns} turns of two conditions need {least:.0f} s ({max(seconds.values()):.0f} s a call); "
+        f"the limit is {time_limit:.0f} s"
+    )
 
 
-def prefill_calls(models: dict[str, nn.Module], tokens: int, batch: int = 1) -> dict[str, Callable[[], Any]]:
-    """One forward pass over a prompt, with a fresh cache."""
-    vocabulary = next(iter(models.values())).config.vocab_size
-    prompt = torch.randint(0, vocabulary, (batch, tokens), generator=torch.Generator().manual_seed(2))
-
-    def prefill(model: nn.Module) -> DynamicCache:
-        with torch.no_grad():
-            cache = DynamicCache(config=model.config)
-            return model(input_ids=prompt, past_key_values=cache, use_cache=True, logits_to_keep=1).past_key_values
-
-    return {name: partial(prefill, model) for name, model in models.items()}
-
-
-def decode_calls(models: dict[str, nn.Module], context: int, batch: int) -> dict[str, Callable[[], object]]:
-    """One decoded token a call, each condition going on with its own cache."""
-    token = torch.full((batch, 1), 7)
-
-    def step(model: nn.Module, cache: DynamicCache) -> object:
-        with torch.no_grad():
-            return model(input_ids=token, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
-
-    calls = {}
-    for name, prefill in prefill_calls(models, context).items():
-        cache = prefill()
-        cache.batch_repeat_interleave(batch)
-        calls[name] = partial(step, models[name], cache)
-    return calls
+def measure_prefill(models: dict[str, nn.Module], group: str, tokens: int, options: Any) -> dict[str, Any]:
+    """Forward passes over a prompt."""
+    short = probe(models, group)
+    first = next(iter(models.values()))
+    growth = prefill_operations(first, tokens) / prefill_operations(first, PROBE_TOKENS)
+    # DoRA's surplus, the norms of its weights, is there once a call, whatever the length.
+    plain = options.plain_probe
+    foretold = {name: value + plain * (growth - 1) for name, value in short.items()}
+    element = next(first.parameters()).element_size()
+    needed = tokens * key_bytes(first.config, element) * 2
+    names = choose(group, models, 4, foretold, needed, options)
+    models = {name: models[name] for name in names}
+    calls = compiled_prefill_calls(models, tokens) if options.compile else prefill_calls(models, tokens)
+    result = timed(calls, options, options.rounds, 1, 3)
+    if not options.compile and max(foretold.values()) < PROFILED_SECONDS:
+        result["memory"] = {name: memory_of(call)._asdict() for name, call in calls.items()}
+    return result
 
 
-def train_calls(models: dict[str, nn.Module], tokens: int) -> dict[str, Callable[[], object]]:
-    """One step: forward, backward, optimizer."""
-    vocabulary = next(iter(models.values())).config.vocab_size
-    sample = torch.randint(0, vocabulary, (1, tokens), generator=torch.Generator().manual_seed(3))
-
-    def step(model: nn.Module, optimizer: torch.optim.Optimizer) -> object:
-        loss = model(input_ids=sample, labels=sample, use_cache=False).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        return loss
-
-    calls = {}
-    for name, model in models.items():
-        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        calls[name] = partial(step, model.train(), torch.optim.AdamW(trained))
-    return calls
-
-
-def attach_calls(base: nn.Module, folder: Path) -> dict[str, dict[str, Callable[[], object]]]:
-    """Attaching a fresh adapter, and loading a saved one."""
-
-    def attach(config: Callable[[], LoraConfig]) -> object:
-        return get_peft_model(base, config()).unload()
-
-    def load(path: Path) -> object:
-        return PeftModel.from_pretrained(base, path).unload()
-
-    calls: dict[str, dict[str, Callable[[], object]]] = {"attach": {}, "load": {}}
-    for name in ("lora", "talan"):
-        attached = get_peft_model(base, ADAPTERS[name]())
-        attached.save_pretrained(folder / name)
-        attached.unload()
-        calls["attach"][name] = partial(attach, ADAPTERS[name])
-        calls["load"][name] = partial(load, folder / name)
-    return calls
+def measure_decode(
+    models: dict[str, nn.Module], group: str, context: int, batch: int, options: argparse.Namespace
+) -> dict[str, Any]:
+    """Single tokens that go on from a cache."""
+    first = next(iter(models.values()))
+    # The cache is copied with every token: one layer's keys exist twice.
+    cached = (
+        (context + options.decode_rounds) * batch * key_bytes(first.config, next(first.parameters()).element_size())
+    )
+    short = {name: seconds / 4 for name, seconds in probe(models, group).items()}
+    names = choose(group, models, 8, short, cached * (1 + 1 / first.config.num_hidden_layers), options)
+    models = {name: models[name] for name in names}
+    if options.compile:
+        calls = compiled_decode_calls(models, context, batch, options.decode_rounds + 64)
+    else:
+        calls = decode_calls(models, context, batch)
+    result = timed(calls, options, options.decode_rounds, 3, 5)
+    if not options.compile and context == min(options.contexts):
+        result["operations"] = {name: operations_of(call) for name, call in calls.items()}
+        result["memory"] = {name: memory_of(call)._asdict() for name, call in calls.items()}
+    return result
 
 
-def measurements(arguments: argparse.Namespace, name: str, dtype: str) -> Iterator[dict[str, Any]]:
-    """Measure one model in one dtype."""
-    base = load_base(name, getattr(torch, dtype))
-    backbone = sum(parameter.numel() for parameter in base.parameters())
-    if "attach" in arguments.measure:
-        with tempfile.TemporaryDirectory() as folder:
-            for what, calls in attach_calls(base, Path(folder)).items():
-                milliseconds, ratios = in_turns(calls, arguments.rounds)
-                yield {"measure": what, "milliseconds": milliseconds, "ratios": ratios}
-    if "prefill" in arguments.measure:
-        models = make_conditions(base, arguments.conditions)
-        for tokens in arguments.tokens:
-            calls = prefill_calls(models, tokens)
-            milliseconds, ratios = in_turns(calls, arguments.rounds, warm_up=1)
-            peak = {key: peak_extra_bytes(call) for key, call in calls.items()} if tokens <= 2048 else {}
-            yield {
-                "measure": "prefill",
-                "tokens": tokens,
-                "milliseconds": milliseconds,
-                "ratios": ratios,
-                "peak_bytes": peak,
-            }
-    if "decode" in arguments.measure:
-        models = make_conditions(base, arguments.conditions)
-        for context in arguments.contexts:
-            for batch in arguments.batches:
-                calls = decode_calls(models, context, batch)
-                operations = counted(calls)
-                milliseconds, ratios = in_turns(calls, arguments.decode_rounds, warm_up=4)
-                yield {
-                    "measure": "decode",
-                    "context": context,
-                    "batch": batch,
-                    "milliseconds": milliseconds,
-                    "ratios": ratios,
-                    "operations": operations,
-                }
-    if "train" in arguments.measure:
-        models = make_conditions(base, [key for key in arguments.conditions if key in ADAPTERS])
-        trained = {
-            key: sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-            for key, model in models.items()
-        }
-        calls = train_calls(models, arguments.train_tokens)
-        milliseconds, ratios = in_turns(calls, arguments.rounds, warm_up=1)
-        yield {
-            "measure": "train",
-            "tokens": arguments.train_tokens,
-            "milliseconds": milliseconds,
-            "ratios": ratios,
-            "peak_bytes": {key: peak_extra_bytes(call) for key, call in calls.items()},
-            "operations": counted(calls),
-            "trained_share": {key: count / backbone for key, count in trained.items()},
-        }
+def measure_train(models: dict[str, nn.Module], group: str, tokens: int, options: Any) -> dict[str, Any]:
+    """Training steps."""
+    models = {name: model for name, model in models.items() if name not in ("base", "merged", "kept")}
+    first = next(iter(models.values()))
+    growth = 3 * prefill_operations(first, tokens) / prefill_operations(first, PROBE_TOKENS)
+    foretold = {name: value * growth for name, value in probe(models, group).items()}
+    names = choose(group, models, 4, foretold, 0, options)
+    calls = train_calls({name: models[name] for name in names}, tokens)
+    result = timed(calls, options, options.rounds, 1, 3)
+    if max(foretold.values()) < PROFILED_SECONDS:
+        result["memory"] = {name: memory_of(call)._asdict() for name, call in calls.items()}
+        result["operations"] = {name: operations_of(call) for name, call in calls.items()}
+    return result
+
+
+def measure_attach(base: nn.Module, what: str, options: argparse.Namespace) -> dict[str, Any]:
+    """Attaching fresh adapters, or loading saved ones; taking them off again is not timed."""
+    names = ["lora", "talan", "lora again"]
+    with tempfile.TemporaryDirectory() as folder:
+        calls = attach_calls(base, names) if what == "attach" else load_calls(base, names, Path(folder))
+        times = in_turns(calls, options.rounds * 2, 2, options.seconds, after=lambda model: model.unload())
+    return summary(times)
+
+
+def cells(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """What was asked for, one measurement at a time."""
+    groups = [group for group in GROUPS if group in options.groups]
+    for what in options.measure:
+        if what in ("attach", "load", "parameters"):
+            yield {"measure": what}
+        elif what == "decode":
+            sizes = [{"context": context, "batch": batch} for batch in options.batches for context in options.contexts]
+            yield from ({"measure": what, "group": group, **size} for group in groups for size in sizes)
+        else:
+            lengths = options.tokens if what == "prefill" else options.train_tokens
+            yield from ({"measure": what, "group": group, "tokens": length} for group in groups for length in lengths)
+
+
+def run_cell(base: nn.Module, cell: dict[str, Any], options: argparse.Namespace) -> dict[str, Any]:
+    """Measure one thing."""
+    what = cell["measure"]
+    if what == "parameters":
+        return {"shares": trainable_shares(base)}
+    if what in ("attach", "load"):
+        return measure_attach(base, what, options)
+    group = cell["group"]
+    models = make_conditions(base, [name for name in GROUPS[group] if name in options.conditions])
+    options.plain_probe = probe({"base": base}, "base")["base"]
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    if what == "decode":
+        result = measure_decode(models, group, cell["context"], cell["batch"], options)
+    elif what == "prefill":
+        result = measure_prefill(models, group, cell["tokens"], options)
+    else:
+        result = measure_train(models, group, cell["tokens"], options)
+    if options.compile:
+        result["graph_breaks"] = sum(torch._dynamo.utils.counters["graph_break"].values())
+        result["graphs"] = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    missing = [name for name in models if name not in result["milliseconds"]]
+    return {**result, "not_measured": missing} if missing else result
+
+
+def short_line(cell: dict[str, Any], result: dict[str, Any]) -> str:
+    """One measurement as a line of text."""
+    if "left_out" in result:
+        return f"{cell}: left out, {result['left_out']}"
+    rows = [f"{name} {ratio['median']:.4f} [{ratio['low']:.4f}, {ratio['high']:.4f}]"
+            for name, ratio in result.get("ratios", {}).items()]  # fmt: skip
+    first = {name: round(value, 2) for name, value in result.get("milliseconds", result.get("shares", {})).items()}
+    return f"{cell}: {first} {'; '.join(rows)}"
 
 
 def main() -> None:
-    """Measure what was asked for, print it and store it."""
-    conditions = ["base", *ADAPTERS, *MERGED]
+    """Measure what was asked for, print it and store it; or report."""
+    conditions = [name for names in GROUPS.values() for name in names]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", choices=MODELS, default=["smollm2"])
     parser.add_argument("--dtypes", nargs="+", choices=["float32", "bfloat16"], default=["float32"])
-    parser.add_argument("--measure", nargs="+", choices=["attach", "prefill", "decode", "train"], default=["decode"])
+    kinds = ["parameters", "attach", "load", "decode", "prefill", "train"]
+    parser.add_argument("--measure", nargs="+", choices=kinds, default=kinds)
+    parser.add_argument("--groups", nargs="+", choices=list(GROUPS), default=["lora"])
     parser.add_argument("--conditions", nargs="+", choices=conditions, default=conditions)
-    parser.add_argument("--tokens", nargs="+", type=int, default=[512, 2048], help="lengths of prompts")
-    parser.add_argument("--contexts", nargs="+", type=int, default=[128, 2048], help="tokens before those decoded")
+    parser.add_argument("--tokens", nargs="+", type=int, default=[512, 2048, 8192], help="lengths of prompts")
+    parser.add_argument(
+        "--contexts", nargs="+", type=int, default=[128, 2048, 8192], help="tokens before a decoded one"
+    )
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 8], help="rows that are decoded at once")
-    parser.add_argument("--train-tokens", type=int, default=512)
-    parser.add_argument("--rounds", type=int, default=9, help="turns of a prefill, a training step, an attachment")
-    parser.add_argument("--decode-rounds", type=int, default=100)
+    parser.add_argument("--train-tokens", nargs="+", type=int, default=[512])
+    parser.add_argument("--rounds", type=int, default=9, help="most turns of a prefill or a training step")
+    parser.add_argument("--decode-rounds", type=int, default=100, help="most turns of a decoded token")
+    parser.add_argument("--seconds", type=float, default=30, help="time after which a measurement takes no more turns")
+    parser.add_argument("--memory", type=float, default=11, help="GiB that weights and caches may take")
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--compile", action="store_true", help="torch.compile every condition; decode: static cache")
+    parser.add_argument("--again", action="store_true", help="measure also what is stored for this code")
     parser.add_argument("--output", type=Path, default=RESULTS)
-    arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
-    facts = {**machine(), "rounds": arguments.rounds, "decode_rounds": arguments.decode_rounds}
-    print(json.dumps(facts))
-    for name in arguments.models:
-        for dtype in arguments.dtypes:
-            for result in measurements(arguments, name, dtype):
-                line = json.dumps({"model": name, "dtype": dtype, **result, "machine": facts})
-                print(json.dumps({"model": name, "dtype": dtype, **result}), flush=True)
-                with arguments.output.open("a", encoding="utf-8") as file:
-                    file.write(line + "\n")
+    parser.add_argument("--report", action="store_true", help="print the tables; write them and the plots to docs/")
+    options = parser.parse_args()
+    if options.report:
+        from report_overhead import report
+
+        report(options.output)
+        return
+    torch.set_num_threads(options.threads)
+    torch._dynamo.config.recompile_limit = 64
+    environment, code = machine(), code_version()
+    stored = [(line["key"], line["code"]) for line in read_lines(options.output)]
+    print(environment, code)
+    for model in options.models:
+        for dtype in options.dtypes:
+            base = None
+            for cell in cells(options):
+                key = {"model": model, "dtype": dtype, "threads": options.threads, "compile": options.compile, **cell}
+                if (key, code) in stored and not options.again:
+                    continue
+                base = base or load_base(model, getattr(torch, dtype))
+                try:
+                    result = run_cell(base, cell, options)
+                except LeftOut as reason:
+                    result = {"left_out": str(reason)}
+                print(short_line({"model": model, "dtype": dtype, **cell}, result), flush=True)
+                append_line(options.output, {"key": key, "code": code, **result, "machine": environment})
 
 
 if __name__ == "__main__":

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import gc
+import hashlib
+import json
 import platform
 import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import peft
 import torch
@@ -15,20 +18,53 @@ import transformers
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import peft_talan
+
+RESAMPLES = 2000
+"""Resamples of the turns behind each confidence interval."""
+
 
 class DispatchCounter(TorchDispatchMode):
-    """Counts the operations that reach the dispatcher."""
+    """Counts the operations that reach the dispatcher below autograd, and which of them only make a view."""
 
     def __init__(self) -> None:
         super().__init__()
         self.count = 0
+        self.views = 0
 
     def __torch_dispatch__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """Count one operation and run it."""
         self.count += 1
+        self.views += bool(getattr(func, "is_view", False))
         return func(*args, **(kwargs or {}))
+
+
+class CallMemory(NamedTuple):
+    """The bytes of one call.
+
+    Args:
+        peak: The highest balance of allocated minus freed bytes since the call began.
+        allocated: The sum of all allocations.
+    """
+
+    peak: int
+    allocated: int
+
+
+class Ratio(NamedTuple):
+    """A ratio of two conditions' times.
+
+    Args:
+        median: Of the ratios within a turn.
+        low: The lower end of its 95% confidence interval, by bootstrap over the turns.
+        high: The upper end.
+    """
+
+    median: float
+    low: float
+    high: float
 
 
 def processor_name() -> str:
@@ -53,6 +89,15 @@ def machine() -> dict[str, Any]:
     }
 
 
+def code_version() -> str:
+    """A digest of the package's source files: a result belongs to the code that it was measured with."""
+    package = Path(peft_talan.__file__).parent
+    digest = hashlib.sha256()
+    for file in sorted([*package.glob("*.py"), *package.glob("functional/*.py")]):
+        digest.update(file.read_bytes())
+    return digest.hexdigest()[:10]
+
+
 def medians_in_alternation(
     calls: dict[str, Callable[[], object]], repeats: int, calls_a_turn: int
 ) -> dict[str, float]:
@@ -70,8 +115,77 @@ def medians_in_alternation(
     return {name: statistics.median(values) for name, values in times.items()}
 
 
-def peak_extra_bytes(call: Callable[[], object]) -> int:
-    """The highest balance of allocated minus freed bytes during one call."""
+def in_turns(
+    calls: dict[str, Callable[[], Any]],
+    rounds: int,
+    warm_up: int,
+    seconds: float,
+    fewest: int = 3,
+    after: Callable[[Any], object] | None = None,
+) -> dict[str, list[float]]:
+    """Time all calls, one each a turn, so that a change of the machine's clock hits all of them.
+
+    The order of a turn is rotated from turn to turn, and every second one is backwards: no call always follows the
+    same other one, and two that are compared stay neighbours.
+
+    Args:
+        calls: By condition.
+        rounds: The most turns.
+        warm_up: Turns before them that are not counted.
+        seconds: No further turn begins after so many, once there are `fewest`.
+        fewest: The fewest turns.
+        after: Undoes what a call did, outside of its time; receives its result.
+
+    Returns:
+        Milliseconds of each call of each condition.
+    """
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    names = list(calls)
+    gc.collect()
+    gc.freeze()  # Else a full collection walks all models, in whoever's call it falls.
+    begin = time.perf_counter()
+    for turn in range(-warm_up, rounds):
+        if turn >= fewest and time.perf_counter() - begin > seconds:
+            break
+        shift = (turn // 2) % len(names)
+        order = names[shift:] + names[:shift]
+        for name in order if turn % 2 else reversed(order):
+            start = time.perf_counter()
+            result = calls[name]()
+            if turn >= 0:
+                times[name].append(1e3 * (time.perf_counter() - start))
+            if after is not None:
+                after(result)
+            del result
+    gc.unfreeze()
+    return times
+
+
+def ratio_of(times: list[float], others: list[float]) -> Ratio:
+    """The median of the turns' ratios with its confidence interval."""
+    ratios = torch.tensor(times, dtype=torch.float64) / torch.tensor(others, dtype=torch.float64)
+    picked = torch.randint(len(ratios), (RESAMPLES, len(ratios)), generator=torch.Generator().manual_seed(0))
+    medians = ratios[picked].quantile(0.5, dim=1)
+    low, high = medians.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    return Ratio(statistics.median(ratios.tolist()), low, high)
+
+
+def operations_of(call: Callable[[], object]) -> dict[str, int]:
+    """Operations of one call: at the dispatcher, those of them that are no view, and torch.profiler's events.
+
+    The profiler also counts the composite operations above autograd (`linear` beside the `addmm` that it becomes), so
+    its number is larger. What is no view, and no allocation, is what a GPU gets launched.
+    """
+    with DispatchCounter() as counter:
+        call()
+    with profile(activities=[ProfilerActivity.CPU]) as run:
+        call()
+    events = sum(event.name().startswith("aten::") for event in run.profiler.kineto_results.events())
+    return {"dispatched": counter.count, "no_views": counter.count - counter.views, "profiler": events}
+
+
+def memory_of(call: Callable[[], object]) -> CallMemory:
+    """The bytes that one call allocates, by torch.profiler; results included, inputs excluded."""
     call()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as run:
         call()
@@ -80,4 +194,21 @@ def peak_extra_bytes(call: Callable[[], object]) -> int:
     for event in sorted(events, key=lambda event: event.start_ns()):
         balance += event.nbytes()
         peak = max(peak, balance)
-    return peak
+    return CallMemory(peak, sum(event.nbytes() for event in events if event.nbytes() > 0))
+
+
+def peak_extra_bytes(call: Callable[[], object]) -> int:
+    """The highest balance of allocated minus freed bytes during one call."""
+    return memory_of(call).peak
+
+
+def read_lines(file: Path) -> list[dict[str, Any]]:
+    """The stored results, oldest first."""
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.exists() else []
+
+
+def append_line(file: Path, result: dict[str, Any]) -> None:
+    """Store one finished measurement."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with file.open("a", encoding="utf-8") as stream:
+        stream.write(json.dumps(result) + "\n")

@@ -21,8 +21,8 @@ from peft.utils import (
 from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
+from .blocks import is_side_path_key
 from .config import TalanConfig
-from .layer import TalanLayer
 
 EXPORT_NOTE = """\
 ---
@@ -65,13 +65,12 @@ def export_lora(
         raise ValueError(f"adapter_name={adapter_name!r}: the adapter has no low-rank half (r=0 or no target modules)")
     folder = Path(save_directory)
     folder.mkdir(parents=True, exist_ok=True)
-    marker = f".{TalanLayer.child_name}.lora_talan_"
     prefix = "base_model.model." if isinstance(model, PreTrainedModel) else ""
     if isinstance(model, (str, PathLike)):
         found = load_peft_weights(str(model), device="cpu")
     else:
         found = get_peft_model_state_dict(model, adapter_name=adapter_name)
-    tensors = {f"{prefix}{name}": tensor.contiguous() for name, tensor in found.items() if marker not in name}
+    tensors = {f"{prefix}{name}": tensor.contiguous() for name, tensor in found.items() if not is_side_path_key(name)}
     save_file(tensors, folder / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
     options = {option.name: getattr(config, option.name) for option in fields(LoraConfig) if option.init}
     lora_config = LoraConfig(**{**options, "inference_mode": True})
@@ -108,8 +107,9 @@ def warm_start(
     config = TalanConfig.from_lora(lora, **options)
     tensors = load_peft_weights(str(lora), device="cpu")
     adapted = get_peft_model(model, config, adapter_name)
-    marker = f".{TalanLayer.child_name}.lora_talan_"
-    expected = {key for key in get_peft_model_state_dict(adapted, adapter_name=adapter_name) if marker not in key}
+    expected = {
+        name for name in get_peft_model_state_dict(adapted, adapter_name=adapter_name) if not is_side_path_key(name)
+    }
     if expected != set(tensors):
         adapted.unload()
         raise ValueError(

@@ -70,7 +70,7 @@ def generate(
 
 
 def _set_alpha(model: object, alpha: float) -> None:
-    from peft_talan.merge import attached_side_paths
+    from peft_talan.attachment import attached_side_paths
 
     for _, layer in attached_side_paths(model):  # type: ignore[arg-type]
         layer.talan_alpha.update(dict.fromkeys(layer.talan_alpha, alpha))

@@ -1,0 +1,155 @@
+"""What bench_overhead.py times: a prefill, a decoded token, a training step, an attachment; eager or compiled."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from types import FunctionType
+from typing import Any
+
+import torch
+from conditions import ADAPTERS, make_conditions
+from peft import PeftModel, get_peft_model
+from torch import nn
+from transformers import Cache, DynamicCache, PreTrainedConfig, StaticCache
+
+PROMPT = 128
+"""Tokens that are really read before decoding; a longer context repeats their keys."""
+
+Calls = dict[str, Callable[[], Any]]
+
+
+def key_bytes(config: PreTrainedConfig, itemsize: int) -> int:
+    """Bytes of keys and values of one token."""
+    heads = config.num_key_value_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return 2 * config.num_hidden_layers * heads * width * itemsize
+
+
+def prefill_operations(model: nn.Module, tokens: int) -> float:
+    """Multiply-adds of one forward pass without its head, about: of the matrices, and of causal attention."""
+    config = model.config
+    matrices = sum(p.numel() for name, p in model.named_parameters() if p.dim() == 2 and "embed" not in name)
+    matrices -= 0 if config.tie_word_embeddings else config.vocab_size * config.hidden_size
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return tokens * matrices + config.num_hidden_layers * config.num_attention_heads * width * tokens**2
+
+
+def _token_ids(model: nn.Module, batch: int, tokens: int) -> torch.Tensor:
+    return torch.randint(0, model.config.vocab_size, (batch, tokens), generator=torch.Generator().manual_seed(2))
+
+
+def _compiled(call: Callable[[nn.Module], Any], model: nn.Module) -> Callable[[], Any]:
+    """Compile a call of a model by itself: a copied code object, so that no two models share a list of guards."""
+    own = FunctionType(call.__code__.replace(), call.__globals__, closure=call.__closure__)
+    compiled = torch.compile(own, dynamic=False)
+
+    def run() -> Any:
+        with torch.no_grad():
+            return compiled(model)
+
+    return run
+
+
+def prefill_calls(models: dict[str, nn.Module], tokens: int) -> Calls:
+    """One forward pass over a prompt, with a fresh cache and the last token's logits."""
+    prompt = _token_ids(next(iter(models.values())), 1, tokens)
+
+    def prefill(model: nn.Module) -> Cache:
+        with torch.no_grad():
+            cache = DynamicCache(config=model.config)
+            return model(input_ids=prompt, past_key_values=cache, use_cache=True, logits_to_keep=1).past_key_values
+
+    return {name: partial(prefill, model) for name, model in models.items()}
+
+
+def compiled_prefill_calls(models: dict[str, nn.Module], tokens: int) -> Calls:
+    """One compiled forward pass over a prompt, without a cache."""
+    prompt = _token_ids(next(iter(models.values())), 1, tokens)
+
+    def forward(model: nn.Module) -> torch.Tensor:
+        return model(input_ids=prompt, use_cache=False, logits_to_keep=1).logits
+
+    return {name: _compiled(forward, model) for name, model in models.items()}
+
+
+def lengthen(cache: Cache, times: int) -> None:
+    """Repeat a cache's keys and let the latent memories count as many tokens: only shapes matter to the time."""
+    for layer in cache.layers:
+        for memories in getattr(layer, "memories", {}).values():
+            for memory in memories.values():
+                memory.length *= times
+        if getattr(layer, "keys", None) is not None:
+            layer.keys = layer.keys.repeat(1, 1, times, 1)
+            layer.values = layer.values.repeat(1, 1, times, 1)
+
+
+def decode_calls(models: dict[str, nn.Module], context: int, batch: int) -> Calls:
+    """One decoded token a call, each condition going on with its own cache."""
+    token = torch.full((batch, 1), 7)
+
+    def step(model: nn.Module, cache: Cache) -> torch.Tensor:
+        with torch.no_grad():
+            return model(input_ids=token, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+
+    calls: Calls = {}
+    for name, prefill in prefill_calls(models, min(context, PROMPT)).items():
+        cache = prefill()
+        cache.batch_repeat_interleave(batch)
+        lengthen(cache, context // min(context, PROMPT))
+        calls[name] = partial(step, models[name], cache)
+    return calls
+
+
+def compiled_decode_calls(models: dict[str, nn.Module], context: int, batch: int, room: int) -> Calls:
+    """One decoded token a call, compiled, with a static cache; attention then runs over the cache's whole room."""
+    token = torch.full((batch, 1), 7)
+    calls: Calls = {}
+    for name, model in models.items():
+        cache = StaticCache(config=model.config, max_cache_len=context + room)
+        with torch.no_grad():
+            model(input_ids=_token_ids(model, batch, PROMPT), past_key_values=cache, use_cache=True, logits_to_keep=1)
+        calls[name] = _compiled(_closing_over(token, cache), model)
+    return calls
+
+
+def _closing_over(token: torch.Tensor, cache: Cache) -> Callable[[nn.Module], torch.Tensor]:
+    def step(model: nn.Module) -> torch.Tensor:
+        return model(input_ids=token, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+
+    return step
+
+
+def train_calls(models: dict[str, nn.Module], tokens: int) -> Calls:
+    """One step: forward, backward, optimizer."""
+    sample = _token_ids(next(iter(models.values())), 1, tokens)
+
+    def step(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        model(input_ids=sample, labels=sample, use_cache=False).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    calls: Calls = {}
+    for name, model in models.items():
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        calls[name] = partial(step, model.train(), torch.optim.AdamW(trained))
+    return calls
+
+
+def attach_calls(base: nn.Module, names: list[str]) -> Calls:
+    """Attaching a fresh adapter to a model."""
+    bare = make_conditions(base, ["base"])["base"]
+    return {name: partial(lambda name: get_peft_model(bare, ADAPTERS[name]()), name) for name in names}
+
+
+def load_calls(base: nn.Module, names: list[str], folder: Path) -> Calls:
+    """Loading a saved adapter onto a model."""
+    bare = make_conditions(base, ["base"])["base"]
+    calls: Calls = {}
+    for name in names:
+        model = get_peft_model(bare, ADAPTERS[name]())
+        model.save_pretrained(folder / name)
+        model.unload()
+        calls[name] = partial(PeftModel.from_pretrained, bare, folder / name)
+    return calls

@@ -1,0 +1,166 @@
+"""The models of bench_overhead.py, and the conditions in which each one runs."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable
+
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, Qwen3Config
+
+from peft_talan import TalanConfig
+from peft_talan.demo.base_model import default_model_folder
+
+QWEN3 = {
+    "vocab_size": 151936,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "max_position_embeddings": 40960,
+    "tie_word_embeddings": True,
+}
+LLAMA3 = {
+    "vocab_size": 128256,
+    "num_key_value_heads": 8,
+    "max_position_embeddings": 131072,
+    "eos_token_id": 128001,
+    "bos_token_id": 128000,
+}
+SHAPES: dict[str, PreTrainedConfig] = {
+    "qwen3-0.6b": Qwen3Config(**QWEN3, hidden_size=1024, intermediate_size=3072, num_hidden_layers=28),
+    "qwen3-1.7b": Qwen3Config(**QWEN3, hidden_size=2048, intermediate_size=6144, num_hidden_layers=28),
+    "llama-3.2-1b": LlamaConfig(
+        **LLAMA3,
+        hidden_size=2048,
+        intermediate_size=8192,
+        num_hidden_layers=16,
+        num_attention_heads=32,
+        head_dim=64,
+        tie_word_embeddings=True,
+    ),
+}
+ON_PAPER: dict[str, PreTrainedConfig] = {
+    "llama-3.1-8b": LlamaConfig(
+        **LLAMA3, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32
+    ),
+    "llama-3.1-70b": LlamaConfig(
+        **LLAMA3, hidden_size=8192, intermediate_size=28672, num_hidden_layers=80, num_attention_heads=64
+    ),
+}
+MODELS = ("smollm2", *SHAPES)
+
+LOW_RANK = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
+EIGHT_BLOCKS = [index / 8 for index in range(8)]
+ADAPTERS: dict[str, Callable[[], LoraConfig]] = {
+    "lora": lambda: LoraConfig(**LOW_RANK),
+    "talan": lambda: TalanConfig(**LOW_RANK),
+    "talan, 8 blocks": lambda: TalanConfig(**LOW_RANK, talan_layers=EIGHT_BLOCKS),
+    "lora again": lambda: LoraConfig(**LOW_RANK),
+    "dora": lambda: LoraConfig(**LOW_RANK, use_dora=True),
+    "dora + talan": lambda: TalanConfig(**LOW_RANK, use_dora=True),
+    "dora again": lambda: LoraConfig(**LOW_RANK, use_dora=True),
+}
+MERGED = {"merged": "lora", "kept": "talan"}
+MATCHED = {
+    "lora": "base",
+    "talan": "lora",
+    "talan, 8 blocks": "lora",
+    "lora again": "lora",
+    "dora + talan": "dora",
+    "dora again": "dora",
+    "merged": "base",
+    "kept": "base",
+}
+"""What each condition's time is divided by. `again` is built a second time: its ratio is the run's noise."""
+
+GROUPS = {
+    "lora": ["base", "lora", "talan", "talan, 8 blocks", "lora again", "merged", "kept"],
+    "dora": ["dora", "dora + talan", "dora again"],
+}
+"""Conditions that take turns with each other. DoRA's calls are many times longer, so it has turns of its own."""
+
+SMALLER_GROUPS = {
+    "lora": [["base", "lora", "talan", "lora again", "kept"], ["lora", "talan", "lora again"], ["lora", "talan"]],
+    "dora": [["dora", "dora + talan"]],
+}
+"""What is measured where time or memory is too short for the group, best first."""
+
+
+def load_base(name: str, dtype: torch.dtype) -> nn.Module:
+    """The real model, or random weights in a shape.
+
+    Args:
+        name: One of `MODELS`.
+        dtype: Of its weights.
+
+    Returns:
+        The model, for evaluation.
+    """
+    if name == "smollm2":
+        return AutoModelForCausalLM.from_pretrained(default_model_folder(), dtype=dtype).eval()
+    return random_model(SHAPES[name], dtype)
+
+
+def random_model(config: PreTrainedConfig, dtype: torch.dtype) -> nn.Module:
+    """A model of a shape whose matrices repeat one million random numbers: filled in a second, not in a minute."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype)
+    model.to_empty(device="cpu")
+    model.tie_weights()
+    noise = (0.02 * torch.randn(2**20 + 7, generator=torch.Generator().manual_seed(0))).to(dtype)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() < 2:
+                parameter.fill_(1.0)
+                continue
+            for piece in parameter.view(-1).split(len(noise)):
+                piece.copy_(noise[: len(piece)])
+    for module in model.modules():
+        if hasattr(module, "compute_default_rope_parameters"):
+            module.__init__(config=model.config)  # type: ignore[misc]
+    return model.eval()
+
+
+def make_conditions(base: nn.Module, names: list[str]) -> dict[str, nn.Module]:
+    """The model in each condition; all share the base's tensors.
+
+    A fresh low-rank half adds exactly zero to the weights that it is merged into, so the merged models share them too.
+
+    Args:
+        base: The base model.
+        names: The conditions.
+
+    Returns:
+        The models, for evaluation.
+
+    Raises:
+        RuntimeError: A merged model has weights of its own.
+    """
+    models: dict[str, nn.Module] = {}
+    for name in names:
+        torch.manual_seed(1)
+        models[name] = copy.deepcopy(base, {id(tensor): tensor for tensor in base.parameters()})
+        if name in MERGED:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", UserWarning)
+                models[name] = get_peft_model(models[name], ADAPTERS[MERGED[name]]()).merge_and_unload()
+            weights = {tensor.data_ptr() for tensor in base.parameters()}
+            if sum(tensor.data_ptr() in weights for tensor in models[name].parameters()) < len(weights):
+                raise RuntimeError(f"{name!r} does not share the base model's weights: the conditions would not match")
+        elif name != "base":
+            models[name] = get_peft_model(models[name], ADAPTERS[name]())
+        models[name].eval()
+    return models
+
+
+def trainable_shares(base: nn.Module) -> dict[str, float]:
+    """Trainable parameters as shares of the backbone's: of LoRA, of LoRA with TALAN, and of the side path alone."""
+    backbone = sum(parameter.numel() for parameter in base.parameters())
+    shares = {}
+    for name in ("lora", "talan", "talan, 8 blocks"):
+        model = make_conditions(base, [name])[name]
+        shares[name] = sum(tensor.numel() for tensor in model.parameters() if tensor.requires_grad) / backbone
+    return {**shares, "side path": shares["talan"] - shares["lora"]}

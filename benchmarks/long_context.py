@@ -1,0 +1,155 @@
+"""The side path by itself at lengths that no model of ours reaches here: its memory, and how its sums drift.
+
+`prefill`: one pass of the whole side path up to 131072 tokens, with and without the memory of a cache; the bytes that
+it allocates beyond its input and output, against the tokens. What grows is O(tokens x width): the projections.
+`drift`: one million decoded tokens of a float32 model, one at a time as in generation, against the reference in
+float64. The latent memory is a long sum, so its error could grow; what is written back, from ratios of two such sums,
+is what the model sees.
+
+    python benchmarks/long_context.py
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from measure import code_version, machine, memory_of
+
+from peft_talan.functional import fused, reference
+from peft_talan.functional.one_row import one_row
+from peft_talan.functional.parameters import SidePathOptions, SidePathParameters
+from peft_talan.memory import LatentMemory
+
+RESULTS = Path(__file__).parent / "results" / "long_context.json"
+HIDDEN_SIZE, SLOTS, WIDTH = 576, 8, 32
+DRIFT_HIDDEN_SIZE = 64
+LENGTHS = (2048, 4096, 8192, 16384, 32768, 65536, 131072)
+PIECE = 2000
+
+
+def make_parameters(hidden_size: int, slots: int, width: int) -> SidePathParameters:
+    """Random tensors of one side path, as large as trained ones may become."""
+    scale = hidden_size**-0.5
+    return SidePathParameters(
+        read=scale * torch.randn(2 * width + slots, hidden_size),
+        mixer=(0.1 * torch.randn(slots),),
+        write=0.05 * torch.randn(hidden_size, width),
+    )
+
+
+def prefill(lengths: tuple[int, ...]) -> list[dict[str, Any]]:
+    """Seconds and bytes of one pass over so many tokens."""
+    rows = []
+    parameters = make_parameters(HIDDEN_SIZE, SLOTS, WIDTH)
+    for tokens in lengths:
+        hidden_states = torch.randn(1, tokens, HIDDEN_SIZE)
+
+        def run(hidden_states: torch.Tensor = hidden_states) -> torch.Tensor:
+            with torch.no_grad():
+                return fused.side_path(hidden_states, parameters, SidePathOptions()).hidden_states
+
+        run()
+        start = time.perf_counter()
+        run()
+        seconds = time.perf_counter() - start
+        memory = memory_of(run)
+        output = hidden_states.nbytes
+        row = {
+            "tokens": tokens,
+            "seconds": seconds,
+            "peak_bytes": memory.peak,
+            "peak_bytes_a_token_beyond_the_output": (memory.peak - output) / tokens,
+            "output_bytes_a_token": output / tokens,
+        }
+        print(row, flush=True)
+        rows.append(row)
+    return rows
+
+
+def relative_error(found: torch.Tensor, right: torch.Tensor) -> float:
+    """|found - right| / |right|, over all numbers."""
+    return float((found.double() - right).norm() / right.norm())
+
+
+def drift(tokens: int, seed: int) -> dict[str, Any]:
+    """Errors of the memory and of what is written after single steps of generation, against float64, along the way."""
+    generator = torch.Generator().manual_seed(seed)
+    parameters = make_parameters(DRIFT_HIDDEN_SIZE, SLOTS, WIDTH)
+    exact_parameters = SidePathParameters(
+        parameters.read.double(), tuple(tensor.double() for tensor in parameters.mixer), parameters.write.double()
+    )
+    options = SidePathOptions()
+    memory = LatentMemory(static=False, recorded=False)
+    exact = torch.zeros(1, SLOTS, WIDTH + 1, dtype=torch.float64)
+    # A mean beside the noise, so that the sums have a direction to grow in, and the slots differ.
+    mean = torch.randn(DRIFT_HIDDEN_SIZE, generator=generator)
+    rows: list[dict[str, Any]] = []
+    checkpoints = {10**power * digit for power in range(3, 8) for digit in (1, 2, 5)} | {tokens}
+    begin, stepping = time.perf_counter(), 0.0
+    for done in range(0, tokens, PIECE):
+        count = min(PIECE, tokens - done)
+        hidden_states = mean + torch.randn(count, 1, 1, DRIFT_HIDDEN_SIZE, generator=generator)
+        start = time.perf_counter()
+        for token in hidden_states:
+            row = memory.row_in_place(token.dtype)
+            if row is None:
+                output = fused.side_path(token, parameters, options, state=memory.state)
+                memory.append(output, None)
+                written = output.hidden_states
+            else:
+                written = one_row(token, parameters, options, row).hidden_states
+        stepping += time.perf_counter() - start
+        values, _, logits = reference.read(hidden_states.view(1, count, -1).double(), exact_parameters.read, SLOTS)
+        weights = reference.slot_weights(logits, None)
+        padded = torch.nn.functional.pad(values, (0, 1), value=1.0)
+        before_last = exact + weights[:, :-1].mT @ padded[:, :-1]
+        exact = exact + weights.mT @ padded
+        if any(done < checkpoint <= done + count for checkpoint in checkpoints) and memory.state is not None:
+            last = hidden_states[-1].double()
+            right = reference.side_path(last, exact_parameters, options, state=before_last).hidden_states
+            errors = {
+                "tokens": done + count,
+                "memory_error": relative_error(memory.state, exact),
+                "mean_error": relative_error(
+                    memory.state[..., :WIDTH] / memory.state[..., WIDTH:], exact[..., :WIDTH] / exact[..., WIDTH:]
+                ),
+                # Beside what is written, not beside the far larger hidden state.
+                "written_error": float((written.double() - right).norm() / (right - last).norm()),
+            }
+            print(errors, f"{time.perf_counter() - begin:.0f} s", flush=True)
+            rows.append(errors)
+    kept_in = str(None if memory.state is None else memory.state.dtype)
+    return {"memory_dtype": kept_in, "microseconds_a_token": 1e6 * stepping / tokens, "along_the_way": rows}
+
+
+def main() -> None:
+    """Measure, print and store."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--measure", nargs="+", choices=["prefill", "drift"], default=["prefill", "drift"])
+    parser.add_argument("--lengths", nargs="+", type=int, default=list(LENGTHS))
+    parser.add_argument("--decoded", type=int, default=1_000_000)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--output", type=Path, default=RESULTS)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    torch.manual_seed(options.seed)
+    stored = json.loads(options.output.read_text()) if options.output.exists() else {}
+    facts = {"machine": machine(), "code": code_version(), "seed": options.seed}
+    shape = {"hidden_size": HIDDEN_SIZE, "slots": SLOTS, "width": WIDTH, "dtype": "float32"}
+    if "prefill" in options.measure:
+        stored["prefill"] = {**facts, **shape, "rows": prefill(tuple(options.lengths))}
+    if "drift" in options.measure:
+        with torch.no_grad():
+            stored["drift"] = {**facts, **shape, **drift(options.decoded, options.seed)}
+    options.output.parent.mkdir(parents=True, exist_ok=True)
+    options.output.write_text(json.dumps(stored, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

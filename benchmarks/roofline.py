@@ -1,0 +1,143 @@
+"""Operations and bytes of a side path beside its model's, from formulas; operations a token, from tiny models as deep.
+
+What a decoded token dispatches depends on the number and kind of the blocks, not on their width: it is counted on
+models of the true depth with a width of 64, and the times that follow for a GPU are on paper.
+
+    python benchmarks/roofline.py
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from calls import decode_calls, key_bytes
+from conditions import ON_PAPER, SHAPES, make_conditions, random_model
+from measure import code_version, machine, operations_of
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig
+
+from peft_talan import TalanConfig
+from peft_talan.functional.chunked import CHUNK
+
+RESULTS = Path(__file__).parent / "results" / "roofline.json"
+SLOTS, WIDTH = 8, 32
+CONTEXT = 8192
+SMOLLM2 = LlamaConfig(
+    vocab_size=49152,
+    hidden_size=576,
+    intermediate_size=1536,
+    num_hidden_layers=30,
+    num_attention_heads=9,
+    num_key_value_heads=3,
+    tie_word_embeddings=True,
+)
+LOW_RANK_HALVES: dict[str, dict[str, Any]] = {
+    "PEFT's defaults (r=8, q and v)": {"r": 8},
+    "r=8, all linear layers": {"r": 8, "target_modules": "all-linear"},
+    "r=16, all linear layers": {"r": 16, "target_modules": "all-linear"},
+}
+
+
+def side_path_parameters(hidden_size: int) -> int:
+    """W_read, W_write and the slot bias: H (3 d + M) + M."""
+    return hidden_size * (3 * WIDTH + SLOTS) + SLOTS
+
+
+def side_path_operations(hidden_size: int, decoding: bool) -> int:
+    """Floating-point operations a token: the two projections, and the memory (2 a multiply-add)."""
+    projections = 2 * hidden_size * (3 * WIDTH + SLOTS) + 2 * hidden_size
+    rank_one_and_read = 6 * SLOTS * WIDTH
+    inside_the_chunk = 0 if decoding else 4 * CHUNK * (WIDTH + SLOTS)
+    return projections + rank_one_and_read + inside_the_chunk
+
+
+def side_path_bytes(hidden_size: int) -> int:
+    """Bytes that a decoded token moves: float32 weights once, the memory in and out, the hidden state in and out."""
+    return 4 * side_path_parameters(hidden_size) + 2 * 4 * SLOTS * (WIDTH + 1) + 2 * 2 * hidden_size
+
+
+def on_meta(config: PreTrainedConfig) -> Any:
+    """The model without its numbers."""
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=torch.bfloat16)
+
+
+def count(model: Any) -> int:
+    """Parameters that require gradients."""
+    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+
+
+def trainable(config: PreTrainedConfig) -> dict[str, dict[str, float]]:
+    """Shares of the backbone, by low-rank half: the side path's, and both halves'."""
+    shares = {}
+    backbone = count(on_meta(config))
+    for name, low_rank in LOW_RANK_HALVES.items():
+        with torch.device("meta"):
+            lora = count(get_peft_model(on_meta(config), LoraConfig(task_type="CAUSAL_LM", **low_rank)))
+            both = count(get_peft_model(on_meta(config), TalanConfig(task_type="CAUSAL_LM", **low_rank)))
+        shares[name] = {"side_path": (both - lora) / backbone, "both_halves": both / backbone}
+    return shares
+
+
+def operations(config: PreTrainedConfig) -> dict[str, dict[str, int]]:
+    """What one decoded token dispatches, counted on a narrow model of the same depth."""
+    narrow = copy.deepcopy(config)
+    sizes = {"hidden_size": 64, "intermediate_size": 64, "vocab_size": 128, "head_dim": 16}
+    for name, value in {**sizes, "num_attention_heads": 4, "num_key_value_heads": 2}.items():
+        setattr(narrow, name, value)
+    narrow.eos_token_id = narrow.bos_token_id = narrow.pad_token_id = None
+    base = random_model(narrow, torch.float32)
+    counts = {}
+    for name in ("base", "lora", "talan", "kept"):
+        call = decode_calls(make_conditions(base, [name]), 16, 1)[name]
+        call()
+        counts[name] = operations_of(call)
+    return counts
+
+
+def describe(config: PreTrainedConfig) -> dict[str, Any]:
+    """Everything about one model."""
+    model = on_meta(config)
+    hidden_size, blocks = config.hidden_size, config.num_hidden_layers
+    matrices = sum(p.numel() for name, p in model.named_parameters() if ".layers." in name)
+    head = config.vocab_size * hidden_size
+    block = matrices // blocks
+    total_operations = 2 * (matrices + head)
+    total_bytes = 2 * (matrices + head) + CONTEXT * key_bytes(config, 2)
+    return {
+        "hidden_size": hidden_size,
+        "blocks": blocks,
+        "parameters": count(model),
+        "side_path_parameters": side_path_parameters(hidden_size),
+        "block_operations": 2 * block,
+        "side_path_operations_prefill": side_path_operations(hidden_size, decoding=False),
+        "side_path_operations_decode": side_path_operations(hidden_size, decoding=True),
+        "operations_share": side_path_operations(hidden_size, decoding=True) / total_operations,
+        "block_bytes": 2 * block,
+        "side_path_bytes": side_path_bytes(hidden_size),
+        "token_bytes": total_bytes,
+        "bytes_share": side_path_bytes(hidden_size) / total_bytes,
+        "trainable": trainable(config),
+        "dispatched": operations(config),
+    }
+
+
+def main() -> None:
+    """Compute, print and store."""
+    torch.set_num_threads(1)
+    models = {"smollm2": SMOLLM2, **SHAPES, **ON_PAPER}
+    result: dict[str, Any] = {"machine": machine(), "code": code_version(), "slots": SLOTS, "width": WIDTH}
+    result["context"] = CONTEXT
+    result["models"] = {}
+    for name, config in models.items():
+        result["models"][name] = describe(config)
+        print(name, json.dumps(result["models"][name]), flush=True)
+    RESULTS.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
