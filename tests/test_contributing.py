@@ -10,7 +10,7 @@ import torch
 from peft import PeftModel
 
 from peft_talan import TalanConfig, config
-from peft_talan.functional import fused, reference
+from peft_talan.functional import fused, writeback
 
 from .small_models import make_base, make_config, make_model, make_tokens, rounding
 
@@ -27,7 +27,7 @@ def change_squashed(
 @pytest.fixture
 def rule(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """The rule's rows in the tables, for one test."""
-    monkeypatch.setitem(reference.WRITEBACK_RULES, "squashed", change_squashed)
+    monkeypatch.setitem(writeback.WRITEBACK_RULES, "squashed", change_squashed)
     monkeypatch.setitem(fused.WRITEBACK_RULES, "squashed", change_squashed)
     monkeypatch.setattr(config, "WRITEBACKS", (*config.WRITEBACKS, "squashed"))
     yield "squashed"
