@@ -14,7 +14,7 @@ from paper_tables import paper_tables
 DOCS = Path(__file__).parent.parent / "docs"
 PAGE = DOCS / "performance.md"
 TARGETS: dict[str, float] = {"prefill": 1.005, "decode": 1.005, "train": 1.02, "attach": 1.05, "load": 1.05}
-KEPT_TARGET, OPERATIONS_TARGET, MEMORY_TARGET = 1.01, 1.008, 1.01
+KEPT_TARGET, MEMORY_TARGET = 1.01, 1.01
 NAMES = {
     "smollm2": "SmolLM2-135M",
     "qwen3-0.6b": "Qwen3-0.6B shape",
@@ -154,9 +154,9 @@ def verdicts(lines: list[Line]) -> str:
         if line["key"]["compile"] or name not in line["ratios"]:
             return
         ratio = line["ratios"][name]
-        verdict = "met" if ratio["median"] <= target else "MISSED"
+        verdict = "met" if ratio["median"] <= target else "missed"
         if ratio["low"] <= target < ratio["high"]:
-            verdict += ", within the interval"
+            verdict += ", but the interval reaches across"
         rows.append([what, where(line), f"<= {target}", ratio_text(line, name), ratio_text(line, noise), verdict])
 
     for line in lines:
@@ -170,6 +170,13 @@ def verdicts(lines: list[Line]) -> str:
         else:
             sizes = f", T={key['tokens']}" if "tokens" in key else ""
             add(f"{key['measure']}{sizes}", TARGETS[key["measure"]], line, "talan", "lora again")
+    for line in lines:
+        memory = line.get("memory", {})
+        if "talan" in memory and "lora" in memory:
+            ratio = memory["talan"]["peak"] / memory["lora"]["peak"]
+            verdict = "met" if ratio <= MEMORY_TARGET else "missed"
+            call = f"peak memory, {line['key']['measure']} {' / '.join(size(line))}"
+            rows.append([call, where(line), f"<= {MEMORY_TARGET}", f"{ratio:.4f}", "exact", verdict])
     rows.sort(key=lambda row: (row[0].startswith("kept"), row[0]))
     return markdown(["what", "model", "target", "measured", "noise", "verdict"], rows) if rows else "Not measured."
 

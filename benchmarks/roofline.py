@@ -91,9 +91,12 @@ def operations(config: PreTrainedConfig) -> dict[str, dict[str, int]]:
         setattr(narrow, name, value)
     narrow.eos_token_id = narrow.bos_token_id = narrow.pad_token_id = None
     base = random_model(narrow, torch.float32)
+    models = make_conditions(base, ["base", "lora", "talan", "kept"])
+    for name, config_class in (("lora, q and v", LoraConfig), ("talan, q and v", TalanConfig)):
+        shared = make_conditions(base, ["base"])["base"]
+        models[name] = get_peft_model(shared, config_class(task_type="CAUSAL_LM")).eval()
     counts = {}
-    for name in ("base", "lora", "talan", "kept"):
-        call = decode_calls(make_conditions(base, [name]), 16, 1)[name]
+    for name, call in decode_calls(models, 16, 1).items():
         call()
         counts[name] = operations_of(call)
     return counts
