@@ -19,9 +19,9 @@ from typing import Any
 
 import torch
 from measure import code_version, machine, memory_of
-from peft_talan.functional.one_row import one_row
 
 from peft_talan.functional import fused, reference
+from peft_talan.functional.one_row import one_row
 from peft_talan.functional.parameters import SidePathOptions, SidePathParameters
 from peft_talan.memory import LatentMemory
 

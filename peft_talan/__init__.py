@@ -8,6 +8,7 @@ from .layer import TalanLayer
 from .lora import export_lora, warm_start
 from .model import TalanModel
 from .registry import register_talan
+from .steering import set_talan_strength, talan_strength
 from .training import set_trainable, talan_param_groups
 from .version import __version__
 
@@ -18,8 +19,10 @@ __all__ = [
     "__version__",
     "export_lora",
     "register_talan",
+    "set_talan_strength",
     "set_trainable",
     "talan_param_groups",
+    "talan_strength",
     "warm_start",
 ]
 

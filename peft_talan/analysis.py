@@ -1,98 +1,301 @@
-"""What a side path does to a residual stream, in numbers: how much it writes, through which gate, from which slots."""
+"""The inner states of a TALAN model on any batch: both halves' sizes, where a perturbation goes, what slots hold.
+
+These are the measurements of the paper (arXiv 2606.06902), which prints no definitions; the definitions are ours.
+"""
 
 from __future__ import annotations
 
-import math
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
+from torch import nn
 
-from .functional import reference
-from .functional.parameters import SMALLEST_DENOMINATOR, SidePathOptions, SidePathParameters
+from .attachment import attached_side_paths
+from .layer import TalanLayer
+from .measures import SidePathStatistics, TokenMeasures, side_path_statistics, token_measures
+from .residual import Inputs, TokenMeans, as_it_was, norm, record_streams, steered_blocks, without_adapters
+from .steering import talan_strength
+
+__all__ = [
+    "BlockMeasures",
+    "Propagation",
+    "SidePathReads",
+    "SidePathStatistics",
+    "TokenMeasures",
+    "measure_blocks",
+    "measure_propagation",
+    "measure_reads",
+    "side_path_statistics",
+    "to_rows",
+    "token_measures",
+]
 
 
-class SidePathStatistics(NamedTuple):
-    """What a side path did to some tokens.
+@dataclass(frozen=True)
+class BlockMeasures:
+    """The residual stream behind one block: means over the real tokens.
 
     Args:
-        relative_norm: The mean of |h' - h| / |h|.
-        gate: The mean of the gates, in [0, 1]; None where the writeback has none.
-        slot_entropy: The entropy of the mean read-out weights over the slots, divided by log(slots): 1 where all slots
-            are used alike, 0 where one is used alone.
+        block: The block's index.
+        hidden_norm: |h|, with the adapter.
+        low_rank_norm: |u|, u the change that the low-rank half alone makes to the stream: with it minus without it,
+            the side path off in both.
+        side_path_norm: |d|, d the change that the side path makes to the stream: with it minus without it, the
+            low-rank half on in both.
+        ratio: `low_rank_norm / side_path_norm`; None where the side path has not written yet.
+        cosine: The mean cosine of u and d; None where one of them is zero everywhere.
+        written_norm: |delta|, what the block's own side path writes; None where it has none.
+        written_ratio: |u| / |delta| at the end of the block where it writes.
+        written_cosine: The mean cosine of u and delta there.
     """
 
+    block: int
+    hidden_norm: float
+    low_rank_norm: float
+    side_path_norm: float
+    ratio: float | None
+    cosine: float | None
+    written_norm: float | None
+    written_ratio: float | None
+    written_cosine: float | None
+
+
+@dataclass(frozen=True)
+class Propagation:
+    """What became of the perturbation of one block's side path behind another block, all other side paths off.
+
+    Args:
+        source: The block whose side path writes.
+        block: The block behind which the stream is compared.
+        difference_norm: The mean |difference| of the streams with and without it.
+        relative_norm: `difference_norm` divided by the mean |h|.
+        amplification: `difference_norm` divided by the mean |delta| that was written.
+        cosine: The mean cosine of the difference and what was written at the same token.
+    """
+
+    source: int
+    block: int
+    difference_norm: float
     relative_norm: float
-    gate: float | None
-    slot_entropy: float
+    amplification: float | None
+    cosine: float | None
 
 
-def slot_shares(
-    memory: torch.Tensor, queries: torch.Tensor, options: SidePathOptions, parameters: SidePathParameters
-) -> torch.Tensor:
-    """The share of each slot in what a token reads.
-
-    Args:
-        memory: mu, [batch, tokens, slots, width].
-        queries: q, [batch, tokens, width].
-        options: The side path's axes.
-        parameters: The side path's tensors.
-
-    Returns:
-        p for `attention` and `mlp`, |p| / sum |p| for `linear`; [batch, tokens, slots].
-    """
-    if options.mixer == "linear":
-        weights = (queries @ parameters.mixer[0].to(queries.dtype)).abs()
-        return weights / weights.sum(-1, keepdim=True).clamp_min(torch.finfo(weights.dtype).tiny)
-    if options.mixer == "mlp":
-        memory = reference.remix_slots(memory, parameters.mixer)
-    return reference.attend_to_slots(memory, queries, parameters.mixer)
-
-
-@torch.no_grad()
-def side_path_statistics(
-    hidden_states: torch.Tensor,
-    parameters: SidePathParameters,
-    options: SidePathOptions,
-    *,
-    alpha: float = 1.0,
-    valid: torch.Tensor | None = None,
-    segment_ids: torch.Tensor | None = None,
-) -> SidePathStatistics:
-    """Measure what a side path does to a residual stream; the readable equations, so O(tokens slots width) memory.
+@dataclass(frozen=True)
+class SidePathReads:
+    """What one side path did to each token of a batch.
 
     Args:
-        hidden_states: h, [batch, tokens, hidden_size].
-        parameters: The side path's tensors.
-        options: The side path's axes.
-        alpha: The strength of the perturbation. Default 1.
-        valid: [batch, tokens], bool; padding is left out of the means. None: no padding.
-        segment_ids: [batch, tokens], int; None: one segment.
+        block: The block's index.
+        adapter_name: The adapter's name.
+        measures: One number a token.
+        valid: [batch, tokens], bool; False marks padding.
+    """
+
+    block: int
+    adapter_name: str
+    measures: TokenMeasures
+    valid: torch.Tensor
+
+    @property
+    def slot_usage(self) -> torch.Tensor:
+        """The mean share of each slot in what real tokens read, [slots]."""
+        return self.measures.slot_shares[self.valid].mean(0)
+
+    def rows(self) -> list[dict[str, Any]]:
+        """One dictionary a real token: row, token, block, adapter, norms, gate, entropy and `slot_0`, `slot_1`, ..."""
+        found = []
+        entropy = self.measures.read_entropy
+        for row, token in self.valid.nonzero().tolist():
+            shares = self.measures.slot_shares[row, token].tolist()
+            gates = self.measures.gates
+            found.append(
+                {
+                    "row": row,
+                    "token": token,
+                    "block": self.block,
+                    "adapter": self.adapter_name,
+                    "relative_norm": float(self.measures.relative_norm[row, token]),
+                    "gate": None if gates is None else float(gates[row, token]),
+                    "read_entropy": float(entropy[row, token]),
+                    **{f"slot_{slot}": share for slot, share in enumerate(shares)},
+                }
+            )
+        return found
+
+
+def to_rows(
+    measures: Sequence[BlockMeasures] | Sequence[Propagation] | Sequence[SidePathReads],
+) -> list[dict[str, Any]]:
+    """Turn measurements into a table: `pandas.DataFrame(to_rows(...))` takes it, as does `csv.DictWriter`.
+
+    Args:
+        measures: What one of the functions of this file gave.
 
     Returns:
-        Means over the real tokens.
+        One dictionary a row.
     """
-    slots = parameters.read.shape[0] - 2 * parameters.write.shape[1]
-    values, queries, logits = reference.read(hidden_states, parameters.read, slots)
-    weights = reference.slot_weights(logits, valid)
-    memory, _ = reference.compress(values, weights, segment_ids, scope=options.scope)
-    mean = memory[..., :-1] / memory[..., -1:].clamp_min(SMALLEST_DENOMINATOR)
-    readout = reference.MIXER_RULES[options.mixer](mean, queries, parameters.mixer)
-    stream = hidden_states.to(readout.dtype)
-    written = reference.write_back(
-        stream,
-        readout,
-        parameters.write,
-        options.writeback,
-        alpha=alpha,
-        gate=parameters.gate,
-        cap=options.cap,
-    )
-    real = torch.ones_like(stream[..., 0], dtype=torch.bool) if valid is None else valid
-    norm = torch.linalg.vector_norm
-    relative = norm(written - stream, dim=-1) / norm(stream, dim=-1).clamp_min(torch.finfo(stream.dtype).tiny)
-    gate = None
-    if options.writeback == "gated":
-        gate = float(reference.gate_openings(stream, parameters.gate)[real].mean())
-    shares = slot_shares(mean, queries, options, parameters)[real].mean(0)
-    entropy = float(torch.special.entr(shares).sum()) / math.log(slots) if slots > 1 else 0.0
-    return SidePathStatistics(float(relative[real].mean()), gate, entropy)
+    rows: list[dict[str, Any]] = []
+    for measure in measures:
+        rows.extend(measure.rows() if isinstance(measure, SidePathReads) else [asdict(measure)])
+    return rows
+
+
+def _batches(inputs: Inputs | Sequence[Inputs]) -> list[Inputs]:
+    batches = [inputs] if isinstance(inputs, Mapping) else list(inputs)
+    if not batches:
+        raise ValueError("inputs=[]: give at least one batch")
+    return batches
+
+
+def measure_blocks(model: nn.Module, inputs: Inputs | Sequence[Inputs]) -> list[BlockMeasures]:
+    """Compare what the low-rank half and the side path do to the residual stream, block by block.
+
+    Three forward passes a batch: with both, with the low-rank half alone, and the base model. The model is left as it
+    was.
+
+    Args:
+        model: A model whose active adapters have a side path.
+        inputs: What the model takes, such as `input_ids` and `attention_mask` [batch, tokens], or a list of such
+            batches. Labels are left out.
+
+    Returns:
+        One item a block, in order.
+
+    Raises:
+        ValueError: The model has no side path, is disabled or merged, or there is no batch.
+    """
+    means = TokenMeans()
+    places = {
+        layer.block_index: "input" if "input" in layer.talan_position.values() else "output"
+        for _, layer in attached_side_paths(model)
+    }
+    depth = len(steered_blocks(model))
+    with as_it_was(model):
+        for batch in _batches(inputs):
+            both = record_streams(model, batch)
+            with talan_strength(model, 0):
+                low_rank = record_streams(model, batch)
+            with without_adapters(model):
+                base = record_streams(model, batch)
+            for block in range(depth):
+                update = low_rank.behind[block] - base.behind[block]
+                change = both.behind[block] - low_rank.behind[block]
+                means.add(f"{block} hidden", norm(both.behind[block]))
+                means.add(f"{block} low rank", norm(update))
+                means.add(f"{block} side path", norm(change))
+                means.add_cosine(f"{block} cosine", update, change)
+                if block in both.written:
+                    if places[block] == "input":
+                        update = low_rank.before[block] - base.before[block]
+                    means.add(f"{block} there", norm(update))
+                    means.add(f"{block} written", norm(both.written[block]))
+                    means.add_cosine(f"{block} written cosine", update, both.written[block])
+    return [
+        BlockMeasures(
+            block=block,
+            hidden_norm=means.of(f"{block} hidden"),
+            low_rank_norm=means.of(f"{block} low rank"),
+            side_path_norm=means.of(f"{block} side path"),
+            ratio=means.ratio(f"{block} low rank", f"{block} side path"),
+            cosine=means.get(f"{block} cosine"),
+            written_norm=means.get(f"{block} written"),
+            written_ratio=means.ratio(f"{block} there", f"{block} written"),
+            written_cosine=means.get(f"{block} written cosine"),
+        )
+        for block in range(depth)
+    ]
+
+
+def measure_propagation(model: nn.Module, inputs: Inputs | Sequence[Inputs]) -> list[Propagation]:
+    """Follow the perturbation of each side path through the later blocks: it alone on, against all side paths off.
+
+    The model is left as it was.
+
+    Args:
+        model: A model whose active adapters have a side path.
+        inputs: As in `measure_blocks`.
+
+    Returns:
+        One item for each side path and each block from its own to the last.
+
+    Raises:
+        ValueError: As in `measure_blocks`.
+    """
+    means = TokenMeans()
+    sources = [layer.block_index for _, layer in attached_side_paths(model)]
+    depth = len(steered_blocks(model))
+    with as_it_was(model):
+        for batch in _batches(inputs):
+            with talan_strength(model, 0):
+                off = record_streams(model, batch)
+            for source in sources:
+                others = [block for block in sources if block != source]
+                with talan_strength(model, 0, layers=others) if others else ExitStack():
+                    on = record_streams(model, batch)
+                delta = on.written[source]
+                means.add(f"{source}", norm(delta))
+                for block in range(source, depth):
+                    change = on.behind[block] - off.behind[block]
+                    means.add(f"{source} {block}", norm(change))
+                    means.add(f"{source} {block} hidden", norm(on.behind[block]))
+                    means.add_cosine(f"{source} {block} cosine", change, delta)
+    return [
+        Propagation(
+            source=source,
+            block=block,
+            difference_norm=means.of(f"{source} {block}"),
+            relative_norm=means.ratio(f"{source} {block}", f"{source} {block} hidden") or 0.0,
+            amplification=means.ratio(f"{source} {block}", f"{source}"),
+            cosine=means.get(f"{source} {block} cosine"),
+        )
+        for source in sources
+        for block in range(source, depth)
+    ]
+
+
+def measure_reads(model: nn.Module, inputs: Inputs) -> list[SidePathReads]:
+    """Measure, token by token, what each side path writes, through which gate, and from which slots it reads.
+
+    It uses the readable equations: O(tokens slots width) memory. The model is left as it was.
+
+    Args:
+        model: A model whose active adapters have a side path.
+        inputs: What the model takes, as one batch.
+
+    Returns:
+        One item for each block and active adapter.
+
+    Raises:
+        ValueError: As in `measure_blocks`.
+    """
+    found: list[SidePathReads] = []
+
+    def look(layer: nn.Module, args: tuple[Any, ...]) -> None:
+        hidden_states, position, call = args[:3]
+        batch, tokens = hidden_states.shape[:2]
+        layout = call.layout(batch, tokens, 0)
+        if not isinstance(layer, TalanLayer):
+            return
+        for name in layer.active_adapters:
+            if layer.talan_position.get(name) == position:
+                measures = token_measures(
+                    hidden_states,
+                    layer.parameters_of(name),
+                    layer.talan_options[name],
+                    alpha=layer.alpha_at_run_time(name),
+                    valid=layout.valid,
+                    segment_ids=layout.segment_ids,
+                )
+                valid = torch.ones(batch, tokens, dtype=torch.bool) if layout.valid is None else layout.valid
+                found.append(SidePathReads(layer.block_index, name, measures, valid))
+
+    steered_blocks(model)  # Refuses a model without a side path.
+    with as_it_was(model), torch.no_grad(), ExitStack() as hooks:
+        for _, layer in attached_side_paths(model):
+            hooks.callback(layer.register_forward_pre_hook(look).remove)
+        model(**{"use_cache": False, **{name: part for name, part in inputs.items() if name != "labels"}})
+    return sorted(found, key=lambda reads: (reads.block, reads.adapter_name))

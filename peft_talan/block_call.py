@@ -85,7 +85,9 @@ def describe_call(
     cache = None
     # transformers checkpoints a block's `forward` and withholds the cache there; the hooks around it still see it.
     if not (block.training and getattr(block, "gradient_checkpointing", False)):
-        cache = _find_cache((*kwargs.values(), *args))
+        cache = kwargs.get("past_key_values")
+        if not isinstance(cache, Cache) or isinstance(cache, EncoderDecoderCache):
+            cache = _find_cache((*kwargs.values(), *args))
     return BlockCall(attention_mask, kwargs.get("position_ids"), cache)
 
 

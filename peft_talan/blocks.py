@@ -1,14 +1,28 @@
-"""Finds a model's decoder blocks, the width of its residual stream, and which blocks a configuration means."""
+"""Finds a model's decoder blocks, the width of its residual stream, and what of it a configuration means."""
 
 from __future__ import annotations
 
+from peft.utils import PeftType
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
 
 from .config import DEFAULT_DEPTHS, TalanConfig
 
 CHILD_NAME = "talan"
 """The name under which a side path becomes a child of its block."""
+
+
+def is_side_path_key(name: str) -> bool:
+    """Whether a name in a state dict or a checkpoint is that of a side path's tensor.
+
+    Args:
+        name: The name.
+
+    Returns:
+        True for a side path's tensor, False for every other.
+    """
+    return f".{CHILD_NAME}.lora_talan_" in name
 
 
 def _text_config(model: nn.Module) -> object | None:
@@ -145,3 +159,23 @@ def find_targets(model: nn.Module, config: TalanConfig) -> dict[int, nn.Module]:
                 f"talan_layers: block {name}.{index} has an attribute {CHILD_NAME!r} that is no side path; rename it"
             )
     return targets
+
+
+def point_at_fused_experts(model: nn.Module, config: TalanConfig) -> None:
+    """Point the low-rank half at experts that transformers 5 fuses, as PEFT does for the type LORA only.
+
+    Args:
+        model: The base model.
+        config: The adapter's configuration; its targets change where they name experts that the model has fused.
+    """
+    # It asks for all of `peft`, which is still being imported where the entry point registers this package.
+    from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
+
+    if not isinstance(model, PreTrainedModel):
+        return
+    own_type, config.peft_type = config.peft_type, PeftType.LORA
+    try:
+        conversions = get_model_conversion_mapping(model)
+        convert_peft_config_for_transformers(config, model=model, conversions=conversions)
+    finally:
+        config.peft_type = own_type

@@ -8,18 +8,27 @@ from dataclasses import dataclass, field, fields
 from os import PathLike
 from typing import Any, Literal, get_args
 
+from packaging.version import InvalidVersion, Version
 from peft.config import PeftConfig
 from peft.tuners.lora import LoraConfig
 from peft.utils import PeftType
 from peft.utils.constants import DUMMY_TARGET_MODULES
 
+from .checkpoint import CheckpointSource
 from .functional.parameters import MEMORY_SCOPES, MIXERS, WRITEBACKS, MemoryScope, Mixer, SidePathOptions, Writeback
+from .version import __version__
 
 Position = Literal["output", "input"]
 Trainable = Literal["joint", "side_path", "writeback", "low_rank"]
 
 DEFAULT_DEPTHS: tuple[float, ...] = (0.33,)
 """Where the side path goes when `talan_layers` is None, as fractions of the depth; see docs/default_layers.md."""
+
+LARGEST_COUNT = 2**20
+"""No residual stream is nearly as wide, and products of two such numbers are still exact."""
+
+LARGEST_FACTOR = 1e6
+"""Of a perturbation or its gradient: what is far larger ends in infinities."""
 
 INCOMPATIBLE_LORA_OPTIONS: dict[str, str] = {
     "layer_replication": "copied blocks would share one side path's place; replicate the layers before adding TALAN",
@@ -46,8 +55,8 @@ def _check_number(name: str, value: object, lowest: float, highest: float, remed
 
 
 def _check_count(name: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise _refuse(name, value, "give a whole number of at least 1")
+    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= LARGEST_COUNT:
+        raise _refuse(name, value, f"give a whole number of at least 1 and at most {LARGEST_COUNT}")
 
 
 def _check_layers(layers: object) -> None:
@@ -96,6 +105,8 @@ class TalanConfig(LoraConfig):
             `"model.layers"`, where it can't be found. Default None.
         talan_hidden_size (`int`, *optional*): H, the width of the residual stream, where it can't be found. Default
             None.
+        talan_version (`str`, *optional*): The version of this package that made the adapter, filled in by itself.
+            Default None.
 
     Raises:
         ValueError: A field's value, type or combination can't work; the message names field, value and remedy.
@@ -123,6 +134,7 @@ class TalanConfig(LoraConfig):
     init_talan_weights: bool = field(default=True, metadata={"help": "Whether the write-back starts at zero."})
     talan_blocks: str | None = field(default=None, metadata={"help": "Name of the ModuleList that holds the blocks."})
     talan_hidden_size: int | None = field(default=None, metadata={"help": "Width of the residual stream."})
+    talan_version: str | None = field(default=None, metadata={"help": "peft_talan version, leave empty to auto-fill."})
 
     @classmethod
     def from_lora(cls, lora: LoraConfig | str | PathLike[str], **options: Any) -> TalanConfig:
@@ -144,12 +156,57 @@ class TalanConfig(LoraConfig):
         taken = {option.name: getattr(found, option.name) for option in fields(LoraConfig) if option.init}
         return cls(**{**taken, "inference_mode": False, **options})
 
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any
+    ) -> TalanConfig:
+        """Load the configuration of a checkpoint, as PEFT does before it loads the checkpoint itself.
+
+        The tensors of that checkpoint are then checked before a model is touched. `PeftConfig.from_pretrained` loads a
+        configuration alone, to train anew with it.
+
+        Args:
+            pretrained_model_name_or_path: The adapter's folder or its name on the hub.
+            subfolder: A folder in it. Default None.
+            **kwargs: What `hf_hub_download` takes: revision, token, cache_dir ...
+
+        Returns:
+            The configuration.
+        """
+        config: TalanConfig = super().from_pretrained(pretrained_model_name_or_path, subfolder, **kwargs)
+        options = {"subfolder": subfolder, **cls._split_kwargs(kwargs)[0]}
+        described = CheckpointSource.describe(config.to_dict())
+        config.checkpoint_source = CheckpointSource(pretrained_model_name_or_path, options, described)
+        return config
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields, with sets in order: the same adapter gives the same file in every process."""
+        return {name: sorted(value) if isinstance(value, set) else value for name, value in super().to_dict().items()}
+
     def __post_init__(self) -> None:
         """Check every field before any model is touched."""
+        self._check_version()
+        self._check_numbers()
         super().__post_init__()
+        self.checkpoint_source: CheckpointSource | None = None
         self.peft_type = PeftType("TALAN")
         self._check_side_path()
         self._check_low_rank()
+
+    def _check_version(self) -> None:
+        if self.talan_version is None:
+            self.talan_version = __version__
+        try:
+            newer = Version(self.talan_version).major > Version(__version__).major
+        except (InvalidVersion, TypeError):
+            raise _refuse("talan_version", self.talan_version, "is no version; leave the field at None") from None
+        if newer:
+            raise _refuse(
+                "talan_version",
+                self.talan_version,
+                f"the adapter was made by a newer major version of peft_talan than the installed {__version__}; run "
+                "`pip install -U peft-talan`",
+            )
 
     def _check_side_path(self) -> None:
         _check_layers(self.talan_layers)
@@ -164,9 +221,10 @@ class TalanConfig(LoraConfig):
         _check_count("talan_dim", self.talan_dim)
         smallest = math.ulp(0.0)
         _check_number("talan_cap", self.talan_cap, smallest, math.inf, "give a positive number such as 0.1")
-        _check_number("talan_alpha", self.talan_alpha, 0.0, math.inf, "give a number of at least 0 such as 1.0")
+        factor = f"give a number of at least 0 and at most {LARGEST_FACTOR:g}, such as 1.0"
+        _check_number("talan_alpha", self.talan_alpha, 0.0, LARGEST_FACTOR, factor)
         _check_number("talan_dropout", self.talan_dropout, 0.0, math.nextafter(1.0, 0.0), "give a number in [0, 1)")
-        _check_number("talan_grad_scale", self.talan_grad_scale, 0.0, math.inf, "give a number of at least 0")
+        _check_number("talan_grad_scale", self.talan_grad_scale, 0.0, LARGEST_FACTOR, factor)
         if not isinstance(self.init_talan_weights, bool):
             raise _refuse("init_talan_weights", self.init_talan_weights, "give True or False")
         if self.talan_blocks is not None and (not isinstance(self.talan_blocks, str) or not self.talan_blocks):
@@ -182,9 +240,23 @@ class TalanConfig(LoraConfig):
                 f"task_type={str(self.task_type)!r} generates, and a token must not see later ones; use 'causal'",
             )
 
-    def _check_low_rank(self) -> None:
-        if isinstance(self.r, bool) or not isinstance(self.r, int) or self.r < 0:
+    def _check_numbers(self) -> None:
+        """Check what PEFT would pass on to torch as it is."""
+        if isinstance(self.r, bool) or not isinstance(self.r, int) or not 0 <= self.r <= LARGEST_COUNT:
             raise _refuse("r", self.r, "give a rank of at least 1, or 0 for the side path alone")
+        remedy = "give a number such as 8"
+        _check_number("lora_alpha", self.lora_alpha, -math.inf, math.inf, remedy)
+        _check_number("lora_dropout", self.lora_dropout, 0.0, 1.0, "give a number in [0, 1]")
+        for name in ("rank_pattern", "alpha_pattern"):
+            pattern = getattr(self, name)
+            if pattern is not None and not isinstance(pattern, dict):
+                raise _refuse(name, pattern, "give a dictionary of module names or patterns and numbers")
+        for module, rank in (self.rank_pattern or {}).items():
+            _check_count(f"rank_pattern[{module!r}]", rank)
+        for module, alpha in (self.alpha_pattern or {}).items():
+            _check_number(f"alpha_pattern[{module!r}]", alpha, -math.inf, math.inf, remedy)
+
+    def _check_low_rank(self) -> None:
         for name, reason in INCOMPATIBLE_LORA_OPTIONS.items():
             if getattr(self, name, None):
                 raise _refuse(name, getattr(self, name), f"does not work with TALAN: {reason}")

@@ -3,11 +3,45 @@
 from __future__ import annotations
 
 import torch
+from torch import nn
 
 from .config import TalanConfig
 
 HIDDEN_FACTOR = 2
 """How much wider than its input each hidden layer of the `mlp` mixer is."""
+
+
+SMALLEST_LIMIT = 2**20
+"""How many numbers a side path may hold beside any model, however small."""
+
+
+def check_size(config: TalanConfig, model: nn.Module, hidden_size: int, blocks: int) -> None:
+    """Refuse halves that would hold more numbers than the model itself, before any memory is asked for.
+
+    Args:
+        config: The adapter's configuration.
+        model: The base model.
+        hidden_size: H, the width of the residual stream.
+        blocks: The number of side paths.
+
+    Raises:
+        ValueError: A half would be larger than the model.
+    """
+    limit = max(SMALLEST_LIMIT, sum(parameter.numel() for parameter in model.parameters()))
+    with torch.device("meta"):
+        numbers = blocks * sum(tensor.numel() for tensor in initial_parameters(config, hidden_size).values())
+    if numbers > limit:
+        raise ValueError(
+            f"talan_dim={config.talan_dim}, talan_slots={config.talan_slots}: the side path would hold {numbers:,} "
+            f"numbers, more than the model and than {SMALLEST_LIMIT:,}; it is meant to be small: the defaults are "
+            "talan_dim=32, talan_slots=8"
+        )
+    rank = max([config.r, *(config.rank_pattern or {}).values()])
+    if config.has_low_rank_half and rank * hidden_size > limit:
+        raise ValueError(
+            f"r={config.r}, rank_pattern={config.rank_pattern}: one matrix of rank {rank} would hold "
+            f"{rank * hidden_size:,} numbers, more than the model and than {SMALLEST_LIMIT:,}; give a rank such as 8"
+        )
 
 
 def initial_parameters(config: TalanConfig, hidden_size: int) -> dict[str, torch.Tensor]:

@@ -6,7 +6,7 @@ import warnings
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge, onload_layer
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 from transformers.cache_utils import Cache
@@ -15,10 +15,25 @@ from .block_call import BlockCall, describe_call, mask_argument_place, replace_r
 from .blocks import CHILD_NAME
 from .config import TalanConfig
 from .functional import fused
-from .functional.parameters import MIXER_PARAMETERS, SidePathOptions, SidePathParameters
+from .functional.one_row import one_row
+from .functional.parameters import MIXER_PARAMETERS, SidePathOptions, SidePathParameters, working_dtype
 from .initialization import initial_parameters
 from .segments import TokenLayout
-from .state import carry_memory, mark_memories_left_behind, memory_to_go_on_with
+from .state import mark_memories_left_behind, memory_to_go_on_with
+
+
+class AdapterTensor(nn.Module):
+    """One tensor of one adapter, held by a module so that its name contains `.ADAPTER.`, as those of LoRA's layers do.
+
+    Others find an adapter's tensors by that: TRL copies a trained adapter into its frozen reference adapter so.
+
+    Args:
+        tensor: The initial values.
+    """
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(tensor)
 
 
 class TalanLayer(nn.Module, BaseTunerLayer):
@@ -29,7 +44,8 @@ class TalanLayer(nn.Module, BaseTunerLayer):
 
     Args:
         hidden_size: H, the width of the residual stream.
-        block_index: The block's index; the cache carries the memory in its layer of the same index.
+        block_index: The block's index, by which the cache carries the memory.
+        depth: The number of the model's blocks.
     """
 
     child_name: str = CHILD_NAME
@@ -44,20 +60,28 @@ class TalanLayer(nn.Module, BaseTunerLayer):
         "lora_talan_write",
         "lora_talan_gate",
     )
-    lora_talan_read: nn.ParameterDict
-    lora_talan_write: nn.ParameterDict
-    lora_talan_gate: nn.ParameterDict
-    other_param_names: tuple[str, ...] = ("talan_options", "talan_alpha", "talan_position")
+    other_param_names: tuple[str, ...] = (
+        "talan_options",
+        "talan_alpha",
+        "talan_position",
+        "talan_strength",
+        "has_low_rank_half",
+    )
 
-    def __init__(self, hidden_size: int, block_index: int) -> None:
+    def __init__(self, hidden_size: int, block_index: int, depth: int) -> None:
         super().__init__()
         self.in_features = self.out_features = hidden_size
         self.block_index = block_index
+        self.depth = depth
         for name in self.adapter_layer_names:
-            self.add_module(name, nn.ParameterDict())
+            self.add_module(name, nn.ModuleDict())
         self.talan_options: dict[str, SidePathOptions] = {}
         self.talan_alpha: dict[str, float] = {}
         self.talan_position: dict[str, str] = {}
+        # All of the model's adapters, also those without a side path at this block.
+        self.has_low_rank_half: dict[str, bool] = {}
+        # Set at run time (peft_talan.steering) and never saved; an adapter that is missing here has 1.
+        self.talan_strength: dict[str, float] = {}
         self.frozen_peft_weight_names: dict[str, tuple[str, ...]] = {}
         self.merged_adapters: list[str] = []
         self._active_adapter: str | list[str] = []
@@ -65,8 +89,8 @@ class TalanLayer(nn.Module, BaseTunerLayer):
         self._handles: list[RemovableHandle] = []
         self._mask_place: int | None = None
         # Follows the model's device and dtype, so that adapters that are added or loaded later are like it.
-        self._placement: torch.Tensor
-        self.register_buffer("_placement", torch.empty(0), persistent=False)
+        self.placement: torch.Tensor
+        self.register_buffer("placement", torch.empty(0), persistent=False)
 
     @property
     def bias(self) -> None:  # type: ignore[override]
@@ -87,18 +111,22 @@ class TalanLayer(nn.Module, BaseTunerLayer):
         """
         for name, tensor in initial_parameters(config, self.in_features).items():
             container = getattr(self, f"lora_talan_{name}")
-            container[adapter_name] = nn.Parameter(tensor.to(self._placement.dtype))
+            container[adapter_name] = AdapterTensor(tensor.to(self.placement.dtype))
         self.talan_options[adapter_name] = config.side_path_options
         self.talan_alpha[adapter_name] = float(config.talan_alpha)
         self.talan_position[adapter_name] = config.talan_position
         self._move_adapter_to_device_of_base_layer(adapter_name)
 
+    def _all_available_adapter_names(self) -> list[str]:
+        """Where the active adapter is deleted, PEFT goes on with the first of these: the same as in LoRA's layers."""
+        return sorted(self.has_low_rank_half, key=lambda name: (not self.has_low_rank_half[name], name))
+
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
-        device = self._placement.device if device is None else device
+        device = self.placement.device if device is None else device
         for name in self.adapter_layer_names:
             container = getattr(self, name)
-            if adapter_name in container and not container[adapter_name].is_meta:
-                container[adapter_name].data = container[adapter_name].data.to(device)
+            if adapter_name in container and not container[adapter_name].weight.is_meta:
+                container[adapter_name].to(device)
 
     def parameters_of(self, adapter_name: str) -> SidePathParameters:
         """The tensors of an adapter's side path, as its operators take them.
@@ -108,15 +136,49 @@ class TalanLayer(nn.Module, BaseTunerLayer):
 
         Returns:
             The tensors.
+
+        Raises:
+            ValueError: Their values are on a disk where PEFT does not put them.
         """
-        names = MIXER_PARAMETERS[self.talan_options[adapter_name].mixer]
-        gates = self.lora_talan_gate
+        parameters = self._held_parameters(adapter_name)
+        if not parameters.read.is_meta:
+            return parameters
+        # accelerate has offloaded them, and brings values back for modules that are called only.
+        try:
+            with onload_layer(self):
+                return self._held_parameters(adapter_name)
+        except KeyError as error:
+            raise ValueError(
+                f"device_map: block {self.block_index} is on the disk, where PEFT does not write the side path of "
+                f"adapter {adapter_name!r}; map this block to a device or to 'cpu'"
+            ) from error
+
+    def _held_parameters(self, adapter_name: str) -> SidePathParameters:
+        options = self.talan_options[adapter_name]
+        names = MIXER_PARAMETERS[options.mixer]
         return SidePathParameters(
-            read=self.lora_talan_read[adapter_name],
-            mixer=tuple(getattr(self, f"lora_talan_{name}")[adapter_name] for name in names),
-            write=self.lora_talan_write[adapter_name],
-            gate=gates.get(adapter_name),
+            read=self._tensor("read", adapter_name),
+            mixer=tuple(self._tensor(name, adapter_name) for name in names),
+            write=self._tensor("write", adapter_name),
+            gate=self._tensor("gate", adapter_name) if options.writeback == "gated" else None,
         )
+
+    def _tensor(self, name: str, adapter_name: str) -> torch.Tensor:
+        # Decoding asks for them at every token; `self.lora_talan_read[adapter_name]` takes several times as long.
+        container: Any = self._modules[f"lora_talan_{name}"]
+        tensor: torch.Tensor = container._modules[adapter_name].weight
+        return tensor
+
+    def alpha_at_run_time(self, adapter_name: str) -> float:
+        """The strength that an adapter's perturbation has now: the trained alpha times that set at run time.
+
+        Args:
+            adapter_name: The adapter's name.
+
+        Returns:
+            The product.
+        """
+        return self.talan_alpha[adapter_name] * self.talan_strength.get(adapter_name, 1.0)
 
     def attach(self, block: nn.Module) -> None:
         """Become the block's child and act around its calls.
@@ -126,8 +188,10 @@ class TalanLayer(nn.Module, BaseTunerLayer):
         """
         parameter = next(block.parameters(), None)
         if parameter is not None and not parameter.is_meta:
-            dtype = parameter.dtype if parameter.is_floating_point() else torch.float32
-            self._placement = torch.empty(0, device=parameter.device, dtype=dtype)
+            # As LoRA's layers: quantized ones take the type that they compute in, if they say it.
+            computes_in: Any = next((m.compute_dtype for m in block.modules() if hasattr(m, "compute_dtype")), None)
+            dtype = parameter.dtype if parameter.is_floating_point() else computes_in or torch.float32
+            self.placement = torch.empty(0, device=parameter.device, dtype=dtype)
         self._mask_place = mask_argument_place(block)
         block.add_module(self.child_name, self)
         # Before hooks that were there earlier: what they see (recorded hidden states, say) is after the write-back.
@@ -153,15 +217,20 @@ class TalanLayer(nn.Module, BaseTunerLayer):
         if self._disable_adapters or "input" not in self.talan_position.values():
             return None
         hidden_states = args[0] if args else kwargs["hidden_states"]
-        written = self(hidden_states, "input", describe_call(block, self._mask_place, args, kwargs))
+        written = self._called(block)(hidden_states, "input", describe_call(block, self._mask_place, args, kwargs))
         replace_recorded_state(hidden_states, written)
         return ((written, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": written})
 
     def _after_block(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         call = describe_call(block, self._mask_place, args, kwargs)
         if isinstance(output, tuple):
-            return (self(output[0], "output", call), *output[1:])
-        return self(output, "output", call)
+            return (self._called(block)(output[0], "output", call), *output[1:])
+        return self._called(block)(output, "output", call)
+
+    def _called(self, block: nn.Module) -> nn.Module:
+        """The block's child: this layer, or what a sharding library has wrapped it in to gather its parameters."""
+        child: nn.Module = getattr(block, self.child_name)
+        return child
 
     def forward(
         self,
@@ -209,7 +278,7 @@ class TalanLayer(nn.Module, BaseTunerLayer):
         if self._disable_adapters:
             return {}
         if adapter_names is None:
-            return dict.fromkeys(name for name in self.active_adapters if name in self.talan_options)
+            return {name: None for name in self.active_adapters if name in self.talan_options}
         if len(adapter_names) != batch:
             raise ValueError(
                 f"adapter_names={adapter_names!r}: {len(adapter_names)} names for {batch} rows; give one a row"
@@ -230,59 +299,43 @@ class TalanLayer(nn.Module, BaseTunerLayer):
         rows: torch.Tensor | None,
     ) -> torch.Tensor:
         options = self.talan_options[adapter_name]
+        parameters, alpha = self.parameters_of(adapter_name), self.alpha_at_run_time(adapter_name)
+        batch, tokens = hidden_states.shape[:2]
         memory = None
         if cache is not None:
             memory = memory_to_go_on_with(
-                cache, self.block_index, adapter_name, past, hidden_states.shape[0], options.scope, rows
+                cache, self.block_index, self.depth, adapter_name, past, batch, options.scope, rows
             )
+            if batch == tokens == 1 and not self.training and not torch.compiler.is_compiling():
+                row = memory.row_in_place(working_dtype(hidden_states.dtype))
+                if row is not None:
+                    token = one_row(hidden_states, parameters, options, row, alpha=alpha, valid=layout.valid)
+                    memory.took_in(token.weights, token.capped_values)
+                    return token.hidden_states
         output = fused.side_path(
             hidden_states,
-            self.parameters_of(adapter_name),
+            parameters,
             options,
-            alpha=self.talan_alpha[adapter_name],
+            alpha=alpha,
             valid=layout.valid,
             segment_ids=layout.segment_ids,
             state=None if memory is None else memory.state,
             training=self.training,
             return_state=memory is not None,
         )
-        if cache is not None and memory is not None:
+        if memory is not None:
             memory.append(output, layout.segment_ids)
-            carry_memory(cache, self.block_index, adapter_name, memory)
         return output.hidden_states
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Note which adapters' low-rank halves are folded; the side path depends on its input and stays live.
 
         Args:
-            safe_merge: Whether to refuse weights that are not finite. Default False.
+            safe_merge: As in PEFT; the model looks at both halves before any layer is merged. Default False.
             adapter_names: The adapters; None: the active ones.
-
-        Raises:
-            ValueError: `safe_merge` found a NaN or an infinity.
         """
         names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.talan_options]
-        if safe_merge:
-            self.check_finite(names)
         self.merged_adapters.extend(names)
-
-    def check_finite(self, adapter_names: list[str]) -> None:
-        """Refuse side paths with a NaN or an infinity.
-
-        Args:
-            adapter_names: The adapters to check.
-
-        Raises:
-            ValueError: A tensor of theirs is not finite.
-        """
-        for name in self.adapter_layer_names:
-            container = getattr(self, name)
-            for adapter_name in set(adapter_names) & set(container):
-                if not torch.isfinite(container[adapter_name]).all():
-                    raise ValueError(
-                        f"NaNs detected in the merged weights. The adapter {adapter_name} seems to be broken: {name} "
-                        f"of block {self.block_index} is not finite"
-                    )
 
     def unmerge(self) -> None:
         """Note that no low-rank half is folded any more."""

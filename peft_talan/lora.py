@@ -8,6 +8,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
+from peft.config import PeftConfig
 from peft.mapping_func import get_peft_model
 from peft.peft_model import PeftModel
 from peft.tuners.lora import LoraConfig
@@ -20,8 +21,8 @@ from peft.utils import (
 from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
+from .blocks import is_side_path_key
 from .config import TalanConfig
-from .layer import TalanLayer
 
 EXPORT_NOTE = """\
 ---
@@ -38,32 +39,38 @@ together with it, is missing. It loads with PEFT alone, and converters for LoRA 
 
 
 def export_lora(
-    model: PeftModel | PreTrainedModel, save_directory: str | PathLike[str], adapter_name: str = "default"
+    model: PeftModel | PreTrainedModel | str | PathLike[str],
+    save_directory: str | PathLike[str],
+    adapter_name: str = "default",
 ) -> None:
     """Write the low-rank half of an adapter as a plain LoRA adapter, which PEFT loads without this package.
 
     Args:
-        model: A model with a TALAN adapter.
+        model: A model with a TALAN adapter; or a saved adapter, as its folder or hub id: no base model is needed then.
         save_directory: The folder to write.
-        adapter_name: The adapter's name. Default `"default"`.
+        adapter_name: The adapter's name in the model. Default `"default"`.
 
     Raises:
         ValueError: There is no such TALAN adapter, or it has no low-rank half.
     """
-    config = getattr(model, "peft_config", {}).get(adapter_name)
+    saved = isinstance(model, (str, PathLike))
+    config = PeftConfig.from_pretrained(str(model)) if saved else getattr(model, "peft_config", {}).get(adapter_name)
     if not isinstance(config, TalanConfig):
-        raise ValueError(f"adapter_name={adapter_name!r}: the model has no TALAN adapter of this name")
+        raise ValueError(
+            f"model={str(model)!r}: is no TALAN adapter"
+            if saved
+            else f"adapter_name={adapter_name!r}: the model has no TALAN adapter of this name"
+        )
     if not config.has_low_rank_half:
         raise ValueError(f"adapter_name={adapter_name!r}: the adapter has no low-rank half (r=0 or no target modules)")
     folder = Path(save_directory)
     folder.mkdir(parents=True, exist_ok=True)
-    marker = f".{TalanLayer.child_name}.lora_talan_"
-    prefix = "" if isinstance(model, PeftModel) else "base_model.model."
-    tensors = {
-        f"{prefix}{name}": tensor.contiguous()
-        for name, tensor in get_peft_model_state_dict(model, adapter_name=adapter_name).items()
-        if marker not in name
-    }
+    prefix = "base_model.model." if isinstance(model, PreTrainedModel) else ""
+    if isinstance(model, (str, PathLike)):
+        found = load_peft_weights(str(model), device="cpu")
+    else:
+        found = get_peft_model_state_dict(model, adapter_name=adapter_name)
+    tensors = {f"{prefix}{name}": tensor.contiguous() for name, tensor in found.items() if not is_side_path_key(name)}
     save_file(tensors, folder / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
     options = {option.name: getattr(config, option.name) for option in fields(LoraConfig) if option.init}
     lora_config = LoraConfig(**{**options, "inference_mode": True})
@@ -100,8 +107,9 @@ def warm_start(
     config = TalanConfig.from_lora(lora, **options)
     tensors = load_peft_weights(str(lora), device="cpu")
     adapted = get_peft_model(model, config, adapter_name)
-    marker = f".{TalanLayer.child_name}.lora_talan_"
-    expected = {key for key in get_peft_model_state_dict(adapted, adapter_name=adapter_name) if marker not in key}
+    expected = {
+        name for name in get_peft_model_state_dict(adapted, adapter_name=adapter_name) if not is_side_path_key(name)
+    }
     if expected != set(tensors):
         adapted.unload()
         raise ValueError(

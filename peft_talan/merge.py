@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection
 from dataclasses import fields
 from functools import partial
 from os import PathLike
@@ -11,13 +11,46 @@ from typing import Any
 
 import torch
 from huggingface_hub import HfApi
+from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import SAFETENSORS_WEIGHTS_NAME, get_peft_model_state_dict
 from safetensors.torch import save_file
 from torch import nn
 from transformers import PreTrainedModel
 
+from .attachment import attached_side_paths
+from .blocks import is_side_path_key
 from .config import TalanConfig
-from .layer import TalanLayer
+
+_NO_WEIGHTS = (
+    "The side path depends on its input and can't become weights: the low-rank half was merged, and the side path"
+)
+OUTCOMES: dict[str, str] = {
+    "keep": f"{_NO_WEIGHTS} stays on its blocks as an embedded adapter (side_path='drop' gives a plain model).",
+    "drop": f"{_NO_WEIGHTS} was dropped, so the outputs differ from the adapter's (side_path='keep' keeps them).",
+}
+"""What `merge_and_unload` warns of, by its argument `side_path`."""
+
+
+def check_mergeable(model: nn.Module, adapter_names: Collection[str]) -> None:
+    """Refuse adapters with a NaN or an infinity in either half.
+
+    Args:
+        model: The model with the adapters.
+        adapter_names: The adapters to check.
+
+    Raises:
+        ValueError: A tensor of theirs is not finite.
+    """
+    for place, module in model.named_modules():
+        for part in module.adapter_layer_names if isinstance(module, BaseTunerLayer) else ():
+            for name, parameter in getattr(module, part).named_parameters():
+                adapter_name = name.split(".")[0]
+                # Weights on the meta device are offloaded; PEFT looks at them as it merges them.
+                if adapter_name in adapter_names and not parameter.is_meta and not torch.isfinite(parameter).all():
+                    raise ValueError(
+                        f"NaNs detected in the merged weights. The adapter {adapter_name} seems to be broken: "
+                        f"{part} of {place} is not finite"
+                    )
 
 
 def side_path_config(config: TalanConfig) -> TalanConfig:
@@ -32,31 +65,6 @@ def side_path_config(config: TalanConfig) -> TalanConfig:
     axes = {axis.name: getattr(config, axis.name) for axis in fields(config) if axis.name.startswith("talan_")}
     axes["talan_trainable"] = "joint"
     return TalanConfig(r=0, task_type=config.task_type, inference_mode=True, **axes)
-
-
-def attached_side_paths(model: nn.Module) -> Iterator[tuple[nn.Module, TalanLayer]]:
-    """Go through the blocks that have side paths.
-
-    Args:
-        model: The model.
-
-    Yields:
-        Each block and its layer of side paths.
-    """
-    for module in list(model.modules()):
-        layer = getattr(module, TalanLayer.child_name, None)
-        if isinstance(layer, TalanLayer):
-            yield module, layer
-
-
-def detach_side_paths(model: nn.Module) -> None:
-    """Take every side path off its block.
-
-    Args:
-        model: The model.
-    """
-    for block, layer in attached_side_paths(model):
-        layer.detach(block)
 
 
 def keep_side_paths(model: nn.Module, configs: dict[str, TalanConfig]) -> None:
@@ -76,8 +84,10 @@ def keep_side_paths(model: nn.Module, configs: dict[str, TalanConfig]) -> None:
             layer.detach(block)
             continue
         layer.merged_adapters.clear()
+        layer.enable_adapters(True)
         layer.set_adapter(list(configs))
         layer.requires_grad_(False)
+        layer.to(layer.placement.dtype)  # the type that a model has which is loaded with an embedded adapter
     if isinstance(model, PreTrainedModel):
         model._hf_peft_config_loaded = True
         # transformers would write the adapter alone. Partials, since bound methods do not survive pickling.
@@ -119,10 +129,10 @@ def save_kept_model(
         )
     repo_id = kwargs.pop("repo_id", None)
     state_dict = model.state_dict() if state_dict is None else state_dict
-    marker = f".{TalanLayer.child_name}.lora_talan_"
     model._hf_peft_config_loaded = False
     try:
-        plain_save(save_directory, state_dict={k: v for k, v in state_dict.items() if marker not in k}, **kwargs)
+        plain = {name: tensor for name, tensor in state_dict.items() if not is_side_path_key(name)}
+        plain_save(save_directory, state_dict=plain, **kwargs)
     finally:
         model._hf_peft_config_loaded = True
     if is_main_process:
@@ -163,7 +173,13 @@ def push_kept_model(model: PreTrainedModel, repo_id: str, **kwargs: Any) -> str:
     """
     options = {name: kwargs[name] for name in ("private", "token") if name in kwargs}
     repo_id = HfApi().create_repo(repo_id, exist_ok=True, **options).repo_id
-    for config in getattr(model, "peft_config", {}).values():
-        # From the hub, transformers takes the weights from where the adapter's configuration says.
-        config.base_model_name_or_path = repo_id
-    return type(model).push_to_hub(model, repo_id, **kwargs)
+    configs = list(getattr(model, "peft_config", {}).values())
+    bases = [config.base_model_name_or_path for config in configs]
+    try:
+        for config in configs:
+            # From the hub, transformers takes the weights from where the adapter's configuration says.
+            config.base_model_name_or_path = repo_id
+        return type(model).push_to_hub(model, repo_id, **kwargs)
+    finally:
+        for config, base in zip(configs, bases, strict=True):
+            config.base_model_name_or_path = base

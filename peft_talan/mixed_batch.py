@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
 
 from peft.tuners.lora import LoraLayer
@@ -30,30 +30,41 @@ def low_rank_names(model: nn.Module, adapter_names: Sequence[str], known: Collec
 
 
 @contextmanager
-def rows_named(model: nn.Module, adapter_names: Sequence[str], beams: int, low_rank: Sequence[str]) -> Iterator[None]:
-    """Tell the side paths each row's adapter, as PEFT tells LoRA's layers.
+def rows_named(
+    model: nn.Module,
+    adapter_names: Sequence[str],
+    known: Collection[str],
+    beams: int,
+    tell_low_rank: Callable[[list[str]], AbstractContextManager[None]],
+) -> Iterator[None]:
+    """Tell both halves each row's adapter: LoRA's layers as PEFT does, and the side paths in the same way.
 
     Args:
         model: The base model with its adapters.
         adapter_names: The adapter of each row, `__base__` for none.
+        known: The names of all adapters.
         beams: The number of beams; beam search repeats every row, but not for an encoder.
-        low_rank: What PEFT's layers were told, of `low_rank_names`.
+        tell_low_rank: PEFT's context that tells its own layers, given the names.
 
     Yields:
         Nothing; the names hold inside the context.
+
+    Raises:
+        ValueError: An adapter does not exist, or the model is in training mode.
     """
+    low_rank = low_rank_names(model, adapter_names, known)
     repeated = [name for name in adapter_names for _ in range(beams)]
     encoder = _get_encoder(model)
     once = set() if encoder is None else set(encoder.modules())
-    told_otherwise = list(low_rank) != list(adapter_names)
-    handles = []
-    for module in model.modules():
-        if isinstance(module, TalanLayer) or (told_otherwise and isinstance(module, AuxiliaryTrainingWrapper)):
-            names = adapter_names if module in once else repeated
-            hook = partial(_adapter_names_pre_forward_hook, adapter_names=names)
-            handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
-    try:
+    told_otherwise = low_rank != list(adapter_names)
+    with ExitStack() as stack:
+        told = tell_low_rank(low_rank)
+        told.__enter__()
+        # Without the error: PEFT removes its hooks after a plain `yield`, and would leave them behind if it saw one.
+        stack.callback(told.__exit__, None, None, None)
+        for module in model.modules():
+            if isinstance(module, TalanLayer) or (told_otherwise and isinstance(module, AuxiliaryTrainingWrapper)):
+                names = adapter_names if module in once else repeated
+                hook = partial(_adapter_names_pre_forward_hook, adapter_names=names)
+                stack.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
         yield
-    finally:
-        for handle in handles:
-            handle.remove()

@@ -11,25 +11,22 @@ import torch
 from peft.config import PeftConfig
 from peft.tuners.lora import LoraModel
 from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils import PeftType
 from peft.utils.integrations import init_empty_weights
-from peft.utils.other import _set_layer_requires_grad
 from torch import nn
-from transformers import PreTrainedModel
-from transformers.conversion_mapping import get_model_conversion_mapping
 
-from .blocks import find_hidden_size, find_targets
-from .checkpoint import check_names
+from . import tensor_parallel
+from .attachment import attach_side_path, attached_side_paths, detach_side_paths
+from .blocks import find_blocks, find_hidden_size, find_targets, is_side_path_key, point_at_fused_experts
+from .checkpoint import check_finite
 from .config import TalanConfig
-from .layer import TalanLayer
-from .merge import attached_side_paths, detach_side_paths, keep_side_paths, side_path_config
-from .mixed_batch import low_rank_names, rows_named
+from .initialization import check_size
+from .loading import check_places, read_checkpoint
+from .merge import OUTCOMES, check_mergeable, keep_side_paths, side_path_config
+from .mixed_batch import rows_named
+from .names import check_names, check_new_name, with_wrappers, without_wrappers
+from .rollback import unchanged_on_error
 from .training import declare_scope
 from .weighted import add_weighted_adapter
-
-
-def _is_side_path_key(key: str) -> bool:
-    return f".{TalanLayer.child_name}.lora_talan_" in key
 
 
 class TalanModel(LoraModel):
@@ -46,6 +43,22 @@ class TalanModel(LoraModel):
     prefix: str = LoraModel.prefix
     # Both kinds of layers are switched, frozen and deleted together.
     tuner_layer_cls = BaseTunerLayer  # type: ignore[assignment]
+
+    def __init__(self, model: nn.Module, peft_config: Any, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        taken = getattr(model, "peft_config", {})
+        if adapter_name in taken:
+            raise ValueError(
+                f"adapter_name={adapter_name!r}: the model already has an adapter of this name; give another name, or "
+                "call unload() or delete_adapter() first"
+            )
+        try:
+            with unchanged_on_error(model):
+                super().__init__(model, peft_config, adapter_name, *args, **kwargs)
+        except BaseException:
+            if not taken:
+                # transformers' add_adapter sets it too early, and could not add another adapter afterwards.
+                vars(model).pop("_hf_peft_config_loaded", None)
+            raise
 
     def inject_adapter(
         self,
@@ -66,78 +79,58 @@ class TalanModel(LoraModel):
                 configuration says.
 
         Raises:
-            ValueError: The configuration does not fit the model.
+            ValueError: The configuration does not fit the model, or the name can't be an adapter's.
         """
+        check_new_name(adapter_name)
         config = self.peft_config[adapter_name]
         if not isinstance(config, TalanConfig):
             raise ValueError(
                 f"config={type(config).__name__}: a TALAN model takes a TalanConfig for adapter {adapter_name!r}"
             )
         blocks = find_targets(model, config)
+        depth = len(find_blocks(model, config)[1])
         hidden_size = find_hidden_size(model, config)
-        self._convert_expert_targets(model, config)
-        if state_dict is not None:
-            state_dict = {key: tensor for key, tensor in state_dict.items() if not _is_side_path_key(key)}
-        super().inject_adapter(
-            model,
-            adapter_name,
-            autocast_adapter_dtype=autocast_adapter_dtype,
-            low_cpu_mem_usage=low_cpu_mem_usage,
-            state_dict=state_dict,
-        )
-        for index, block in blocks.items():
-            with init_empty_weights() if low_cpu_mem_usage else nullcontext():
-                self._attach_side_path(block, index, hidden_size, adapter_name, config)
-        declare_scope(model, adapter_name, config.talan_trainable)
-
-    @staticmethod
-    def _convert_expert_targets(model: nn.Module, config: TalanConfig) -> None:
-        """Point the low-rank half at experts that transformers 5 fuses, as PEFT does for the type LORA only."""
-        # It asks for all of `peft`, which is still being imported where the entry point registers this package.
-        from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
-
-        if not isinstance(model, PreTrainedModel):
-            return
-        own_type, config.peft_type = config.peft_type, PeftType.LORA
-        try:
-            conversions = get_model_conversion_mapping(model)
-            convert_peft_config_for_transformers(config, model=model, conversions=conversions)
-        finally:
-            config.peft_type = own_type
-
-    def _attach_side_path(
-        self, block: nn.Module, index: int, hidden_size: int, adapter_name: str, config: TalanConfig
-    ) -> None:
-        layer = getattr(block, TalanLayer.child_name, None)
-        if layer is None:
-            layer = TalanLayer(hidden_size, index)
-            layer.train(block.training)
-            others = [m for m in self.model.modules() if isinstance(m, BaseTunerLayer)]
-            layer.attach(block)
-            layer.set_adapter(self.active_adapters)
-            layer.enable_adapters(not any(other.disable_adapters for other in others))
-        layer.update_layer(adapter_name, config)
-        trains = adapter_name in self.active_adapters and not config.inference_mode
-        for name in layer.adapter_layer_names:
-            container = getattr(layer, name)
-            if adapter_name in container:
-                _set_layer_requires_grad(container[adapter_name], trains)
+        tensor_parallel.check_plan(model)
+        check_size(config, model, hidden_size, len(blocks))
+        checkpoint = read_checkpoint(adapter_name, config, blocks, hidden_size)
+        with unchanged_on_error(self, config):
+            point_at_fused_experts(model, config)
+            if state_dict is not None:
+                state_dict = {key: tensor for key, tensor in state_dict.items() if not is_side_path_key(key)}
+            super().inject_adapter(
+                model,
+                adapter_name,
+                autocast_adapter_dtype=autocast_adapter_dtype,
+                low_cpu_mem_usage=low_cpu_mem_usage,
+                state_dict=state_dict,
+            )
+            for index, block in blocks.items():
+                with init_empty_weights() if low_cpu_mem_usage else nullcontext():
+                    attach_side_path(self, index, depth, hidden_size, block, adapter_name)
+            for _, layer in attached_side_paths(model):
+                layer.has_low_rank_half = {name: other.has_low_rank_half for name, other in self.peft_config.items()}
+            tensor_parallel.agree(model, adapter_name)
+            declare_scope(model, adapter_name, config.talan_trainable)
+            # Its low-rank half has places to be checked against only now.
+            self._remap_adapter_state_dict_for_load(model, config, adapter_name, checkpoint)
+            config.checkpoint_source = None
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
         adapter_names = kwargs.pop("adapter_names", None)
+        tell = super()._enable_peft_forward_hooks
         if adapter_names is None:
-            with super()._enable_peft_forward_hooks(*args, **kwargs):
-                yield
-            return
-        low_rank = low_rank_names(self.model, adapter_names, self.peft_config)
-        told = super()._enable_peft_forward_hooks(*args, adapter_names=low_rank, **kwargs)
-        told.__enter__()
-        try:
-            with rows_named(self.model, adapter_names, kwargs.get("num_beams") or 1, low_rank):
-                yield
-        finally:
-            told.__exit__(None, None, None)  # PEFT would leave its hooks behind if it saw an error.
+            context = tell(*args, **kwargs)
+        else:
+            context = rows_named(
+                self.model,
+                adapter_names,
+                self.peft_config,
+                kwargs.get("num_beams") or 1,
+                lambda names: tell(*args, adapter_names=names, **kwargs),
+            )
+        with context:
+            yield
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Delete both halves of an adapter; a block whose last side path goes is left without a trace.
@@ -148,17 +141,13 @@ class TalanModel(LoraModel):
         Raises:
             ValueError: There is no such adapter, or its low-rank half is merged.
         """
-        was_active = adapter_name in self.active_adapters
         super().delete_adapter(adapter_name)
         for block, layer in attached_side_paths(self.model):
             if not layer.talan_options:
                 layer.detach(block)
-        if was_active:
-            # PEFT lets every layer choose the next adapter from those it holds; side paths may hold others.
-            self.active_adapter = self.active_adapters or sorted(self.peft_config)[:1]
-            for module in self.model.modules():
-                if isinstance(module, self.tuner_layer_cls) and module.active_adapters != self.active_adapters:
-                    module.set_adapter(self.active_adapters)
+        if not self.active_adapters and self.peft_config:
+            # LoRA's layers know no adapter that is a side path alone.
+            self.set_adapter(sorted(self.peft_config)[0])
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """Generate with the base model's own method, if every active adapter's memory is causal.
@@ -181,6 +170,20 @@ class TalanModel(LoraModel):
                     "memory of earlier ones; train an adapter with 'causal'"
                 )
         return self.model.generate(*args, **kwargs)
+
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        """Fold the low-rank half into the base weights; the side path stays live.
+
+        Args:
+            adapter_names: The adapters to fold; None: the active ones. Default None.
+            safe_merge: Whether to check both halves for NaN, before anything is folded. Default False.
+
+        Raises:
+            ValueError: `safe_merge` found a NaN or an infinity.
+        """
+        if safe_merge:
+            check_mergeable(self.model, self.active_adapters if adapter_names is None else adapter_names)
+        super().merge_adapter(adapter_names, safe_merge)
 
     def merge_and_unload(
         self,
@@ -210,24 +213,16 @@ class TalanModel(LoraModel):
         if side_path not in ("keep", "drop"):
             raise ValueError(f"side_path={side_path!r}: choose 'keep' or 'drop'")
         names = self.active_adapters if adapter_names is None else adapter_names
-        layers = [layer for _, layer in attached_side_paths(self.model)]
         if safe_merge:
-            for layer in layers:
-                layer.check_finite(names)
-        merged_earlier = [name for layer in layers for name in layer.merged_adapters]
+            check_mergeable(self.model, names)
+        merged_earlier = [name for _, layer in attached_side_paths(self.model) for name in layer.merged_adapters]
         kept = {name: side_path_config(self.peft_config[name]) for name in dict.fromkeys([*merged_earlier, *names])}
         model = super().merge_and_unload(progressbar, safe_merge, adapter_names)
         if side_path == "keep":
             keep_side_paths(model, kept)
-            outcome = "stays on its blocks as an embedded adapter (side_path='drop' gives a plain model)"
         else:
             detach_side_paths(model)
-            outcome = "was dropped, so the outputs differ from the adapter's (side_path='keep' keeps them)"
-        warnings.warn(
-            f"The side path depends on its input and can't become weights: the low-rank half was merged, and the side "
-            f"path {outcome}.",
-            stacklevel=2,
-        )
+        warnings.warn(OUTCOMES[side_path], stacklevel=2)
         return model
 
     def unload(self) -> nn.Module:
@@ -288,32 +283,18 @@ class TalanModel(LoraModel):
         unwanted_adapter_names: list[str],
     ) -> dict[str, torch.Tensor]:
         check_names(model, adapter_name, unwanted_adapter_names)
-        return super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
+        found = super()._get_adapter_state_dict(
+            model, config, adapter_name, with_wrappers(model, state_dict), unwanted_adapter_names
+        )
+        return {without_wrappers(name): tensor for name, tensor in found.items()}
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, torch.Tensor]
     ) -> dict[str, torch.Tensor]:
-        broken = [key for key, tensor in state_dict.items() if not torch.isfinite(tensor).all()]
-        if broken:
-            raise ValueError(
-                f"the checkpoint of adapter {adapter_name!r} has NaN or infinite values in {', '.join(broken[:3])}"
-                f"{f' and {len(broken) - 3} more' if len(broken) > 3 else ''}; train or fetch it again"
-            )
+        check_finite(adapter_name, state_dict)
         remapped: dict[str, torch.Tensor] = super()._remap_adapter_state_dict_for_load(
             model, config, adapter_name, state_dict
         )
-        known = set(model.state_dict())
-        prefix = "base_model.model."
-        foreign = [
-            key
-            for key in remapped
-            if _is_side_path_key(key) and not known & {key, key.removeprefix(prefix), prefix + key}
-        ]
-        if foreign:
-            # PEFT passes over what has no place; here it would be half an adapter without a word.
-            raise ValueError(
-                f"the checkpoint of adapter {adapter_name!r} has side-path tensors that its configuration has no "
-                f"place for: {', '.join(foreign[:3])}; load it with the adapter_config.json that it was saved with"
-            )
+        check_places(model, adapter_name, remapped)
         return remapped

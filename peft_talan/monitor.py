@@ -6,9 +6,11 @@ from collections import defaultdict
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import IntervalStrategy
 
 from .analysis import side_path_statistics
 from .layer import TalanLayer
@@ -17,20 +19,39 @@ TOKENS_MEASURED = 512
 """So many tokens of each row are measured: the readable equations hold one memory a token."""
 
 
+def _is_logged(args: TrainingArguments, state: TrainerState, first_of_epoch: bool) -> bool:
+    """Whether Trainer will log the step that begins."""
+    if args.logging_strategy == IntervalStrategy.EPOCH:
+        return first_of_epoch
+    if args.logging_strategy != IntervalStrategy.STEPS:
+        return False
+    by_interval = state.logging_steps > 0 and (state.global_step + 1) % state.logging_steps == 0
+    return by_interval or (args.logging_first_step and state.global_step == 0)
+
+
 class SidePathMonitor(TrainerCallback):
     """Logs what every side path does: `talan/ADAPTER/block_I/{relative_norm, gate, slot_entropy}`.
 
-    It measures in the steps that Trainer logs, and costs nothing in the others. See
-    `peft_talan.analysis.SidePathStatistics` for what the numbers are.
+    It measures in the steps that Trainer logs (the first step of an epoch where it logs by epoch), over all of their
+    forward passes that train, and costs nothing in the others. See `peft_talan.analysis.SidePathStatistics` for what
+    the numbers are.
 
     Args:
-        log: Where the numbers go: `trainer.log`, as in `trainer.add_callback(SidePathMonitor(trainer.log))`.
+        log: Where the numbers go: `trainer.log`, as in `trainer.add_callback(SidePathMonitor(trainer.log))`. Trainer
+            tells its loggers of a log before it tells callbacks of the user's, so a callback can't add to one.
     """
 
     def __init__(self, log: Callable[[dict[str, float]], None]) -> None:
         self._log = log
         self._handles: list[RemovableHandle] = []
         self._seen: dict[str, list[float]] = defaultdict(list)
+        self._epoch_begins = False
+
+    def on_epoch_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Note that the next step is an epoch's first."""
+        self._epoch_begins = True
 
     def on_step_begin(
         self,
@@ -42,7 +63,8 @@ class SidePathMonitor(TrainerCallback):
     ) -> None:
         """Log what the last measured step gave, and measure again if this step will be logged."""
         self._report()
-        if model is None or (state.global_step + 1) % max(state.logging_steps, 1):
+        first_of_epoch, self._epoch_begins = self._epoch_begins, False
+        if model is None or not _is_logged(args, state, first_of_epoch):
             return
         layers = (module for module in model.modules() if isinstance(module, TalanLayer))
         self._handles = [layer.register_forward_pre_hook(self._measure) for layer in layers]
@@ -68,7 +90,9 @@ class SidePathMonitor(TrainerCallback):
             self._log(measured)
 
     def _measure(self, layer: nn.Module, args: tuple[Any, ...]) -> None:
-        if not isinstance(layer, TalanLayer) or not layer.training or layer.disable_adapters:
+        # Without a gradient it is no training: a rollout, or a reference model's pass.
+        trains = layer.training and torch.is_grad_enabled()
+        if not isinstance(layer, TalanLayer) or not trains or layer.disable_adapters:
             return
         hidden_states, position, call = args[:3]
         batch, tokens = hidden_states.shape[:2]
@@ -81,7 +105,7 @@ class SidePathMonitor(TrainerCallback):
                 hidden_states[:, :TOKENS_MEASURED].detach(),
                 layer.parameters_of(name),
                 layer.talan_options[name],
-                alpha=layer.talan_alpha[name],
+                alpha=layer.alpha_at_run_time(name),
                 valid=measured[0],
                 segment_ids=measured[1],
             )

@@ -42,6 +42,15 @@ def _attended(mask: torch.Tensor) -> torch.Tensor:
     return mask != 0
 
 
+def _valid_token(mask: torch.Tensor, past: int | torch.Tensor) -> torch.Tensor:
+    """Whether the one token of a call is real, [batch, 1]: two operations at most, since decoding asks every time."""
+    if mask.dim() == 4:
+        mask = mask[:, 0]
+    if isinstance(past, int):
+        return _attended(mask[..., min(past, mask.shape[-1] - 1)].view(-1, 1))
+    return _attended(mask.index_select(-1, past.to(mask.device).view(1)).view(-1, 1))
+
+
 def _segments_from_positions(position_ids: torch.Tensor | None) -> torch.Tensor | None:
     """A sample starts where the position does not rise; this is how flash attention is told of packing, too."""
     if position_ids is None or position_ids.dim() != 2 or position_ids.shape[1] < 2:
@@ -106,13 +115,13 @@ def token_layout(
             f"attention_mask={type(attention_mask).__name__}: the side path reads masks of 2 or 4 dimensions; load "
             "the model with attn_implementation='sdpa', 'eager' or 'flash_attention_2'"
         )
+    if tokens == 1:
+        return TokenLayout(_valid_token(attention_mask, past).expand(batch, 1), None)
     if attention_mask.dim() == 2:
         valid = _attended(_columns_of_call(attention_mask, tokens, past)).expand(batch, tokens)
-        segment_ids = _segments_from_positions(position_ids) if starts_here and tokens > 1 else None
+        segment_ids = _segments_from_positions(position_ids) if starts_here else None
         return TokenLayout(valid, None if segment_ids is None else segment_ids.expand(batch, tokens))
     visible = _attended(_columns_of_call(attention_mask[:, 0], tokens, past))
     # A token that is not padding always sees itself.
     valid = visible.diagonal(dim1=-2, dim2=-1).expand(batch, tokens)
-    if tokens == 1:
-        return TokenLayout(valid, None)
     return TokenLayout(valid, _segments_from_mask(visible.expand(batch, tokens, tokens), valid, position_ids))

@@ -1,87 +1,65 @@
-"""Lets the layers of the transformers cache carry the latent memories of a generation.
+"""Lets the transformers cache carry the latent memories of a generation, as one more of its layers.
 
-A cache layer that carries memories becomes an instance of a subclass of its own class, whose methods keep the memories
-in step with the keys: what reorders, repeats, selects, crops or resets the one does it to the other. So the memory
-follows beams, assisted decoding and several turns, and two generations can't mix.
+What reorders, repeats, selects, crops or resets a cache goes through all of its layers. So the memories follow beams,
+assisted decoding and several turns, and two generations can't mix.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection
-from functools import cache
-from typing import Any
+from collections.abc import Collection, Iterator
 
 import torch
-from transformers.cache_utils import Cache, StaticLayer
+from transformers.cache_utils import Cache, DummyLayer, StaticLayer
 
 from .memory import LatentMemory
 
 
-def _rows_follow(memories: dict[str, LatentMemory], rows: torch.Tensor | None, repeats: int = 1) -> None:
-    """Let every memory take over rows by index or by mask, or repeat each row."""
-    for memory in memories.values():
-        if memory.state is not None:
-            every_row = torch.arange(memory.state.shape[0], device=memory.state.device)
-            chosen = every_row if rows is None else every_row[rows.to(every_row.device)]
-            memory.select_rows(chosen.repeat_interleave(repeats))
+class MemoryLayer(DummyLayer):
+    """The last layer of a cache: it has no keys, but the latent memories by block and adapter name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.memories: dict[int, dict[str, LatentMemory]] = {}
+
+    def _all(self) -> Iterator[LatentMemory]:
+        for memories in self.memories.values():
+            yield from memories.values()
+
+    def reset(self) -> None:
+        """Empty every memory."""
+        for memory in self._all():
+            memory.reset()
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Let every memory forget the last tokens; their number is negative, as in transformers."""
+        for memory in self._all():
+            memory.crop(abs(tokens_to_remove))
+
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        """Let every memory's rows follow the beams."""
+        self.batch_select_indices(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every row."""
+        for memory in self._all():
+            memory.select_rows(memory.every_row().repeat_interleave(repeats))
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Take over rows by index or by mask."""
+        for memory in self._all():
+            every_row = memory.every_row()
+            memory.select_rows(every_row[indices.to(every_row.device)])
 
 
-@cache
-def _carrying_class(base_class: Any) -> Any:
-    """Make the subclass of a cache layer's class that carries memories.
-
-    It derives from that class alone: only then can a living layer take the subclass on.
-    """
-
-    class CarryingLayer(base_class):
-        latent_memories: dict[str, LatentMemory]
-
-        def reorder_cache(self, beam_idx: torch.Tensor) -> None:
-            super().reorder_cache(beam_idx)
-            _rows_follow(self.latent_memories, beam_idx)
-
-        def batch_repeat_interleave(self, repeats: int) -> None:
-            super().batch_repeat_interleave(repeats)
-            _rows_follow(self.latent_memories, None, repeats)
-
-        def batch_select_indices(self, indices: torch.Tensor) -> None:
-            super().batch_select_indices(indices)
-            _rows_follow(self.latent_memories, indices)
-
-        def crop(self, tokens_to_remove: int) -> None:
-            super().crop(tokens_to_remove)
-            for memory in self.latent_memories.values():
-                memory.crop(abs(tokens_to_remove))
-
-        def reset(self) -> None:
-            super().reset()
-            for memory in self.latent_memories.values():
-                memory.reset()
-
-        def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-            # Copied and pickled by the base class: the subclass has no importable name.
-            return _restore_layer, (base_class, self.__dict__.copy())
-
-    CarryingLayer.__name__ = CarryingLayer.__qualname__ = base_class.__name__
-    return CarryingLayer
-
-
-def _restore_layer(base_class: Any, attributes: dict[str, Any]) -> Any:
-    layer = base_class.__new__(base_class)
-    layer.__dict__.update(attributes)
-    layer.__class__ = _carrying_class(base_class)
-    return layer
-
-
-def _memories_of(cache: Cache, index: int) -> dict[str, LatentMemory]:
-    if index >= len(cache.layers):
-        return {}
-    return getattr(cache.layers[index], "latent_memories", {})
+def _memory_layer(cache: Cache) -> MemoryLayer | None:
+    layer = cache.layers[-1] if cache.layers else None
+    return layer if isinstance(layer, MemoryLayer) else None
 
 
 def memory_to_go_on_with(
     cache: Cache,
     index: int,
+    depth: int,
     adapter_name: str,
     past: int | torch.Tensor,
     batch: int,
@@ -93,6 +71,7 @@ def memory_to_go_on_with(
     Args:
         cache: The cache.
         index: The block's index.
+        depth: The number of blocks.
         adapter_name: The adapter's name.
         past: How many tokens the cache held before this call.
         batch: The number of rows of this call.
@@ -106,13 +85,10 @@ def memory_to_go_on_with(
         ValueError: The cache holds tokens that did not pass through this side path, its rows are not the batch's, or
             a bidirectional memory would have to go on from a cache.
     """
-    memory = _memories_of(cache, index).get(adapter_name)
-    if memory is None and int(past) == 0:
-        layer = cache.layers[index] if index < len(cache.layers) else None
-        static = isinstance(layer, StaticLayer)
-        memory = LatentMemory(static=static, recorded=not static and bool(getattr(layer, "is_croppable", True)))
-        memory.rows = rows
-        return memory
+    layer = _memory_layer(cache)
+    memory = None if layer is None else layer.memories.get(index, {}).get(adapter_name)
+    if memory is None and _is_zero(past):
+        return _begin_memory(cache, layer, index, depth, adapter_name, rows)
     # A static cache keeps its length on the device; its memory can't fall behind but by `behind`.
     kept_up = memory is not None and not memory.behind and (memory.static or memory.length == past)
     if memory is None or not kept_up or not memory.is_kept_up_for(rows):
@@ -134,32 +110,30 @@ def memory_to_go_on_with(
     return memory
 
 
-def carry_memory(cache: Cache, index: int, adapter_name: str, memory: LatentMemory) -> None:
-    """Let the cache carry an adapter's memory for a block.
+def _is_zero(past: int | torch.Tensor) -> bool:
+    if isinstance(past, torch.Tensor) and torch.compiler.is_compiling():
+        # A compiled graph can't ask for a number on the device, but it can refuse to go on.
+        torch._assert_async(past == 0, "the cache holds tokens that a side path has not seen; start from an empty one")
+        return True
+    return int(past) == 0
 
-    Args:
-        cache: The cache.
-        index: The block's index.
-        adapter_name: The adapter's name.
-        memory: The memory.
 
-    Raises:
-        ValueError: The cache has no layer for the block.
-    """
-    if cache.layer_class_to_replicate is not None:
-        # Such a cache makes its layers when keys first reach them, which at a block's input is still to come.
-        while len(cache.layers) <= index:
+def _begin_memory(
+    cache: Cache, layer: MemoryLayer | None, index: int, depth: int, adapter_name: str, rows: torch.Tensor | None
+) -> LatentMemory:
+    if cache.layer_class_to_replicate is not None and layer is None:
+        # Such a cache makes its layers when keys first reach them; the memories' must come after them.
+        while len(cache.layers) < depth:
             cache.layers.append(cache.layer_class_to_replicate())
-    if index >= len(cache.layers):
-        raise ValueError(
-            f"the cache has {len(cache.layers)} layers and none for block {index}, so the side path's memory has no "
-            "place; pass DynamicCache(config=model.config), or use_cache=False"
-        )
-    layer: Any = cache.layers[index]
-    if not hasattr(layer, "latent_memories"):
-        layer.latent_memories = {}
-        layer.__class__ = _carrying_class(type(layer))  # type: ignore[arg-type]
-    layer.latent_memories[adapter_name] = memory
+    keys = cache.layers[index] if index < len(cache.layers) else None
+    static = isinstance(keys, StaticLayer)
+    if layer is None:
+        layer = MemoryLayer()
+        cache.layers.append(layer)
+    memory = LatentMemory(static=static, recorded=not static and bool(getattr(keys, "is_croppable", True)))
+    memory.rows = rows
+    layer.memories.setdefault(index, {})[adapter_name] = memory
+    return memory
 
 
 def mark_memories_left_behind(cache: Cache, index: int, running: Collection[str]) -> None:
@@ -170,6 +144,8 @@ def mark_memories_left_behind(cache: Cache, index: int, running: Collection[str]
         index: The block's index.
         running: The names of the adapters that the tokens did pass through.
     """
-    for name, memory in _memories_of(cache, index).items():
+    layer = _memory_layer(cache)
+    memories = {} if layer is None else layer.memories.get(index, {})
+    for name, memory in memories.items():
         if name not in running:
             memory.behind = True

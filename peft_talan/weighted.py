@@ -97,7 +97,7 @@ def weigh_side_paths(
     for layer in (module for module in model.modules() if isinstance(module, TalanLayer)):
         for name, weight in zip(adapters, weights, strict=True):
             factor = weight * layer.talan_alpha.get(name, 0.0)
-            if not factor or not layer.lora_talan_write[name].any():
+            if not factor or not layer.parameters_of(name).write.any():
                 continue
             if layer.block_index in sources:
                 other = sources[layer.block_index].adapter_name
@@ -136,7 +136,7 @@ def copy_side_paths(model: nn.Module, sources: Mapping[int, SidePathSource], ada
                 container = getattr(layer, name)
                 if source in container:
                     scale = factor if name == "lora_talan_write" else 1.0
-                    container[adapter_name].data = container[source] * scale
+                    container[adapter_name].weight.data = container[source].weight * scale
 
 
 def add_weighted_adapter(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
@@ -74,7 +76,9 @@ def make_base(architecture: str, dtype: torch.dtype = torch.float64, attention: 
     """Build a model; the same architecture gives the same weights every time."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        model = AutoModelForCausalLM.from_config(CONFIGS[architecture], attn_implementation=attention, **EXPERTS)
+        # A copy: `save_pretrained` writes the dtype into the configuration, and the next model would start in it.
+        config = copy.deepcopy(CONFIGS[architecture])
+        model = AutoModelForCausalLM.from_config(config, attn_implementation=attention, **EXPERTS)
     return model.to(dtype).eval()
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from torch import nn
 
 from peft_talan import TalanLayer
@@ -75,13 +75,52 @@ def test_deleting_an_active_adapter_leaves_the_one_active_that_lora_would(active
     assert torch.equal(logits(talan), expected)
 
 
-def test_a_side_path_alone_takes_over_when_the_last_low_rank_half_goes() -> None:
-    model = make_several({"default": KINDS["default"], "alone": KINDS["alone"]})
+@pytest.mark.parametrize("saved", [None, ["lm_head"]])
+def test_a_side_path_alone_takes_over_when_the_last_low_rank_half_goes(saved: list[str] | None) -> None:
+    kinds = {name: {**KINDS[name], "modules_to_save": saved} for name in ("default", "alone")}
+    model = make_several(kinds)
+    if saved:
+        with torch.no_grad():
+            model.get_output_embeddings().modules_to_save["alone"].weight.mul_(1.5)
     model.set_adapter("alone")
     expected = logits(model)
     model.set_adapter("default")
     model.delete_adapter("default")
     assert model.active_adapters == ["alone"]
+    assert torch.equal(logits(model), expected)
+
+
+def test_only_an_adapter_that_exists_is_deleted() -> None:
+    model = make_several(KINDS)
+    expected, names = logits(model), list(model.state_dict())
+    with pytest.raises(ValueError, match="nobody does not exist"):
+        model.delete_adapter("nobody")
+    assert torch.equal(logits(model), expected)
+    assert list(model.state_dict()) == names
+
+
+@pytest.mark.parametrize("name", ["", "a.b", "__base__", "keys", "forward"])
+def test_a_name_that_no_adapter_can_have_is_refused_before_the_model_is_touched(name: str) -> None:
+    base = make_base("qwen3")
+    before = [type(module) for module in base.modules()]
+    with pytest.raises(ValueError, match=f"adapter_name={name!r}"):
+        get_peft_model(base, make_config(), adapter_name=name)
+    assert [type(module) for module in base.modules()] == before
+    model = make_model("qwen3")
+    names = list(model.state_dict())
+    with pytest.raises(ValueError, match=f"adapter_name={name!r}"):
+        model.add_adapter(name, make_config(r=0))
+    assert list(model.state_dict()) == names
+    assert list(model.peft_config) == ["default"]
+
+
+def test_a_second_bias_is_refused_before_the_model_is_touched() -> None:
+    model = make_model("gpt2", make_config(bias="all"))
+    expected, names = logits(model), list(model.state_dict())
+    with pytest.raises(ValueError, match="supports only 1 adapter with bias"):
+        model.add_adapter("other", make_config(bias="all"))
+    assert list(model.state_dict()) == names
+    assert list(model.peft_config) == ["default"]
     assert torch.equal(logits(model), expected)
 
 
@@ -132,6 +171,25 @@ def test_a_mixed_batch_that_fails_leaves_the_model_as_it_was() -> None:
     assert torch.equal(logits(model), expected)
 
 
+def test_a_mixed_batch_is_refused_where_lora_refuses_it() -> None:
+    rows = ["alone", "__base__"]
+    talan, lora = make_several(KINDS), make_model("qwen3", make_lora_config())
+    for model, names in ((talan, rows), (talan, ["default", "linear"]), (lora, ["default", "__base__"])):
+        model.train()
+        with pytest.raises(ValueError, match="training mode"):
+            model(make_tokens(), adapter_names=names)
+        model.eval()
+    for model in (talan, lora):
+        model.merge_adapter()
+        with pytest.raises(ValueError, match="merged adapters"):
+            model(make_tokens(), adapter_names=["default", "__base__"])
+        model.unmerge_adapter()
+        with model.disable_adapter(), torch.no_grad():
+            assert torch.equal(
+                model(make_tokens(), adapter_names=["default", "__base__"]).logits, model(make_tokens()).logits
+            )
+
+
 def test_mixed_model_is_refused_by_peft_with_the_types_that_it_takes() -> None:
     with pytest.raises(ValueError, match=r"'TALAN' is not compatible with the `PeftMixedModel`.*LORA"):
         get_peft_model(make_base("qwen3"), make_config(), mixed=True)
@@ -167,51 +225,3 @@ def test_an_adapter_that_is_named_like_a_module_does_not_cost_another_its_tensor
     alone = get_peft_model_state_dict(model, adapter_name=name)
     model.delete_adapter(name)
     assert get_peft_model_state_dict(model).keys() == alone.keys()
-
-
-OPTIONS: dict[str, tuple[str, dict[str, object]]] = {
-    "modules to save": ("qwen3", {"modules_to_save": ["lm_head"]}),
-    "token indices": ("qwen3", {"trainable_token_indices": [3, 5, 9]}),
-    "bias none": ("gpt2", {"bias": "none"}),
-    "bias all": ("gpt2", {"bias": "all"}),
-    "bias lora only": ("gpt2", {"bias": "lora_only"}),
-    "parameters": ("mixtral", {"target_modules": ["q_proj"], "target_parameters": ["mlp.experts.gate_up_proj"]}),
-    "embeddings": ("qwen3", {"target_modules": ["embed_tokens", "q_proj"]}),
-    "rank pattern": ("qwen3", {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"v_proj": 3}}),
-    "excluded": ("qwen3", {"exclude_modules": ["k_proj"]}),
-    "layers": ("qwen3", {"target_modules": ["q_proj"], "layers_to_transform": [1, 3]}),
-}
-
-
-@pytest.mark.parametrize("option", OPTIONS)
-def test_lora_options_train_and_come_back(option: str, tmp_path: Path) -> None:
-    architecture, options = OPTIONS[option]
-
-    def model_of(config: LoraConfig) -> PeftModel:
-        model = make_model(architecture, config, torch.float32)
-        with torch.no_grad():
-            generator = torch.Generator().manual_seed(3)
-            for name, parameter in model.named_parameters():
-                if "lora_B" in name:
-                    parameter.normal_(generator=generator)
-        return model
-
-    fresh = model_of(make_config(**options, init_lora_weights=True, init_talan_weights=True))
-    lora = model_of(make_lora_config(**options))
-    assert torch.equal(logits(fresh), logits(lora))
-
-    def trainable(model: nn.Module) -> set[str]:
-        return {name for name, p in model.named_parameters() if p.requires_grad and ".talan." not in name}
-
-    assert trainable(fresh) == trainable(lora)
-    tokens = make_tokens()
-    optimizer = torch.optim.SGD([p for p in fresh.parameters() if p.requires_grad], lr=0.5)
-    for _ in range(2):  # the write-back begins at zero, so the rest of the side path moves at the second step
-        optimizer.zero_grad()
-        fresh(tokens, labels=tokens).loss.backward()
-        optimizer.step()
-    assert all(p.grad is not None and p.grad.any() for p in fresh.parameters() if p.requires_grad)
-    fresh.save_pretrained(tmp_path)
-    loaded = PeftModel.from_pretrained(make_base(architecture, torch.float32), tmp_path)
-    assert torch.equal(logits(loaded), logits(fresh))
-    assert not torch.allclose(logits(fresh), logits(lora))

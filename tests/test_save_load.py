@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import subprocess
 import sys
@@ -9,14 +10,28 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import AutoPeftModelForCausalLM, PeftConfig, PeftModel, get_peft_model_state_dict
+from peft import (
+    AutoPeftModelForCausalLM,
+    PeftConfig,
+    PeftModel,
+    get_peft_model,
+    get_peft_model_state_dict,
+)
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from peft_talan import TalanConfig
 
-from .small_models import make_base, make_config, make_model, make_tokens
+from .small_models import (
+    VOCABULARY,
+    make_base,
+    make_config,
+    make_lora_config,
+    make_model,
+    make_several,
+    make_tokens,
+)
 
 KINDS = {
     "lora": {},
@@ -81,6 +96,76 @@ def test_auto_class_and_second_name(tmp_path: Path) -> None:
     assert torch.equal(logits(loaded), logits(model))
 
 
+def test_a_pickle_file_comes_back(tmp_path: Path) -> None:
+    model = make_model("qwen3", make_config(use_dora=True, talan_writeback="gated"), torch.float32)
+    model.save_pretrained(tmp_path, safe_serialization=False)
+    assert not list(tmp_path.glob("*.safetensors"))
+    loaded = PeftModel.from_pretrained(make_base("qwen3", torch.float32), tmp_path)
+    assert torch.equal(logits(loaded), logits(model))
+
+
+def test_chosen_adapters_are_saved(tmp_path: Path) -> None:
+    model = make_several({"default": {}, "first": {"talan_layers": [0]}, "second": {"r": 0}})
+    model.save_pretrained(tmp_path, selected_adapters=["second"])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["README.md", "second"]
+    with pytest.raises(ValueError, match="nobody"):
+        model.save_pretrained(tmp_path, selected_adapters=["nobody"])
+    model.set_adapter("second")
+    loaded = PeftModel.from_pretrained(make_base("qwen3"), tmp_path / "second").to(torch.float64)
+    assert torch.equal(logits(loaded), logits(model))
+
+
+@pytest.mark.parametrize("embeddings", ["auto", True, False])
+@pytest.mark.parametrize("resized", [False, True])
+def test_embeddings_are_saved_where_lora_saves_them(embeddings: bool | str, resized: bool, tmp_path: Path) -> None:
+    saved = {}
+    for kind, config in (("talan", make_config()), ("lora", make_lora_config())):
+        base = make_base("qwen3", torch.float32)
+        if resized:
+            base.resize_token_embeddings(VOCABULARY + 3)
+        model = get_peft_model(base, config).eval()
+        model.save_pretrained(tmp_path / kind, save_embedding_layers=embeddings)
+        saved[kind] = load_file(tmp_path / kind / "adapter_model.safetensors")
+        base = make_base("qwen3", torch.float32)
+        if resized:
+            base.resize_token_embeddings(VOCABULARY + 3, mean_resizing=False)
+        loaded = PeftModel.from_pretrained(base, tmp_path / kind)
+        if embeddings is True or not resized:
+            assert torch.equal(logits(loaded), logits(model))
+    assert {key for key in saved["talan"] if ".talan." not in key} == saved["lora"].keys()
+    assert any("embed_tokens" in key for key in saved["talan"]) == (embeddings is True)
+
+
+def test_keys_are_mapped_to_a_model_with_other_names(tmp_path: Path) -> None:
+    model = make_model("qwen3", make_config(task_type=None, target_modules=["q_proj", "down_proj"]), torch.float32)
+    model.save_pretrained(tmp_path)
+    other = Wrapped(make_base("qwen3", torch.float32))
+    with pytest.raises(ValueError, match="no place for"):
+        PeftModel.from_pretrained(copy.deepcopy(other), tmp_path)
+    loaded = PeftModel.from_pretrained(other, tmp_path, key_mapping={"^model": "inner.model"})
+    assert torch.equal(logits(loaded), logits(model))
+
+
+class Wrapped(nn.Module):
+    """A model inside of another one: all names are longer."""
+
+    def __init__(self, inner: PreTrainedModel) -> None:
+        super().__init__()
+        self.inner = inner
+        self.config = inner.config
+
+    def forward(self, input_ids: torch.Tensor) -> object:
+        return self.inner(input_ids)
+
+
+def test_ephemeral_offload_changes_nothing_where_all_is_on_one_device(tmp_path: Path) -> None:
+    model = make_model("qwen3", dtype=torch.float32)
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(make_base("qwen3", torch.float32), tmp_path, ephemeral_gpu_offload=True)
+    assert loaded.peft_config["default"].runtime_config.ephemeral_gpu_offload
+    assert torch.equal(logits(loaded), logits(model))
+
+
 def test_loaded_to_train_goes_on_as_if_never_saved(tmp_path: Path) -> None:
     model = make_model("qwen3", make_config(talan_trainable="side_path"), torch.float32)
     train_a_step(model)
@@ -136,7 +221,7 @@ def rewrite(folder: Path, change: str) -> None:
     tensors = load_file(file)
     key = next(key for key in sorted(tensors) if "lora_talan_read" in key)
     if change == "missing":
-        del tensors[key]
+        del tensors[next(key for key in sorted(tensors) if "lora_A" in key)]
     elif change == "extra":
         tensors[key.replace("lora_talan_read", "lora_talan_gate")] = torch.zeros(3)
     elif change == "misshaped":
@@ -160,10 +245,10 @@ def test_a_checkpoint_that_does_not_fit_is_not_loaded_silently(
 
 
 @pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
-def test_a_missing_tensor_is_reported_by_peft(low_cpu_mem_usage: bool, tmp_path: Path) -> None:
+def test_a_missing_low_rank_tensor_is_reported_by_peft(low_cpu_mem_usage: bool, tmp_path: Path) -> None:
     make_model("qwen3", dtype=torch.float32).save_pretrained(tmp_path)
     rewrite(tmp_path, "missing")
-    with pytest.warns(UserWarning, match="missing adapter keys.*lora_talan_read"):
+    with pytest.warns(UserWarning, match="missing adapter keys.*lora_A"):
         PeftModel.from_pretrained(make_base("qwen3", torch.float32), tmp_path, low_cpu_mem_usage=low_cpu_mem_usage)
 
 

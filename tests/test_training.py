@@ -8,11 +8,12 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import PeftModel
+from torch.nn import functional
 from transformers import Trainer, TrainingArguments
 
 from peft_talan import set_trainable, talan_param_groups
 
-from .small_models import make_base, make_config, make_model, make_tokens
+from .small_models import make_base, make_config, make_model, make_tokens, rounding
 
 SCOPES = {
     "joint": lambda name: "lora_" in name,
@@ -141,3 +142,67 @@ def test_trainer_takes_the_groups(by_class: bool, tmp_path: Path) -> None:
 
 def _name_of(model: PeftModel, parameter: torch.nn.Parameter) -> str:
     return next(name for name, one in model.named_parameters() if one is parameter)
+
+
+def gradients_at(scale: float) -> dict[str, torch.Tensor]:
+    # A model whose norms stay in float64, and not its own loss, which rounds to float32.
+    model = make_model("gpt_neox", make_config(talan_grad_scale=scale, talan_layers=[2]))
+    tokens = make_tokens()
+    functional.cross_entropy(model(tokens).logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten()).backward()
+    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+def test_gradient_scale_reaches_the_side_path_and_what_lies_below_it() -> None:
+    none, half, whole = (gradients_at(scale) for scale in (0.0, 0.5, 1.0))
+    for name, gradient in whole.items():
+        block = int(name.split(".layers.")[1].split(".")[0])
+        if ".talan." in name:
+            assert not none[name].any()
+            torch.testing.assert_close(half[name], 0.5 * gradient, **rounding())
+        elif block > 2:
+            torch.testing.assert_close(none[name], gradient, **rounding())
+        else:
+            # The stream's own gradient, and what comes back through the side path, of which half.
+            assert not torch.allclose(none[name], gradient, **rounding())
+            torch.testing.assert_close(half[name], 0.5 * (none[name] + gradient), **rounding())
+
+
+UPDATES = {
+    "SGD": (torch.optim.SGD, {}, False),
+    "Adam": (torch.optim.Adam, {"eps": 1e-100}, True),
+    "AdamW with weight decay": (torch.optim.AdamW, {"eps": 1e-100, "weight_decay": 0.1}, True),
+    "Adam with coupled weight decay": (torch.optim.Adam, {"eps": 1e-100, "weight_decay": 0.1}, False),
+    "Adam with a large eps": (torch.optim.Adam, {"eps": 1e-3}, False),
+}
+
+
+@pytest.mark.parametrize("kind", UPDATES)
+def test_adam_undoes_the_gradient_scale_of_a_side_path_below_everything(kind: str) -> None:
+    """With nothing trained below the side path, what is left are eps and coupled weight decay."""
+    optimizer, options, undone = UPDATES[kind]
+    ends = []
+    for scale in (1.0, 0.01):
+        config = make_config(r=0, talan_layers=[0], talan_position="input", talan_grad_scale=scale)
+        model = make_model("qwen3", config).train()
+        trained_ones = [p for p in model.parameters() if p.requires_grad]
+        steps = optimizer(trained_ones, lr=1e-2, **options)
+        for seed in range(4):
+            tokens = make_tokens(seed=seed)
+            model(tokens, labels=tokens).loss.backward()
+            steps.step()
+            steps.zero_grad()
+        ends.append([p.detach().clone() for p in trained_ones])
+    equal = all(torch.allclose(one, scaled, rtol=0, atol=1e-9) for one, scaled in zip(*ends, strict=True))
+    assert equal == undone
+
+
+def test_gradient_scale_lowers_the_side_paths_share_in_the_norm_that_is_clipped() -> None:
+    clipped = {}
+    for scale in (1.0, 0.1):
+        found = {name: gradient.clone() for name, gradient in gradients_at(scale).items()}
+        total = torch.stack([gradient.norm() for gradient in found.values()]).norm()
+        clipped[scale] = {name: gradient * (1e-3 / total) for name, gradient in found.items()}
+    above = [name for name in clipped[1.0] if ".layers.3." in name]
+    assert above
+    for name in above:
+        assert clipped[0.1][name].norm() > clipped[1.0][name].norm()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pickle
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -12,6 +11,7 @@ import torch
 from peft import (
     PeftConfig,
     PeftModel,
+    convert_to_lora,
     get_layer_status,
     get_model_status,
     get_peft_model_state_dict,
@@ -19,9 +19,10 @@ from peft import (
     set_peft_model_state_dict,
 )
 from peft import functional as peft_functional
+from peft.helpers import rescale_adapter_scale
 from peft.tuners.tuners_utils import BaseTunerLayer
-from torch import distributed, nn
-from torch.distributed.fsdp import FullyShardedDataParallel
+from peft.utils.hotswap import hotswap_adapter
+from torch import nn
 from transformers import AutoModelForCausalLM
 
 from peft_talan import TalanLayer
@@ -136,7 +137,7 @@ def test_status_is_that_of_lora_with_the_side_paths_beside() -> None:
         own = status.pop(count) - expected[count]
         trains = ("default",) if count == "trainable_params" else ("default", "other")
         names = [(name, p) for name, p in talan.named_parameters() if ".talan." in name]
-        assert own == sum(p.numel() for name, p in names if name.endswith(trains))
+        assert own == sum(p.numel() for name, p in names if name.split(".")[-2] in trains)
     assert status == {name: expected[name] for name in status}
 
 
@@ -150,10 +151,72 @@ def test_set_requires_grad_keeps_to_the_trainability_scope() -> None:
     model.set_requires_grad("default", False)
     assert not trainable()
     model.set_requires_grad(["default", "other"], True)
-    writeback = {name for name, _ in model.named_parameters() if name.endswith("lora_talan_write.other")}
+    writeback = {name for name, _ in model.named_parameters() if name.endswith("lora_talan_write.other.weight")}
     assert trainable() == start | writeback
     model.base_model.set_adapter("default", inference_mode=True)
     assert not trainable()
+
+
+def test_training_changes_the_adapter_that_is_active_and_nothing_else() -> None:
+    model = two_adapters()
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    model.train()
+    model.set_adapter("other")
+    model(make_tokens(), labels=make_tokens()).loss.backward()
+    torch.optim.SGD(model.parameters(), lr=0.5).step()
+    changed = {name for name, parameter in model.named_parameters() if not torch.equal(parameter, before[name])}
+    adapters = {name for name in before if name.endswith((".other", ".other.weight"))}
+    assert changed == adapters
+
+
+def test_what_would_lose_the_side_path_is_refused(tmp_path: Path) -> None:
+    model = make_model("qwen3", make_config(init_lora_weights="pissa"), torch.float32)
+    expected = logits(model)
+    with pytest.raises(NotImplementedError, match="would lose the side path"):
+        model.save_pretrained(tmp_path, path_initial_model_for_weight_conversion=tmp_path / "start")
+    assert not (tmp_path / "adapter_model.safetensors").exists()
+    with pytest.raises(TypeError, match=r"do not support LoRA conversion.*TalanLayer"):
+        convert_to_lora(model, rank=2)
+    assert not model.supports_lora_conversion()
+    assert torch.equal(logits(model), expected)
+
+
+def test_rescaling_scales_the_low_rank_half() -> None:
+    model = make_model("qwen3", make_config(init_talan_weights=True))
+    expected = logits(model)
+    with rescale_adapter_scale(model, 0.0):
+        assert torch.equal(logits(model), logits(make_base("qwen3")))
+    assert torch.equal(logits(model), expected)
+
+
+def test_disabling_warns_of_trained_biases_as_lora_does() -> None:
+    model = make_model("gpt2", make_config(bias="lora_only"))
+    with pytest.warns(UserWarning, match="bias configured to be 'lora_only'"), model.disable_adapter():
+        logits(model)
+
+
+def test_generate_takes_tokens_by_position() -> None:
+    model, tokens = make_model("qwen3"), make_tokens()
+    options = {"max_new_tokens": 4, "do_sample": False}
+    assert torch.equal(model.generate(tokens, **options), model.generate(input_ids=tokens, **options))
+
+
+def test_the_representation_names_blocks_and_axes() -> None:
+    text = repr(make_model("qwen3", make_config(talan_mixer="linear")))
+    assert "(talan): TalanLayer(" in text
+    assert "block_index=3" in text and "mixer='linear'" in text
+
+
+def test_hotswap_is_refused_before_anything_is_touched(tmp_path: Path) -> None:
+    model = make_model("qwen3", dtype=torch.float32)
+    expected = logits(model)
+    make_model("qwen3", make_config(talan_alpha=0.5), torch.float32).save_pretrained(tmp_path / "talan")
+    make_model("qwen3", make_lora_config(), torch.float32).save_pretrained(tmp_path / "lora")
+    with pytest.raises(ValueError, match="Hotswapping only supports LORA but TALAN was passed"):
+        hotswap_adapter(model, tmp_path / "talan", "default")
+    with pytest.raises(ValueError, match="Incompatible PEFT types found: TALAN and LORA"):
+        hotswap_adapter(model, tmp_path / "lora", "default")
+    assert torch.equal(logits(model), expected)
 
 
 def test_every_tuner_layer_gives_its_widths() -> None:
@@ -191,25 +254,6 @@ def test_injected_into_a_plain_model(low_cpu_mem_usage: bool, from_keys: bool) -
     assert get_model_status(model).requires_grad == {"default": False, "other": False}
     peft_functional.delete_adapter(model, "other", prefix="lora_")
     assert not [layer for layer in get_layer_status(model) if "other" in layer.available_adapters]
-
-
-@pytest.fixture
-def one_process(tmp_path: Path) -> Iterator[None]:
-    distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
-    yield
-    distributed.destroy_process_group()
-
-
-@pytest.mark.filterwarnings("ignore:.*NO_SHARD.*:UserWarning")
-def test_state_dict_of_a_model_that_fsdp_wraps(one_process: None) -> None:
-    model = make_model("qwen3", make_config(modules_to_save=["lm_head"]), torch.float32)
-    expected, state = logits(model), get_peft_model_state_dict(model)
-    state = {key: tensor.clone() for key, tensor in state.items()}
-    wrapped = FullyShardedDataParallel(model, use_orig_params=True, device_id=torch.device("cpu"))
-    assert torch.equal(logits(wrapped), expected)
-    gathered = get_peft_model_state_dict(wrapped)
-    assert gathered.keys() == state.keys()
-    assert all(torch.equal(gathered[key], state[key]) for key in state)
 
 
 @pytest.mark.parametrize("how", ["config", "device map", "torch device", "other name", "reloaded"])

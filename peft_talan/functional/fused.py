@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from contextlib import nullcontext
-from typing import Any
 
 import torch
 from torch.nn import functional as F
@@ -22,8 +21,11 @@ from .parameters import (
     SidePathOptions,
     SidePathOutput,
     SidePathParameters,
+    working_dtype,
 )
 from .recomputed import ChunkwiseRemix, recomputed_remix
+from .writeback import WRITEBACK_RULES as READABLE_RULES
+from .writeback import scale_gradient
 
 
 def _inverse_rms(hidden_states: torch.Tensor) -> torch.Tensor:
@@ -37,7 +39,7 @@ def read(hidden_states: torch.Tensor, weight: torch.Tensor, slots: int) -> tuple
 
     The norm of a token is one number, so it scales the small projection instead of the hidden state.
     """
-    dtype = torch.promote_types(hidden_states.dtype, torch.float32)
+    dtype = working_dtype(hidden_states.dtype)
     hidden_states = hidden_states.to(dtype)
     projected = F.linear(hidden_states, weight.to(dtype)) * _inverse_rms(hidden_states)
     width = (weight.shape[0] - slots) // 2
@@ -50,13 +52,13 @@ def slot_weights(logits: torch.Tensor, valid: torch.Tensor | None) -> torch.Tens
     return weights if valid is None else weights * valid.unsqueeze(-1)
 
 
-def read_shared(
-    memory: torch.Tensor, queries: torch.Tensor, mixer: str, parameters: tuple[torch.Tensor, ...]
+def read_mean(
+    mean: torch.Tensor, queries: torch.Tensor, mixer: str, parameters: tuple[torch.Tensor, ...]
 ) -> torch.Tensor:
     """Read one memory by all tokens of a call: a decoded token's, or a bidirectional segment's.
 
     Args:
-        memory: N and D, [batch, slots, width + 1].
+        mean: mu, [batch, slots, width].
         queries: q, [batch, tokens, width].
         mixer: One of `reference.MIXER_RULES`.
         parameters: The mixer's tensors.
@@ -64,17 +66,22 @@ def read_shared(
     Returns:
         r, [batch, tokens, width].
     """
-    width = queries.shape[-1]
-    mean = memory[..., :width] / memory[..., width:].clamp_min(SMALLEST_DENOMINATOR)
-    parameters = tuple(tensor.to(memory.dtype) for tensor in parameters)
+    parameters = tuple(tensor.to(mean.dtype) for tensor in parameters)
     if mixer == "linear":
         return torch.bmm(queries @ parameters[0], mean)
     if mixer == "mlp":
-        _, slot_in, slot_out, channel_in, channel_out = parameters
-        mean = mean + slot_out @ F.gelu(slot_in @ mean)
-        mean = mean + F.gelu(mean @ channel_in.T) @ channel_out.T
-    scores = torch.baddbmm(parameters[0], queries, mean.mT, alpha=1 / math.sqrt(width))
+        mean = reference.remix_slots(mean, parameters)
+    scores = torch.baddbmm(parameters[0], queries, mean.mT, alpha=1 / math.sqrt(queries.shape[-1]))
     return torch.bmm(scores.softmax(-1), mean)
+
+
+def _read_shared(
+    memory: torch.Tensor, queries: torch.Tensor, mixer: str, parameters: tuple[torch.Tensor, ...]
+) -> torch.Tensor:
+    """`read_mean` of N and D, [batch, slots, width + 1]."""
+    width = queries.shape[-1]
+    mean = memory[..., :width] / memory[..., width:].clamp_min(SMALLEST_DENOMINATOR)
+    return read_mean(mean.to(queries.dtype), queries, mixer, parameters)
 
 
 def _remix_one_token(
@@ -95,7 +102,7 @@ def _remix_one_token(
         if segment_ids is not None:
             state = state * (segment_ids == 0).unsqueeze(-1)
         memory = torch.addcmul(state, weights.mT, padded)
-    return read_shared(memory, queries, mixer, parameters), memory
+    return _read_shared(memory, queries, mixer, parameters), memory
 
 
 def _remix_bidirectional(
@@ -109,11 +116,16 @@ def _remix_bidirectional(
     return_state: bool,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """One memory a segment: packed segments are taken one after the other, since their number is small."""
+    if segment_ids is not None and torch.compiler.is_compiling():
+        # How many segments there are is not known there.
+        return reference.remix(
+            values, queries, weights, mixer, parameters, segment_ids, state, "bidirectional", return_state
+        )
     padded = F.pad(values, (0, 1), value=1.0)
     if segment_ids is None:
         memory = weights.mT @ padded
         memory = memory if state is None else memory + state
-        return read_shared(memory, queries, mixer, parameters), memory
+        return _read_shared(memory, queries, mixer, parameters), memory
     readouts = torch.zeros_like(queries)
     final_state = weights.new_zeros(weights.shape[0], weights.shape[2], padded.shape[2])
     for segment in range(int(segment_ids.max()) + 1):
@@ -121,7 +133,7 @@ def _remix_bidirectional(
         memory = (weights * inside).mT @ padded
         if segment == 0 and state is not None:
             memory = memory + state
-        readouts = torch.where(inside, read_shared(memory, queries, mixer, parameters), readouts)
+        readouts = torch.where(inside, _read_shared(memory, queries, mixer, parameters), readouts)
         final_state = torch.where(inside[:, -1:], memory, final_state)
     return readouts, final_state
 
@@ -197,42 +209,17 @@ def remix(
         rule = _remix_one_token
     else:
         rule = MIXER_RULES[mixer]
+        if state is not None and state.dtype is not values.dtype:
+            rough = state.to(values.dtype)
+            readouts, _ = rule(values, queries, weights, mixer, parameters, segment_ids, rough, return_state)
+            return readouts, memory_after(values, weights, segment_ids, state)
     return rule(values, queries, weights, mixer, parameters, segment_ids, state, return_state)
-
-
-class ScaledGradient(torch.autograd.Function):
-    """The identity, with the gradient multiplied by a number."""
-
-    @staticmethod
-    def forward(ctx: Any, tensor: torch.Tensor, scale: float) -> torch.Tensor:
-        """Pass the tensor on.
-
-        Args:
-            ctx: The autograd context.
-            tensor: Any shape.
-            scale: gamma.
-
-        Returns:
-            The tensor.
-        """
-        ctx.scale = scale
-        return tensor.view_as(tensor)
-
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Any) -> tuple[torch.Tensor, None]:
-        """Multiply the gradient."""
-        return grad_outputs[0] * ctx.scale, None
-
-
-def scale_gradient(tensor: torch.Tensor, scale: float) -> torch.Tensor:
-    """Pass a tensor on as it is and multiply the gradient that comes back by `scale`."""
-    return tensor if scale == 1.0 else ScaledGradient.apply(tensor, scale)
 
 
 def change_gated(
     hidden_states: torch.Tensor, delta: torch.Tensor, gate: torch.Tensor | None, cap: float
 ) -> torch.Tensor:
-    """Write through one gate a token; see `reference.change_gated`."""
+    """Write through one gate a token; see `writeback.change_gated`."""
     if gate is None:
         raise ValueError("gate=None, but the 'gated' writeback needs its row of shape [hidden_size + 1]")
     gate = gate.to(hidden_states.dtype)
@@ -240,7 +227,7 @@ def change_gated(
     return torch.sigmoid(opening) * delta
 
 
-WRITEBACK_RULES: dict[str, Callable[..., torch.Tensor]] = {**reference.WRITEBACK_RULES, "gated": change_gated}
+WRITEBACK_RULES: dict[str, Callable[..., torch.Tensor]] = {**READABLE_RULES, "gated": change_gated}
 
 
 def write_back(
@@ -256,16 +243,15 @@ def write_back(
 ) -> torch.Tensor:
     """Change the residual stream by the read-out; see `reference.write_back`."""
     dtype = readout.dtype
-    weight = weight.to(dtype)
-    if writeback == "add" and grad_scale == 1.0 and hidden_states.dtype == dtype:
-        rows = hidden_states.reshape(-1, hidden_states.shape[-1])
-        written = torch.addmm(rows, readout.reshape(-1, readout.shape[-1]), weight.T, alpha=alpha)
-        return written.view_as(hidden_states)
+    stream, weight = hidden_states.to(dtype), weight.to(dtype)
+    if writeback == "add" and grad_scale == 1.0:
+        rows = torch.addmm(stream.flatten(0, -2), readout.flatten(0, -2), weight.T, alpha=alpha)
+        return rows.view_as(hidden_states).to(hidden_states.dtype)
     delta = F.linear(readout, weight)
     if alpha != 1.0:
         delta = delta * alpha
-    change = WRITEBACK_RULES[writeback](hidden_states.to(dtype), delta, gate, cap)
-    return hidden_states + scale_gradient(change, grad_scale).to(hidden_states.dtype)
+    change = WRITEBACK_RULES[writeback](stream, delta, gate, cap)
+    return (stream + scale_gradient(change, grad_scale)).to(hidden_states.dtype)
 
 
 def side_path(
@@ -286,7 +272,8 @@ def side_path(
     autocast = torch.is_autocast_enabled(device_type)
     with torch.autocast(device_type, enabled=False) if autocast else nullcontext():
         slots = parameters.read.shape[0] - 2 * parameters.write.shape[1]
-        values, queries, logits = read(hidden_states, parameters.read, slots)
+        stream = hidden_states.to(working_dtype(hidden_states.dtype))
+        values, queries, logits = read(stream, parameters.read, slots)
         weights = slot_weights(logits, valid)
         readout, final_state = remix(
             values,
@@ -302,7 +289,7 @@ def side_path(
         if training and options.dropout:
             readout = F.dropout(readout, options.dropout)
         written = write_back(
-            hidden_states,
+            stream,
             readout,
             parameters.write,
             options.writeback,
@@ -310,5 +297,5 @@ def side_path(
             gate=parameters.gate,
             cap=options.cap,
             grad_scale=options.grad_scale,
-        )
+        ).to(hidden_states.dtype)
     return SidePathOutput(written, final_state if return_state else None, weights, values)

@@ -26,6 +26,11 @@ NORM_EPSILON = 1e-6
 """Added to the mean square in the RMSNorm of the read, as in most decoder blocks."""
 
 
+def working_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of everything inside the side path of a model in `dtype`: float32, or float64 where the model is."""
+    return torch.float64 if dtype is torch.float64 else torch.float32
+
+
 MIXER_PARAMETERS: dict[str, tuple[str, ...]] = {
     "attention": ("slot_bias",),
     "linear": ("slot_readout",),

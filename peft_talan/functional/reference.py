@@ -19,7 +19,9 @@ from .parameters import (
     SidePathOptions,
     SidePathOutput,
     SidePathParameters,
+    working_dtype,
 )
+from .writeback import WRITEBACK_RULES
 
 
 def read(hidden_states: torch.Tensor, weight: torch.Tensor, slots: int) -> tuple[torch.Tensor, ...]:
@@ -35,7 +37,7 @@ def read(hidden_states: torch.Tensor, weight: torch.Tensor, slots: int) -> tuple
     Returns:
         z [batch, tokens, width], q [batch, tokens, width] and a [batch, tokens, slots], at least float32.
     """
-    dtype = torch.promote_types(hidden_states.dtype, torch.float32)
+    dtype = working_dtype(hidden_states.dtype)
     hidden_states = hidden_states.to(dtype)
     normalised = hidden_states * torch.rsqrt(hidden_states.square().mean(-1, keepdim=True) + NORM_EPSILON)
     projected = normalised @ weight.to(dtype).T
@@ -209,58 +211,9 @@ def remix(
     """
     memory, final_state = compress(values, weights, segment_ids, state, scope)
     total, denominator = memory[..., :-1], memory[..., -1:]
-    mean = total / denominator.clamp_min(SMALLEST_DENOMINATOR)
+    # A state may be more precise than the tokens: a long sum needs it, its mean does not.
+    mean = (total / denominator.clamp_min(SMALLEST_DENOMINATOR)).to(values.dtype)
     return MIXER_RULES[mixer](mean, queries, parameters), final_state if return_state else None
-
-
-def change_add(
-    hidden_states: torch.Tensor, delta: torch.Tensor, gate: torch.Tensor | None, cap: float
-) -> torch.Tensor:
-    """Write the perturbation as it is: `h' - h = delta`."""
-    return delta
-
-
-def gate_openings(hidden_states: torch.Tensor, gate: torch.Tensor | None) -> torch.Tensor:
-    """Open one gate a token: `sigmoid(x w_g + b_g)`, x = RMSNorm(h)."""
-    if gate is None:
-        raise ValueError("gate=None, but the 'gated' writeback needs its row of shape [hidden_size + 1]")
-    gate = gate.to(hidden_states.dtype)
-    normalised = hidden_states * torch.rsqrt(hidden_states.square().mean(-1, keepdim=True) + NORM_EPSILON)
-    return torch.sigmoid(normalised @ gate[:-1] + gate[-1])
-
-
-def change_gated(
-    hidden_states: torch.Tensor, delta: torch.Tensor, gate: torch.Tensor | None, cap: float
-) -> torch.Tensor:
-    """Write through one gate a token: `h' - h = gate delta`."""
-    return gate_openings(hidden_states, gate).unsqueeze(-1) * delta
-
-
-def change_capped(
-    hidden_states: torch.Tensor, delta: torch.Tensor, gate: torch.Tensor | None, cap: float
-) -> torch.Tensor:
-    """Write inside a trust region: `h' - h = delta min(1, rho |h| / |delta|)`."""
-    tiny = torch.finfo(delta.dtype).tiny
-    length = torch.linalg.vector_norm(delta, dim=-1, keepdim=True).clamp_min(tiny)
-    limit = cap * torch.linalg.vector_norm(hidden_states, dim=-1, keepdim=True)
-    return delta * (limit / length).clamp_max(1.0)
-
-
-def change_orthogonal(
-    hidden_states: torch.Tensor, delta: torch.Tensor, gate: torch.Tensor | None, cap: float
-) -> torch.Tensor:
-    """Write without a component along h: `h' - h = delta - h (h . delta) / |h|^2`."""
-    tiny = torch.finfo(delta.dtype).tiny
-    square = hidden_states.square().sum(-1, keepdim=True).clamp_min(tiny)
-    return delta - hidden_states * ((hidden_states * delta).sum(-1, keepdim=True) / square)
-
-
-WRITEBACK_RULES: dict[str, Callable[..., torch.Tensor]] = {
-    "add": change_add,
-    "gated": change_gated,
-    "capped": change_capped,
-    "orthogonal": change_orthogonal,
-}
 
 
 def scale_gradient(tensor: torch.Tensor, scale: float) -> torch.Tensor:
@@ -297,7 +250,7 @@ def write_back(
     dtype = readout.dtype
     delta = alpha * (readout @ weight.to(dtype).T)
     change = WRITEBACK_RULES[writeback](hidden_states.to(dtype), delta, gate, cap)
-    return hidden_states + scale_gradient(change, grad_scale).to(hidden_states.dtype)
+    return (hidden_states.to(dtype) + scale_gradient(change, grad_scale)).to(hidden_states.dtype)
 
 
 def side_path(

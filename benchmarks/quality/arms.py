@@ -1,0 +1,99 @@
+"""What the study compares: low-rank adapters with and without a side path, and one change of an axis at a time."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from peft import LoraConfig, get_peft_model
+
+from peft_talan import TalanConfig
+
+LOW_RANK: dict[str, dict[str, Any]] = {"lora": {}, "dora": {"use_dora": True}, "rslora": {"use_rslora": True}}
+MATCHED = "lora-matched"
+ADAPTERS = ("lora", "lora+talan", MATCHED, "dora", "dora+talan", "rslora", "rslora+talan")
+"""`lora-matched` is LoRA with its rank raised until it trains at least as many parameters as `lora+talan`."""
+
+LEARNING_RATE_SCALE = "side_path_lr_scale"
+"""The one axis that belongs to the optimizer and not to the configuration."""
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "default": {},
+    "layers 0.0": {"talan_layers": [0.0]},
+    "layers 0.17": {"talan_layers": [0.17]},
+    "layers 0.5": {"talan_layers": [0.5]},
+    "layers 0.67": {"talan_layers": [0.67]},
+    "layers 1.0": {"talan_layers": [1.0]},
+    "layers 0.33 and 0.67": {"talan_layers": [0.33, 0.67]},
+    "layers all": {"talan_layers": "all"},
+    "position input": {"talan_position": "input"},
+    "slots 1": {"talan_slots": 1},
+    "slots 4": {"talan_slots": 4},
+    "slots 16": {"talan_slots": 16},
+    "slots 32": {"talan_slots": 32},
+    "width 8": {"talan_dim": 8},
+    "width 16": {"talan_dim": 16},
+    "width 64": {"talan_dim": 64},
+    "mixer linear": {"talan_mixer": "linear"},
+    "mixer mlp": {"talan_mixer": "mlp"},
+    "writeback gated": {"talan_writeback": "gated"},
+    "writeback capped": {"talan_writeback": "capped"},
+    "writeback orthogonal": {"talan_writeback": "orthogonal"},
+    "trains side path": {"talan_trainable": "side_path"},
+    "trains writeback": {"talan_trainable": "writeback"},
+    "gradient scale 0.1": {"talan_grad_scale": 0.1},
+    "gradient scale 10": {"talan_grad_scale": 10.0},
+    "alpha 0.03": {"talan_alpha": 0.03},
+    "alpha 0.1": {"talan_alpha": 0.1},
+    "alpha 0.3": {"talan_alpha": 0.3},
+    "alpha 3": {"talan_alpha": 3.0},
+    "alpha 10": {"talan_alpha": 10.0},
+    "learning rate x0.1": {LEARNING_RATE_SCALE: 0.1},
+    "learning rate x0.3": {LEARNING_RATE_SCALE: 0.3},
+    "learning rate x3": {LEARNING_RATE_SCALE: 3.0},
+    "learning rate x10": {LEARNING_RATE_SCALE: 10.0},
+    "memory bidirectional": {"talan_memory_scope": "bidirectional"},
+}
+"""The axes of the ablation, each changed alone from the package's defaults."""
+
+
+def low_rank_options(adapter: str, rank: int, target_modules: str | list[str]) -> dict[str, Any]:
+    """The options of the low-rank half, which an arm shares with its partner without the side path."""
+    kind = "lora" if adapter == MATCHED else adapter.removesuffix("+talan")
+    # rsLoRA divides by the root of the rank: the same scale at this rank needs a smaller alpha.
+    alpha = 2 * math.sqrt(rank) if kind == "rslora" else 2 * rank
+    return {
+        "r": rank,
+        "lora_alpha": alpha,
+        "target_modules": target_modules,
+        "task_type": None,
+        **LOW_RANK[kind],
+    }
+
+
+def trainable(model: Any) -> int:
+    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+
+
+def raised_rank(base: Any, rank: int, target_modules: str | list[str], axes: dict[str, Any]) -> int:
+    """The smallest rank at which LoRA trains at least as many parameters as LoRA with the side path."""
+    counts = []
+    for config in (
+        LoraConfig(**low_rank_options("lora", rank, target_modules)),
+        TalanConfig(**low_rank_options("lora", rank, target_modules), **axes),
+    ):
+        model = get_peft_model(base, config)
+        counts.append(trainable(model))
+        model.unload()
+    return math.ceil(rank * counts[1] / counts[0])
+
+
+def make_config(
+    adapter: str, base: Any, rank: int, target_modules: str | list[str], axes: dict[str, Any]
+) -> LoraConfig:
+    """The configuration of one arm."""
+    axes = {name: value for name, value in axes.items() if name != LEARNING_RATE_SCALE}
+    if adapter == MATCHED:
+        rank = raised_rank(base, rank, target_modules, axes)
+    options = low_rank_options(adapter, rank, target_modules)
+    return TalanConfig(**options, **axes) if adapter.endswith("+talan") else LoraConfig(**options)

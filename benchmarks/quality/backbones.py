@@ -1,0 +1,178 @@
+"""The study's backbones: two small Qwen3 models that are pretrained here, SmolLM2-135M-Instruct, or any hub id.
+
+    python -m benchmarks.quality.backbones tiny-qwen3 tiny-qwen3-moe
+
+pretrains the small ones on the known tasks and plain text: float32, one thread, every batch drawn from its step's
+number, so that the same versions on the same machine give the same weights. `--limit-seconds` stops early and goes on
+with the next call. The folder is `$PEFT_TALAN_CACHE` or the user's cache.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import math
+import os
+import random
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tqdm import tqdm
+from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+from peft_talan.demo.base_model import default_model_folder
+from peft_talan.demo.data import encode
+from peft_talan.demo.training import make_batch
+
+from .tasks import KNOWN_TASKS, TASKS, held_out, plain_text, to_train_on
+
+VOCABULARY = 768
+SHAPE = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 128,
+    "intermediate_size": 384,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "max_position_embeddings": 512,
+    "tie_word_embeddings": True,
+    "eos_token_id": 0,
+    "pad_token_id": 1,
+    "bos_token_id": None,
+}
+PRETRAINED_HERE = ("tiny-qwen3", "tiny-qwen3-moe")
+REAL = "SmolLM2-135M-Instruct"
+STEPS = 1800
+HORIZON = 2000
+"""Where the cosine of the learning rate would end."""
+TASK_ROWS, TEXT_ROWS, TEXT_TOKENS = 24, 4, 64
+LEARNING_RATE = 3e-3
+KNOWN_ITEMS = 8000
+HELD_OUT_KNOWN = 100
+
+
+def cache_folder() -> Path:
+    return Path(os.environ.get("PEFT_TALAN_CACHE", Path.home() / ".cache" / "peft_talan"))
+
+
+def make_model(name: str) -> Any:
+    torch.manual_seed(0)
+    if name == "tiny-qwen3":
+        return Qwen3ForCausalLM(Qwen3Config(**SHAPE))
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 192, "decoder_sparse_step": 1}
+    return Qwen3MoeForCausalLM(Qwen3MoeConfig(**SHAPE, **experts))
+
+
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    """Byte-level BPE on the study's own texts, every digit a token of its own."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    texts = [plain_text()[0]]
+    for task in (*KNOWN_TASKS, *TASKS):
+        for example in to_train_on(task, 400, 0, ()):
+            texts.append(f"{example.messages[0][1]}\n{example.answer}")
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY,
+        special_tokens=["<eos>", "<pad>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<pad>")
+
+
+def pretrain(name: str, limit_seconds: float) -> bool:
+    """Pretrain for at most so long, and say whether it is finished."""
+    folder = cache_folder() / name
+    if (folder / "config.json").exists():
+        return True
+    started = time.monotonic()
+    torch.set_num_threads(1)
+    tokenizer = make_tokenizer()
+    known = [
+        [encode(tokenizer, example) for example in to_train_on(task, KNOWN_ITEMS, 0, held_out(task, HELD_OUT_KNOWN))]
+        for task in KNOWN_TASKS
+    ]
+    prose = tokenizer(plain_text()[0], add_special_tokens=False)["input_ids"]
+    model = make_model(name)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min((step + 1) / 100, 0.5 * (1 + math.cos(math.pi * step / HORIZON)) + 0.01)
+    )
+    unfinished = folder.with_suffix(".unfinished.pt")
+    first = 0
+    if unfinished.exists():
+        saved = torch.load(unfinished, weights_only=True)
+        model.load_state_dict(saved["model"])
+        optimizer.load_state_dict(saved["optimizer"])
+        schedule.load_state_dict(saved["schedule"])
+        first = saved["step"]
+    model.train()
+    bar = tqdm(range(first, STEPS), initial=first, total=STEPS, desc=name, mininterval=5)
+    for step in bar:
+        draw = random.Random(step)
+        rows = [draw.choice(draw.choice(known)) for _ in range(TASK_ROWS)]
+        starts = [draw.randrange(len(prose) - TEXT_TOKENS) for _ in range(TEXT_ROWS)]
+        text = torch.tensor([prose[start : start + TEXT_TOKENS] for start in starts])
+        loss = model(**make_batch(rows, tokenizer.pad_token_id), use_cache=False).loss
+        text_loss = model(input_ids=text, labels=text, use_cache=False).loss
+        (loss + 0.5 * text_loss).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        if step % 50 == 0:
+            bar.set_postfix(answers=f"{loss.item():.3f}", text=f"{text_loss.item():.3f}")
+        if time.monotonic() - started > limit_seconds and step + 1 < STEPS:
+            state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            torch.save({**state, "schedule": schedule.state_dict(), "step": step + 1}, unfinished)
+            return False
+    model.eval()
+    beside = folder.with_suffix(f".{os.getpid()}")
+    model.save_pretrained(beside)
+    tokenizer.save_pretrained(beside)
+    beside.rename(folder)
+    unfinished.unlink(missing_ok=True)
+    return True
+
+
+def weights_hash(model: Any) -> str:
+    """Twelve hexadecimal digits that tell one set of weights from another."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:12]
+
+
+def backbone_folder(name: str) -> str:
+    """The folder of one of the study's own backbones, or the name as it is: a folder or a hub id."""
+    if name == REAL:
+        return default_model_folder()
+    if name not in PRETRAINED_HERE:
+        return name
+    folder = cache_folder() / name
+    if not (folder / "config.json").exists():
+        raise SystemExit(f"{name} is not pretrained yet; run: python -m benchmarks.quality.backbones {name}")
+    return str(folder)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", choices=PRETRAINED_HERE, default=list(PRETRAINED_HERE))
+    parser.add_argument("--limit-seconds", type=float, default=math.inf)
+    options = parser.parse_args()
+    for name in options.names:
+        print(name, "finished" if pretrain(name, options.limit_seconds) else "to be gone on with")
+
+
+if __name__ == "__main__":
+    main()

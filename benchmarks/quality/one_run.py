@@ -1,0 +1,194 @@
+"""One run of the study: an adapter is trained on a task, and measured on it and on what the model could do before."""
+
+from __future__ import annotations
+
+import json
+import random
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from functools import cache
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import get_peft_model
+from torch.nn import functional as F
+
+from peft_talan import talan_param_groups
+from peft_talan.demo.base_model import load_base_model
+from peft_talan.demo.data import Example, encode
+from peft_talan.demo.training import IGNORED, make_batch
+
+from ..measure import machine
+from .arms import LEARNING_RATE_SCALE, make_config, trainable
+from .backbones import backbone_folder, weights_hash
+from .tasks import KNOWN_TASKS, held_out, plain_text, to_train_on
+
+EVALUATION_BATCH = 50
+TEXT_WINDOW = 128
+
+
+@dataclass(frozen=True)
+class Settings:
+    """All that a run depends on: two runs of equal settings are one run."""
+
+    backbone: str
+    task: str
+    adapter: str
+    seed: int
+    variant: str = "default"
+    axes: dict[str, Any] = field(default_factory=dict)
+    steps: int = 50
+    batch_size: int = 16
+    learning_rate: float = 1e-2
+    rank: int = 8
+    target_modules: str | tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj")
+    held_out: int = 200
+    held_out_known: int = 20
+
+    def key(self) -> str:
+        return sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:16]
+
+
+@cache
+def loaded(backbone: str, device: str, dtype: str) -> tuple[Any, Any, str]:
+    model, tokenizer = load_base_model(backbone_folder(backbone))
+    fingerprint = weights_hash(model)
+    return model.to(device=device, dtype=getattr(torch, dtype)), tokenizer, fingerprint
+
+
+@torch.no_grad()
+def answer_scores(model: Any, tokenizer: Any, examples: Sequence[Example]) -> dict[str, float]:
+    """Mean loss of an answer's token, and the share of answers that greedy decoding gives to the letter.
+
+    Greedy decoding gives an answer exactly if each of its tokens is the likeliest after the right ones before it, so
+    one forward pass tells both.
+    """
+    total, tokens, right = 0.0, 0, 0
+    for start in range(0, len(examples), EVALUATION_BATCH):
+        rows = [encode(tokenizer, example) for example in examples[start : start + EVALUATION_BATCH]]
+        batch = {name: part.to(model.device) for name, part in make_batch(rows, tokenizer.pad_token_id).items()}
+        labels = batch.pop("labels")[:, 1:]
+        logits = model(**batch, use_cache=False).logits[:, :-1].float()
+        counted = labels != IGNORED
+        losses = F.cross_entropy(logits.transpose(1, 2), labels, ignore_index=IGNORED, reduction="none")
+        total += float(losses.sum())
+        tokens += int(counted.sum())
+        right += int(((logits.argmax(-1) == labels) | ~counted).all(-1).sum())
+    return {"loss": total / tokens, "exact_match": right / len(examples)}
+
+
+@torch.no_grad()
+def written_without_the_answer(model: Any, tokenizer: Any, examples: Sequence[Example]) -> float:
+    """The share of answers that greedy decoding without a cache gives: for memories that see later tokens."""
+    right = 0
+    for example in examples:
+        prompt, answer = encode(tokenizer, example)
+        tokens = list(prompt)
+        for _ in answer:
+            logits = model(input_ids=torch.tensor([tokens], device=model.device), use_cache=False).logits
+            tokens.append(int(logits[0, -1].argmax()))
+        right += tokens[len(prompt) :] == answer
+    return right / len(examples)
+
+
+@torch.no_grad()
+def text_loss(model: Any, tokenizer: Any) -> float:
+    """Mean loss of a token of the held-out plain text, in windows; its exponential is the perplexity."""
+    tokens = torch.tensor(tokenizer(plain_text()[1], add_special_tokens=False)["input_ids"], device=model.device)
+    windows = tokens[: len(tokens) // TEXT_WINDOW * TEXT_WINDOW].view(-1, TEXT_WINDOW)
+    losses = [float(model(input_ids=row, labels=row, use_cache=False).loss) for row in windows.split(4)]
+    sizes = [len(row) for row in windows.split(4)]
+    return sum(loss * size for loss, size in zip(losses, sizes, strict=True)) / sum(sizes)
+
+
+def measure(model: Any, tokenizer: Any, task: str, items: int, known_items: int) -> dict[str, Any]:
+    """Score on the task, and retention: the known tasks and the plain text."""
+    known = {name: answer_scores(model, tokenizer, held_out(name, known_items)) for name in KNOWN_TASKS if known_items}
+    retention: dict[str, Any] = {"text_loss": text_loss(model, tokenizer), "known": known}
+    if known:
+        for field_name in ("loss", "exact_match"):
+            retention[f"known_{field_name}"] = sum(scores[field_name] for scores in known.values()) / len(known)
+    return {**answer_scores(model, tokenizer, held_out(task, items)), **retention}
+
+
+def train(model: Any, tokenizer: Any, examples: Sequence[Example], settings: Settings) -> list[float]:
+    """Fine-tune on the answers' tokens: AdamW, a short warm-up, a linear decay; the seed fixes the order."""
+    rows = [encode(tokenizer, example) for example in examples]
+    random.Random(settings.seed).shuffle(rows)
+    scale = settings.axes.get(LEARNING_RATE_SCALE, 1.0)
+    optimizer = torch.optim.AdamW(talan_param_groups(model, settings.learning_rate, side_path_lr_scale=scale))
+    warm_up = max(1, settings.steps // 10)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer,
+        lambda step: min((step + 1) / warm_up, (settings.steps - step) / max(1, settings.steps - warm_up)),
+    )
+    losses = []
+    model.train()
+    for step in range(settings.steps):
+        part = rows[step * settings.batch_size : (step + 1) * settings.batch_size]
+        batch = {name: t.to(model.device) for name, t in make_batch(part, tokenizer.pad_token_id).items()}
+        loss = model(**batch, use_cache=False).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        losses.append(float(loss.detach()))
+    model.eval()
+    return losses
+
+
+def lm_eval_scores(model: Any, tokenizer: Any, tasks: Sequence[str], folder: Path | None) -> dict[str, Any]:
+    """Results of lm-eval tasks by name, where their data is at hand; those of a folder of YAML files, too."""
+    import lm_eval
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
+
+    manager = TaskManager(include_path=None if folder is None else str(folder))
+    wrapped = HFLM(pretrained=model, tokenizer=tokenizer)
+    found = lm_eval.simple_evaluate(wrapped, tasks=list(tasks), task_manager=manager, bootstrap_iters=0)["results"]
+    numbers = (int, float)
+    return {
+        task: {name: value for name, value in scores.items() if isinstance(value, numbers)}
+        for task, scores in found.items()
+    }
+
+
+def run(
+    settings: Settings,
+    device: str = "cpu",
+    dtype: str = "float32",
+    adapters_folder: Path | None = None,
+    lm_eval_tasks: Sequence[str] = (),
+    lm_eval_folder: Path | None = None,
+) -> dict[str, Any]:
+    """Train and measure once; the adapter `base` is the backbone as it is."""
+    if device == "cpu":
+        torch.set_num_threads(1)
+    started = time.perf_counter()
+    base, tokenizer, fingerprint = loaded(settings.backbone, device, dtype)
+    row: dict[str, Any] = {"settings": asdict(settings), "key": settings.key(), "weights": fingerprint}
+    model = base
+    if settings.adapter != "base":
+        targets = settings.target_modules
+        targets = targets if isinstance(targets, str) else list(targets)
+        config = make_config(settings.adapter, base, settings.rank, targets, settings.axes)
+        torch.manual_seed(settings.seed)
+        model = get_peft_model(base, config)
+        wanted = settings.steps * settings.batch_size
+        examples = to_train_on(settings.task, wanted, settings.seed, held_out(settings.task, settings.held_out))
+        row |= {"trainable": trainable(model), "rank": config.r, "losses": train(model, tokenizer, examples, settings)}
+    row |= {"train_seconds": time.perf_counter() - started}
+    row |= measure(model, tokenizer, settings.task, settings.held_out, settings.held_out_known)
+    if settings.axes.get("talan_memory_scope") == "bidirectional":
+        row["exact_match"] = written_without_the_answer(model, tokenizer, held_out(settings.task, settings.held_out))
+    if lm_eval_tasks:
+        row["lm_eval"] = lm_eval_scores(model, tokenizer, lm_eval_tasks, lm_eval_folder)
+    if settings.adapter != "base":
+        if adapters_folder is not None and settings.adapter.endswith("+talan"):
+            model.save_pretrained(adapters_folder / settings.key())
+        model.unload()
+    return {**row, "seconds": time.perf_counter() - started, "machine": machine()}

@@ -1,0 +1,69 @@
+"""Side paths on a model's blocks: attaches them, goes through them, takes them off."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from peft.tuners.lora import LoraModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import _set_layer_requires_grad
+from torch import nn
+
+from .layer import TalanLayer
+
+
+def attach_side_path(
+    tuner: LoraModel, index: int, depth: int, hidden_size: int, block: nn.Module, adapter_name: str
+) -> None:
+    """Give a block an adapter's side path, in the state that the model's other tuner layers are in.
+
+    Args:
+        tuner: The TALAN model, which has the adapter's configuration.
+        index: The block's index.
+        depth: The number of the model's blocks.
+        hidden_size: H, the width of the residual stream.
+        block: The block.
+        adapter_name: The adapter's name.
+    """
+    config: Any = tuner.peft_config[adapter_name]
+    layer = getattr(block, TalanLayer.child_name, None)
+    if layer is None:
+        layer = TalanLayer(hidden_size, index, depth)
+        layer.train(block.training)
+        others = [module for module in tuner.model.modules() if isinstance(module, BaseTunerLayer)]
+        layer.attach(block)
+        layer.set_adapter(tuner.active_adapters)
+        layer.enable_adapters(not any(other.disable_adapters for other in others))
+    layer.update_layer(adapter_name, config)
+    trains = adapter_name in tuner.active_adapters and not config.inference_mode
+    for name in layer.adapter_layer_names:
+        container = getattr(layer, name)
+        if adapter_name in container:
+            _set_layer_requires_grad(container[adapter_name], trains)
+
+
+def attached_side_paths(model: nn.Module) -> Iterator[tuple[nn.Module, TalanLayer]]:
+    """Go through the blocks that have side paths.
+
+    Args:
+        model: The model.
+
+    Yields:
+        Each block and its layer of side paths.
+    """
+    for module in list(model.modules()):
+        # Its own child: wrappers (FSDP, compiled modules) show what lies in the module that they wrap.
+        layer = module._modules.get(TalanLayer.child_name)
+        if isinstance(layer, TalanLayer):
+            yield module, layer
+
+
+def detach_side_paths(model: nn.Module) -> None:
+    """Take every side path off its block.
+
+    Args:
+        model: The model.
+    """
+    for block, layer in attached_side_paths(model):
+        layer.detach(block)

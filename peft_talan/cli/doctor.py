@@ -1,0 +1,147 @@
+"""`peft-talan doctor`: whether this installation works."""
+
+from __future__ import annotations
+
+import os
+import platform
+import sys
+import time
+from importlib.metadata import PackageNotFoundError, entry_points, requires, version
+from typing import Annotated, NamedTuple
+
+import typer
+from typer import Option
+
+from .console import FAILED, JSON_HELP, print_json, print_rows
+
+PACKAGES = ("torch", "peft", "transformers", "safetensors", "huggingface-hub", "accelerate", "trl", "bitsandbytes")
+
+
+class Check(NamedTuple):
+    """One thing that works or doesn't.
+
+    Args:
+        name: What was checked.
+        passed: Whether it works; None: it could not be told.
+        note: One line.
+    """
+
+    name: str
+    passed: bool | None
+    note: str
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command.
+
+    Args:
+        app: The command line.
+    """
+    app.command("doctor", epilog="Example: peft-talan doctor --json > report.json")(doctor)
+
+
+def doctor(as_json: Annotated[bool, Option("--json", help=JSON_HELP)] = False) -> None:
+    """Show versions, registration and autoload, and run a small self-test; exit code 1 where a check fails."""
+    versions = {"python": platform.python_version(), "peft-talan": version("peft-talan"), **_versions()}
+    checks = [check_ranges(versions), check_autoload(), check_registration()]
+    if checks[-1].passed:
+        checks += check_model()
+    passed = all(check.passed is not False for check in checks)
+    if as_json:
+        print_json({"versions": versions, "checks": [check._asdict() for check in checks], "passed": passed})
+    else:
+        print_rows("Versions", versions)
+        print_rows("Checks", {check.name: f"{_word(check.passed)}  {check.note}" for check in checks})
+    if not passed:
+        raise typer.Exit(FAILED)
+
+
+def _word(passed: bool | None) -> str:
+    return {True: "ok", False: "FAILED", None: "-"}[passed]
+
+
+def _versions() -> dict[str, str | None]:
+    found: dict[str, str | None] = {}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = None
+    return found
+
+
+def check_ranges(versions: dict[str, str | None]) -> Check:
+    """Compare the installed versions with the supported ones.
+
+    Args:
+        versions: The installed versions.
+
+    Returns:
+        The check.
+    """
+    from packaging.requirements import Requirement
+
+    wanted = [Requirement(text) for text in requires("peft-talan") or () if "extra ==" not in text]
+    outside = [
+        f"{need.name} {versions[need.name]} (supported: {need.specifier})"
+        for need in wanted
+        if versions.get(need.name) and not need.specifier.contains(str(versions[need.name]), prereleases=True)
+    ]
+    return Check("versions are supported", not outside, ", ".join(outside) or "all of them")
+
+
+def check_autoload() -> Check:
+    """See whether `import peft` alone makes PEFT know TALAN; told only if this package was not imported before.
+
+    Returns:
+        The check.
+    """
+    name = "autoload"
+    if os.environ.get("PEFT_TALAN_AUTOLOAD") == "0":
+        return Check(name, None, "switched off by PEFT_TALAN_AUTOLOAD=0; programs must import peft_talan")
+    if not any(entry.name == "peft_talan" for entry in entry_points(group="torch.backends")):
+        return Check(name, False, "the entry point is missing; install the package again with pip")
+    if os.environ.get("TORCH_DEVICE_BACKEND_AUTOLOAD") == "0":
+        return Check(name, None, "switched off by TORCH_DEVICE_BACKEND_AUTOLOAD=0; programs must import peft_talan")
+    if "peft_talan" in sys.modules:
+        return Check(name, None, "can't be told from inside python -m peft_talan; run peft-talan doctor")
+    import peft  # noqa: F401
+
+    worked = "peft_talan" in sys.modules
+    return Check(name, worked, "import peft registers TALAN" if worked else "import peft did not register TALAN")
+
+
+def check_registration() -> Check:
+    """See whether PEFT knows the tuner.
+
+    Returns:
+        The check.
+    """
+    from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING, PeftType
+
+    import peft_talan
+
+    member = PeftType.__members__.get("TALAN")
+    known = (
+        member is not None
+        and PEFT_TYPE_TO_CONFIG_MAPPING.get(member) is peft_talan.TalanConfig
+        and PEFT_TYPE_TO_TUNER_MAPPING.get(member) is peft_talan.TalanModel
+    )
+    return Check("registration", known, f"PEFT {'knows' if known else 'does not know'} the type TALAN")
+
+
+def check_model() -> list[Check]:
+    """Run the two promises that matter most on a tiny model.
+
+    Returns:
+        The checks.
+    """
+    from .self_test import cached_equals_uncached, fresh_equals_lora
+
+    checks = []
+    for name, test in (("fresh == LoRA", fresh_equals_lora), ("cached == uncached", cached_equals_uncached)):
+        started = time.perf_counter()
+        difference = test()
+        seconds = time.perf_counter() - started
+        checks.append(Check(name, difference.passed, f"{difference.note}, {seconds:.2f} s"))
+    return checks

@@ -1,0 +1,177 @@
+"""Records the residual stream of a model at every block, with and without its adapters."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+
+from .attachment import attached_side_paths
+from .layer import TalanLayer
+
+Inputs = Mapping[str, torch.Tensor]
+
+
+class Streams(NamedTuple):
+    """The residual stream at both ends of every block, [real tokens, hidden_size] each, and what was written."""
+
+    before: list[torch.Tensor]
+    behind: list[torch.Tensor]
+    written: dict[int, torch.Tensor]
+
+
+def steered_blocks(model: nn.Module) -> list[nn.Module]:
+    """Find the list of blocks that the side paths are attached to.
+
+    Args:
+        model: A model with a TALAN adapter.
+
+    Returns:
+        All blocks of the list, in order.
+
+    Raises:
+        ValueError: The model has no side path.
+    """
+    attached = {id(block) for block, _ in attached_side_paths(model)}
+    for module in model.modules():
+        if isinstance(module, nn.ModuleList) and any(id(block) in attached for block in module):
+            return list(module)
+    raise ValueError(f"model={type(model).__name__}: it has no side path; give a model with a TALAN adapter")
+
+
+@contextmanager
+def as_it_was(model: nn.Module) -> Iterator[None]:
+    """Evaluate inside, and give modes, adapters and gradients back afterwards.
+
+    Args:
+        model: A model with adapters.
+
+    Yields:
+        Nothing.
+
+    Raises:
+        ValueError: The adapters are disabled or merged.
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    switched = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+    disabled = [layer.disable_adapters for layer in switched]
+    gradients = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    if any(disabled):
+        raise ValueError("model: its adapters are disabled; enable them to measure what they do")
+    if any(layer.merged for layer in switched):
+        raise ValueError("model: an adapter's low-rank half is merged, so it can't be told apart; unmerge it first")
+    model.eval()
+    try:
+        yield
+    finally:
+        for layer in switched:
+            layer.enable_adapters(True)
+        for module, mode in modes:
+            module.training = mode
+        for parameter, gradient in gradients:
+            parameter.requires_grad_(gradient)
+
+
+@contextmanager
+def without_adapters(model: nn.Module) -> Iterator[None]:
+    """Run the base model inside; only inside of `as_it_was`, which gives gradients back.
+
+    Args:
+        model: A model with adapters.
+
+    Yields:
+        Nothing.
+    """
+    for enabled in (False, True):
+        if enabled:
+            yield
+        for module in model.modules():
+            if isinstance(module, BaseTunerLayer):
+                module.enable_adapters(enabled)
+
+
+@torch.no_grad()
+def record_streams(model: nn.Module, inputs: Inputs) -> Streams:
+    """Run the model and record the residual stream of the real tokens.
+
+    Args:
+        model: A model with a TALAN adapter.
+        inputs: What it takes; labels are left out.
+
+    Returns:
+        The stream, at least float32.
+
+    Raises:
+        ValueError: The attention mask has not the shape [batch, tokens].
+    """
+    mask = inputs.get("attention_mask")
+    if mask is not None and mask.dim() != 2:
+        raise ValueError(f"inputs: attention_mask has {mask.dim()} dimensions; give one of [batch, tokens], or none")
+    before: list[torch.Tensor] = []
+    behind: list[torch.Tensor] = []
+    written: dict[int, torch.Tensor] = {}
+
+    def real(stream: torch.Tensor) -> torch.Tensor:
+        tokens = stream.detach().to(torch.promote_types(stream.dtype, torch.float32))
+        return tokens.flatten(0, 1) if mask is None else tokens[mask.to(tokens.device, torch.bool)]
+
+    def enter(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        before.append(real(args[0] if args else kwargs["hidden_states"]))
+
+    def leave(_: nn.Module, __: tuple[Any, ...], output: Any) -> None:
+        behind.append(real(output[0] if isinstance(output, tuple) else output))
+
+    def write(layer: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> None:
+        if isinstance(layer, TalanLayer) and not layer.disable_adapters:
+            change = real(output) - real(args[0])
+            written[layer.block_index] = written.get(layer.block_index, 0) + change
+
+    with ExitStack() as hooks:
+        for block in steered_blocks(model):
+            hooks.callback(block.register_forward_pre_hook(enter, with_kwargs=True).remove)
+            hooks.callback(block.register_forward_hook(leave).remove)
+        for _, layer in attached_side_paths(model):
+            hooks.callback(layer.register_forward_hook(write).remove)
+        model(**{"use_cache": False, **{name: part for name, part in inputs.items() if name != "labels"}})
+    return Streams(before, behind, written)
+
+
+def norm(stream: torch.Tensor) -> torch.Tensor:
+    """The length of each token's vector, [tokens] of [tokens, hidden_size]."""
+    return torch.linalg.vector_norm(stream, dim=-1)
+
+
+class TokenMeans:
+    """Means over the tokens of several batches, by name."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, float] = {}
+        self._counts: dict[str, int] = {}
+
+    def add(self, name: str, values: torch.Tensor) -> None:
+        """Add one number a token, [tokens]."""
+        self._sums[name] = self._sums.get(name, 0.0) + float(values.double().sum())
+        self._counts[name] = self._counts.get(name, 0) + len(values)
+
+    def add_cosine(self, name: str, first: torch.Tensor, second: torch.Tensor) -> None:
+        """Add the cosines of the tokens at which neither vector is zero."""
+        lengths = norm(first) * norm(second)
+        there = lengths > 0
+        self.add(name, (first * second).sum(-1)[there] / lengths[there])
+
+    def get(self, name: str) -> float | None:
+        """The mean, or None where no token was added."""
+        return self._sums[name] / self._counts[name] if self._counts.get(name) else None
+
+    def of(self, name: str) -> float:
+        """The mean, or 0 where no token was added."""
+        return self.get(name) or 0.0
+
+    def ratio(self, above: str, below: str) -> float | None:
+        """The ratio of two means, or None where the second is zero."""
+        divisor = self.get(below)
+        return self.of(above) / divisor if divisor else None

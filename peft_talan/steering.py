@@ -1,0 +1,93 @@
+"""Scales the perturbations of trained side paths at run time."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+from torch import nn
+
+from .attachment import attached_side_paths
+from .layer import TalanLayer
+
+
+def _side_paths_named(
+    model: nn.Module, adapter_name: str | None, layers: Sequence[int] | None
+) -> list[tuple[TalanLayer, str]]:
+    """The side paths that adapter and blocks select; everything is checked before any of them changes."""
+    found = [(layer, name) for _, layer in attached_side_paths(model) for name in layer.talan_options]
+    if not found:
+        raise ValueError(f"model={type(model).__name__}: it has no side path; give a model with a TALAN adapter")
+    if adapter_name is not None:
+        names = sorted({name for _, name in found})
+        found = [(layer, name) for layer, name in found if name == adapter_name]
+        if not found:
+            raise ValueError(
+                f"adapter_name={adapter_name!r}: no side path is named so; there are {', '.join(map(repr, names))}"
+            )
+    if layers is None:
+        return found
+    present = sorted({layer.block_index for layer, _ in found})
+    if isinstance(layers, (int, str)) or not set(layers) <= set(present) or len(layers) == 0:
+        raise ValueError(f"layers={layers!r}: give a list of blocks that have this side path: {present}")
+    return [(layer, name) for layer, name in found if layer.block_index in layers]
+
+
+def _check_strength(strength: float) -> float:
+    if isinstance(strength, bool) or not isinstance(strength, (int, float)) or not math.isfinite(strength):
+        raise ValueError(f"strength={strength!r}: give a finite number; 1 is as trained, 0 the low-rank half alone")
+    return float(strength)
+
+
+def set_talan_strength(
+    model: nn.Module, strength: float, adapter_name: str | None = None, layers: Sequence[int] | None = None
+) -> None:
+    """Scale the perturbations of side paths from now on: `delta = strength alpha r W_write`.
+
+    The strength belongs to this model in memory. It is never saved; what is saved is `talan_alpha`, which it
+    multiplies. Change it between generations: what a cache holds was computed with the strength of its time.
+
+    Args:
+        model: A model with a TALAN adapter, wrapped by PEFT, loaded by transformers or merged.
+        strength: 1: as trained. 0: the low-rank half alone. Any other number, also a negative one, scales.
+        adapter_name: The adapter. None: every TALAN adapter. Default None.
+        layers: Indices of blocks with a side path. None: all of them. Default None.
+
+    Raises:
+        ValueError: The strength is no finite number, or there is no such side path; nothing has changed then.
+    """
+    strength = _check_strength(strength)
+    for layer, name in _side_paths_named(model, adapter_name, layers):
+        layer.talan_strength[name] = strength
+
+
+@contextmanager
+def talan_strength(
+    model: nn.Module, strength: float, adapter_name: str | None = None, layers: Sequence[int] | None = None
+) -> Iterator[None]:
+    """Scale the perturbations of side paths inside a `with` block; see `set_talan_strength` for the arguments.
+
+    Args:
+        model: A model with a TALAN adapter.
+        strength: 1: as trained. 0: the low-rank half alone.
+        adapter_name: The adapter. None: every TALAN adapter. Default None.
+        layers: Indices of blocks with a side path. None: all of them. Default None.
+
+    Yields:
+        Nothing; the strengths of before are back afterwards, also after an error.
+
+    Raises:
+        ValueError: The strength is no finite number, or there is no such side path.
+    """
+    strength = _check_strength(strength)
+    chosen = _side_paths_named(model, adapter_name, layers)
+    before = [layer.talan_strength.get(name, 1.0) for layer, name in chosen]
+    for layer, name in chosen:
+        layer.talan_strength[name] = strength
+    try:
+        yield
+    finally:
+        for (layer, name), earlier in zip(chosen, before, strict=True):
+            if name in layer.talan_options:  # It may have been deleted inside the block.
+                layer.talan_strength[name] = earlier
