@@ -7,7 +7,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-DOCS = Path(__file__).parent.parent / "docs"
 LAUNCH_MICROSECONDS = 5.0
 """On paper: what one eager launch costs the host of a GPU, Python and dispatcher included."""
 GRAPH_MICROSECONDS = 2.0
@@ -120,7 +119,16 @@ def _growth(stored: dict[str, Any], table: Callable[..., str]) -> str:
     return table(["pass", "axis", "ms at each value"], rows)
 
 
-def _plot_side_path(cost: dict[str, Any], long_context: dict[str, Any], file: Path) -> None:
+def plot_side_path(folder: Path, file: Path) -> None:
+    """Draw time, bytes and drift of one side path alone, where all of it is stored.
+
+    Args:
+        folder: Of the results.
+        file: The SVG to write.
+    """
+    cost, long_context = _read(folder / "side_path_cost.json"), _read(folder / "long_context.json")
+    if not cost or not {"prefill", "drift"} <= long_context.keys():
+        return
     import matplotlib
 
     matplotlib.use("Agg")
@@ -184,7 +192,4 @@ def paper_tables(folder: Path, names: dict[str, str], table: Callable[..., str])
                 for row in long_context["drift"]["along_the_way"]
             ],
         )
-    if cost and "prefill" in long_context and "drift" in long_context:
-        _plot_side_path(cost, long_context, folder / "side_path.svg")
-        (DOCS / "performance_side_path.svg").write_bytes((folder / "side_path.svg").read_bytes())
     return tables

@@ -8,8 +8,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from conditions import SHAPES
 from measure import read_lines
-from paper_tables import paper_tables
+from paper_tables import paper_tables, plot_side_path
 
 DOCS = Path(__file__).parent.parent / "docs"
 PAGE = DOCS / "performance.md"
@@ -209,6 +210,30 @@ def provenance(lines: list[Line]) -> str:
     return "\n".join(f"- {text}" for text in texts) + f"\n- digest of the package's sources: {counts}"
 
 
+def prefill_bounds(lines: list[Line], folder: Path) -> str:
+    """The most that a side path can add to longer prefills: its own time beside LoRA's of 512 tokens, scaled."""
+    stored = folder / "side_path_cost.json"
+    cost = json.loads(stored.read_text(encoding="utf-8")) if stored.exists() else {"grid": []}
+    widths = {"smollm2": 576, **{name: config.hidden_size for name, config in SHAPES.items()}}
+    rows = []
+    for line in lines:
+        key = line["key"]
+        if (
+            key["measure"] != "prefill"
+            or key["tokens"] != 512
+            or key["compile"]
+            or "lora" not in line.get("times", {})
+        ):
+            continue
+        for point in cost["grid"]:
+            if point["hidden_size"] == widths[key["model"]]:
+                least = line["milliseconds"]["lora"] * point["tokens"] / 512
+                share = f"<= {1 + point['milliseconds'] / least:.4f}"
+                rows.append([where(line), str(point["tokens"]), f"{point['milliseconds']:.1f}", f"{least:.0f}", share])
+    header = ["model", "T", "side path alone, ms", "LoRA at least, ms", "TALAN / LoRA"]
+    return markdown(header, rows) if rows else "Not measured."
+
+
 def compile_facts(lines: list[Line]) -> str:
     """Graphs and graph breaks."""
     found = [line for line in lines if line["key"]["compile"] and "graphs" in line]
@@ -259,29 +284,29 @@ def plot(lines: list[Line], file: Path) -> None:
     pyplot.close(figure)
 
 
-def fill_page(tables: dict[str, str]) -> None:
-    """Put the tables between the page's markers."""
-    page = PAGE.read_text(encoding="utf-8")
+def filled(page: str, tables: dict[str, str]) -> str:
+    """The page with the tables between its markers.
+
+    Raises:
+        ValueError: The page has no place, or several, for a table.
+    """
     for name, table in tables.items():
         marked = re.compile(rf"(<!-- table: {name} -->\n).*?(<!-- end -->)", re.DOTALL)
         page, count = marked.subn(lambda match, table=table: f"{match[1]}\n{table}\n\n{match[2]}", page)
         if count != 1:
             raise ValueError(f"{PAGE.name} has {count} places for the table {name!r}; give it one")
-    PAGE.write_text(page, encoding="utf-8")
+    return page
 
 
-def report(results: Path) -> None:
-    """Print the tables, and write tables and plots into the docs.
-
-    Args:
-        results: The stored lines.
-    """
+def all_tables(results: Path) -> dict[str, str]:
+    """The page's tables, by their names, from the stored lines and what is stored beside them."""
     lines = latest(read_lines(results))
-    tables = {
+    return {
         "targets": verdicts(lines),
         "decode": timing_table(lines, "decode", "lora", compiled=False),
         "decode dora": timing_table(lines, "decode", "dora", compiled=False),
         "prefill": timing_table(lines, "prefill", "lora", compiled=False),
+        "prefill bounds": prefill_bounds(lines, results.parent),
         "prefill dora": timing_table(lines, "prefill", "dora", compiled=False),
         "train": timing_table(lines, "train", "lora", compiled=False),
         "train dora": timing_table(lines, "train", "dora", compiled=False),
@@ -294,8 +319,20 @@ def report(results: Path) -> None:
         "provenance": provenance(lines),
         **paper_tables(results.parent, NAMES, markdown),
     }
+
+
+def report(results: Path) -> None:
+    """Print the tables, and write tables and plots into the docs.
+
+    Args:
+        results: The stored lines.
+    """
+    tables = all_tables(results)
     for name, table in tables.items():
         print(f"\n{name}\n{table}")
-    plot(lines, results.parent / "overhead.svg")
-    (DOCS / "performance_overhead.svg").write_bytes((results.parent / "overhead.svg").read_bytes())
-    fill_page(tables)
+    plot(latest(read_lines(results)), results.parent / "overhead.svg")
+    plot_side_path(results.parent, results.parent / "side_path.svg")
+    for name in ("overhead", "side_path"):
+        if (results.parent / f"{name}.svg").exists():
+            (DOCS / f"performance_{name}.svg").write_bytes((results.parent / f"{name}.svg").read_bytes())
+    PAGE.write_text(filled(PAGE.read_text(encoding="utf-8"), tables), encoding="utf-8")
