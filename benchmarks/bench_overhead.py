@@ -237,6 +237,7 @@ def main() -> None:
     parser.add_argument("--memory", type=float, default=11, help="GiB that weights and caches may take")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--compile", action="store_true", help="torch.compile every condition; decode: static cache")
+    parser.add_argument("--blocks", type=int, help="cut the models to their first blocks: compiling takes long")
     parser.add_argument("--again", action="store_true", help="measure also what is stored for this code")
     parser.add_argument("--output", type=Path, default=RESULTS)
     parser.add_argument("--report", action="store_true", help="print the tables; write them and the plots to docs/")
@@ -256,9 +257,11 @@ def main() -> None:
             base = None
             for cell in cells(options):
                 key = {"model": model, "dtype": dtype, "threads": options.threads, "compile": options.compile, **cell}
+                if options.blocks is not None:
+                    key["blocks"] = options.blocks
                 if (key, code) in stored and not options.again:
                     continue
-                base = base or load_base(model, getattr(torch, dtype))
+                base = base or load_base(model, getattr(torch, dtype), options.blocks)
                 try:
                     result = run_cell(base, cell, options)
                 except LeftOut as reason:

@@ -60,7 +60,8 @@ def milliseconds_text(line: Line, name: str) -> str:
 
 def where(line: Line) -> str:
     """Model and dtype."""
-    return f"{NAMES[line['key']['model']]}, {line['key']['dtype']}"
+    cut = f", first {line['key']['blocks']} blocks" if "blocks" in line["key"] else ""
+    return f"{NAMES[line['key']['model']]}{cut}, {line['key']['dtype']}"
 
 
 def size(line: Line) -> list[str]:
@@ -266,7 +267,7 @@ def plot(lines: list[Line], file: Path) -> None:
     for row, line in enumerate(found):
         key = line["key"]
         labels.append(
-            f"{'compiled, ' if key['compile'] else ''}{NAMES[key['model']]} {key['dtype']}, {key['measure']} "
+            f"{'compiled, ' if key['compile'] else ''}{where(line)}, {key['measure']} "
             + (" / ".join(size(line)) if "group" in key else "")
         )
         for name, colour, shift in (("talan", "tab:blue", -0.12), ("lora again", "tab:grey", 0.18)):
