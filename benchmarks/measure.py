@@ -206,7 +206,8 @@ def peak_extra_bytes(call: Callable[[], object]) -> int:
 
 def read_lines(file: Path) -> list[dict[str, Any]]:
     """The stored results, oldest first."""
-    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.exists() else []
+    lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
+    return [json.loads(line) for line in lines]
 
 
 def append_line(file: Path, result: dict[str, Any]) -> None:
