@@ -67,6 +67,19 @@ def test_recipe_trains_and_saves(kind: str, material: Path, tmp_path: Path) -> N
         assert not torch.equal(PeftModel.from_pretrained(base, tmp_path)(make_tokens()).logits, untrained)
 
 
+def test_evaluation_needs_its_split(material: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(RECIPES)
+    recipe = importlib.import_module("sft")
+    rows = (material / "data.jsonl").read_text()
+    for split in ("train", "test"):
+        (tmp_path / f"{split}.jsonl").write_text(rows)
+    script = recipe.ScriptArguments(dataset_name=str(tmp_path))
+    assert recipe.choose_split(recipe.load_data(script), "test", "dataset_test_split").num_rows == 16
+    script.dataset_name = str(material / "data.jsonl")
+    with pytest.raises(ValueError, match=r"dataset_test_split='test': the dataset has 'train'"):
+        recipe.choose_split(recipe.load_data(script), "test", "dataset_test_split")
+
+
 def test_recipe_refuses_what_it_does_not_know(material: Path, tmp_path: Path) -> None:
     command = [sys.executable, str(RECIPES / "sft.py"), "--dataset_name", str(material / "data.jsonl")]
     failed = subprocess.run([*command, "--use_cpu", "true", "--talan_slot", "3"], capture_output=True, text=True)

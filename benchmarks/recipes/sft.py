@@ -6,7 +6,8 @@ the command line or from a file:
     python benchmarks/recipes/sft.py --config benchmarks/recipes/one_gpu.yaml --dataset_name my.jsonl
     accelerate launch --config_file benchmarks/recipes/eight_gpus_fsdp2.yaml benchmarks/recipes/sft.py --config ...
 
-Each line of a JSONL file is an object with `messages`, with `prompt` and `completion`, or with `text`.
+Each line of a JSONL file is an object with `messages`, with `prompt` and `completion`, or with `text`. To evaluate
+while training (`--eval_strategy steps`), name a folder with `train.jsonl` and `test.jsonl`.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import DatasetDict, load_dataset
+from datasets import Dataset, DatasetDict, load_dataset
 from trl import (
     ModelConfig,
     ScriptArguments,
@@ -80,6 +81,25 @@ def load_data(script_args: ScriptArguments) -> DatasetDict:
     return load_dataset(script_args.dataset_name, name=script_args.dataset_config)
 
 
+def choose_split(dataset: DatasetDict, split: str, argument: str) -> Dataset:
+    """Take one split.
+
+    Args:
+        dataset: The splits.
+        split: The name of one.
+        argument: The argument that gave the name.
+
+    Returns:
+        The split.
+
+    Raises:
+        ValueError: There is no such split.
+    """
+    if split not in dataset:
+        raise ValueError(f"{argument}={split!r}: the dataset has {', '.join(map(repr, dataset))}; name one of these")
+    return dataset[split]
+
+
 def main() -> None:
     """Train, and save the adapter."""
     script_args, training_args, model_args, talan_args = parse_arguments()
@@ -97,8 +117,10 @@ def main() -> None:
     trainer = SFTTrainer(
         model=model_args.model_name_or_path,
         args=training_args,
-        train_dataset=dataset[script_args.dataset_train_split],
-        eval_dataset=None if training_args.eval_strategy == "no" else dataset[script_args.dataset_test_split],
+        train_dataset=choose_split(dataset, script_args.dataset_train_split, "dataset_train_split"),
+        eval_dataset=None
+        if training_args.eval_strategy == "no"
+        else choose_split(dataset, script_args.dataset_test_split, "dataset_test_split"),
         quantization_config=get_quantization_config(model_args),
         peft_config=adapter,
     )
