@@ -56,7 +56,7 @@ def side_path_operations(hidden_size: int, decoding: bool) -> int:
 
 
 def side_path_bytes(hidden_size: int) -> int:
-    """Bytes that a decoded token moves: float32 weights once, the float64 memory in and out, the hidden state in and out."""
+    """Bytes that a decoded token moves: float32 weights once, the float64 memory and the hidden state in and out."""
     return 4 * side_path_parameters(hidden_size) + 2 * 8 * SLOTS * (WIDTH + 1) + 2 * 2 * hidden_size
 
 
