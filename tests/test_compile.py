@@ -104,6 +104,7 @@ def make_cache(kind: str, model: PeftModel) -> Cache:
 
 def graphs_of_decoding(model: PeftModel, kind: str) -> list[int]:
     """Decode twice by a compiled forward; how many graphs there are after each token."""
+    torch._dynamo.reset()
     graphs, counts, inputs = Graphs(), [], padded()
     tokens, mask = inputs["input_ids"], inputs["attention_mask"]
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
