@@ -122,11 +122,14 @@ class LatentMemory:
         state = self.state
         if state is None or state.shape[0] != 1 or torch.is_grad_enabled() or state.requires_grad:
             return None
-        if self._row is None or self._row.state is not state or self._row.dtype is not dtype:
+        row = self._row
+        if row is not None and row.mean.is_inference() and not torch.is_inference_mode_enabled():
+            row = None
+        if row is None or row.state is not state or row.dtype is not dtype:
             if state.is_inference() and not torch.is_inference_mode_enabled():
                 self.state = state = state.clone()
-            self._row = RowMemory(state, dtype)
-        return self._row
+            self._row = row = RowMemory(state, dtype)
+        return row
 
     def took_in(self, weights: torch.Tensor, values: torch.Tensor) -> None:
         """Record a token that was put in in place.
