@@ -298,7 +298,7 @@ class TalanLayer(nn.Module, BaseTunerLayer):
                 row = memory.row_in_place(working_dtype(hidden_states.dtype))
                 if row is not None:
                     token = one_row(hidden_states, parameters, options, row, alpha=alpha, valid=layout.valid)
-                    memory.took_in(token.weights, token.capped_values)
+                    memory.took_in(token.weights, token.values)
                     return token.hidden_states
         output = fused.side_path(
             hidden_states,
