@@ -195,7 +195,7 @@ def _put_section(text: str, section: str, heading: str) -> str:
     for found in SECTION.finditer(text):
         if heading in found["text"].splitlines():
             if hashlib.sha256(found["text"].encode()).hexdigest()[:12] != found["digest"]:
-                return text
+                return f"{text.rstrip()}\n"
             return f"{text[: found.start()]}{block}{text[found.end() :].rstrip()}\n"
     return f"{text.rstrip()}\n\n{block}\n"
 

@@ -19,20 +19,17 @@ from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 
 from .blocks import find_hidden_size, find_targets
-from .checkpoint import CheckpointSource, check_finite, check_fit, check_names, check_side_path, check_whole_modules
+from .checkpoint import check_finite, check_names, check_whole_modules
 from .config import TalanConfig
 from .hub import announce_save
-from .initialization import check_size, initial_parameters
+from .initialization import check_size
 from .layer import TalanLayer
+from .loading import check_places, is_side_path_key, read_checkpoint
 from .merge import attached_side_paths, detach_side_paths, keep_side_paths, side_path_config
 from .mixed_batch import low_rank_names, rows_named
 from .rollback import unchanged_on_error
 from .training import declare_scope
 from .weighted import add_weighted_adapter
-
-
-def _is_side_path_key(key: str) -> bool:
-    return f".{TalanLayer.child_name}.lora_talan_" in key
 
 
 class TalanModel(LoraModel):
@@ -95,11 +92,11 @@ class TalanModel(LoraModel):
         blocks = find_targets(model, config)
         hidden_size = find_hidden_size(model, config)
         check_size(config, model, hidden_size, len(blocks))
-        checkpoint = self._read_checkpoint(adapter_name, config, blocks, hidden_size)
+        checkpoint = read_checkpoint(adapter_name, config, blocks, hidden_size)
         with unchanged_on_error(self, config):
             self._convert_expert_targets(model, config)
             if state_dict is not None:
-                state_dict = {key: tensor for key, tensor in state_dict.items() if not _is_side_path_key(key)}
+                state_dict = {key: tensor for key, tensor in state_dict.items() if not is_side_path_key(key)}
             super().inject_adapter(
                 model,
                 adapter_name,
@@ -116,25 +113,6 @@ class TalanModel(LoraModel):
                 self._remap_adapter_state_dict_for_load(model, config, adapter_name, checkpoint)
                 check_whole_modules(adapter_name, checkpoint, model)
             config.checkpoint_source = None
-
-    @staticmethod
-    def _read_checkpoint(
-        adapter_name: str, config: TalanConfig, blocks: dict[int, nn.Module], hidden_size: int
-    ) -> dict[str, torch.Tensor]:
-        """Read and check the tensors that PEFT will load, if the configuration was loaded with them."""
-        source = config.checkpoint_source
-        if source is None or source.fields != CheckpointSource.describe(config.to_dict()):
-            return {}
-        tensors = source.read()
-        check_finite(adapter_name, tensors)
-        with torch.device("meta"):
-            shapes = initial_parameters(config, hidden_size)
-        ending = f"{TalanLayer.child_name}.lora_talan_"
-        places = {f"{index}.{ending}{name}": tensor for index in blocks for name, tensor in shapes.items()}
-        # The names of the modules around the blocks may still be mapped; the block's index may not.
-        found = {".".join(name.split(".")[-3:]): tensor for name, tensor in tensors.items() if _is_side_path_key(name)}
-        check_side_path(adapter_name, found, places)
-        return tensors
 
     @staticmethod
     def _convert_expert_targets(model: nn.Module, config: TalanConfig) -> None:
@@ -349,18 +327,5 @@ class TalanModel(LoraModel):
         remapped: dict[str, torch.Tensor] = super()._remap_adapter_state_dict_for_load(
             model, config, adapter_name, state_dict
         )
-        known = model.state_dict()
-        prefix = "base_model.model."
-        placed = {}
-        for key, tensor in remapped.items():
-            name = next((name for name in (key, key.removeprefix(prefix), prefix + key) if name in known), None)
-            if name is not None:
-                placed[name] = tensor
-            elif _is_side_path_key(key):
-                # PEFT passes over what has no place; here it would be half an adapter without a word.
-                raise ValueError(
-                    f"the checkpoint of adapter {adapter_name!r} has a side-path tensor that its configuration has no "
-                    f"place for: {key}; load it with the adapter_config.json that it was saved with"
-                )
-        check_fit(adapter_name, placed, known)
+        check_places(adapter_name, remapped, model)
         return remapped

@@ -26,6 +26,7 @@ ORDER = (
     "initialization",
     "blocks",
     "layer",
+    "loading",
     "merge",
     "lora",
     "training",
