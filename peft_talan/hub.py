@@ -195,7 +195,7 @@ def _put_section(text: str, section: str, heading: str) -> str:
     for found in SECTION.finditer(text):
         if heading in found["text"].splitlines():
             if hashlib.sha256(found["text"].encode()).hexdigest()[:12] != found["digest"]:
-                return text
+                return f"{text.rstrip()}\n"
             return f"{text[: found.start()]}{block}{text[found.end() :].rstrip()}\n"
     return f"{text.rstrip()}\n\n{block}\n"
 
@@ -214,6 +214,7 @@ def write_card(
     counts: Mapping[str, int] | None = None,
     repo_id: str | None = None,
     card_folder: str | PathLike[str] | None = None,
+    merged_into: str | None = None,
 ) -> None:
     """Add what a reader needs to a saved adapter's model card; nothing that somebody wrote is changed.
 
@@ -226,6 +227,7 @@ def write_card(
         counts: The numbers of both halves; None: they are read from the folder's safetensors file. Default None.
         repo_id: The repository on the hub that the folder goes to, if it is known. Default None.
         card_folder: The folder of the card, where the adapter lies in a subfolder of it. Default: `folder`.
+        merged_into: The model whose merged weights lie beside the side path, if it is known. Default None.
     """
     folder = Path(folder)
     place = folder if card_folder is None else Path(card_folder)
@@ -248,14 +250,16 @@ def write_card(
     card.text = _put_section(card.text, section, section.splitlines()[1])
     if framework is not None:
         card.text += f"\n{framework[0]}\n"
-    base = _base_model(config, repo_id)
+    base, relation = _base_model(config, repo_id), "adapter"
+    if embedded:
+        base, relation = merged_into, "finetune"
     tags = ["peft", "talan"]
     _drop_local_base(card.data, config)
-    if base is not None and not embedded:
+    if base is not None:
         card.data.base_model = card.data.base_model or base
         if card.data.get("base_model_relation") is None:
-            card.data["base_model_relation"] = "adapter"
-        tags.append(f"base_model:adapter:{base}")
+            card.data["base_model_relation"] = relation
+        tags.append(f"base_model:{relation}:{base}")
     card.data.tags = [*(card.data.tags or []), *(tag for tag in tags if tag not in (card.data.tags or []))]
     if str(config.task_type or "") == "CAUSAL_LM" and not card.data.pipeline_tag:
         card.data.pipeline_tag = "text-generation"
@@ -264,7 +268,9 @@ def write_card(
 
 def _upload_with_card(model: Any, working_dir: str, repo_id: str, *args: Any, **kwargs: Any) -> Any:
     if (Path(working_dir) / CONFIG_NAME).exists():
-        write_card(working_dir, repo_id=repo_id)
+        name = getattr(model, "name_or_path", None)
+        merged_into = None if not name or name == repo_id or Path(name).exists() else name
+        write_card(working_dir, repo_id=repo_id, merged_into=merged_into)
     for file in sorted(Path(working_dir).glob(f"*/{CONFIG_NAME}")):
         write_card(file.parent, repo_id=repo_id, card_folder=working_dir)
     return type(model)._upload_modified_files(model, working_dir, repo_id, *args, **kwargs)

@@ -61,6 +61,7 @@ def push_injected(folder: str, repo: str, token: str) -> None:
 
 def push_kept(folder: str, repo: str, token: str) -> None:
     kept = make().merge_and_unload()
+    kept.name_or_path = BASE
     result_of(kept, folder, "pushed")
     kept.push_to_hub(repo, token=token)
 

@@ -30,7 +30,7 @@ from peft import (
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoModelForSequenceClassification, PreTrainedModel
+from transformers import AutoModelForSequenceClassification, PreTrainedModel, Qwen3Config
 
 from peft_talan import TalanConfig, __version__
 from peft_talan.rollback import unchanged_on_error
@@ -470,9 +470,11 @@ def test_transformers_takes_a_good_adapter_after_a_bad_one() -> None:
 
 
 def test_classifier_beside_a_bad_side_path(tmp_path: Path) -> None:
+    labels = {"num_labels": 2}
+
     def classifier() -> PreTrainedModel:
         torch.manual_seed(0)
-        return AutoModelForSequenceClassification.from_config(CONFIGS["qwen3"], num_labels=2)
+        return AutoModelForSequenceClassification.from_config(Qwen3Config(**{**CONFIGS["qwen3"].to_dict(), **labels}))
 
     get_peft_model(classifier(), make_config(task_type="SEQ_CLS")).save_pretrained(tmp_path)
     model = classifier()

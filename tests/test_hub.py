@@ -193,7 +193,8 @@ def test_kept_model(client: Client, hub: Hub, tmp_path: Path) -> None:
     assert same(tmp_path, "pushed", "auto")
     card = card_of(hub, "user/kept")
     assert 'AutoModelForCausalLM.from_pretrained("user/kept")' in card.text and "PeftModel" not in card.text
-    assert card.data.base_model is None and "talan" in card.data.tags
+    assert (card.data.base_model, card.data["base_model_relation"]) == ("user/base", "finetune")
+    assert "talan" in card.data.tags
 
 
 def test_offline_from_the_cache(client: Client, hub: Hub, home: Path, tmp_path: Path) -> None:
