@@ -1,4 +1,5 @@
-# Two commands on a fresh machine with Python and pip: `make demo` and `make test`. Both keep to their own .venv.
+# Two commands on a fresh machine with Python and pip: `make demo` and `make test`. All keep to their own .venv.
+# `make docs` builds the site into build/site; `make package` builds wheel and sdist into dist/ and tries the wheel out.
 
 SYSTEM_PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
@@ -6,12 +7,12 @@ PYTHON := $(VENV)/bin/python
 # One thread a process: the tests and the demo's two trainings run side by side.
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 
-.PHONY: demo test lint format clean
+.PHONY: demo test lint docs package format clean
 
 demo: $(VENV)/.demo
 	$(PYTHON) -m peft_talan demo $(ARGS)
 
-test: lint
+test: lint docs
 	$(ONE_THREAD) HF_HUB_OFFLINE=1 $(PYTHON) -m pytest -n 2 $(ARGS)
 
 lint: $(VENV)/.test
@@ -19,12 +20,22 @@ lint: $(VENV)/.test
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 
+# Strict: a broken link, a missing page or a picture that is not there ends it.
+docs: $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --quiet --strict
+
+package: $(VENV)/.package
+	rm -rf dist
+	$(PYTHON) -m build --quiet
+	$(VENV)/bin/twine check --strict dist/*
+	SYSTEM_PYTHON=$(SYSTEM_PYTHON) .ci/try_wheel.sh dist/*.whl
+
 format: $(VENV)/.test
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
 
 clean:
-	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
 
 # torch first and by its exact version: an open range fetches several GB of CUDA packages.
 $(VENV)/.torch:
@@ -39,4 +50,12 @@ $(VENV)/.demo: $(VENV)/.torch pyproject.toml
 
 $(VENV)/.test: $(VENV)/.torch pyproject.toml
 	$(PYTHON) -m pip install --quiet -e ".[demo,test]"
+	touch $@
+
+$(VENV)/.docs: $(VENV)/.torch pyproject.toml
+	$(PYTHON) -m pip install --quiet -e ".[docs]"
+	touch $@
+
+$(VENV)/.package: $(VENV)/.torch pyproject.toml
+	$(PYTHON) -m pip install --quiet -e ".[package]"
 	touch $@

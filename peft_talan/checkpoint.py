@@ -10,10 +10,17 @@ from typing import Any
 
 import torch
 from peft.utils import load_peft_weights
+from peft.utils.other import AuxiliaryTrainingWrapper
 from safetensors import SafetensorError
+from torch import nn
 
-NOT_OF_A_CHECKPOINT: tuple[str, ...] = ("inference_mode", "base_model_name_or_path", "revision")
-"""Fields of a configuration that PEFT sets when it loads an adapter."""
+NOT_OF_A_CHECKPOINT: tuple[str, ...] = (
+    "inference_mode",
+    "base_model_name_or_path",
+    "revision",
+    "modules_to_save",
+)
+"""Fields of a configuration that PEFT sets or extends when it loads an adapter."""
 
 
 def _name_some(names: Collection[str]) -> str:
@@ -100,6 +107,28 @@ def check_side_path(
                 "saved with"
             )
     check_fit(adapter_name, tensors, places)
+
+
+def check_whole_modules(adapter_name: str, tensors: Collection[str], model: nn.Module) -> None:
+    """Refuse a checkpoint without the modules and tokens that are trained beside the adapter and saved whole.
+
+    Args:
+        adapter_name: The adapter's name.
+        tensors: The names in the checkpoint.
+        model: The model with the adapter.
+
+    Raises:
+        ValueError: A tensor is missing.
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, AuxiliaryTrainingWrapper):
+            ends = [f"{name}.{key}" for key in module.adapter_state_dict_load_map(adapter_name)]
+            missing = [end for end in ends if not any(f".{tensor}".endswith(f".{end}") for tensor in tensors)]
+            if missing:
+                raise ValueError(
+                    f"the checkpoint of adapter {adapter_name!r} lacks {_name_some(missing)}, which modules_to_save "
+                    "or trainable_token_indices ask for; load it with the adapter_config.json that it was saved with"
+                )
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,9 @@ from torch import nn
 from . import tensor_parallel
 from .attachment import attach_side_path, attached_side_paths, detach_side_paths
 from .blocks import find_blocks, find_hidden_size, find_targets, is_side_path_key, point_at_fused_experts
-from .checkpoint import check_finite
+from .checkpoint import check_finite, check_whole_modules
 from .config import TalanConfig
+from .hub import announce_save
 from .initialization import check_size
 from .loading import check_places, read_checkpoint
 from .merge import OUTCOMES, check_mergeable, keep_side_paths, side_path_config
@@ -111,8 +112,10 @@ class TalanModel(LoraModel):
                 layer.has_low_rank_half = {name: other.has_low_rank_half for name, other in self.peft_config.items()}
             tensor_parallel.agree(model, adapter_name)
             declare_scope(model, adapter_name, config.talan_trainable)
-            # Its low-rank half has places to be checked against only now.
-            self._remap_adapter_state_dict_for_load(model, config, adapter_name, checkpoint)
+            if checkpoint:
+                # All but the side path has places to be checked against only now.
+                self._remap_adapter_state_dict_for_load(model, config, adapter_name, checkpoint)
+                check_whole_modules(adapter_name, checkpoint, model)
             config.checkpoint_source = None
 
     @contextmanager
@@ -286,7 +289,10 @@ class TalanModel(LoraModel):
         found = super()._get_adapter_state_dict(
             model, config, adapter_name, with_wrappers(model, state_dict), unwanted_adapter_names
         )
-        return {without_wrappers(name): tensor for name, tensor in found.items()}
+        tensors = {without_wrappers(name): tensor for name, tensor in found.items()}
+        if isinstance(config, TalanConfig):
+            announce_save(model, config, adapter_name, tensors)
+        return tensors
 
     @classmethod
     def _remap_adapter_state_dict_for_load(

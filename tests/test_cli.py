@@ -16,7 +16,7 @@ from peft_talan_cli.console import FAILED, MISUSED
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from peft_talan import TalanConfig, __version__
+from peft_talan import TalanConfig, __version__, set_talan_strength
 
 from .offline_hub import make_tokenizer, save_tiny_model, write_conversations
 from .small_models import rounding
@@ -173,17 +173,15 @@ def test_generate_answers_as_the_model_does(saved: Path, capsys: pytest.CaptureF
     model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(saved / "model"), saved / "adapter").eval()
     tokenizer = make_tokenizer()
     expected = []
-    for alpha in (1.0, 0.0):
-        for module in model.modules():
-            if hasattr(module, "talan_alpha"):
-                module.talan_alpha["default"] = alpha
+    for strength in (1.0, 0.0):
+        set_talan_strength(model, strength)
         tokens = tokenizer(PROMPT, return_tensors="pt")
         whole = model.generate(**tokens, max_new_tokens=9, do_sample=False)[0, tokens["input_ids"].shape[1] :]
         expected.append(tokenizer.decode(whole, skip_special_tokens=True))
     command = ["generate", saved / "adapter", PROMPT, "--plain", "--max-new-tokens", "9", "--json"]
     shown = answers(command, capsys)
     assert json.loads(shown) == {"prompt": PROMPT, "completion": expected[0]}
-    assert json.loads(answers([*command, "--alpha", "0"], capsys))["completion"] == expected[1]
+    assert json.loads(answers([*command, "--strength", "0"], capsys))["completion"] == expected[1]
     assert expected[0] != expected[1]
 
 
@@ -195,7 +193,7 @@ def test_generate_reads_prompts_from_a_pipe_and_uses_the_chat_template(saved: Pa
 
 def test_generate_refuses_before_it_loads(saved: Path, capsys: pytest.CaptureFixture[str]) -> None:
     adapter = saved / "adapter"
-    assert "--alpha -1" in fails_with_one_line(["generate", adapter, "a", "--alpha", "-1"], capsys)
+    assert "--strength inf" in fails_with_one_line(["generate", adapter, "a", "--strength", "inf"], capsys)
     assert "--dtype int8" in fails_with_one_line(["generate", adapter, "a", "--dtype", "int8"], capsys)
     fails_with_one_line(["generate", adapter, "a", "--max-new-tokens", "0"], capsys)
 
@@ -208,9 +206,7 @@ def test_merge_writes_a_model(side_path: str, saved: Path, tmp_path: Path, capsy
     merged = AutoModelForCausalLM.from_pretrained(output)
     adapted = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(saved / "model"), saved / "adapter")
     if side_path == "drop":
-        for module in adapted.modules():
-            if hasattr(module, "talan_alpha"):
-                module.talan_alpha["default"] = 0.0
+        set_talan_strength(adapted, 0.0)
     torch.testing.assert_close(logits(merged), logits(adapted), **rounding(torch.float32))
     assert (output / "adapter_config.json").exists() == (side_path == "keep")
     assert "not empty" in fails_with_one_line(["merge", saved / "adapter", output], capsys)
@@ -234,9 +230,7 @@ def test_export_is_the_low_rank_half_and_needs_no_base_model(
     assert type(PeftConfig.from_pretrained(tmp_path / "lora")) is LoraConfig
     plain = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(saved / "model"), tmp_path / "lora")
     adapted = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(saved / "model"), saved / "adapter")
-    for module in adapted.modules():
-        if hasattr(module, "talan_alpha"):
-            module.talan_alpha["default"] = 0.0
+    set_talan_strength(adapted, 0.0)
     assert torch.equal(logits(plain), logits(adapted))
 
 
@@ -273,6 +267,16 @@ def test_train_names_bad_axes(
 ) -> None:
     words = ["--model", saved / "model", "--data", tmp_path / "no", "--output", tmp_path / "out"]
     assert named in fails_with_one_line(["train", *words, *axes], capsys)
+
+
+def test_analyze_writes_tables_and_pictures(saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_conversations(tmp_path / "data.jsonl", 2)
+    words = [saved / "adapter", tmp_path / "data.jsonl", tmp_path / "out", "--examples", "2", "--max-tokens", "12"]
+    written = json.loads(answers(["analyze", *words, "--json"], capsys))
+    assert {Path(file).name for file in written["tables"]} == {"blocks.csv", "propagation.csv", "tokens.csv"}
+    assert written["pictures"]
+    assert all(Path(file).stat().st_size > 0 for files in written.values() for file in files)
+    assert "no such file" in fails_with_one_line(["analyze", saved / "adapter", "no.jsonl", tmp_path], capsys)
 
 
 def test_doctor_finds_nothing_wrong() -> None:

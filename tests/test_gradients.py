@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 from peft import PeftModel
 from torch import nn
 
@@ -107,7 +109,9 @@ def test_two_forwards_before_one_backward(checkpointing: bool) -> None:
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_another_adapter_between_forward_and_backward(checkpointing: bool) -> None:
-    """Without recomputation only: PEFT's own LoRA, too, recomputes with the adapter that is active then."""
+    """The low-rank half is left out: PEFT's own LoRA recomputes with the adapter that is active then."""
+    if checkpointing and Version(transformers.__version__) < Version("5.23"):
+        pytest.skip("before 5.23, transformers recomputes a block's hooks, too: as LoRA, with the adapter of then")
     model = make_model("qwen3", make_config(r=0)).train()
     model.add_adapter("other", make_config(r=0, talan_mixer="linear"))
     model.to(torch.float64)

@@ -20,6 +20,7 @@ ORDER = (
     "checkpoint",
     "rollback",
     "names",
+    "hub",
     "segments",
     "memory",
     "state",

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import importlib
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from typer import Argument, Option
 
+from . import loading
 from .console import JSON_HELP, Misuse, need, print_json, stdout_kept_clean
 from .inspect_adapter import read_config
 
@@ -25,23 +25,38 @@ def register(app: typer.Typer) -> None:
 def analyze(
     adapter: Annotated[str, Argument(help="The adapter's folder or hub id")],
     data: Annotated[Path, Argument(help="JSONL file of messages, prompt/completion or text")],
-    output: Annotated[Path, Argument(help="The folder for tables and plots")],
+    output: Annotated[Path, Argument(help="The folder for tables and pictures")],
+    model: loading.BaseModel = None,
+    examples: Annotated[int, Option(min=1, help="How many lines are measured")] = 16,
+    max_tokens: Annotated[int, Option(min=1, help="Where longer examples are cut")] = 512,
+    batch_size: Annotated[int, Option(min=1, help="Examples a forward pass")] = 4,
+    device: loading.Device = None,
     as_json: Annotated[bool, Option("--json", help=JSON_HELP)] = False,
 ) -> None:
-    """Measure what both halves of an adapter do to the residual stream, and plot it."""
+    """Measure what both halves of an adapter do to the residual stream: tables (CSV) and pictures (PNG)."""
     read_config(adapter)
     if not data.is_file():
         raise Misuse(f"{data}: there is no such file")
     need("analysis", "matplotlib")
+    import matplotlib
+
+    matplotlib.use("agg")
+    from peft_talan.analyze import analyze as measure
+
     with stdout_kept_clean():
-        try:
-            module = importlib.import_module("peft_talan.analyze")
-        except ModuleNotFoundError as error:
-            if error.name != "peft_talan.analyze":
-                raise
-            raise Misuse("this version has no analysis on data yet; see the page on analysis in the docs") from None
-        result = module.analyze(adapter, data, output)
+        files = measure(
+            adapter,
+            data,
+            output,
+            base_model=model,
+            examples=examples,
+            max_tokens=max_tokens,
+            batch_size=batch_size,
+            device=loading.choose_device(device),
+            report=print,
+        )
+    written = {"tables": list(map(str, files.tables)), "pictures": list(map(str, files.pictures))}
     if as_json:
-        print_json({"output": str(output), "result": result if isinstance(result, (dict, list)) else None})
+        print_json(written)
     else:
-        print(output)
+        print(*written["tables"], *written["pictures"], sep="\n")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Any
 
 import typer
@@ -53,16 +54,16 @@ Trainable = Annotated[
 ]
 
 
-def read_axes(**values: Any) -> dict[str, Any]:
+def read_axes(options: Mapping[str, Any]) -> dict[str, Any]:
     """Gather the axes that were given.
 
     Args:
-        **values: The options, by field of `TalanConfig`; None where an option was not given.
+        options: All options of a command by name, None where one was not given.
 
     Returns:
         Fields of `TalanConfig`.
     """
-    given = {name: value for name, value in values.items() if value is not None}
+    given = {name: value for name, value in options.items() if name.startswith("talan_") and value is not None}
     if "talan_layers" in given:
         given["talan_layers"] = parse_layers(given["talan_layers"])
     return given

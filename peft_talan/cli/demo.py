@@ -21,6 +21,7 @@ def register(app: typer.Typer) -> None:
 
 
 def demo(
+    context: typer.Context,
     model: Annotated[
         str | None, Option(help="Hub id or folder of a causal LM [default: SmolLM2-135M-Instruct]")
     ] = None,
@@ -52,19 +53,7 @@ def demo(
     try:
         options = demo_options(
             data,
-            axes.read_axes(
-                talan_layers=talan_layers,
-                talan_position=talan_position,
-                talan_slots=talan_slots,
-                talan_dim=talan_dim,
-                talan_mixer=talan_mixer,
-                talan_writeback=talan_writeback,
-                talan_cap=talan_cap,
-                talan_alpha=talan_alpha,
-                talan_dropout=talan_dropout,
-                talan_grad_scale=talan_grad_scale,
-                talan_trainable=talan_trainable,
-            ),
+            axes.read_axes(context.params),
             model=model,
             task=task,
             steps=steps,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from typing import Annotated
 
@@ -34,7 +35,7 @@ def generate(
     chat: Annotated[bool | None, Option("--chat/--plain", help="Use the chat template [default: if any]")] = None,
     max_new_tokens: Annotated[int, Option(min=1, help="Longest answer")] = 128,
     temperature: Annotated[float, Option(min=0.0, help="0: greedy")] = 0.0,
-    alpha: Annotated[float | None, Option(help="Strength of the side path: 0 is the low-rank half alone")] = None,
+    strength: Annotated[float, Option(help="Of the side path: 1 as trained, 0 the low-rank half alone")] = 1.0,
     seed: Annotated[int, Option(help="Of sampling")] = 0,
     dtype: loading.Dtype = "auto",
     device: loading.Device = None,
@@ -44,15 +45,17 @@ def generate(
     asked = prompts or ([] if sys.stdin.isatty() else [line.rstrip("\n") for line in sys.stdin if line.strip()])
     if not asked:
         raise Misuse("no prompt; give one in quotes, or lines on stdin")
-    if alpha is not None and not 0.0 <= alpha < float("inf"):
-        raise Misuse(f"--alpha {alpha}: give a number of at least 0 such as 1.0")
+    if not math.isfinite(strength):
+        raise Misuse(f"--strength {strength}: give a finite number such as 0.5")
     with stdout_kept_clean():
+        from peft_talan import set_talan_strength
+
         adapted, base = loading.load_adapter(adapter, model, dtype, device)
         tokenizer = loading.load_tokenizer(adapter, base)
         if chat and not tokenizer.chat_template:
             raise Misuse(f"--chat: the tokenizer of {base} has no chat template; use --plain")
-        if alpha is not None:
-            _set_alpha(adapted, alpha)
+        if strength != 1.0:
+            set_talan_strength(adapted, strength)
         from transformers import GenerationConfig, pipeline, set_seed
 
         set_seed(seed)
@@ -67,10 +70,3 @@ def generate(
             found = answer(messages if as_chat else prompt, return_full_text=False, generation_config=settings)
         completion = found[0]["generated_text"]
         print(json.dumps({"prompt": prompt, "completion": completion}, ensure_ascii=False) if as_json else completion)
-
-
-def _set_alpha(model: object, alpha: float) -> None:
-    from peft_talan.attachment import attached_side_paths
-
-    for _, layer in attached_side_paths(model):  # type: ignore[arg-type]
-        layer.talan_alpha.update(dict.fromkeys(layer.talan_alpha, alpha))

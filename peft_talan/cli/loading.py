@@ -39,12 +39,24 @@ def load_base(adapter: str, model: str | None, dtype: str, device: str | None) -
     name = model or config.get("base_model_name_or_path")
     if not name:
         raise Misuse(f"{adapter}: the adapter does not say which base model it was trained on; give --model")
-    import torch
     from transformers import AutoModelForCausalLM
 
     base: Any = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
-    chosen = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    return base.to(chosen), name
+    return base.to(choose_device(device)), name
+
+
+def choose_device(device: str | None) -> str:
+    """Choose where a model runs.
+
+    Args:
+        device: What was asked for; None: a GPU where there is one.
+
+    Returns:
+        The device.
+    """
+    import torch
+
+    return device or ("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def is_embedded(adapter: str) -> bool:

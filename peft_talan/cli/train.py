@@ -27,6 +27,7 @@ def register(app: typer.Typer) -> None:
 
 
 def train(
+    context: typer.Context,
     model: Annotated[str, Option(help="Base model, hub id or folder")],
     data: Annotated[str, Option(help="JSONL file of messages, prompt/completion or text; or a dataset's hub id")],
     output: Annotated[Path, Option(help="The folder for the adapter")],
@@ -66,19 +67,7 @@ def train(
     if not learning_rate > 0:
         raise Misuse(f"--learning-rate {learning_rate}: give a positive number such as 2e-4")
     check_output(output, overwrite)
-    chosen = axes.read_axes(
-        talan_layers=talan_layers,
-        talan_position=talan_position,
-        talan_slots=talan_slots,
-        talan_dim=talan_dim,
-        talan_mixer=talan_mixer,
-        talan_writeback=talan_writeback,
-        talan_cap=talan_cap,
-        talan_alpha=talan_alpha,
-        talan_dropout=talan_dropout,
-        talan_grad_scale=talan_grad_scale,
-        talan_trainable=talan_trainable,
-    )
+    chosen = axes.read_axes(context.params)
     need("train", "datasets", "trl")
     import torch
     from datasets import load_dataset

@@ -1,0 +1,65 @@
+"""The wheel: all of the package is in it, and it works away from its sources."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from email.parser import HeaderParser
+from pathlib import Path
+from zipfile import ZipFile
+
+import pytest
+
+from peft_talan import __version__
+
+ROOT = Path(__file__).parents[1]
+MOVED = {"autoload": "peft_talan_autoload", "cli": "peft_talan_cli"}
+"""Folders that are installed under a name of their own."""
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    # From a copy: setuptools would gather what earlier builds left beside the sources.
+    folder = tmp_path_factory.mktemp("wheel")
+    for name in ("pyproject.toml", "setup.cfg", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, folder / name)
+    shutil.copytree(ROOT / "peft_talan", folder / "peft_talan", ignore=shutil.ignore_patterns("__pycache__"))
+    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", "made", "."]
+    subprocess.run(command, cwd=folder, check=True, capture_output=True)
+    (made,) = (folder / "made").iterdir()
+    return made
+
+
+def test_every_file_of_the_package_is_in_the_wheel(wheel: Path) -> None:
+    expected = set()
+    for file in (ROOT / "peft_talan").rglob("*"):
+        first, *rest = file.relative_to(ROOT / "peft_talan").parts
+        if file.suffix == ".py" or file.name == "py.typed":
+            expected.add("/".join([MOVED[first], *rest] if first in MOVED else ["peft_talan", first, *rest]))
+    with ZipFile(wheel) as opened:
+        names = {name for name in opened.namelist() if ".dist-info/" not in name}
+        (metadata,) = (name for name in opened.namelist() if name.endswith(".dist-info/METADATA"))
+        headers = HeaderParser().parsestr(opened.read(metadata).decode())
+    assert names == expected
+    assert headers["Version"] == __version__
+    assert headers["License-Expression"] == "Apache-2.0"
+
+
+def test_the_installed_wheel_works(wheel: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", "site", str(wheel)]
+    subprocess.run(command, cwd=tmp_path, check=True, capture_output=True)
+    lines = (
+        "import sys, peft_talan_cli; print(peft_talan_cli.__file__); code = peft_talan_cli.main(['doctor', '--json']);"
+        "print(sys.modules['peft_talan'].__file__); sys.exit(code)"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path / "site")}
+    ran = subprocess.run(
+        [sys.executable, "-c", lines], cwd=tmp_path, env=environment, check=True, capture_output=True, text=True
+    )
+    program, *report, package = ran.stdout.splitlines()
+    assert Path(program).is_relative_to(tmp_path)
+    assert Path(package).is_relative_to(tmp_path)
+    assert json.loads("\n".join(report))["passed"]
