@@ -34,10 +34,22 @@ class AdapterParameters(nn.ParameterDict):
 
         Returns:
             The tensor.
+
+        Raises:
+            ValueError: It was offloaded to disk, but not written.
         """
         tensor: torch.Tensor = self[adapter_name]
-        # accelerate fetches a module's offloaded weights around the module's call, and only then.
-        return self(adapter_name) if tensor.is_meta else tensor
+        if not tensor.is_meta:
+            return tensor
+        try:
+            # accelerate fetches a module's offloaded weights around the module's call, and only then.
+            return self(adapter_name)
+        except KeyError as error:
+            raise ValueError(
+                f"device_map: a block with a side path of adapter {adapter_name!r} is on disk, where PEFT writes the "
+                "low-rank half only; load the adapter before the model goes to disk (accelerate's dispatch_model or "
+                "disk_offload), or keep the blocks of talan_layers off the disk"
+            ) from error
 
     def forward(self, adapter_name: str) -> torch.Tensor:
         """The same, without a look at where the tensor is."""
