@@ -140,6 +140,9 @@ class TalanLayer(nn.Module, BaseTunerLayer):
 
         Returns:
             The tensors.
+
+        Raises:
+            ValueError: Their values are on a disk where PEFT does not put them.
         """
         options = self.talan_options[adapter_name]
         names = MIXER_PARAMETERS[options.mixer]
@@ -155,7 +158,17 @@ class TalanLayer(nn.Module, BaseTunerLayer):
         container: Any = self._modules[f"lora_talan_{name}"]
         holder = container._modules[adapter_name]
         tensor: torch.Tensor = holder.weight
-        return holder() if tensor.is_meta else tensor
+        if not tensor.is_meta:
+            return tensor
+        try:
+            fetched: torch.Tensor = holder()
+        except KeyError as error:
+            raise ValueError(
+                f"device_map: block {self.block_index} is on the disk, where PEFT does not write the side path of "
+                f"adapter {adapter_name!r}; load the adapter before the model goes to disk (accelerate's dispatch_model "
+                "or disk_offload), or map this block to a device or to 'cpu'"
+            ) from error
+        return fetched
 
     def alpha_at_run_time(self, adapter_name: str) -> float:
         """The strength that an adapter's perturbation has now: the trained alpha times that set at run time.

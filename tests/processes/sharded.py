@@ -180,7 +180,8 @@ def tensor_parallel(folder: Path, checkpointing: str | None = None, **options: o
 def tensor_parallel_fresh(folder: Path) -> None:
     """Each process draws other random numbers, and still both must hold the same adapter."""
     torch.manual_seed(dist.get_rank())
-    model = get_peft_model(load_shared_out(folder / "base"), make_config())
+    # PEFT gives the low-rank half to all where it draws it as a user would.
+    model = get_peft_model(load_shared_out(folder / "base"), make_config(init_lora_weights=True))
     for name, tensor in get_peft_model_state_dict(model).items():
         copies = [torch.empty_like(tensor) for _ in range(dist.get_world_size())]
         dist.all_gather(copies, tensor.contiguous())
