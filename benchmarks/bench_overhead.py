@@ -45,6 +45,8 @@ PROBE_TOKENS = 64
 """Length of the prefill from which the time of longer ones is foretold."""
 PROFILED_SECONDS = 8.0
 """Memory and operations are counted where a call takes at most as long: they need several calls of each condition."""
+LONG_SECONDS = 5.0
+"""Calls of at least this length need no warm-up, and two turns are enough for a median with an interval."""
 
 
 class LeftOut(Exception):
@@ -107,10 +109,11 @@ def measure_prefill(models: dict[str, nn.Module], group: str, tokens: int, optio
     foretold = {name: value + plain * (growth - 1) for name, value in short.items()}
     element = next(first.parameters()).element_size()
     needed = tokens * key_bytes(first.config, element) * 2
-    names = choose(group, models, 4, foretold, needed, options)
+    warm_up, fewest = (0, 2) if max(foretold.values()) > LONG_SECONDS else (1, 3)
+    names = choose(group, models, warm_up + fewest, foretold, needed, options)
     models = {name: models[name] for name in names}
     calls = compiled_prefill_calls(models, tokens) if options.compile else prefill_calls(models, tokens)
-    result = timed(calls, options, options.rounds, 1, 3)
+    result = timed(calls, options, options.rounds, warm_up, fewest)
     if not options.compile and max(foretold.values()) < PROFILED_SECONDS:
         result["memory"] = {name: memory_of(call)._asdict() for name, call in calls.items()}
     return result
@@ -234,6 +237,7 @@ def main() -> None:
     parser.add_argument("--memory", type=float, default=11, help="GiB that weights and caches may take")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--compile", action="store_true", help="torch.compile every condition; decode: static cache")
+    parser.add_argument("--blocks", type=int, help="cut the models to their first blocks: compiling takes long")
     parser.add_argument("--again", action="store_true", help="measure also what is stored for this code")
     parser.add_argument("--output", type=Path, default=RESULTS)
     parser.add_argument("--report", action="store_true", help="print the tables; write them and the plots to docs/")
@@ -253,9 +257,11 @@ def main() -> None:
             base = None
             for cell in cells(options):
                 key = {"model": model, "dtype": dtype, "threads": options.threads, "compile": options.compile, **cell}
+                if options.blocks is not None:
+                    key["blocks"] = options.blocks
                 if (key, code) in stored and not options.again:
                     continue
-                base = base or load_base(model, getattr(torch, dtype))
+                base = base or load_base(model, getattr(torch, dtype), options.blocks)
                 try:
                     result = run_cell(base, cell, options)
                 except LeftOut as reason:

@@ -89,19 +89,25 @@ SMALLER_GROUPS = {
 """What is measured where time or memory is too short for the group, best first."""
 
 
-def load_base(name: str, dtype: torch.dtype) -> nn.Module:
+def load_base(name: str, dtype: torch.dtype, blocks: int | None = None) -> nn.Module:
     """The real model, or random weights in a shape.
 
     Args:
         name: One of `MODELS`.
         dtype: Of its weights.
+        blocks: Keep so many of the first blocks; None: all.
 
     Returns:
         The model, for evaluation.
     """
     if name == "smollm2":
-        return AutoModelForCausalLM.from_pretrained(default_model_folder(), dtype=dtype).eval()
-    return random_model(SHAPES[name], dtype)
+        model = AutoModelForCausalLM.from_pretrained(default_model_folder(), dtype=dtype).eval()
+    else:
+        model = random_model(SHAPES[name], dtype)
+    if blocks is not None:
+        model.model.layers = model.model.layers[:blocks]
+        model.config.num_hidden_layers = blocks
+    return model
 
 
 def random_model(config: PreTrainedConfig, dtype: torch.dtype) -> nn.Module:

@@ -145,6 +145,8 @@ def in_turns(
     gc.freeze()  # Else a full collection walks all models, in whoever's call it falls.
     begin = time.perf_counter()
     for turn in range(-warm_up, rounds):
+        if turn == 0:
+            begin = time.perf_counter()  # Warming up may have compiled.
         if turn >= fewest and time.perf_counter() - begin > seconds:
             break
         shift = (turn // 2) % len(names)
@@ -204,7 +206,8 @@ def peak_extra_bytes(call: Callable[[], object]) -> int:
 
 def read_lines(file: Path) -> list[dict[str, Any]]:
     """The stored results, oldest first."""
-    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.exists() else []
+    lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
+    return [json.loads(line) for line in lines]
 
 
 def append_line(file: Path, result: dict[str, Any]) -> None:

@@ -1,7 +1,7 @@
-"""Operations and bytes of a side path beside its model's, from formulas; operations a token, from tiny models as deep.
+"""Operations and bytes of a side path beside its model's, from formulas; operations a token, from tiny models.
 
 What a decoded token dispatches depends on the number and kind of the blocks, not on their width: it is counted on
-models of the true depth with a width of 64, and the times that follow for a GPU are on paper.
+narrow models of two and four blocks, since each further block adds the same. The times for a GPU are on paper.
 
     python benchmarks/roofline.py
 """
@@ -56,8 +56,8 @@ def side_path_operations(hidden_size: int, decoding: bool) -> int:
 
 
 def side_path_bytes(hidden_size: int) -> int:
-    """Bytes that a decoded token moves: float32 weights once, the memory in and out, the hidden state in and out."""
-    return 4 * side_path_parameters(hidden_size) + 2 * 4 * SLOTS * (WIDTH + 1) + 2 * 2 * hidden_size
+    """Bytes that a decoded token moves: float32 weights once, the float64 memory and the hidden state in and out."""
+    return 4 * side_path_parameters(hidden_size) + 2 * 8 * SLOTS * (WIDTH + 1) + 2 * 2 * hidden_size
 
 
 def on_meta(config: PreTrainedConfig) -> Any:
@@ -83,20 +83,41 @@ def trainable(config: PreTrainedConfig) -> dict[str, dict[str, float]]:
     return shares
 
 
-def operations(config: PreTrainedConfig) -> dict[str, dict[str, int]]:
-    """What one decoded token dispatches, counted on a narrow model of the same depth."""
+def operations_of_shallow(config: PreTrainedConfig, blocks: int) -> dict[str, dict[str, int]]:
+    """What one decoded token dispatches, counted on a narrow model of so many blocks."""
     narrow = copy.deepcopy(config)
-    sizes = {"hidden_size": 64, "intermediate_size": 64, "vocab_size": 128, "head_dim": 16}
+    sizes = {
+        "hidden_size": 64,
+        "intermediate_size": 64,
+        "vocab_size": 128,
+        "head_dim": 16,
+        "num_hidden_layers": blocks,
+    }
     for name, value in {**sizes, "num_attention_heads": 4, "num_key_value_heads": 2}.items():
         setattr(narrow, name, value)
     narrow.eos_token_id = narrow.bos_token_id = narrow.pad_token_id = None
+    if getattr(narrow, "layer_types", None):
+        narrow.layer_types = narrow.layer_types[:blocks]
     base = random_model(narrow, torch.float32)
+    models = make_conditions(base, ["base", "lora", "talan", "kept"])
+    for name, config_class in (("lora, q and v", LoraConfig), ("talan, q and v", TalanConfig)):
+        shared = make_conditions(base, ["base"])["base"]
+        models[name] = get_peft_model(shared, config_class(task_type="CAUSAL_LM")).eval()
     counts = {}
-    for name in ("base", "lora", "talan", "kept"):
-        call = decode_calls(make_conditions(base, [name]), 16, 1)[name]
+    for name, call in decode_calls(models, 16, 1).items():
         call()
         counts[name] = operations_of(call)
     return counts
+
+
+def operations(config: PreTrainedConfig) -> dict[str, dict[str, int]]:
+    """What one decoded token dispatches: every block beyond the second adds what the third and the fourth add."""
+    two, four = operations_of_shallow(config, 2), operations_of_shallow(config, 4)
+    further = config.num_hidden_layers - 2
+    return {
+        name: {kind: count + (four[name][kind] - count) // 2 * further for kind, count in counts.items()}
+        for name, counts in two.items()
+    }
 
 
 def describe(config: PreTrainedConfig) -> dict[str, Any]:

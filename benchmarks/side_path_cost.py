@@ -54,6 +54,19 @@ def sweep(what: str, tokens: int, rounds: int) -> list[dict[str, Any]]:
     return [{what: int(name), "milliseconds": statistics.median(values)} for name, values in times.items()]
 
 
+def grid(rounds: int) -> list[dict[str, Any]]:
+    """Median milliseconds at the widths and lengths of bench_overhead.py's prefills."""
+    shapes = [(size, tokens) for size in (576, 1024, 2048) for tokens in (512, 2048, 8192)]
+    calls = {
+        f"{size} {tokens}": side_path_call(tokens, size, DEFAULT["slots"], DEFAULT["width"]) for size, tokens in shapes
+    }
+    times = in_turns(calls, rounds, 2, 20)
+    return [
+        {"hidden_size": size, "tokens": tokens, "milliseconds": statistics.median(times[f"{size} {tokens}"])}
+        for size, tokens in shapes
+    ]
+
+
 def main() -> None:
     """Measure, print and store."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -64,6 +77,7 @@ def main() -> None:
     result: dict[str, Any] = {"machine": machine(), "code": code_version(), "default": DEFAULT, "prefill": PREFILL}
     result["passes"] = {what: sweep(what, PREFILL, 20) for what in SWEEPS}
     result["one_token"] = {what: sweep(what, 1, 400) for what in SWEEPS if what != "tokens"}
+    result["grid"] = grid(12)
     print(json.dumps(result, indent=2))
     RESULTS.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
 

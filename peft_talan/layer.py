@@ -6,7 +6,7 @@ import warnings
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge, onload_layer
+from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 from transformers.cache_utils import Cache
@@ -34,6 +34,10 @@ class AdapterTensor(nn.Module):
     def __init__(self, tensor: torch.Tensor) -> None:
         super().__init__()
         self.weight = nn.Parameter(tensor)
+
+    def forward(self) -> torch.Tensor:
+        """Give the tensor: accelerate fetches offloaded weights around the call of the module that holds them."""
+        return self.weight
 
 
 class TalanLayer(nn.Module, BaseTunerLayer):
@@ -136,24 +140,7 @@ class TalanLayer(nn.Module, BaseTunerLayer):
 
         Returns:
             The tensors.
-
-        Raises:
-            ValueError: Their values are on a disk where PEFT does not put them.
         """
-        parameters = self._held_parameters(adapter_name)
-        if not parameters.read.is_meta:
-            return parameters
-        # accelerate has offloaded them, and brings values back for modules that are called only.
-        try:
-            with onload_layer(self):
-                return self._held_parameters(adapter_name)
-        except KeyError as error:
-            raise ValueError(
-                f"device_map: block {self.block_index} is on the disk, where PEFT does not write the side path of "
-                f"adapter {adapter_name!r}; map this block to a device or to 'cpu'"
-            ) from error
-
-    def _held_parameters(self, adapter_name: str) -> SidePathParameters:
         options = self.talan_options[adapter_name]
         names = MIXER_PARAMETERS[options.mixer]
         return SidePathParameters(
@@ -166,8 +153,9 @@ class TalanLayer(nn.Module, BaseTunerLayer):
     def _tensor(self, name: str, adapter_name: str) -> torch.Tensor:
         # Decoding asks for them at every token; `self.lora_talan_read[adapter_name]` takes several times as long.
         container: Any = self._modules[f"lora_talan_{name}"]
-        tensor: torch.Tensor = container._modules[adapter_name].weight
-        return tensor
+        holder = container._modules[adapter_name]
+        tensor: torch.Tensor = holder.weight
+        return holder() if tensor.is_meta else tensor
 
     def alpha_at_run_time(self, adapter_name: str) -> float:
         """The strength that an adapter's perturbation has now: the trained alpha times that set at run time.
@@ -310,7 +298,7 @@ class TalanLayer(nn.Module, BaseTunerLayer):
                 row = memory.row_in_place(working_dtype(hidden_states.dtype))
                 if row is not None:
                     token = one_row(hidden_states, parameters, options, row, alpha=alpha, valid=layout.valid)
-                    memory.took_in(token.weights, token.capped_values)
+                    memory.took_in(token.weights, token.values)
                     return token.hidden_states
         output = fused.side_path(
             hidden_states,

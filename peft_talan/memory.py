@@ -8,7 +8,7 @@ import torch
 
 from .functional.fused import memory_after
 from .functional.one_row import RowMemory
-from .functional.parameters import SOFT_CAP, SidePathOutput
+from .functional.parameters import SidePathOutput
 
 TOKENS_A_RECORD = 64
 """So many decoded tokens are gathered into one record: few objects, and little to add up again after a crop."""
@@ -81,7 +81,7 @@ class LatentMemory:
         self.rows: torch.Tensor | None = None
         # What tokens put in, in their order, and the rows by index wherever they changed.
         self._records: list[TokenRecord | torch.Tensor] = []
-        # The last tokens that came one by one, not in the records yet: e and z, or e [slots] and z / c [width].
+        # The last tokens that came one by one, not in the records yet: e and z; [slots] and [width] from a single row.
         self._singles: list[tuple[torch.Tensor, torch.Tensor]] = []
         self._row: RowMemory | None = None
 
@@ -122,22 +122,25 @@ class LatentMemory:
         state = self.state
         if state is None or state.shape[0] != 1 or torch.is_grad_enabled() or state.requires_grad:
             return None
-        if self._row is None or self._row.state is not state or self._row.dtype is not dtype:
+        row = self._row
+        if row is not None and row.mean.is_inference() and not torch.is_inference_mode_enabled():
+            row = None
+        if row is None or row.state is not state or row.dtype is not dtype:
             if state.is_inference() and not torch.is_inference_mode_enabled():
                 self.state = state = state.clone()
-            self._row = RowMemory(state, dtype)
-        return self._row
+            self._row = row = RowMemory(state, dtype)
+        return row
 
-    def took_in(self, weights: torch.Tensor, capped_values: torch.Tensor) -> None:
+    def took_in(self, weights: torch.Tensor, values: torch.Tensor) -> None:
         """Record a token that was put in in place.
 
         Args:
             weights: e, [slots].
-            capped_values: z / c, [width].
+            values: z, [width].
         """
         if not self.static:
             self.length += 1
-            self._record_single(weights, capped_values)
+            self._record_single(weights, values)
 
     def _record_single(self, weights: torch.Tensor, values: torch.Tensor) -> None:
         if not self.recorded:
@@ -156,7 +159,7 @@ class LatentMemory:
             torch.stack(tensors).unsqueeze(0) if of_one_row else torch.cat(tensors, dim=1)
             for tensors in zip(*self._singles, strict=True)
         )
-        self._records.append(TokenRecord(weights, values * SOFT_CAP if of_one_row else values, None))
+        self._records.append(TokenRecord(weights, values, None))
         self._singles.clear()
 
     def _record(self, record: TokenRecord) -> None:

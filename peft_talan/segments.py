@@ -44,11 +44,14 @@ def _attended(mask: torch.Tensor) -> torch.Tensor:
 
 def _valid_token(mask: torch.Tensor, past: int | torch.Tensor) -> torch.Tensor:
     """Whether the one token of a call is real, [batch, 1]: two operations at most, since decoding asks every time."""
-    if mask.dim() == 4:
-        mask = mask[:, 0]
-    if isinstance(past, int):
-        return _attended(mask[..., min(past, mask.shape[-1] - 1)].view(-1, 1))
-    return _attended(mask.index_select(-1, past.to(mask.device).view(1)).view(-1, 1))
+    if mask.dim() == 4 and mask.shape[1] > 1:
+        mask = mask[:, :1]
+    if isinstance(past, torch.Tensor):
+        column = mask.index_select(-1, past.to(mask.device).view(1))
+    else:
+        # Not by an index, for which a compiled graph would be made anew at each.
+        column = mask.narrow(-1, min(past, mask.shape[-1] - 1), 1)
+    return _attended(column.view(-1, 1))
 
 
 def _segments_from_positions(position_ids: torch.Tensor | None) -> torch.Tensor | None:

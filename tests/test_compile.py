@@ -104,6 +104,7 @@ def make_cache(kind: str, model: PeftModel) -> Cache:
 
 def graphs_of_decoding(model: PeftModel, kind: str) -> list[int]:
     """Decode twice by a compiled forward; how many graphs there are after each token."""
+    torch._dynamo.reset()
     graphs, counts, inputs = Graphs(), [], padded()
     tokens, mask = inputs["input_ids"], inputs["attention_mask"]
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
@@ -111,7 +112,7 @@ def graphs_of_decoding(model: PeftModel, kind: str) -> list[int]:
     compiled = torch.compile(model, fullgraph=True, backend=graphs)
     for _ in range(2):
         cache, logits = make_cache(kind, model), []
-        for start, end in [(0, 15), *((index, index + 1) for index in range(15, 21))]:
+        for start, end in [(0, 17), *((index, index + 1) for index in range(17, 21))]:
             call = {"attention_mask": mask[:, :end], "position_ids": positions[:, start:end]}
             logits.append(compiled(tokens[:, start:end], **call, past_key_values=cache, use_cache=True).logits)
             counts.append(graphs.count)
@@ -121,7 +122,7 @@ def graphs_of_decoding(model: PeftModel, kind: str) -> list[int]:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("kind", ["static", "static, made before", "dynamic", "without config"])
+@pytest.mark.parametrize("kind", ["static, made before", "without config"])
 def test_decoding_compiles_as_often_as_lora_does(kind: str) -> None:
     assert graphs_of_decoding(make_shallow_model(), kind) == graphs_of_decoding(make_shallow_model("lora"), kind)
 

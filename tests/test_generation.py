@@ -71,6 +71,63 @@ def test_other_caches_equal_the_uncached_pass(architecture: str, mode: str) -> N
     torch.testing.assert_close(logits, expected_logits, **rounding())
 
 
+def test_beams_with_a_static_cache() -> None:
+    model = make_model("qwen3")
+    inputs = left_padded(make_tokens(), padding=7)
+    options = {"do_sample": False, "num_beams": 3}
+    tokens, logits = generate(model, inputs, cache_implementation="static", **options)
+    expected_tokens, expected_logits = generate(model, inputs, use_cache=False, **options)
+    assert torch.equal(tokens, expected_tokens)
+    torch.testing.assert_close(logits, expected_logits, **rounding())
+
+
+@torch.no_grad()
+def test_memories_are_one_more_layer_that_has_no_keys() -> None:
+    """So the cache's own questions about its layers are answered as without us."""
+    model = make_model("qwen3")
+    for make in (DynamicCache, StaticCache):
+        config = model.get_base_model().config
+        caches = [make(config=config, **({"max_cache_len": 40} if make is StaticCache else {})) for _ in range(2)]
+        model(make_tokens(), past_key_values=caches[0], use_cache=True)
+        make_base("qwen3")(make_tokens(), past_key_values=caches[1], use_cache=True)
+        ours, plain = caches
+        for name in ("is_compileable", "is_initialized", "is_croppable"):
+            assert getattr(ours, name) == getattr(plain, name)
+        assert ours.get_seq_length() == plain.get_seq_length()
+        assert ours.get_max_length() == plain.get_max_length()
+        assert [type(layer) for layer in ours.layers[:-1]] == [type(layer) for layer in plain.layers]
+        assert ours.is_dummy == [False] * len(plain.layers) + [True]
+
+
+@torch.no_grad()
+def test_a_cache_may_leave_inference_mode() -> None:
+    model = make_model("qwen3")
+    tokens = make_tokens(batch=1, tokens=12)
+    expected = model(tokens, use_cache=False).logits
+    cache = DynamicCache(config=model.get_base_model().config)
+    with torch.inference_mode():
+        for part in tokens[:, :9].split([7, 1, 1], dim=1):
+            model(part, past_key_values=cache, use_cache=True)
+    for index in (9, 10, 11):
+        logits = model(tokens[:, index : index + 1], past_key_values=cache, use_cache=True).logits
+        torch.testing.assert_close(logits[:, 0], expected[:, index], **rounding())
+
+
+def test_gradients_flow_through_a_cache() -> None:
+    model = make_model("qwen3")
+    tokens, found = make_tokens(batch=1, tokens=12), []
+    for pieces in ([12], [9, 1, 1, 1]):
+        cache = DynamicCache(config=model.get_base_model().config)
+        logits = [model(p, past_key_values=cache, use_cache=True).logits for p in tokens.split(pieces, dim=1)]
+        torch.cat(logits, dim=1).square().sum().backward()
+        found.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+        model.zero_grad()
+    assert any(".talan." in name for name in found[0])
+    for name, expected in found[0].items():
+        scale = float(expected.abs().max())
+        torch.testing.assert_close(found[1][name], expected, rtol=rounding()["rtol"], atol=rounding()["atol"] * scale)
+
+
 @pytest.mark.parametrize("position", ["input", "output"])
 @pytest.mark.parametrize("mixer", ["attention", "linear", "mlp"])
 @pytest.mark.parametrize("writeback", ["add", "gated", "capped", "orthogonal"])

@@ -90,7 +90,8 @@ def check_equal(adapter: Path, expected: Path) -> None:
 
 
 def losses(run: Path) -> torch.Tensor:
-    return torch.tensor([entry["loss"] for entry in json.loads((run / "log.json").read_text())], dtype=torch.float64)
+    """The logged losses, which models compute in float32 whatever their dtype."""
+    return torch.tensor([entry["loss"] for entry in json.loads((run / "log.json").read_text())])
 
 
 @pytest.mark.parametrize("how", LAUNCHES)
@@ -102,5 +103,5 @@ def test_trainer_by_accelerate(how: str, of_one_process: Path, tmp_path: Path) -
     assert code == 0, output[-6000:]
     for run in ("whole", "resumed"):
         check_equal(tmp_path / run / "adapter", of_one_process / run / "adapter")
-        torch.testing.assert_close(losses(tmp_path / run), losses(of_one_process / run), **rounding())
+        torch.testing.assert_close(losses(tmp_path / run), losses(of_one_process / run), **rounding(torch.float32))
     check_equal(tmp_path / "resumed" / "adapter", tmp_path / "whole" / "adapter")

@@ -141,13 +141,20 @@ def train(model: Any, tokenizer: Any, examples: Sequence[Example], settings: Set
     return losses
 
 
+@cache
+def _lm_eval_tasks(folder: Path | None) -> Any:
+    """All tasks that lm-eval knows; it takes seconds to look through them."""
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager(include_path=None if folder is None else str(folder))
+
+
 def lm_eval_scores(model: Any, tokenizer: Any, tasks: Sequence[str], folder: Path | None) -> dict[str, Any]:
     """Results of lm-eval tasks by name, where their data is at hand; those of a folder of YAML files, too."""
     import lm_eval
     from lm_eval.models.huggingface import HFLM
-    from lm_eval.tasks import TaskManager
 
-    manager = TaskManager(include_path=None if folder is None else str(folder))
+    manager = _lm_eval_tasks(folder)
     wrapped = HFLM(pretrained=model, tokenizer=tokenizer)
     found = lm_eval.simple_evaluate(wrapped, tasks=list(tasks), task_manager=manager, bootstrap_iters=0)["results"]
     numbers = (int, float)

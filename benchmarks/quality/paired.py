@@ -10,6 +10,8 @@ import numpy as np
 
 RESAMPLES = 10_000
 CONFIDENCE = 0.95
+FEWEST_SEEDS = 3
+"""A resampling of fewer is no interval: it ends at the lowest and the highest seed."""
 
 
 @dataclass(frozen=True)
@@ -18,7 +20,7 @@ class Summary:
 
     Args:
         mean: Over all pairs.
-        low: The lower end of the 95% interval; NaN where a cell has one seed, which tells nothing of the spread.
+        low: The lower end of the 95% interval; NaN where a cell has fewer seeds than `FEWEST_SEEDS`.
         high: The upper end.
         positive: Pairs above zero.
         negative: Pairs below zero.
@@ -58,7 +60,7 @@ def summarise(cells: Sequence[Sequence[float]]) -> Summary:
         raise ValueError("cells: there is no pair")
     draw = np.random.default_rng(0)
     means = np.mean([cell[draw.integers(0, len(cell), (RESAMPLES, len(cell)))].mean(axis=1) for cell in kept], axis=0)
-    spread = all(len(cell) > 1 for cell in kept)
+    spread = all(len(cell) >= FEWEST_SEEDS for cell in kept)
     low, high = np.quantile(means, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2]) if spread else (math.nan, math.nan)
     everything = np.concatenate(kept)
     positive, negative = int((everything > 0).sum()), int((everything < 0).sum())

@@ -155,6 +155,12 @@ def verdict(rows: list[Row]) -> str:
     return "\n".join(lines)
 
 
+def _variants(rows: list[Row]) -> list[str]:
+    """Those of the ablation in its order, then any that `--axes` made."""
+    found = {row["settings"]["variant"] for row in rows}
+    return [name for name in VARIANTS if name in found] + sorted(found - set(VARIANTS))
+
+
 def ablation_table(rows: list[Row]) -> str:
     """Each change of one axis against LoRA alone, and against the defaults."""
     lines = [
@@ -163,7 +169,7 @@ def ablation_table(rows: list[Row]) -> str:
         "|---|---|---|---|---|---|---|---|",
     ]
     lora, default = _arm(rows, "lora"), _arm(rows, "lora+talan")
-    names = [name for name in VARIANTS if _arm(rows, "lora+talan", name)]
+    names = _variants(rows)
     places = {_place(row) for row in rows if row["settings"]["variant"] not in ("default",)}
     arms = [(MATCHED, "default", "no side path, rank raised")] + [("lora+talan", name, name) for name in names]
     for adapter, variant, name in arms:
@@ -189,7 +195,7 @@ def against_the_defaults(rows: list[Row]) -> str:
     """The variants whose interval against the defaults leaves zero out, in words."""
     default = _arm(rows, "lora+talan")
     told: dict[str, list[str]] = {"better": [], "worse": []}
-    for name in VARIANTS:
+    for name in _variants(rows):
         pairs = pair_up(_arm(rows, "lora+talan", name), default) if name != "default" else []
         if pairs:
             summary = summarise(list(cells_of(pairs, MEASURES["loss, % lower"]).values()))

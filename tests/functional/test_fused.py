@@ -191,10 +191,12 @@ def test_gradcheck_of_the_whole_side_path(mixer: Any, writeback: Any) -> None:
 
 
 @pytest.mark.parametrize("given", ["plain", "all"])
-@pytest.mark.parametrize("mixer", MIXERS)
-def test_compiled_without_a_graph_break(mixer: Any, given: str) -> None:
+@pytest.mark.parametrize(
+    ("mixer", "scope"), [*((mixer, "causal") for mixer in MIXERS), ("attention", "bidirectional")]
+)
+def test_compiled_without_a_graph_break(mixer: Any, scope: Any, given: str) -> None:
     torch._dynamo.reset()
-    parameters, options = side_path_tensors(mixer, "capped"), SidePathOptions(mixer, "capped", cap=0.3)
+    parameters, options = side_path_tensors(mixer, "capped"), SidePathOptions(mixer, "capped", scope, cap=0.3)
     hidden, rest = torch.randn(BATCH, 70, HIDDEN_SIZE, dtype=torch.float64), layout(given, BATCH, 70)
     leaves = [hidden, parameters.read, parameters.write, *parameters.mixer]
     for leaf in leaves:

@@ -57,7 +57,9 @@ def train(model: nn.Module, tokens: torch.Tensor, **how: object) -> list[float]:
     losses = []
     for _ in range(STEPS):
         optimizer.zero_grad()
-        loss = model(tokens, labels=tokens, **how).loss
+        # The models' own loss is computed in float32.
+        logits = model(tokens, **how).logits[:, :-1]
+        loss = nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
