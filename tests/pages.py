@@ -42,7 +42,8 @@ def main() -> None:
         write_conversations(Path("data.jsonl"))
         print(f"## {page}", flush=True)
         results[str(page)] = run_page(page)
-    report.write_text(json.dumps(results))
+        # After every page: a run that is cut off still tells.
+        report.write_text(json.dumps(results))
 
 
 if __name__ == "__main__":
