@@ -120,15 +120,13 @@ def _growth(stored: dict[str, Any], table: Callable[..., str]) -> str:
 
 
 def plot_side_path(folder: Path, file: Path) -> None:
-    """Draw time, bytes and drift of one side path alone, where all of it is stored.
+    """Draw time, bytes and drift of one side path alone; what is not stored stays empty.
 
     Args:
         folder: Of the results.
         file: The SVG to write.
     """
     cost, long_context = _read(folder / "side_path_cost.json"), _read(folder / "long_context.json")
-    if not cost or not {"prefill", "drift"} <= long_context.keys():
-        return
     import matplotlib
 
     matplotlib.use("Agg")
@@ -136,15 +134,15 @@ def plot_side_path(folder: Path, file: Path) -> None:
 
     matplotlib.rcParams["svg.hashsalt"] = "peft_talan"
     figure, axes = pyplot.subplots(1, 3, figsize=(11, 3.2))
-    points = cost["passes"]["tokens"]
+    points = cost.get("passes", {}).get("tokens", [])
     axes[0].loglog([p["tokens"] for p in points], [p["milliseconds"] for p in points], "o-")
     axes[0].set(xlabel="tokens of a pass", ylabel="ms", title="time of one side path")
-    rows = long_context["prefill"]["rows"]
+    rows = long_context.get("prefill", {}).get("rows", [])
     axes[1].semilogx([r["tokens"] for r in rows], [r["peak_bytes_a_token_beyond_the_output"] for r in rows], "o-")
     axes[1].set(
         xlabel="tokens of a pass", ylabel="bytes a token", title="peak beyond input and output", ylim=(0, None)
     )
-    along = long_context["drift"]["along_the_way"]
+    along = long_context.get("drift", {}).get("along_the_way", [])
     for name, label in (("memory_error", "memory"), ("mean_error", "slot means"), ("written_error", "written back")):
         axes[2].loglog([r["tokens"] for r in along], [r[name] for r in along], "o-", markersize=3, label=label)
     axes[2].set(xlabel="decoded tokens", title="relative error after single steps")
