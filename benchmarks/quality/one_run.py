@@ -143,14 +143,14 @@ def train(model: Any, tokenizer: Any, examples: Sequence[Example], settings: Set
 
 @cache
 def _lm_eval_tasks(folder: Path | None) -> Any:
-    """All tasks that lm-eval knows; it takes seconds to look through them."""
+    """Those of the folder, or else all that lm-eval brings, which takes many seconds to look through."""
     from lm_eval.tasks import TaskManager
 
-    return TaskManager(include_path=None if folder is None else str(folder))
+    return TaskManager(include_path=None if folder is None else str(folder), include_defaults=folder is None)
 
 
 def lm_eval_scores(model: Any, tokenizer: Any, tasks: Sequence[str], folder: Path | None) -> dict[str, Any]:
-    """Results of lm-eval tasks by name, where their data is at hand; those of a folder of YAML files, too."""
+    """Results of lm-eval tasks by name, where their data is at hand; or of a folder of YAML files."""
     import lm_eval
     from lm_eval.models.huggingface import HFLM
 

@@ -125,7 +125,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--held-out", type=int, default=200, help="items of the task")
     parser.add_argument("--held-out-known", type=int, default=20, help="items of each known task; 0: none")
     parser.add_argument("--lm-eval", nargs="*", default=[], help="names of lm-eval tasks, after every run")
-    parser.add_argument("--lm-eval-folder", type=Path, default=None, help="of YAML files with more lm-eval tasks")
+    parser.add_argument("--lm-eval-folder", type=Path, default=None, help="take the lm-eval tasks from its YAML files")
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--adapters-folder", type=Path, default=cache_folder() / "study")
     parser.add_argument("--jobs", type=int, default=1, help="processes")
