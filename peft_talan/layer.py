@@ -165,8 +165,8 @@ class TalanLayer(nn.Module, BaseTunerLayer):
         except KeyError as error:
             raise ValueError(
                 f"device_map: block {self.block_index} is on the disk, where PEFT does not write the side path of "
-                f"adapter {adapter_name!r}; load the adapter before the model goes to disk (accelerate's dispatch_model "
-                "or disk_offload), or map this block to a device or to 'cpu'"
+                f"adapter {adapter_name!r}; load the adapter before the model goes to disk (accelerate's "
+                "dispatch_model or disk_offload), or map this block to a device or to 'cpu'"
             ) from error
         return fetched
 
