@@ -7,19 +7,59 @@ assisted decoding and several turns, and two generations can't mix.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator
+from typing import Any
 
 import torch
-from transformers.cache_utils import Cache, DummyLayer, StaticLayer
+from transformers import cache_utils
+from transformers.cache_utils import Cache, CacheLayerMixin, StaticLayer
 
 from .memory import LatentMemory
 
+# A layer without keys has a class of its own since transformers 5.23.
+KeylessLayer: Any = getattr(cache_utils, "DummyLayer", CacheLayerMixin)
 
-class MemoryLayer(DummyLayer):
+
+class MemoryLayer(KeylessLayer):
     """The last layer of a cache: it has no keys, but the latent memories by block and adapter name."""
+
+    # As the layers of transformers that hold nothing.
+    supports_early_init = False
+    is_compileable = True
+    is_croppable = True
 
     def __init__(self) -> None:
         super().__init__()
+        self.is_initialized = True
         self.memories: dict[int, dict[str, LatentMemory]] = {}
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        """No keys: there is nothing to prepare."""
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Refuse keys; None for both goes through, as it does where torch's data parallelism puts a cache together."""
+        if isinstance(key_states, torch.Tensor):
+            raise NotImplementedError("the latent memories' layer of a cache takes no keys; use the blocks' layers")
+        return key_states, value_states
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """No keys."""
+        return 0, 0
+
+    def get_seq_length(self) -> int:
+        """No keys."""
+        return 0
+
+    def get_max_length(self) -> int:
+        """No limit."""
+        return -1
+
+    def offload(self) -> None:
+        """The memories are small and stay."""
+
+    def prefetch(self) -> None:
+        """The memories are small and stay."""
 
     def _all(self) -> Iterator[LatentMemory]:
         for memories in self.memories.values():

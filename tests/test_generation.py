@@ -96,7 +96,8 @@ def test_memories_are_one_more_layer_that_has_no_keys() -> None:
         assert ours.get_seq_length() == plain.get_seq_length()
         assert ours.get_max_length() == plain.get_max_length()
         assert [type(layer) for layer in ours.layers[:-1]] == [type(layer) for layer in plain.layers]
-        assert ours.is_dummy == [False] * len(plain.layers) + [True]
+        if hasattr(plain, "is_dummy"):  # since transformers 5.23
+            assert ours.is_dummy == [False] * len(plain.layers) + [True]
 
 
 @torch.no_grad()
