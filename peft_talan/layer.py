@@ -11,36 +11,18 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 from transformers.cache_utils import Cache
 
+from .adapter_tensors import AdapterTensors
 from .block_call import BlockCall, describe_call, mask_argument_place, replace_recorded_state
 from .blocks import CHILD_NAME
 from .config import TalanConfig
 from .functional import fused
 from .functional.one_row import one_row
-from .functional.parameters import MIXER_PARAMETERS, SidePathOptions, SidePathParameters, working_dtype
-from .initialization import initial_parameters
+from .functional.parameters import working_dtype
 from .segments import TokenLayout
 from .state import mark_memories_left_behind, memory_to_go_on_with
 
 
-class AdapterTensor(nn.Module):
-    """One tensor of one adapter, held by a module so that its name contains `.ADAPTER.`, as those of LoRA's layers do.
-
-    Others find an adapter's tensors by that: TRL copies a trained adapter into its frozen reference adapter so.
-
-    Args:
-        tensor: The initial values.
-    """
-
-    def __init__(self, tensor: torch.Tensor) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(tensor)
-
-    def forward(self) -> torch.Tensor:
-        """Give the tensor: accelerate fetches offloaded weights around the call of the module that holds them."""
-        return self.weight
-
-
-class TalanLayer(nn.Module, BaseTunerLayer):
+class TalanLayer(AdapterTensors, BaseTunerLayer):
     """Holds one block's side paths and runs them around the block's call.
 
     The layer attaches to the block instead of wrapping it: it becomes the block's child `talan` and acts through
@@ -53,17 +35,6 @@ class TalanLayer(nn.Module, BaseTunerLayer):
     """
 
     child_name: str = CHILD_NAME
-    adapter_layer_names: tuple[str, ...] = (
-        "lora_talan_read",
-        "lora_talan_slot_bias",
-        "lora_talan_slot_readout",
-        "lora_talan_slot_in",
-        "lora_talan_slot_out",
-        "lora_talan_channel_in",
-        "lora_talan_channel_out",
-        "lora_talan_write",
-        "lora_talan_gate",
-    )
     other_param_names: tuple[str, ...] = (
         "talan_options",
         "talan_alpha",
@@ -73,13 +44,8 @@ class TalanLayer(nn.Module, BaseTunerLayer):
     )
 
     def __init__(self, hidden_size: int, block_index: int, depth: int) -> None:
-        super().__init__()
-        self.in_features = self.out_features = hidden_size
-        self.block_index = block_index
+        super().__init__(hidden_size, block_index)
         self.depth = depth
-        for name in self.adapter_layer_names:
-            self.add_module(name, nn.ModuleDict())
-        self.talan_options: dict[str, SidePathOptions] = {}
         self.talan_alpha: dict[str, float] = {}
         self.talan_position: dict[str, str] = {}
         # All of the model's adapters, also those without a side path at this block.
@@ -92,9 +58,6 @@ class TalanLayer(nn.Module, BaseTunerLayer):
         self._disable_adapters = False
         self._handles: list[RemovableHandle] = []
         self._mask_place: int | None = None
-        # Follows the model's device and dtype, so that adapters that are added or loaded later are like it.
-        self.placement: torch.Tensor
-        self.register_buffer("placement", torch.empty(0), persistent=False)
 
     @property
     def bias(self) -> None:  # type: ignore[override]
@@ -113,62 +76,13 @@ class TalanLayer(nn.Module, BaseTunerLayer):
             adapter_name: The adapter's name.
             config: Its configuration.
         """
-        for name, tensor in initial_parameters(config, self.in_features).items():
-            container = getattr(self, f"lora_talan_{name}")
-            container[adapter_name] = AdapterTensor(tensor.to(self.placement.dtype))
-        self.talan_options[adapter_name] = config.side_path_options
+        self.add_tensors(adapter_name, config)
         self.talan_alpha[adapter_name] = float(config.talan_alpha)
         self.talan_position[adapter_name] = config.talan_position
-        self._move_adapter_to_device_of_base_layer(adapter_name)
 
     def _all_available_adapter_names(self) -> list[str]:
         """Where the active adapter is deleted, PEFT goes on with the first of these: the same as in LoRA's layers."""
         return sorted(self.has_low_rank_half, key=lambda name: (not self.has_low_rank_half[name], name))
-
-    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
-        device = self.placement.device if device is None else device
-        for name in self.adapter_layer_names:
-            container = getattr(self, name)
-            if adapter_name in container and not container[adapter_name].weight.is_meta:
-                container[adapter_name].to(device)
-
-    def parameters_of(self, adapter_name: str) -> SidePathParameters:
-        """The tensors of an adapter's side path, as its operators take them.
-
-        Args:
-            adapter_name: The adapter's name.
-
-        Returns:
-            The tensors.
-
-        Raises:
-            ValueError: Their values are on a disk where PEFT does not put them.
-        """
-        options = self.talan_options[adapter_name]
-        names = MIXER_PARAMETERS[options.mixer]
-        return SidePathParameters(
-            read=self._tensor("read", adapter_name),
-            mixer=tuple(self._tensor(name, adapter_name) for name in names),
-            write=self._tensor("write", adapter_name),
-            gate=self._tensor("gate", adapter_name) if options.writeback == "gated" else None,
-        )
-
-    def _tensor(self, name: str, adapter_name: str) -> torch.Tensor:
-        # Decoding asks for them at every token; `self.lora_talan_read[adapter_name]` takes several times as long.
-        container: Any = self._modules[f"lora_talan_{name}"]
-        holder = container._modules[adapter_name]
-        tensor: torch.Tensor = holder.weight
-        if not tensor.is_meta:
-            return tensor
-        try:
-            fetched: torch.Tensor = holder()
-        except KeyError as error:
-            raise ValueError(
-                f"device_map: block {self.block_index} is on the disk, where PEFT does not write the side path of "
-                f"adapter {adapter_name!r}; load the adapter before the model goes to disk (accelerate's "
-                "dispatch_model or disk_offload), or map this block to a device or to 'cpu'"
-            ) from error
-        return fetched
 
     def alpha_at_run_time(self, adapter_name: str) -> float:
         """The strength that an adapter's perturbation has now: the trained alpha times that set at run time.

@@ -27,6 +27,7 @@ ORDER = (
     "block_call",
     "config",
     "initialization",
+    "adapter_tensors",
     "blocks",
     "loading",
     "layer",
