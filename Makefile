@@ -13,7 +13,7 @@ demo: $(VENV)/.demo
 	$(PYTHON) -m peft_talan demo $(ARGS)
 
 test: lint docs
-	$(ONE_THREAD) HF_HUB_OFFLINE=1 $(PYTHON) -m pytest -n 2 $(ARGS)
+	$(ONE_THREAD) HF_HUB_OFFLINE=1 $(PYTHON) -m pytest -n 2 --dist worksteal $(ARGS)
 
 lint: $(VENV)/.test
 	$(VENV)/bin/ruff check .

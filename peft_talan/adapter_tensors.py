@@ -15,7 +15,8 @@ from .initialization import initial_parameters
 class AdapterTensor(nn.Module):
     """One tensor of one adapter, held by a module so that its name contains `.ADAPTER.`, as those of LoRA's layers do.
 
-    Others find an adapter's tensors by that: TRL copies a trained adapter into its frozen reference adapter so.
+    Others find an adapter's tensors by that: TRL copies a trained adapter into its frozen reference adapter so. They
+    are not called `weight`: PEFT's policy for FSDP would make each such module a unit of its own.
 
     Args:
         tensor: The initial values.
@@ -23,11 +24,11 @@ class AdapterTensor(nn.Module):
 
     def __init__(self, tensor: torch.Tensor) -> None:
         super().__init__()
-        self.weight = nn.Parameter(tensor)
+        self.values = nn.Parameter(tensor)
 
     def forward(self) -> torch.Tensor:
         """Give the tensor: accelerate fetches offloaded weights around the call of the module that holds them."""
-        return self.weight
+        return self.values
 
 
 class AdapterTensors(nn.Module):
@@ -79,7 +80,7 @@ class AdapterTensors(nn.Module):
         device = self.placement.device if device is None else device
         for name in self.adapter_layer_names:
             container = getattr(self, name)
-            if adapter_name in container and not container[adapter_name].weight.is_meta:
+            if adapter_name in container and not container[adapter_name].values.is_meta:
                 container[adapter_name].to(device)
 
     def parameters_of(self, adapter_name: str) -> SidePathParameters:
@@ -107,7 +108,7 @@ class AdapterTensors(nn.Module):
         # Decoding asks for them at every token; `self.lora_talan_read[adapter_name]` takes several times as long.
         container: Any = self._modules[f"lora_talan_{name}"]
         holder = container._modules[adapter_name]
-        tensor: torch.Tensor = holder.weight
+        tensor: torch.Tensor = holder.values
         if not tensor.is_meta:
             return tensor
         try:

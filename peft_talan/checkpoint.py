@@ -92,7 +92,7 @@ def check_side_path(
     Args:
         adapter_name: The adapter's name.
         tensors: The side path's tensors in the checkpoint, by the end of their name, such as
-            `3.talan.lora_talan_read.weight`.
+            `3.talan.lora_talan_read.values`.
         places: What the configuration gives, likewise.
 
     Raises:

@@ -38,7 +38,7 @@ def read_checkpoint(
     with torch.device("meta"):
         shapes = initial_parameters(config, hidden_size)
     places = {
-        f"{index}.{CHILD_NAME}.lora_talan_{name}.weight": tensor for index in blocks for name, tensor in shapes.items()
+        f"{index}.{CHILD_NAME}.lora_talan_{name}.values": tensor for index in blocks for name, tensor in shapes.items()
     }
     # PEFT may still map the names of the modules around the blocks (`key_mapping`), but not a block's index.
     found = {".".join(name.split(".")[-4:]): tensor for name, tensor in tensors.items() if is_side_path_key(name)}

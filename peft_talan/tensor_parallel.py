@@ -72,4 +72,4 @@ def agree(model: nn.Module, adapter_name: str) -> None:
 
 def _parameters(layer: TalanLayer, adapter_name: str) -> list[nn.Parameter]:
     containers = [getattr(layer, name) for name in layer.adapter_layer_names]
-    return [container[adapter_name].weight for container in containers if adapter_name in container]
+    return [container[adapter_name].values for container in containers if adapter_name in container]

@@ -136,7 +136,7 @@ def copy_side_paths(model: nn.Module, sources: Mapping[int, SidePathSource], ada
                 container = getattr(layer, name)
                 if source in container:
                     scale = factor if name == "lora_talan_write" else 1.0
-                    container[adapter_name].weight.data = container[source].weight * scale
+                    container[adapter_name].values.data = container[source].values * scale
 
 
 def add_weighted_adapter(

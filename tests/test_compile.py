@@ -15,13 +15,13 @@ from .small_models import VOCABULARY, make_config, make_lora_config, make_tokens
 NEW_TOKENS = 6
 
 
-def make_shallow_model(adapter: str = "talan", **options: object) -> PeftModel:
-    """Two blocks: compiling takes its time for each."""
+def make_shallow_model(adapter: str = "talan", blocks: int = 2, **options: object) -> PeftModel:
+    """Few blocks: compiling takes its time for each."""
     config = LlamaConfig(
         vocab_size=VOCABULARY,
         hidden_size=32,
         intermediate_size=48,
-        num_hidden_layers=2,
+        num_hidden_layers=blocks,
         num_attention_heads=4,
         num_key_value_heads=2,
         pad_token_id=0,
@@ -124,7 +124,8 @@ def graphs_of_decoding(model: PeftModel, kind: str) -> list[int]:
 @torch.no_grad()
 @pytest.mark.parametrize("kind", ["static, made before", "without config"])
 def test_decoding_compiles_as_often_as_lora_does(kind: str) -> None:
-    assert graphs_of_decoding(make_shallow_model(), kind) == graphs_of_decoding(make_shallow_model("lora"), kind)
+    talan, lora = make_shallow_model(blocks=1), make_shallow_model("lora", blocks=1)
+    assert graphs_of_decoding(talan, kind) == graphs_of_decoding(lora, kind)
 
 
 def test_generation_with_a_static_cache_compiles_the_prompt_and_one_token() -> None:
@@ -165,7 +166,7 @@ def test_compiled_decoding_refuses_a_cache_that_it_has_not_seen() -> None:
 
 @torch.no_grad()
 def test_inductor_decodes_the_same() -> None:
-    model = make_shallow_model()
+    model = make_shallow_model(blocks=1)
     tokens = make_tokens(batch=1)
     expected = model(tokens, use_cache=False).logits[:, 19:]
     cache, logits = make_cache("static", model), []
@@ -173,4 +174,5 @@ def test_inductor_decodes_the_same() -> None:
     compiled = torch.compile(model, fullgraph=True)
     for token in tokens[:, 19:].split(1, dim=1):
         logits.append(compiled(token, past_key_values=cache, use_cache=True).logits)
-    torch.testing.assert_close(torch.cat(logits, dim=1), expected, **rounding())
+    # Rotary embeddings are float32 in every model, and inductor's cosine rounds otherwise: as far for plain LoRA.
+    torch.testing.assert_close(torch.cat(logits, dim=1), expected, **rounding(torch.float32))

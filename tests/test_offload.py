@@ -86,7 +86,8 @@ def load_onto(device_map: dict[str, str], folder: Path) -> PeftModel:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_loaded_onto_a_device_map(kind: str, tmp_path: Path) -> None:
+def test_loaded_onto_a_device_map(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)  # PEFT writes the offloaded weights below the working folder.
     expected = make_model("qwen3", make_config(**KINDS[kind]), dtype=torch.float32)
     expected.save_pretrained(tmp_path / "adapter")
     make_base("qwen3", torch.float32).save_pretrained(tmp_path / "base")
