@@ -31,7 +31,9 @@ def attach_side_path(
     if layer is None:
         layer = TalanLayer(hidden_size, index, depth)
         layer.train(block.training)
-        others = [module for module in tuner.model.modules() if isinstance(module, BaseTunerLayer)]
+        # A first adapter is on.
+        modules = tuner.model.modules() if len(tuner.peft_config) > 1 else ()
+        others = [module for module in modules if isinstance(module, BaseTunerLayer)]
         layer.attach(block)
         layer.set_adapter(tuner.active_adapters)
         layer.enable_adapters(not any(other.disable_adapters for other in others))

@@ -25,7 +25,7 @@ from .loading import check_places, read_checkpoint
 from .merge import OUTCOMES, check_mergeable, keep_side_paths, side_path_config
 from .mixed_batch import rows_named
 from .names import check_names, check_new_name, with_wrappers, without_wrappers
-from .rollback import unchanged_on_error
+from .rollback import attributes_unchanged_on_error, unchanged_on_error
 from .training import declare_scope
 from .weighted import add_weighted_adapter
 
@@ -53,7 +53,8 @@ class TalanModel(LoraModel):
                 "call unload() or delete_adapter() first"
             )
         try:
-            with unchanged_on_error(model):
+            # `inject_adapter` looks after what lies inside.
+            with attributes_unchanged_on_error(model):
                 super().__init__(model, peft_config, adapter_name, *args, **kwargs)
         except BaseException:
             if not taken:
@@ -114,7 +115,8 @@ class TalanModel(LoraModel):
             declare_scope(model, adapter_name, config.talan_trainable)
             if checkpoint:
                 # All but the side path has places to be checked against only now.
-                self._remap_adapter_state_dict_for_load(model, config, adapter_name, checkpoint)
+                places = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, checkpoint)
+                check_places(model, adapter_name, places)
                 check_whole_modules(adapter_name, checkpoint, model)
             config.checkpoint_source = None
 

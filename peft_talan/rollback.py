@@ -36,6 +36,25 @@ class _Remembered:
 
 
 @contextmanager
+def attributes_unchanged_on_error(*owners: object) -> Iterator[None]:
+    """Leave some objects' attributes as they were where the body fails.
+
+    Args:
+        *owners: The objects; of modules, what lies inside of them is not looked at.
+
+    Yields:
+        Nothing; an error is raised again once the attributes are restored.
+    """
+    remembered = [_Remembered(one) for one in owners]
+    try:
+        yield
+    except BaseException:
+        for one in remembered:
+            one.restore()
+        raise
+
+
+@contextmanager
 def unchanged_on_error(model: nn.Module, *others: object) -> Iterator[None]:
     """Leave a model as it was where the body fails: modules, hooks, attributes, parameters and what trains.
 
@@ -46,13 +65,11 @@ def unchanged_on_error(model: nn.Module, *others: object) -> Iterator[None]:
     Yields:
         Nothing; an error is raised again once the model is restored.
     """
-    remembered = [_Remembered(one) for one in (*model.modules(), *others)]
     parameters = [(parameter, parameter.data, parameter.requires_grad) for parameter in model.parameters()]
     try:
-        yield
+        with attributes_unchanged_on_error(*model.modules(), *others):
+            yield
     except BaseException:
-        for one in remembered:
-            one.restore()
         for parameter, data, requires_grad in parameters:
             parameter.data = data
             parameter.requires_grad_(requires_grad)
