@@ -17,6 +17,6 @@ venv/bin/peft-talan doctor
 # The tests' hub on loopback stands in for the real one: push, forget, pull, compare.
 if [ -f "$sources/tests/test_hub.py" ]; then
   cp -r "$sources/tests" tests
-  venv/bin/pip install --quiet pytest hypothesis
+  venv/bin/pip install --quiet pytest hypothesis datasets trl
   venv/bin/python -m pytest -q -p no:cacheprovider tests/test_hub.py -k pushed_and_pulled
 fi
