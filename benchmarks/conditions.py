@@ -126,6 +126,7 @@ def random_model(config: PreTrainedConfig, dtype: torch.dtype) -> nn.Module:
                 piece.copy_(noise[: len(piece)])
     for module in model.modules():
         if hasattr(module, "compute_default_rope_parameters"):
+            # Its frequencies are buffers, which an empty model has not: they are made anew, and by nobody else.
             module.__init__(config=model.config)  # type: ignore[misc]
     return model.eval()
 

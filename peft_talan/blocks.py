@@ -8,21 +8,7 @@ from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 
 from .config import DEFAULT_DEPTHS, TalanConfig
-
-CHILD_NAME = "talan"
-"""The name under which a side path becomes a child of its block."""
-
-
-def is_side_path_key(name: str) -> bool:
-    """Whether a name in a state dict or a checkpoint is that of a side path's tensor.
-
-    Args:
-        name: The name.
-
-    Returns:
-        True for a side path's tensor, False for every other.
-    """
-    return f".{CHILD_NAME}.lora_talan_" in name
+from .names import CHILD_NAME
 
 
 def _text_config(model: nn.Module) -> object | None:

@@ -24,7 +24,8 @@ from torch import nn
 from transformers.utils import CONFIG_NAME as MODEL_CONFIG_NAME
 from transformers.utils.hub import PushToHubMixin
 
-SIDE_PATH_MARK = ".lora_talan_"
+from .names import is_side_path_key
+
 CARD_NAME = "README.md"
 SECTION = re.compile(r"<!-- peft_talan (?P<digest>[0-9a-f]{12}) -->\n(?P<text>.*?)\n<!-- /peft_talan -->", re.DOTALL)
 SECTION_NOTE = "<!-- Written by peft_talan. Once you have changed it, it is yours and stays as it is. -->"
@@ -73,7 +74,7 @@ def count_halves(names: Iterable[tuple[str, int]]) -> dict[str, int]:
     """
     counts = {"low-rank half": 0, "side path": 0}
     for name, size in names:
-        if SIDE_PATH_MARK in name:
+        if is_side_path_key(name):
             counts["side path"] += size
         elif ".lora_" in name:
             counts["low-rank half"] += size
@@ -85,7 +86,7 @@ def _count_saved(folder: Path) -> dict[str, int] | None:
     if not file.exists():
         return None
     with safe_open(file, framework="pt") as tensors:
-        shapes = [(name, tensors.get_slice(name).get_shape()) for name in tensors.keys()]  # noqa: SIM118
+        shapes = [(name, tensors.get_slice(name).get_shape()) for name in tensors.keys()]  # noqa: SIM118 - no dict
     return count_halves((name, torch.Size(shape).numel()) for name, shape in shapes)
 
 

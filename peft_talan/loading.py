@@ -7,10 +7,10 @@ from collections.abc import Collection, Mapping
 import torch
 from torch import nn
 
-from .blocks import CHILD_NAME, is_side_path_key
 from .checkpoint import CheckpointSource, check_finite, check_fit, check_side_path
 from .config import TalanConfig
 from .initialization import initial_parameters
+from .names import CHILD_NAME, is_side_path_key
 
 
 def read_checkpoint(

@@ -21,8 +21,8 @@ from peft.utils import (
 from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
-from .blocks import is_side_path_key
 from .config import TalanConfig
+from .names import is_side_path_key
 
 EXPORT_NOTE = """\
 ---

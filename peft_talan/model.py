@@ -16,7 +16,7 @@ from torch import nn
 
 from . import tensor_parallel
 from .attachment import attach_side_path, attached_side_paths, detach_side_paths
-from .blocks import find_blocks, find_hidden_size, find_targets, is_side_path_key, point_at_fused_experts
+from .blocks import find_blocks, find_hidden_size, find_targets, point_at_fused_experts
 from .checkpoint import check_finite, check_whole_modules
 from .config import TalanConfig
 from .hub import announce_save
@@ -24,7 +24,7 @@ from .initialization import check_size
 from .loading import check_places, read_checkpoint
 from .merge import OUTCOMES, check_mergeable, keep_side_paths, side_path_config
 from .mixed_batch import rows_named
-from .names import check_names, check_new_name, with_wrappers, without_wrappers
+from .names import check_names, check_new_name, is_side_path_key, with_wrappers, without_wrappers
 from .rollback import attributes_unchanged_on_error, unchanged_on_error
 from .training import declare_scope
 from .weighted import add_weighted_adapter

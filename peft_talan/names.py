@@ -1,4 +1,4 @@
-"""The names of adapters: those that can't be, and the names of tensors by which PEFT finds an adapter's."""
+"""The names of adapters and of their tensors: those that can't be, and those by which tensors are found."""
 
 from __future__ import annotations
 
@@ -8,8 +8,23 @@ import torch
 from peft.tuners.tuners_utils import _get_tuner_state_dict_key_prefixes
 from torch import nn
 
+CHILD_NAME = "talan"
+"""The name under which a side path becomes a child of its block."""
+
 WRAPPERS: tuple[str, ...] = ("_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 """Parts of a module's name that torch leaves out of the names in a state dict."""
+
+
+def is_side_path_key(name: str) -> bool:
+    """Whether a name in a state dict or a checkpoint is that of a side path's tensor.
+
+    Args:
+        name: The name.
+
+    Returns:
+        True for a side path's tensor, False for every other.
+    """
+    return f".{CHILD_NAME}.lora_talan_" in name
 
 
 def check_new_name(adapter_name: str) -> None:

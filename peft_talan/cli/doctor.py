@@ -105,7 +105,7 @@ def check_autoload() -> Check:
         return Check(name, None, "switched off by TORCH_DEVICE_BACKEND_AUTOLOAD=0; programs must import peft_talan")
     if "peft_talan" in sys.modules:
         return Check(name, None, "can't be told from inside python -m peft_talan; run peft-talan doctor")
-    import peft  # noqa: F401
+    import peft  # noqa: F401 - what its import does is what is asked
 
     worked = "peft_talan" in sys.modules
     return Check(name, worked, "import peft registers TALAN" if worked else "import peft did not register TALAN")
