@@ -118,20 +118,20 @@ def resolve_layers(config: TalanConfig, depth: int) -> list[int]:
     return sorted(indices)
 
 
-def find_targets(model: nn.Module, config: TalanConfig) -> dict[int, nn.Module]:
-    """Find the decoder blocks that a configuration gives a side path to.
+def choose_targets(config: TalanConfig, name: str, blocks: nn.ModuleList) -> dict[int, nn.Module]:
+    """Choose the decoder blocks that a configuration gives a side path to.
 
     Args:
-        model: The base model.
         config: The adapter's configuration.
+        name: The name of the list of blocks.
+        blocks: All blocks, of `find_blocks`.
 
     Returns:
-        The blocks by index.
+        The chosen blocks by index.
 
     Raises:
-        ValueError: Blocks or indices can't be found, or a block can't take a child.
+        ValueError: Indices can't be found, or a block can't take a child.
     """
-    name, blocks = find_blocks(model, config)
     targets = {index: blocks[index] for index in resolve_layers(config, len(blocks))}
     for index, block in targets.items():
         if isinstance(block, (nn.Sequential, nn.ModuleList, nn.ModuleDict)):

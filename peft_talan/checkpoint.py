@@ -29,7 +29,15 @@ def _name_some(names: Collection[str]) -> str:
     return ", ".join(shown) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
-def _is_finite(tensor: torch.Tensor) -> bool:
+def is_finite(tensor: torch.Tensor) -> bool:
+    """Whether a tensor has no NaN and no infinity; one on the meta device, whose values are elsewhere, passes.
+
+    Args:
+        tensor: Any shape and dtype.
+
+    Returns:
+        True where every number is finite.
+    """
     if tensor.is_meta or tensor.numel() == 0 or not (tensor.is_floating_point() or tensor.is_complex()):
         return True
     if tensor.is_complex():
@@ -50,7 +58,7 @@ def check_finite(adapter_name: str, tensors: Mapping[str, torch.Tensor]) -> None
     Raises:
         ValueError: A value is not finite.
     """
-    broken = [name for name, tensor in tensors.items() if not _is_finite(tensor)]
+    broken = [name for name, tensor in tensors.items() if not is_finite(tensor)]
     if broken:
         raise ValueError(
             f"the checkpoint of adapter {adapter_name!r} has NaN or infinite values in {_name_some(broken)}; train or "

@@ -28,8 +28,7 @@ def check_size(config: TalanConfig, model: nn.Module, hidden_size: int, blocks: 
         ValueError: A half would be larger than the model.
     """
     limit = max(SMALLEST_LIMIT, sum(parameter.numel() for parameter in model.parameters()))
-    with torch.device("meta"):
-        numbers = blocks * sum(tensor.numel() for tensor in initial_parameters(config, hidden_size).values())
+    numbers = blocks * sum(tensor.numel() for tensor in empty_parameters(config, hidden_size).values())
     if numbers > limit:
         raise ValueError(
             f"talan_dim={config.talan_dim}, talan_slots={config.talan_slots}: the side path would hold {numbers:,} "
@@ -79,3 +78,17 @@ def initial_parameters(config: TalanConfig, hidden_size: int) -> dict[str, torch
     if config.talan_writeback == "gated":
         tensors["gate"] = zero(1, hidden_size + 1)[0]
     return tensors
+
+
+def empty_parameters(config: TalanConfig, hidden_size: int) -> dict[str, torch.Tensor]:
+    """Lay out the tensors of a side path on the meta device, where they have shapes and no values.
+
+    Args:
+        config: The adapter's configuration.
+        hidden_size: H, the width of the residual stream.
+
+    Returns:
+        The tensors by name, as `initial_parameters` gives them.
+    """
+    with torch.device("meta"):
+        return initial_parameters(config, hidden_size)

@@ -18,6 +18,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from .attachment import attached_side_paths
+from .checkpoint import is_finite
 from .config import TalanConfig
 from .names import is_side_path_key
 
@@ -45,8 +46,8 @@ def check_mergeable(model: nn.Module, adapter_names: Collection[str]) -> None:
         for part in module.adapter_layer_names if isinstance(module, BaseTunerLayer) else ():
             for name, parameter in getattr(module, part).named_parameters():
                 adapter_name = name.split(".")[0]
-                # Weights on the meta device are offloaded; PEFT looks at them as it merges them.
-                if adapter_name in adapter_names and not parameter.is_meta and not torch.isfinite(parameter).all():
+                # PEFT looks at offloaded weights as it merges them.
+                if adapter_name in adapter_names and not is_finite(parameter):
                     raise ValueError(
                         f"NaNs detected in the merged weights. The adapter {adapter_name} seems to be broken: "
                         f"{part} of {place} is not finite"

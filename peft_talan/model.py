@@ -16,7 +16,7 @@ from torch import nn
 
 from . import tensor_parallel
 from .attachment import attach_side_path, attached_side_paths, detach_side_paths
-from .blocks import find_blocks, find_hidden_size, find_targets, point_at_fused_experts
+from .blocks import choose_targets, find_blocks, find_hidden_size, point_at_fused_experts
 from .checkpoint import check_finite, check_whole_modules
 from .config import TalanConfig
 from .hub import announce_save
@@ -89,8 +89,8 @@ class TalanModel(LoraModel):
             raise ValueError(
                 f"config={type(config).__name__}: a TALAN model takes a TalanConfig for adapter {adapter_name!r}"
             )
-        blocks = find_targets(model, config)
-        depth = len(find_blocks(model, config)[1])
+        name, every_block = find_blocks(model, config)
+        blocks = choose_targets(config, name, every_block)
         hidden_size = find_hidden_size(model, config)
         tensor_parallel.check_plan(model)
         check_size(config, model, hidden_size, len(blocks))
@@ -108,7 +108,7 @@ class TalanModel(LoraModel):
             )
             for index, block in blocks.items():
                 with init_empty_weights() if low_cpu_mem_usage else nullcontext():
-                    attach_side_path(self, index, depth, hidden_size, block, adapter_name)
+                    attach_side_path(self, index, len(every_block), hidden_size, block, adapter_name)
             for _, layer in attached_side_paths(model):
                 layer.has_low_rank_half = {name: other.has_low_rank_half for name, other in self.peft_config.items()}
             tensor_parallel.agree(model, adapter_name)

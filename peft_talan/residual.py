@@ -11,6 +11,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from .attachment import attached_side_paths
+from .functional.parameters import working_dtype
 from .layer import TalanLayer
 
 Inputs = Mapping[str, torch.Tensor]
@@ -116,7 +117,7 @@ def record_streams(model: nn.Module, inputs: Inputs) -> Streams:
     written: dict[int, torch.Tensor] = {}
 
     def real(stream: torch.Tensor) -> torch.Tensor:
-        tokens = stream.detach().to(torch.promote_types(stream.dtype, torch.float32))
+        tokens = stream.detach().to(working_dtype(stream.dtype))
         return tokens.flatten(0, 1) if mask is None else tokens[mask.to(tokens.device, torch.bool)]
 
     def enter(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
