@@ -131,6 +131,12 @@ def make_tokens(batch: int = 2, tokens: int = 21, seed: int = 2) -> torch.Tensor
     return torch.randint(2, VOCABULARY, (batch, tokens), generator=generator)
 
 
+def logits(model: nn.Module, **kwargs: object) -> torch.Tensor:
+    """What a model makes of `make_tokens()`, without gradients."""
+    with torch.no_grad():
+        return model(make_tokens(), **kwargs).logits
+
+
 def last_state(model: nn.Module) -> torch.Tensor:
     """What the last block hands on; the model's own final norm comes after it."""
     seen: list[torch.Tensor] = []

@@ -13,7 +13,16 @@ from torch import nn
 
 from peft_talan import TalanLayer
 
-from .small_models import make_base, make_config, make_lora_config, make_model, make_several, make_tokens, rounding
+from .small_models import (
+    logits,
+    make_base,
+    make_config,
+    make_lora_config,
+    make_model,
+    make_several,
+    make_tokens,
+    rounding,
+)
 
 KINDS: dict[str, dict[str, object]] = {
     "default": {"talan_layers": [0, -1]},
@@ -21,11 +30,6 @@ KINDS: dict[str, dict[str, object]] = {
     "mixing": {"talan_layers": [0, 1, 2], "talan_mixer": "mlp", "talan_dim": 3, "target_modules": ["v_proj"]},
     "alone": {"talan_layers": [2], "talan_writeback": "gated", "r": 0},
 }
-
-
-def logits(model: nn.Module, **kwargs: object) -> torch.Tensor:
-    with torch.no_grad():
-        return model(make_tokens(), **kwargs).logits
 
 
 def blocks_with_side_path(model: nn.Module) -> list[int]:

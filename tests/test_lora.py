@@ -9,11 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 from peft import IA3Config, LoraConfig, PeftConfig, PeftModel, get_peft_model
-from torch import nn
 
 from peft_talan import TalanConfig, export_lora, warm_start
 
-from .small_models import make_base, make_config, make_lora_config, make_model, make_tokens
+from .small_models import logits, make_base, make_config, make_lora_config, make_model
 
 HALVES = {
     "lora": {},
@@ -23,11 +22,6 @@ HALVES = {
     "modules to save": {"modules_to_save": ["lm_head"]},
     "tokens": {"trainable_token_indices": [1, 2, 3]},
 }
-
-
-def logits(model: nn.Module) -> torch.Tensor:
-    with torch.no_grad():
-        return model(make_tokens()).logits
 
 
 def save_lora(folder: Path, architecture: str = "qwen3", **options: object) -> torch.Tensor:

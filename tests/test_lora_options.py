@@ -9,13 +9,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model_state_dict, initialize_lora_eva_weights
 from torch import nn
 
-from .small_models import make_base, make_config, make_lora_config, make_model, make_tokens
-
-
-def logits(model: nn.Module) -> torch.Tensor:
-    with torch.no_grad():
-        return model(make_tokens()).logits
-
+from .small_models import logits, make_base, make_config, make_lora_config, make_model, make_tokens
 
 OPTIONS: dict[str, tuple[str, dict[str, object]]] = {
     "modules to save": ("qwen3", {"modules_to_save": ["lm_head"]}),

@@ -15,14 +15,9 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from peft_talan import TalanLayer
 
-from .small_models import EXPERTS, make_base, make_config, make_lora_config, make_model, make_tokens, rounding
+from .small_models import EXPERTS, logits, make_base, make_config, make_lora_config, make_model, make_tokens, rounding
 
 HALVES = {"lora": {}, "dora": {"use_dora": True}, "rslora": {"use_rslora": True}}
-
-
-def logits(model: nn.Module) -> torch.Tensor:
-    with torch.no_grad():
-        return model(make_tokens()).logits
 
 
 def make_two(half: str) -> PeftModel:

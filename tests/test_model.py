@@ -17,6 +17,7 @@ from peft_talan import TalanConfig, TalanLayer
 from .small_models import (
     ARCHITECTURES,
     last_state,
+    logits,
     make_base,
     make_config,
     make_lora_config,
@@ -26,11 +27,6 @@ from .small_models import (
 )
 
 MATCHED_HALVES = {"lora": {}, "dora": {"use_dora": True}, "rslora": {"use_rslora": True}}
-
-
-def logits(model: nn.Module, **kwargs: object) -> torch.Tensor:
-    with torch.no_grad():
-        return model(make_tokens(), **kwargs).logits
 
 
 def structure(model: nn.Module) -> list[tuple[str, type, int, int, list[str]]]:

@@ -29,6 +29,7 @@ from .small_models import (
     CONFIGS,
     DEPTH,
     VOCABULARY,
+    logits,
     make_base,
     make_config,
     make_lora_config,
@@ -41,11 +42,6 @@ HALF = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 WIDTH = 64
 """Quantized weights come in blocks of 32 or 64 numbers."""
 FEW = {"target_modules": ["q_proj"]}
-
-
-def logits(model: nn.Module) -> torch.Tensor:
-    with torch.no_grad():
-        return model(make_tokens()).logits
 
 
 def train_a_step(model: PeftModel) -> None:

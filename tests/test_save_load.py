@@ -25,6 +25,7 @@ from peft_talan import TalanConfig
 
 from .small_models import (
     VOCABULARY,
+    logits,
     make_base,
     make_config,
     make_lora_config,
@@ -43,11 +44,6 @@ KINDS = {
     "patterns": {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"v_proj": 3}},
     "modules to save": {"modules_to_save": ["lm_head"]},
 }
-
-
-def logits(model: nn.Module) -> torch.Tensor:
-    with torch.no_grad():
-        return model(make_tokens()).logits
 
 
 def train_a_step(model: PeftModel) -> None:

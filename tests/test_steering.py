@@ -11,12 +11,7 @@ from peft import PeftModel
 
 from peft_talan import set_talan_strength, talan_strength
 
-from .small_models import make_base, make_config, make_model, make_several, make_tokens, rounding
-
-
-def logits(model: torch.nn.Module) -> torch.Tensor:
-    with torch.no_grad():
-        return model(make_tokens()).logits
+from .small_models import logits, make_base, make_config, make_model, make_several, make_tokens, rounding
 
 
 def low_rank_half_alone(model: PeftModel) -> torch.Tensor:

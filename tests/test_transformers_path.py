@@ -30,6 +30,7 @@ from .small_models import (
     CONFIGS,
     EXPERTS,
     VOCABULARY,
+    logits,
     make_base,
     make_config,
     make_lora_config,
@@ -38,11 +39,6 @@ from .small_models import (
     make_tokens,
     rounding,
 )
-
-
-def logits(model: nn.Module) -> torch.Tensor:
-    with torch.no_grad():
-        return model(make_tokens()).logits
 
 
 def save(folder: Path, architecture: str = "qwen3", **options: object) -> PeftModel:

@@ -27,14 +27,9 @@ from transformers import AutoModelForCausalLM
 
 from peft_talan import TalanLayer
 
-from .small_models import make_base, make_config, make_lora_config, make_model, make_tokens, rounding
+from .small_models import logits, make_base, make_config, make_lora_config, make_model, make_tokens, rounding
 
 PREFIX = "base_model.model."
-
-
-def logits(model: nn.Module, **kwargs: object) -> torch.Tensor:
-    with torch.no_grad():
-        return model(make_tokens(), **kwargs).logits
 
 
 def two_adapters(**options: object) -> PeftModel:

@@ -7,23 +7,17 @@ from pathlib import Path
 import pytest
 import torch
 from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
-from torch import nn
 
 from .small_models import (
     last_state,
+    logits,
     make_base,
     make_config,
     make_lora_config,
     make_model,
     make_several,
-    make_tokens,
     rounding,
 )
-
-
-def logits(model: nn.Module) -> torch.Tensor:
-    with torch.no_grad():
-        return model(make_tokens()).logits
 
 
 @pytest.mark.parametrize("writeback", ["add", "gated", "capped", "orthogonal"])

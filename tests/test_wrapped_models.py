@@ -10,20 +10,15 @@ import pytest
 import torch
 from accelerate import cpu_offload, disk_offload
 from peft import PeftModel, get_peft_model_state_dict
-from torch import distributed, nn
+from torch import distributed
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
 from transformers import AutoModelForCausalLM
 from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer
 
-from .small_models import DEPTH, make_base, make_config, make_lora_config, make_model, make_tokens
+from .small_models import DEPTH, logits, make_base, make_config, make_lora_config, make_model, make_tokens
 
 CPU = torch.device("cpu")
-
-
-def logits(model: nn.Module) -> torch.Tensor:
-    with torch.no_grad():
-        return model(make_tokens()).logits
 
 
 @pytest.fixture
