@@ -11,7 +11,7 @@ from unittest import mock
 
 import torch
 
-from peft_talan import TalanConfig, layer
+from peft_talan import TalanConfig, adapter_tensors
 from peft_talan.initialization import initial_parameters
 
 from .one_run import Settings, run
@@ -39,7 +39,7 @@ def main() -> None:
             settings = Settings("tiny-qwen3", "code", "lora+talan", seed, variant=f"init {name}")
             if settings.key() in finished(SCALES_RESULTS):
                 continue
-            with mock.patch.object(layer, "initial_parameters", widened):
+            with mock.patch.object(adapter_tensors, "initial_parameters", widened):
                 row = run(settings)
             with SCALES_RESULTS.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")

@@ -40,7 +40,7 @@ class Settings:
     seed: int
     variant: str = "default"
     axes: dict[str, Any] = field(default_factory=dict)
-    steps: int = 50
+    steps: int = 100
     batch_size: int = 16
     learning_rate: float = 1e-2
     rank: int = 8

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from . import inside, strength
+from . import initial_scales, inside, strength
 from .arms import MATCHED, VARIANTS
 from .paired import Summary, summarise
 from .study import RESULTS, finished
@@ -248,11 +248,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", type=Path, nargs="+", default=[RESULTS])
     parser.add_argument("--ablation", type=Path, default=RESULTS.with_name("quality_ablation.jsonl"))
-    parser.add_argument("--ablation-tasks", nargs="+", default=["code"])
+    parser.add_argument("--ablation-tasks", nargs="+", default=["arithmetic", "code"])
     parser.add_argument("--page", type=Path, default=None, help="a page with marks like <!-- table summary -->")
     options = parser.parse_args()
     rows = [row for file in options.results for row in finished(file).values()]
-    ablation = [r for r in finished(options.ablation).values() if r["settings"]["task"] in options.ablation_tasks]
+    changed = [*finished(options.ablation).values(), *finished(initial_scales.SCALES_RESULTS).values()]
+    ablation = [row for row in changed if row["settings"]["task"] in options.ablation_tasks]
     strengths = list(finished(strength.STRENGTH_RESULTS).values())
     tables = {
         "verdict": verdict(rows),

@@ -117,7 +117,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--ablation", action="store_true", help="LoRA+TALAN with one axis changed at a time")
     parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=list(VARIANTS))
     parser.add_argument("--axes", type=json.loads, default=None, help='other defaults, as JSON: {"talan_alpha": 3}')
-    parser.add_argument("--steps", type=int, default=50)
+    parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--learning-rate", type=float, default=1e-2)
     parser.add_argument("--rank", type=int, default=8)
