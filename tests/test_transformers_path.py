@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from packaging.version import Version
 from peft import (
     PeftConfig,
     PeftModel,
@@ -15,7 +16,6 @@ from peft import (
     get_peft_model_state_dict,
     set_peft_model_state_dict,
 )
-from packaging.version import Version
 from safetensors.torch import load_file
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
@@ -41,7 +41,6 @@ from .small_models import (
     make_tokens,
     rounding,
 )
-
 
 subfolders = pytest.mark.skipif(
     Version(transformers.__version__) < Version("5.23"),
