@@ -40,6 +40,7 @@ class TalanModel(LoraModel):
         low_cpu_mem_usage (bool): Whether to create empty adapter weights on the meta device. Default False.
     """
 
+    # The ignores: LoraModel has the types of LoRA alone.
     peft_config: dict[str, TalanConfig]  # type: ignore[assignment]
     prefix: str = LoraModel.prefix
     # Both kinds of layers are switched, frozen and deleted together.
