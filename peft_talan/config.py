@@ -83,31 +83,29 @@ class TalanConfig(LoraConfig):
     `r=0`, or `target_modules=[]`, leaves the low-rank half out: the side path alone.
 
     Args:
-        talan_layers (`None`, `"all"`, `list[int]` or `list[float]`):
-            The decoder blocks with a side path: indices (negative ones count from the end), or fractions of the depth
-            in [0, 1]. None: the measured default. Default None.
-        talan_position (`"output"` or `"input"`): At which end of the block the side path reads and writes. Default
+        talan_layers (None | "all" | list[int] | list[float]): The decoder blocks with a side path: indices (negative
+            ones count from the end), or fractions of the depth in [0, 1]. None: the measured default. Default None.
+        talan_position ("output" | "input"): At which end of the block the side path reads and writes. Default
             `"output"`.
-        talan_slots (`int`): M, the number of memory slots. Default 8.
-        talan_dim (`int`): d, the latent width. Default 32.
-        talan_mixer (`"attention"`, `"linear"` or `"mlp"`): How a token reads the slots. Default `"attention"`.
-        talan_writeback (`"add"`, `"gated"`, `"capped"` or `"orthogonal"`): How the residual stream is changed. Default
+        talan_slots (int): M, the number of memory slots. Default 8.
+        talan_dim (int): d, the latent width. Default 32.
+        talan_mixer ("attention" | "linear" | "mlp"): How a token reads the slots. Default `"attention"`.
+        talan_writeback ("add" | "gated" | "capped" | "orthogonal"): How the residual stream is changed. Default
             `"add"`.
-        talan_cap (`float`): rho of the `capped` writeback, the largest |change| / |hidden state|. Default 0.1.
-        talan_alpha (`float`): The strength of the perturbation; 0 leaves the low-rank half alone. Default 1.0.
-        talan_dropout (`float`): The probability of dropping a component of the read-out in training. Default 0.0.
-        talan_trainable (`"joint"`, `"side_path"`, `"writeback"` or `"low_rank"`): What requires a gradient: both
-            halves, the side path, its write-back (and gate), or the low-rank half. Default `"joint"`.
-        talan_grad_scale (`float`): gamma, by which the gradient that enters the side path is multiplied. Default 1.0.
-        talan_memory_scope (`"causal"` or `"bidirectional"`): Whether a token's memory holds the tokens up to itself or
+        talan_cap (float): rho of the `capped` writeback, the largest |change| / |hidden state|. Default 0.1.
+        talan_alpha (float): The strength of the perturbation; 0 leaves the low-rank half alone. Default 1.0.
+        talan_dropout (float): The probability of dropping a component of the read-out in training. Default 0.0.
+        talan_trainable ("joint" | "side_path" | "writeback" | "low_rank"): What requires a gradient: both halves, the
+            side path, its write-back (and gate), or the low-rank half. Default `"joint"`.
+        talan_grad_scale (float): gamma, by which the gradient that enters the side path is multiplied. Default 1.0.
+        talan_memory_scope ("causal" | "bidirectional"): Whether a token's memory holds the tokens up to itself or
             those of the whole sequence (encoders; not for generation). Default `"causal"`.
-        init_talan_weights (`bool`): True: the write-back starts at zero, so that a fresh adapter is its low-rank half.
+        init_talan_weights (bool): True: the write-back starts at zero, so that a fresh adapter is its low-rank half.
             False: at random, for tests. Default True.
-        talan_blocks (`str`, *optional*): The name of the `nn.ModuleList` that holds the blocks, such as
+        talan_blocks (str | None): The name of the `nn.ModuleList` that holds the blocks, such as
             `"model.layers"`, where it can't be found. Default None.
-        talan_hidden_size (`int`, *optional*): H, the width of the residual stream, where it can't be found. Default
-            None.
-        talan_version (`str`, *optional*): The version of this package that made the adapter, filled in by itself.
+        talan_hidden_size (int | None): H, the width of the residual stream, where it can't be found. Default None.
+        talan_version (str | None): The version of this package that made the adapter, filled in by itself.
             Default None.
 
     Raises:

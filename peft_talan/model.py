@@ -34,12 +34,13 @@ class TalanModel(LoraModel):
     """Creates a TALAN model: a low-rank adapter and a side path, trained together (arXiv 2606.06902).
 
     Args:
-        model (`torch.nn.Module`): The model to be adapted.
-        config (`TalanConfig`): The configuration of the adapter.
-        adapter_name (`str`): The name of the adapter. Default `"default"`.
-        low_cpu_mem_usage (`bool`): Whether to create empty adapter weights on the meta device. Default False.
+        model (torch.nn.Module): The model to be adapted.
+        config (TalanConfig): The configuration of the adapter.
+        adapter_name (str): The name of the adapter. Default `"default"`.
+        low_cpu_mem_usage (bool): Whether to create empty adapter weights on the meta device. Default False.
     """
 
+    # The ignores: LoraModel has the types of LoRA alone.
     peft_config: dict[str, TalanConfig]  # type: ignore[assignment]
     prefix: str = LoraModel.prefix
     # Both kinds of layers are switched, frozen and deleted together.

@@ -1,4 +1,4 @@
-"""The wheel: all of the package is in it, and it works away from its sources."""
+"""Source distribution and wheel: all that belongs there is in them, and the wheel works away from its sources."""
 
 from __future__ import annotations
 
@@ -20,17 +20,42 @@ MOVED = {"autoload": "peft_talan_autoload", "cli": "peft_talan_cli"}
 """Folders that are installed under a name of their own."""
 
 
+FOLDERS = (".ci", "benchmarks", "docs", "peft_talan", "tests")
+FILES = ("LICENSE", "MANIFEST.in", "Makefile", "README.md", "mkdocs.yml", "pyproject.toml", "setup.cfg")
+
+
+def files_below(folder: Path) -> set[Path]:
+    found = (file for name in FOLDERS for file in (folder / name).rglob("*") if file.is_file())
+    return {file.relative_to(folder) for file in found if "__pycache__" not in file.parts} | set(map(Path, FILES))
+
+
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def unpacked(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The source distribution, unpacked."""
     # From a copy: setuptools would gather what earlier builds left beside the sources.
-    folder = tmp_path_factory.mktemp("wheel")
-    for name in ("pyproject.toml", "setup.cfg", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, folder / name)
-    shutil.copytree(ROOT / "peft_talan", folder / "peft_talan", ignore=shutil.ignore_patterns("__pycache__"))
-    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", "made", "."]
+    folder = tmp_path_factory.mktemp("sources")
+    for file in files_below(ROOT):
+        (folder / file).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / file, folder / file)
+    command = [sys.executable, "-c", "from setuptools import build_meta; build_meta.build_sdist('made')"]
     subprocess.run(command, cwd=folder, check=True, capture_output=True)
     (made,) = (folder / "made").iterdir()
+    shutil.unpack_archive(made, folder / "unpacked")
+    (unpacked,) = (folder / "unpacked").iterdir()
+    return unpacked
+
+
+@pytest.fixture(scope="module")
+def wheel(unpacked: Path) -> Path:
+    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", "made", "."]
+    subprocess.run(command, cwd=unpacked, check=True, capture_output=True)
+    (made,) = (unpacked / "made").iterdir()
     return made
+
+
+def test_the_source_distribution_is_the_repository(unpacked: Path) -> None:
+    assert files_below(unpacked) == files_below(ROOT)
+    assert all((unpacked / name).is_file() for name in FILES)
 
 
 def test_every_file_of_the_package_is_in_the_wheel(wheel: Path) -> None:

@@ -67,5 +67,5 @@ def prepare() -> None:
         # Where peft is importing torch, one of its last modules is awaited: what is needed of peft is there by then.
         awaited = "peft.mapping_func" if "peft" in sys.modules else "peft"
         sys.meta_path.insert(0, _Registration(awaited))
-    except Exception as error:  # noqa: BLE001
+    except Exception as error:  # noqa: BLE001 - the same for `import torch`
         _warn(error)

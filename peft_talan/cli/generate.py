@@ -22,7 +22,7 @@ def register(app: typer.Typer) -> None:
     """
     app.command(
         "generate",
-        epilog="Examples: peft-talan generate outputs/demo/adapter 'What is 27 + 48?'  |  "
+        epilog="Examples: peft-talan generate outputs/demo/LoRA+TALAN 'What is 27 + 48?'  |  "
         "peft-talan generate user/adapter --json < prompts.txt",
     )(generate)
 

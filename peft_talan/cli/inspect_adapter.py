@@ -29,7 +29,7 @@ def register(app: typer.Typer) -> None:
     """
     app.command(
         "inspect",
-        epilog="Examples: peft-talan inspect outputs/demo/adapter  |  "
+        epilog="Examples: peft-talan inspect outputs/demo/LoRA+TALAN  |  "
         "peft-talan inspect user/adapter --json | jq .axes.talan_layers",
     )(inspect)
 

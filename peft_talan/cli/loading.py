@@ -13,9 +13,9 @@ from .inspect_adapter import read_config
 BaseModel = Annotated[
     str | None, Option("--model", help="Base model, hub id or folder [default: what the adapter was trained on]")
 ]
-Dtype = Annotated[str, Option(help="Dtype of the base model: auto, float32, bfloat16, float16")]
-Device = Annotated[str | None, Option(help="Such as cpu or cuda:0 [default: a GPU where there is one]")]
 DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
+Dtype = Annotated[str, Option(help=f"Dtype of the base model: {', '.join(DTYPES)}")]
+Device = Annotated[str | None, Option(help="Such as cpu or cuda:0 [default: a GPU where there is one]")]
 
 
 def load_base(adapter: str, model: str | None, dtype: str, device: str | None) -> tuple[Any, str]:
@@ -86,13 +86,13 @@ def load_adapter(adapter: str, model: str | None, dtype: str, device: str | None
     Raises:
         Misuse: There is no name of a base model, or the dtype is unknown.
     """
-    if is_embedded(adapter) and model is None:
-        return load_base(adapter, adapter, dtype, device)
-    base, name = load_base(adapter, model, dtype, device)
     from peft import PeftModel
 
     import peft_talan  # noqa: F401 - where autoload is off, this registers the tuner
 
+    if is_embedded(adapter) and model is None:
+        return load_base(adapter, adapter, dtype, device)
+    base, name = load_base(adapter, model, dtype, device)
     return PeftModel.from_pretrained(base, adapter).eval(), name
 
 

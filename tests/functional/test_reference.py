@@ -1,4 +1,4 @@
-"""The reference against method.md, token by token in plain Python, and the properties its rules promise."""
+"""The reference against the equations, token by token in plain Python, and the properties its rules promise."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def remixed_slots(mu: list[list[float]], tensors: list[Any]) -> list[list[float]
 def token_by_token(
     hidden: torch.Tensor, parameters: SidePathParameters, options: SidePathOptions, alpha: float, given: dict[str, Any]
 ) -> torch.Tensor:
-    """method.md's equations for one sequence, in Python numbers."""
+    """The equations of docs/concepts/side_path.md for one sequence, in Python numbers."""
     tokens = hidden.shape[0]
     h, w_read, w_write = hidden.tolist(), parameters.read.tolist(), parameters.write.tolist()
     mixer = [tensor.tolist() for tensor in parameters.mixer]
