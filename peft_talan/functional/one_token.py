@@ -10,7 +10,6 @@ import math
 from typing import NamedTuple
 
 import torch
-from torch.nn import functional as F
 
 from .fused import full_precision, read_mean, write_back
 from .parameters import (
@@ -26,7 +25,7 @@ class TokenPlace(NamedTuple):
     """Where a token puts what it reads, all of it views.
 
     Args:
-        projected: z, q and a in one, [batch, 1, 2 * width + slots].
+        projected: z, q and a in one, [1, batch, 2 * width + slots].
         values: z, [batch, 1, width].
         queries: q, [batch, 1, width].
         logits: a, [batch, 1, slots].
@@ -56,13 +55,13 @@ class TokenMemory:
         self.dtype, self.room, self.kept = dtype, room, 0
         self.mean = state.new_empty((batch, slots, width), dtype=dtype)
         self.mean_transposed = self.mean.mT
-        projected = state.new_empty((room, batch, 1, 2 * width + slots), dtype=dtype)
-        values, queries, logits = projected.split((width, width, slots), dim=-1)
+        projected = state.new_empty((room, 1, batch, 2 * width + slots), dtype=dtype)
+        values, queries, logits = projected.transpose(1, 2).split((width, width, slots), dim=-1)
         weights = state.new_empty((room, batch, 1, slots), dtype=dtype)
         self._weights, self._values = weights, values
         parts = (part.unbind(0) for part in (projected, values, queries, logits, weights, weights.mT))
         self._places = [TokenPlace(*views) for views in zip(*parts, strict=True)]
-        self._read = self._write = state.new_empty(0)
+        self._read = self._write = self.norm_floor = state.new_empty(0)
         self.go_on_from(state)
 
     def go_on_from(self, state: torch.Tensor) -> None:
@@ -79,7 +78,7 @@ class TokenMemory:
         return self._places[self.kept]
 
     def matrices(self, parameters: SidePathParameters) -> tuple[torch.Tensor, torch.Tensor]:
-        """The two projections as the rows' products take them, [batch, inputs, outputs].
+        """The two projections as products take them, [1, inputs, outputs].
 
         Args:
             parameters: The side path's tensors.
@@ -90,9 +89,8 @@ class TokenMemory:
         read, write = parameters.read, parameters.write
         # Views see what an optimizer or a load writes into the tensors, but not that other memory takes their place.
         if self._read.data_ptr() != read.data_ptr() or self._write.data_ptr() != write.data_ptr():
-            rows = self.mean.shape[0]
-            self._read = read.to(self.dtype).T.expand(rows, -1, -1)
-            self._write = write.to(self.dtype).T.expand(rows, -1, -1)
+            self._read, self._write = (matrix.to(self.dtype).T.unsqueeze(0) for matrix in (read, write))
+            self.norm_floor = self.mean.new_tensor(math.sqrt(NORM_EPSILON * read.shape[1]))
         return self._read, self._write
 
     def take_out(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -104,6 +102,13 @@ class TokenMemory:
         kept, self.kept = self.kept, 0
         weights, values = (part[:kept, :, 0].transpose(0, 1).clone() for part in (self._weights, self._values))
         return weights, values
+
+
+def _swap(tensor: torch.Tensor) -> torch.Tensor:
+    """From [batch, 1, ...] to [1, batch, ...] and back, where that is not the same."""
+    first, second, *others = tensor.shape
+    # No transpose: its strides, though contiguous, would cost what comes after the block some operations.
+    return tensor if first == second else tensor.view(second, first, *others)
 
 
 def one_token(
@@ -132,9 +137,10 @@ def one_token(
     read, write = memory.matrices(parameters)
     with full_precision(hidden_states.device.type):
         stream = hidden_states if hidden_states.dtype is dtype else hidden_states.to(dtype)
-        # One kernel on accelerators, where `fused.read` would take five; the copy of a single token is small.
-        normalised = F.rms_norm(stream, stream.shape[-1:], eps=NORM_EPSILON)
-        torch.bmm(normalised, read, out=place.projected)
+        rows = _swap(stream)
+        # h / sqrt(|h|^2 + H eps) is RMSNorm(h) / sqrt(H).
+        length = torch.hypot(torch.linalg.vector_norm(rows, dim=-1, keepdim=True), memory.norm_floor)
+        place.projected.baddbmm_(rows / length, read, beta=0, alpha=math.sqrt(rows.shape[-1]))
         # exp(c tanh(a / c)) as a power of exp(c).
         torch.pow(math.exp(SOFT_CAP), place.logits.div_(SOFT_CAP).tanh_(), out=place.weights)
         if valid is not None:
@@ -156,7 +162,7 @@ def one_token(
             readout = read_mean(mean, place.queries, options.mixer, parameters.mixer)
 
         if options.writeback == "add":
-            written = torch.baddbmm(stream, readout, write, alpha=alpha)
+            written = _swap(torch.baddbmm(rows, _swap(readout), write, alpha=alpha))
             return written if written.dtype is hidden_states.dtype else written.to(hidden_states.dtype)
         return write_back(
             hidden_states,
