@@ -21,7 +21,7 @@ import torch
 from measure import code_version, machine, memory_of
 
 from peft_talan.functional import fused, reference
-from peft_talan.functional.one_row import one_row
+from peft_talan.functional.one_token import one_token
 from peft_talan.functional.parameters import SidePathOptions, SidePathParameters
 from peft_talan.memory import LatentMemory
 
@@ -96,13 +96,13 @@ def drift(tokens: int, seed: int) -> dict[str, Any]:
         hidden_states = mean + torch.randn(count, 1, 1, DRIFT_HIDDEN_SIZE, generator=generator)
         start = time.perf_counter()
         for token in hidden_states:
-            row = memory.row_in_place(token.dtype)
-            if row is None:
+            in_place = memory.in_place(token.dtype)
+            if in_place is None:
                 output = fused.side_path(token, parameters, options, state=memory.state)
                 memory.append(output, None)
                 written = output.hidden_states
             else:
-                written = one_row(token, parameters, options, row).hidden_states
+                written = one_token(token, parameters, options, in_place)
         stepping += time.perf_counter() - start
         values, _, logits = reference.read(hidden_states.view(1, count, -1).double(), exact_parameters.read, SLOTS)
         weights = reference.slot_weights(logits, None)

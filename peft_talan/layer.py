@@ -15,7 +15,7 @@ from .adapter_tensors import AdapterTensors
 from .block_call import BlockCall, describe_call, mask_argument_place, replace_recorded_state
 from .config import TalanConfig
 from .functional import fused
-from .functional.one_row import one_row
+from .functional.one_token import one_token
 from .functional.parameters import working_dtype
 from .names import CHILD_NAME
 from .segments import TokenLayout
@@ -221,12 +221,13 @@ class TalanLayer(AdapterTensors, BaseTunerLayer):
             memory = memory_to_go_on_with(
                 cache, self.block_index, self.depth, adapter_name, past, batch, options.scope, rows
             )
-            if batch == tokens == 1 and not self.training and not torch.compiler.is_compiling():
-                row = memory.row_in_place(working_dtype(hidden_states.dtype))
-                if row is not None:
-                    token = one_row(hidden_states, parameters, options, row, alpha=alpha, valid=layout.valid)
-                    memory.took_in(token.weights, token.values)
-                    return token.hidden_states
+            dropout = self.training and options.dropout > 0
+            if tokens == 1 and not dropout and not torch.compiler.is_compiling():
+                in_place = memory.in_place(working_dtype(hidden_states.dtype))
+                if in_place is not None:
+                    written = one_token(hidden_states, parameters, options, in_place, alpha=alpha, valid=layout.valid)
+                    memory.took_in()
+                    return written
         output = fused.side_path(
             hidden_states,
             parameters,

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 
 from .functional.fused import memory_after
-from .functional.one_row import RowMemory
+from .functional.one_token import TokenMemory
 from .functional.parameters import SidePathOutput
 
 TOKENS_A_RECORD = 64
@@ -81,13 +81,13 @@ class LatentMemory:
         self.rows: torch.Tensor | None = None
         # What tokens put in, in their order, and the rows by index wherever they changed.
         self._records: list[TokenRecord | torch.Tensor] = []
-        # The last tokens that came one by one, not in the records yet: e and z; [slots] and [width] from a single row.
-        self._singles: list[tuple[torch.Tensor, torch.Tensor]] = []
-        self._row: RowMemory | None = None
+        # Takes in tokens one by one, and keeps the last of them until they are recorded.
+        self._tokens: TokenMemory | None = None
 
     def __getstate__(self) -> dict[str, Any]:
+        self._record_tokens()
         # Views would be copied apart from what they are views of.
-        return {**self.__dict__, "_row": None}
+        return {**self.__dict__, "_tokens": None}
 
     def append(self, output: SidePathOutput, segment_ids: torch.Tensor | None) -> None:
         """Take over the memory after a call, and the record of its tokens.
@@ -107,77 +107,58 @@ class LatentMemory:
             else:
                 self.state.copy_(output.state)
             return
-        self.state, self._row = _precise(output.state), None
+        self.state = _precise(output.state)
         self._record(TokenRecord(output.weights, output.values, segment_ids))
 
-    def row_in_place(self, dtype: torch.dtype) -> RowMemory | None:
-        """The memory of a single row, to be updated in place by one token; None where it can't be.
+    def in_place(self, dtype: torch.dtype) -> TokenMemory | None:
+        """The memory in a form that one token of every row updates in place; None where it can't be.
 
         Args:
             dtype: In which the memory is read.
 
         Returns:
-            The memory; whoever updates it calls `took_in` with what the token put in.
+            The memory; whoever updates it calls `took_in`.
         """
-        state = self.state
-        if state is None or state.shape[0] != 1 or torch.is_grad_enabled() or state.requires_grad:
+        state, tokens = self.state, self._tokens
+        if state is None or torch.is_grad_enabled() or state.requires_grad:
             return None
-        row = self._row
-        if row is not None and row.mean.is_inference() and not torch.is_inference_mode_enabled():
-            row = None
-        if row is None or row.state is not state or row.dtype is not dtype:
-            if state.is_inference() and not torch.is_inference_mode_enabled():
+        frozen = False
+        if not torch.is_inference_mode_enabled():
+            # What was made in inference mode can't be changed outside of it.
+            frozen = tokens is not None and tokens.mean.is_inference()
+            if state.is_inference():
                 self.state = state = state.clone()
-            self._row = row = RowMemory(state, dtype)
-        return row
+        if tokens is None or frozen or tokens.dtype is not dtype or tokens.state.shape != state.shape:
+            self._record_tokens()
+            self._tokens = tokens = TokenMemory(state, dtype, TOKENS_A_RECORD if self.recorded else 1)
+        elif tokens.state is not state:
+            tokens.go_on_from(state)
+        return tokens
 
-    def took_in(self, weights: torch.Tensor, values: torch.Tensor) -> None:
-        """Record a token that was put in in place.
-
-        Args:
-            weights: e, [slots].
-            values: z, [width].
-        """
-        if not self.static:
-            self.length += 1
-            self._record_single(weights, values)
-
-    def _record_single(self, weights: torch.Tensor, values: torch.Tensor) -> None:
-        if not self.recorded:
+    def took_in(self) -> None:
+        """Keep the token that was put in in place."""
+        if self.static:
             return
-        if self._singles and self._singles[0][0].dim() != weights.dim():
-            self._gather_singles()
-        self._singles.append((weights, values))
-        if len(self._singles) == TOKENS_A_RECORD:
-            self._gather_singles()
+        self.length += 1
+        if self.recorded and self._tokens is not None:
+            self._tokens.kept += 1
+            if self._tokens.kept == self._tokens.room:
+                self._record_tokens()
 
-    def _gather_singles(self) -> None:
-        if not self._singles:
-            return
-        of_one_row = self._singles[0][0].dim() == 1
-        weights, values = (
-            torch.stack(tensors).unsqueeze(0) if of_one_row else torch.cat(tensors, dim=1)
-            for tensors in zip(*self._singles, strict=True)
-        )
-        self._records.append(TokenRecord(weights, values, None))
-        self._singles.clear()
+    def _record_tokens(self) -> None:
+        if self._tokens is not None and self._tokens.kept:
+            self._records.append(TokenRecord(*self._tokens.take_out(), None))
 
     def _record(self, record: TokenRecord) -> None:
         self.length += record.weights.shape[1]
         if not self.recorded:
             return
-        if torch.compiler.is_compiling():
+        self._record_tokens()
+        last = self._records[-1] if self._records else None
+        if torch.compiler.is_compiling() and isinstance(last, TokenRecord):
             # One growing tensor, as the keys are: a growing list would be compiled anew at every token.
-            self._gather_singles()
-            last = self._records[-1] if self._records else None
-            if isinstance(last, TokenRecord):
-                self._records[-1] = last.followed_by(record)
-            else:
-                self._records.append(record)
-        elif record.weights.shape[1] == 1 and record.segment_ids is None:
-            self._record_single(record.weights, record.values)
+            self._records[-1] = last.followed_by(record)
         else:
-            self._gather_singles()
             self._records.append(record)
 
     def every_row(self) -> torch.Tensor:
@@ -197,7 +178,7 @@ class LatentMemory:
         rows = rows.to(self.state.device)
         self.state = self.state.index_select(0, rows)
         if self.recorded:
-            self._gather_singles()
+            self._record_tokens()
             self._records.append(rows)
 
     def crop(self, tokens: int) -> None:
@@ -216,7 +197,7 @@ class LatentMemory:
                 f"tokens={tokens}: this latent memory of {self.length} tokens can't be cropped by as much; "
                 "start again from an empty cache"
             )
-        self._gather_singles()
+        self._record_tokens()
         dropped = self._drop(tokens)
         self.length -= tokens
         segmented = any(isinstance(entry, TokenRecord) and entry.segment_ids is not None for entry in dropped)
@@ -266,7 +247,8 @@ class LatentMemory:
         self.behind = False
         self.rows = None
         self._records.clear()
-        self._singles.clear()
+        if self._tokens is not None:
+            self._tokens.kept = 0
         if self.static and self.state is not None:
             self.state.zero_()
         else:

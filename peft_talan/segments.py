@@ -119,7 +119,8 @@ def token_layout(
             "the model with attn_implementation='sdpa', 'eager' or 'flash_attention_2'"
         )
     if tokens == 1:
-        return TokenLayout(_valid_token(attention_mask, past).expand(batch, 1), None)
+        valid = _valid_token(attention_mask, past)
+        return TokenLayout(valid if valid.shape[0] == batch else valid.expand(batch, 1), None)
     if attention_mask.dim() == 2:
         valid = _attended(_columns_of_call(attention_mask, tokens, past)).expand(batch, tokens)
         segment_ids = _segments_from_positions(position_ids) if starts_here else None

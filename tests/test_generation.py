@@ -8,12 +8,14 @@ import threading
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import DynamicCache, StaticCache
+from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, StaticCache
 
-from .small_models import make_base, make_config, make_lora_config, make_model, make_tokens, rounding
+from peft_talan import TalanConfig
+
+from .small_models import CONFIGS, make_base, make_config, make_lora_config, make_model, make_tokens, rounding
 
 NEW_TOKENS = 12
 
@@ -252,9 +254,11 @@ def test_a_copied_cache_carries_its_own_memory(copier: object) -> None:
     tokens = make_tokens(tokens=20)
     expected = model(tokens, use_cache=False).logits[:, 10:]
     cache = DynamicCache(config=model.get_base_model().config)
-    model(tokens[:, :10], past_key_values=cache, use_cache=True)
+    for part in tokens[:, :13].split([9, 1, 1, 1, 1], dim=1):
+        model(part, past_key_values=cache, use_cache=True)
     twin = copier(cache)
     for one in (cache, twin):
+        one.crop(-3)
         torch.testing.assert_close(
             model(tokens[:, 10:], past_key_values=one, use_cache=True).logits, expected, **rounding()
         )
@@ -400,3 +404,20 @@ def test_decoding_costs_no_more_at_a_longer_context_because_of_us() -> None:
         extra.append((costs[0][0] - costs[1][0], costs[0][1] - costs[1][1]))
     assert extra[0] == extra[1]
     assert extra[0][0] > 0
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("batch", [1, 3])
+def test_a_decoded_token_takes_hardly_more_operations_than_with_lora(batch: int) -> None:
+    """At the depth of Llama-3.2-1B and with the default axes; widths do not change the number."""
+    base = LlamaConfig(**{**CONFIGS["llama"].to_dict(), "num_hidden_layers": 16})
+    low_rank = {"target_modules": "all-linear", "task_type": "CAUSAL_LM"}
+    tokens, operations = make_tokens(batch), []
+    for config in (LoraConfig(**low_rank), TalanConfig(**low_rank)):
+        model = get_peft_model(AutoModelForCausalLM.from_config(base), config).eval()
+        cache = DynamicCache(config=base)
+        for part in tokens.split([18, 1, 1, 1], dim=1):
+            with OperationCounter() as counter:
+                model(part, past_key_values=cache, use_cache=True)
+        operations.append(counter.operations)
+    assert operations[0] < operations[1] <= 1.008 * operations[0]

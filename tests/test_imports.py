@@ -16,7 +16,7 @@ ORDER = (
     "functional.chunked",
     "functional.recomputed",
     "functional.fused",
-    "functional.one_row",
+    "functional.one_token",
     "checkpoint",
     "rollback",
     "names",

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch.nn import functional as F
@@ -26,6 +26,19 @@ from .parameters import (
 from .recomputed import ChunkwiseRemix, recomputed_remix
 from .writeback import WRITEBACK_RULES as READABLE_RULES
 from .writeback import scale_gradient
+
+
+def full_precision(device_type: str) -> AbstractContextManager[None]:
+    """No autocast inside: the memory is a long sum, and its products would be rounded to half precision.
+
+    Args:
+        device_type: Of the tensors inside.
+
+    Returns:
+        The context.
+    """
+    autocast = torch.is_autocast_enabled(device_type)
+    return torch.autocast(device_type, enabled=False) if autocast else nullcontext()
 
 
 def _inverse_rms(hidden_states: torch.Tensor) -> torch.Tensor:
@@ -267,10 +280,7 @@ def side_path(
     return_state: bool = True,
 ) -> SidePathOutput:
     """Run a whole side path: read, compress, mix, write back; see `reference.side_path`."""
-    device_type = hidden_states.device.type
-    # The memory is a long sum: under autocast its products would be rounded to half precision.
-    autocast = torch.is_autocast_enabled(device_type)
-    with torch.autocast(device_type, enabled=False) if autocast else nullcontext():
+    with full_precision(hidden_states.device.type):
         slots = parameters.read.shape[0] - 2 * parameters.write.shape[1]
         stream = hidden_states.to(working_dtype(hidden_states.dtype))
         values, queries, logits = read(stream, parameters.read, slots)

@@ -1,0 +1,175 @@
+"""One decoded token of every row: the side path with its memory updated in place.
+
+This is `fused.side_path` for hidden states [batch, 1, hidden_size], in as few operations as there are: their number is
+what bounds decoding on an accelerator. A view is an operation, too, so those that every token needs are made once.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+
+from .fused import full_precision, read_mean, write_back
+from .parameters import (
+    NORM_EPSILON,
+    SMALLEST_DENOMINATOR,
+    SOFT_CAP,
+    SidePathOptions,
+    SidePathParameters,
+)
+
+
+class TokenPlace(NamedTuple):
+    """Where a token puts what it reads, all of it views.
+
+    Args:
+        projected: z, q and a in one, [1, batch, 2 * width + slots].
+        values: z, [batch, 1, width].
+        queries: q, [batch, 1, width].
+        logits: a, [batch, 1, slots].
+        weights: e, [batch, 1, slots].
+        weights_column: e, [batch, slots, 1].
+    """
+
+    projected: torch.Tensor
+    values: torch.Tensor
+    queries: torch.Tensor
+    logits: torch.Tensor
+    weights: torch.Tensor
+    weights_column: torch.Tensor
+
+
+class TokenMemory:
+    """A memory that takes in one token a call, and keeps what the last tokens put into it.
+
+    Args:
+        state: N and D, [batch, slots, width + 1], at least float32; it is updated in place.
+        dtype: In which the memory is read.
+        room: How many tokens it keeps; whoever fills it takes them out.
+    """
+
+    def __init__(self, state: torch.Tensor, dtype: torch.dtype, room: int = 1) -> None:
+        batch, slots, width = state.shape[0], state.shape[1], state.shape[2] - 1
+        self.dtype, self.room, self.kept = dtype, room, 0
+        self.mean = state.new_empty((batch, slots, width), dtype=dtype)
+        self.mean_transposed = self.mean.mT
+        projected = state.new_empty((room, 1, batch, 2 * width + slots), dtype=dtype)
+        values, queries, logits = projected.transpose(1, 2).split((width, width, slots), dim=-1)
+        weights = state.new_empty((room, batch, 1, slots), dtype=dtype)
+        self._weights, self._values = weights, values
+        parts = (part.unbind(0) for part in (projected, values, queries, logits, weights, weights.mT))
+        self._places = [TokenPlace(*views) for views in zip(*parts, strict=True)]
+        self._read = self._write = self.norm_floor = state.new_empty(0)
+        self.go_on_from(state)
+
+    def go_on_from(self, state: torch.Tensor) -> None:
+        """Update another state from now on.
+
+        Args:
+            state: As above, of as many rows.
+        """
+        self.state, self.total, self.denominator = state, state[..., :-1], state[..., -1:]
+
+    @property
+    def place(self) -> TokenPlace:
+        """The place of the next token."""
+        return self._places[self.kept]
+
+    def matrices(self, parameters: SidePathParameters) -> tuple[torch.Tensor, torch.Tensor]:
+        """The two projections as products take them, [1, inputs, outputs].
+
+        Args:
+            parameters: The side path's tensors.
+
+        Returns:
+            The transposes of `W_read` and `W_write`.
+        """
+        read, write = parameters.read, parameters.write
+        # Views see what an optimizer or a load writes into the tensors, but not that other memory takes their place.
+        if self._read.data_ptr() != read.data_ptr() or self._write.data_ptr() != write.data_ptr():
+            self._read, self._write = (matrix.to(self.dtype).T.unsqueeze(0) for matrix in (read, write))
+            self.norm_floor = self.mean.new_tensor(math.sqrt(NORM_EPSILON * read.shape[1]))
+        return self._read, self._write
+
+    def take_out(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Give what the kept tokens put in, and make room.
+
+        Returns:
+            e, [batch, tokens, slots], and z, [batch, tokens, width].
+        """
+        kept, self.kept = self.kept, 0
+        weights, values = (part[:kept, :, 0].transpose(0, 1).clone() for part in (self._weights, self._values))
+        return weights, values
+
+
+def _swap(tensor: torch.Tensor) -> torch.Tensor:
+    """From [batch, 1, ...] to [1, batch, ...] and back, where that is not the same."""
+    first, second, *others = tensor.shape
+    # No transpose: its strides, though contiguous, would cost what comes after the block some operations.
+    return tensor if first == second else tensor.view(second, first, *others)
+
+
+def one_token(
+    hidden_states: torch.Tensor,
+    parameters: SidePathParameters,
+    options: SidePathOptions,
+    memory: TokenMemory,
+    *,
+    alpha: float = 1.0,
+    valid: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Run a side path for one token of every row, where gradients are off; see `reference.side_path`.
+
+    Args:
+        hidden_states: h, [batch, 1, hidden_size].
+        parameters: The side path's tensors.
+        options: The side path's axes; the scope must be causal.
+        memory: The memory, which takes the tokens in.
+        alpha: The strength of the perturbation. Default 1.
+        valid: [batch, 1], bool; False marks padding. None: no token is padding.
+
+    Returns:
+        h', [batch, 1, hidden_size]; what the tokens put in is at `memory.place`.
+    """
+    dtype, place = memory.dtype, memory.place
+    read, write = memory.matrices(parameters)
+    with full_precision(hidden_states.device.type):
+        stream = hidden_states if hidden_states.dtype is dtype else hidden_states.to(dtype)
+        rows = _swap(stream)
+        # h / sqrt(|h|^2 + H eps) is RMSNorm(h) / sqrt(H).
+        length = torch.hypot(torch.linalg.vector_norm(rows, dim=-1, keepdim=True), memory.norm_floor)
+        place.projected.baddbmm_(rows / length, read, beta=0, alpha=math.sqrt(rows.shape[-1]))
+        # exp(c tanh(a / c)) as a power of exp(c).
+        torch.pow(math.exp(SOFT_CAP), place.logits.div_(SOFT_CAP).tanh_(), out=place.weights)
+        if valid is not None:
+            place.weights.mul_(valid.unsqueeze(-1))
+        memory.total.addcmul_(place.weights_column, place.values)
+        denominator = memory.denominator.add_(place.weights_column)
+        if valid is not None:
+            # Else the token's own weight is in there.
+            denominator = denominator.clamp_min(SMALLEST_DENOMINATOR)
+        mean = torch.div(memory.total, denominator, out=memory.mean)
+
+        if options.mixer == "attention":
+            # `read_mean`, without its views.
+            bias, scale = parameters.mixer[0], 1 / math.sqrt(mean.shape[-1])
+            bias = bias if bias.dtype is dtype else bias.to(dtype)
+            scores = torch.baddbmm(bias, place.queries, memory.mean_transposed, alpha=scale)
+            readout = torch.bmm(scores.softmax(-1), mean)
+        else:
+            readout = read_mean(mean, place.queries, options.mixer, parameters.mixer)
+
+        if options.writeback == "add":
+            written = _swap(torch.baddbmm(rows, _swap(readout), write, alpha=alpha))
+            return written if written.dtype is hidden_states.dtype else written.to(hidden_states.dtype)
+        return write_back(
+            hidden_states,
+            readout,
+            parameters.write,
+            options.writeback,
+            alpha=alpha,
+            gate=parameters.gate,
+            cap=options.cap,
+        )
