@@ -3,11 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -16,14 +11,14 @@ from peft import PeftConfig
 from safetensors.torch import load_file
 
 from .processes import sharded, training
+from .processes.launching import ROOT, TORCHRUN, free_port, launch
 from .small_models import rounding
 
-ROOT = Path(__file__).parents[1]
 RECIPES = ROOT / "benchmarks" / "recipes"
-SECONDS = 240
 CHECKS = tuple(sharded.checks(Path()))
+TWO_PROCESSES = ["--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no"]
 LAUNCHES = {
-    "ddp": ["--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no"],
+    "ddp": TWO_PROCESSES,
     "fsdp1": ["--config_file", str(ROOT / "tests" / "processes" / "fsdp1.yaml")],
     # The file that the recipe trains with, at a smaller number and at full precision.
     "fsdp2": [
@@ -32,41 +27,22 @@ LAUNCHES = {
         # Accelerate looks for a GPU to do this on, for FSDP1 only but whatever the version.
         *("--fsdp_sync_module_states", "false"),
     ],
+    "tensor_parallel": TWO_PROCESSES,
 }
-
-
-def free_port() -> str:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return str(listener.getsockname()[1])
-
-
-def launch(command: list[str], **environment: str) -> tuple[int, str]:
-    """Run a launcher on the loopback interface; when its time is up, it and all that it started are killed."""
-    surroundings = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "ACCELERATE_USE_CPU": "true"}
-    process = subprocess.Popen(
-        [sys.executable, "-m", *command],
-        cwd=ROOT,
-        env={**os.environ, **surroundings, **environment},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
-    try:
-        output, _ = process.communicate(timeout=SECONDS)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        output, _ = process.communicate()
-        output += f"\nkilled after {SECONDS} seconds"
-    return process.returncode, output
+HEAD = {"modules_to_save": ["lm_head"]}
+# What shows that the launch did what it is named after.
+SHARED_OUT_BY = {
+    "ddp": "DistributedDataParallel",
+    "fsdp1": "FullyShardedDataParallel",
+    "fsdp2": "FSDPQwen3DecoderLayer",
+    "tensor_parallel": "DTensor",
+}
 
 
 @pytest.fixture(scope="module")
 def of_torchrun(tmp_path_factory: pytest.TempPathFactory) -> str:
     folder = str(tmp_path_factory.mktemp("sharded"))
-    how = ["--nproc_per_node", "2", "--rdzv_backend", "c10d", "--rdzv_endpoint", "127.0.0.1:0"]
-    return launch(["torch.distributed.run", *how, "-m", sharded.__name__], TEST_FOLDER=folder)[1]
+    return launch([*TORCHRUN, "-m", sharded.__name__], TEST_FOLDER=folder)[1]
 
 
 @pytest.mark.parametrize("check", CHECKS)
@@ -78,7 +54,9 @@ def test_sharded_by_torch_and_transformers(check: str, of_torchrun: str) -> None
 def of_one_process(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("one_process")
     torch.manual_seed(0)
-    training.train_whole_and_resumed(folder)
+    training.train_whole_and_resumed(folder / "with_head", **HEAD)
+    training.train_whole_and_resumed(folder / "without")
+    sharded.save_parts(folder, training.build())
     return folder
 
 
@@ -90,19 +68,26 @@ def check_equal(adapter: Path, expected: Path) -> None:
     assert PeftConfig.from_pretrained(adapter) == PeftConfig.from_pretrained(expected)
 
 
+def log(run: Path) -> dict[str, list]:
+    return json.loads((run / "log.json").read_text())
+
+
 def losses(run: Path) -> torch.Tensor:
     """The logged losses, which models compute in float32 whatever their dtype."""
-    return torch.tensor([entry["loss"] for entry in json.loads((run / "log.json").read_text())])
+    return torch.tensor(log(run)["losses"])
 
 
 @pytest.mark.parametrize("how", LAUNCHES)
 def test_trainer_by_accelerate(how: str, of_one_process: Path, tmp_path: Path) -> None:
     port = ["--main_process_port", free_port()]
-    code, output = launch(
-        ["accelerate.commands.launch", *LAUNCHES[how], *port, "-m", training.__name__, str(tmp_path)]
-    )
+    # PEFT copies a module that is saved whole, which torch can't where the module is shared out.
+    expected = of_one_process / ("without" if how == "tensor_parallel" else "with_head")
+    options = {"tensor_parallel": True, "parts": str(of_one_process)} if how == "tensor_parallel" else HEAD
+    script = ["-m", training.__name__, str(tmp_path), json.dumps(options)]
+    code, output = launch(["accelerate.commands.launch", *LAUNCHES[how], *port, *script])
     assert code == 0, output[-6000:]
     for run in ("whole", "resumed"):
-        check_equal(tmp_path / run / "adapter", of_one_process / run / "adapter")
-        torch.testing.assert_close(losses(tmp_path / run), losses(of_one_process / run), **rounding(torch.float32))
+        assert SHARED_OUT_BY[how] in log(tmp_path / run)["classes"]
+        check_equal(tmp_path / run / "adapter", expected / run / "adapter")
+        torch.testing.assert_close(losses(tmp_path / run), losses(expected / run), **rounding(torch.float32))
     check_equal(tmp_path / "resumed" / "adapter", tmp_path / "whole" / "adapter")

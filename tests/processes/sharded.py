@@ -146,17 +146,34 @@ def load_shared_out(folder: Path, **plan: object) -> nn.Module:
     )
 
 
-def tensor_parallel(folder: Path, checkpointing: str | None = None, **options: object) -> None:
-    start = build(**options)
+def save_parts(folder: Path, model: PeftModel) -> None:
+    """Write the base model and the adapter where `load_parts` finds them."""
+    make_base("qwen3").save_pretrained(folder / "base")
+    model.save_pretrained(folder / "adapter")
+
+
+def load_parts(folder: Path, dtype: torch.dtype = torch.float64, **spelling: object) -> PeftModel:
+    """Load a model as users do, who have a base model and an adapter to go on with.
+
+    Args:
+        folder: Where `save_parts` wrote.
+        dtype: The weights' dtype.
+        spelling: How `from_pretrained` is asked to share the base model out.
+    """
+    base = AutoModelForCausalLM.from_pretrained(folder / "base", dtype=dtype, **spelling)
+    return PeftModel.from_pretrained(base, folder / "adapter", is_trainable=True, autocast_adapter_dtype=False)
+
+
+def tensor_parallel(
+    folder: Path, spelling: dict[str, object], checkpointing: str | None = None, **options: object
+) -> None:
     one_process = build(**options)
-    train(one_process, make_tokens(BATCH))
     if dist.get_rank() == 0:
-        start.save_pretrained(folder / "start")
-        one_process.save_pretrained(folder / "one_process")
+        save_parts(folder, one_process)
     dist.barrier()
-    base = load_shared_out(folder / "base")
-    assert isinstance(base.model.layers[1].mlp.up_proj.weight, DTensor)
-    model = PeftModel.from_pretrained(base, folder / "start", is_trainable=True, autocast_adapter_dtype=False).train()
+    model = load_parts(folder, **spelling).train()
+    assert isinstance(model.get_submodule("base_model.model.model.layers.1.mlp.up_proj.base_layer").weight, DTensor)
+    train(one_process, make_tokens(BATCH))
     if checkpointing is not None:
         model.gradient_checkpointing_enable({"use_reentrant": checkpointing == "reentrant"})
         model.enable_input_require_grads()
@@ -165,7 +182,7 @@ def tensor_parallel(folder: Path, checkpointing: str | None = None, **options: o
     check_same(losses, get_peft_model_state_dict(model), averaged=False, **options)
     own = folder / f"rank{dist.get_rank()}"
     model.save_pretrained(own)
-    saved, expected = (load_file(at / "adapter_model.safetensors") for at in (own, folder / "one_process"))
+    saved, expected = load_file(own / "adapter_model.safetensors"), get_peft_model_state_dict(one_process)
     assert saved.keys() == expected.keys()
     for name, tensor in saved.items():
         torch.testing.assert_close(tensor, expected[name], **rounding())
@@ -217,8 +234,13 @@ def checks(folder: Path) -> dict[str, Callable[[], None]]:
         "fsdp1 size": run(fsdp1, "size"),
         "fsdp1 peft": run(fsdp1, "peft"),
         "fsdp1 flat parameters": run(fsdp1, "peft", use_orig_params=False),
-        **{f"tp {name}": run(tensor_parallel, folder, **options) for name, options in KINDS.items()},
-        "tp checkpointing": run(tensor_parallel, folder, "non-reentrant"),
+        "tp auto": run(tensor_parallel, folder, {"tp_plan": "auto"}, **KINDS["output"]),
+        "tp configured auto": run(
+            tensor_parallel, folder, {"distributed_config": DistributedConfig(tp_plan="auto")}, **KINDS["input"]
+        ),
+        "tp checkpointing": run(
+            tensor_parallel, folder, {"distributed_config": DistributedConfig(tp_size=2)}, "non-reentrant"
+        ),
         "tp fresh": run(tensor_parallel_fresh, folder),
         "tp split tokens": run(split_tokens_are_refused, folder),
     }
