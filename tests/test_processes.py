@@ -86,8 +86,9 @@ def test_trainer_by_accelerate(how: str, of_one_process: Path, tmp_path: Path) -
     script = ["-m", training.__name__, str(tmp_path), json.dumps(options)]
     code, output = launch(["accelerate.commands.launch", *LAUNCHES[how], *port, *script])
     assert code == 0, output[-6000:]
-    for run in ("whole", "resumed"):
+    assert (tmp_path / "resumed").exists() == (how != "tensor_parallel")
+    for run in (folder.name for folder in tmp_path.iterdir()):
         assert SHARED_OUT_BY[how] in log(tmp_path / run)["classes"]
         check_equal(tmp_path / run / "adapter", expected / run / "adapter")
         torch.testing.assert_close(losses(tmp_path / run), losses(expected / run), **rounding(torch.float32))
-    check_equal(tmp_path / "resumed" / "adapter", tmp_path / "whole" / "adapter")
+        check_equal(tmp_path / run / "adapter", tmp_path / "whole" / "adapter")

@@ -67,6 +67,8 @@ def train(
         per_device_train_batch_size=ROWS_A_STEP // (1 if tensor_parallel else int(os.environ.get("WORLD_SIZE", "1"))),
         max_steps=STEPS,
         save_steps=STEPS // 2,
+        # Of a model that transformers shares out, Trainer keeps no optimizer state, whatever the adapter.
+        save_only_model=tensor_parallel,
         logging_steps=1,
         lr_scheduler_type="linear",
         max_grad_norm=0.5,
@@ -100,15 +102,17 @@ def train(
     trainer.accelerator.wait_for_everyone()
 
 
-def train_whole_and_resumed(folder: Path, **how: object) -> None:
-    """Train twice.
+def train_whole_and_resumed(folder: Path, tensor_parallel: bool = False, **how: object) -> None:
+    """Train twice, or once where `Trainer` can't resume.
 
     Args:
-        folder: Gets the two runs' folders, `whole` and `resumed`.
-        how: The arguments of `train`.
+        folder: Gets the runs' folders, `whole` and `resumed`.
+        tensor_parallel: As for `train`.
+        how: The other arguments of `train`.
     """
-    train(folder / "whole", **how)
-    train(folder / "resumed", folder / "whole" / "checkpoints" / f"checkpoint-{STEPS // 2}", **how)
+    train(folder / "whole", tensor_parallel=tensor_parallel, **how)
+    if not tensor_parallel:
+        train(folder / "resumed", folder / "whole" / "checkpoints" / f"checkpoint-{STEPS // 2}", **how)
 
 
 if __name__ == "__main__":
