@@ -8,6 +8,7 @@ DS_ACCELERATOR=cpu DS_BUILD_OPS=0 python -m benchmarks.deepspeed_zero
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import platform
 import tempfile
@@ -129,28 +130,33 @@ def by_engine(stage: int, checkpointing: bool, folder: Path, resume: bool, **opt
     }
 
 
-def all_by_engine(folder: Path) -> None:
-    """What each of the two processes does; the first one writes the rows."""
+def in_each_process(stage: int, folder: Path) -> None:
+    """What each of the engine's two processes does; the first one writes the rows."""
     import deepspeed
 
     torch.set_num_threads(1)
     deepspeed.init_distributed(dist_backend="gloo")
     rows = []
-    for stage in STAGES:
-        for name, options in KINDS.items():
-            for checkpointing in (False, True):
-                at = folder / f"{stage} {name} {checkpointing}"
-                runs = {
-                    run: by_engine(stage, checkpointing, at, run == "resumed", **options)
-                    for run in ("whole", "resumed")
-                }
-                if dist.get_rank() == 0:
-                    about = {"by": "engine", "stage": stage, "side_path": name, "checkpointing": checkpointing}
-                    rows.append({**about, **differences(runs, by_one_process(**options))})
-                    print(json.dumps(rows[-1]), flush=True)
-    if dist.get_rank() == 0:
-        (folder / "rows.json").write_text(json.dumps(rows))
+    for name, options in KINDS.items():
+        for checkpointing in (False, True):
+            at = folder / f"{name} {checkpointing}"
+            runs = {
+                run: by_engine(stage, checkpointing, at, run == "resumed", **options) for run in ("whole", "resumed")
+            }
+            if dist.get_rank() == 0:
+                about = {"by": "engine", "stage": stage, "side_path": name, "checkpointing": checkpointing}
+                rows.append({**about, **differences(runs, by_one_process(**options))})
+                (folder / "rows.json").write_text(json.dumps(rows))
     dist.destroy_process_group()
+
+
+def rows_of_engine(stage: int, folder: Path) -> list[dict[str, object]]:
+    code, output = launch(
+        [*TORCHRUN, "-m", "benchmarks.deepspeed_zero", "--stage", str(stage), "--in-each-process", str(folder)]
+    )
+    if code != 0:
+        raise RuntimeError(output[-6000:])
+    return json.loads((folder / "rows.json").read_text())
 
 
 def read_run(folder: Path) -> Run:
@@ -158,8 +164,10 @@ def read_run(folder: Path) -> Run:
     return losses, load_file(folder / "adapter" / "adapter_model.safetensors")
 
 
-def by_trainer(stage: int, folder: Path) -> dict[str, object]:
+def rows_of_trainer(stage: int, folder: Path) -> list[dict[str, object]]:
     """Train by `accelerate launch` and Trainer, from a base model that DeepSpeed loads in parts at stage 3."""
+    save_parts(folder, training.build(torch.float32))
+    training.train_whole_and_resumed(folder / "one_process", dtype="float32")
     config, out = folder / f"zero{stage}.json", folder / f"zero{stage}"
     auto = ("train_micro_batch_size_per_gpu", "train_batch_size", "gradient_accumulation_steps", "gradient_clipping")
     config.write_text(json.dumps({**zero(stage), **dict.fromkeys(auto, "auto")}))
@@ -180,26 +188,29 @@ def by_trainer(stage: int, folder: Path) -> dict[str, object]:
     runs = {run: read_run(out / run) for run in ("whole", "resumed")}
     expected = read_run(folder / "one_process" / "whole")
     about = {"by": "Trainer", "stage": stage, "side_path": "output, gated, mlp", "checkpointing": False}
-    return {**about, **differences(runs, expected)}
+    return [{**about, **differences(runs, expected)}]
+
+
+WAYS = {"engine": rows_of_engine, "Trainer": rows_of_trainer}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--engine", type=Path, help="run as one of the two processes, and write the rows here")
+    parser.add_argument("--by", choices=WAYS, nargs="+", default=list(WAYS), help="whose rows to measure again")
+    parser.add_argument("--stage", choices=STAGES, type=int, nargs="+", default=list(STAGES), help="at which stages")
+    parser.add_argument("--in-each-process", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    if arguments.engine is not None:
-        all_by_engine(arguments.engine)
+    if arguments.in_each_process is not None:
+        in_each_process(arguments.stage[0], arguments.in_each_process)
         return
     torch.set_num_threads(1)
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        code, output = launch([*TORCHRUN, "-m", "benchmarks.deepspeed_zero", "--engine", name])
-        if code != 0:
-            raise RuntimeError(output[-6000:])
-        rows = json.loads((folder / "rows.json").read_text())
-        save_parts(folder, training.build(torch.float32))
-        training.train_whole_and_resumed(folder / "one_process", dtype="float32")
-        rows += [by_trainer(stage, folder) for stage in STAGES]
+    rows = json.loads(RESULTS.read_text())["rows"]
+    for by, stage in itertools.product(arguments.by, arguments.stage):
+        with tempfile.TemporaryDirectory() as folder:
+            measured = WAYS[by](stage, Path(folder))
+        print(json.dumps(measured, indent=1), flush=True)
+        rows = [row for row in rows if (row.get("by"), row["stage"]) != (by, stage)] + measured
+    rows.sort(key=lambda row: (list(WAYS).index(row["by"]), row["stage"]))
     about = {
         "steps": STEPS,
         "optimizer": "SGD with momentum 0.9",

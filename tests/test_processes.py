@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -30,6 +32,10 @@ LAUNCHES = {
     "tensor_parallel": TWO_PROCESSES,
 }
 HEAD = {"modules_to_save": ["lm_head"]}
+# FSDP1 measures gradients in float32, and refuses to clip what is finer.
+OPTIONS: dict[str, dict[str, object]] = {"ddp": HEAD, "fsdp1": {**HEAD, "max_grad_norm": 0}, "fsdp2": HEAD}
+# PEFT copies a module that is saved whole, which torch can't where the module is shared out.
+OPTIONS["tensor_parallel"] = {}
 # What shows that the launch did what it is named after.
 SHARED_OUT_BY = {
     "ddp": "DistributedDataParallel",
@@ -51,13 +57,17 @@ def test_sharded_by_torch_and_transformers(check: str, of_torchrun: str) -> None
 
 
 @pytest.fixture(scope="module")
-def of_one_process(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("one_process")
-    torch.manual_seed(0)
-    training.train_whole_and_resumed(folder / "with_head", **HEAD)
-    training.train_whole_and_resumed(folder / "without")
-    sharded.save_parts(folder, training.build())
-    return folder
+def of_one_process(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Give the runs of one process with the options of a launch."""
+
+    @functools.cache
+    def trained(options: str) -> Path:
+        folder = tmp_path_factory.mktemp("one_process")
+        torch.manual_seed(0)
+        training.train_whole_and_resumed(folder, **json.loads(options))
+        return folder
+
+    return lambda how: trained(json.dumps(OPTIONS[how]))
 
 
 def check_equal(adapter: Path, expected: Path) -> None:
@@ -78,17 +88,17 @@ def losses(run: Path) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("how", LAUNCHES)
-def test_trainer_by_accelerate(how: str, of_one_process: Path, tmp_path: Path) -> None:
-    port = ["--main_process_port", free_port()]
-    # PEFT copies a module that is saved whole, which torch can't where the module is shared out.
-    expected = of_one_process / ("without" if how == "tensor_parallel" else "with_head")
-    options = {"tensor_parallel": True, "parts": str(of_one_process)} if how == "tensor_parallel" else HEAD
-    script = ["-m", training.__name__, str(tmp_path), json.dumps(options)]
-    code, output = launch(["accelerate.commands.launch", *LAUNCHES[how], *port, *script])
+def test_trainer_by_accelerate(how: str, of_one_process: Callable[[str], Path], tmp_path: Path) -> None:
+    expected, out, options = of_one_process(how), tmp_path / "runs", OPTIONS[how]
+    if how == "tensor_parallel":
+        sharded.save_parts(tmp_path, training.build(**options))
+        options = {**options, "tensor_parallel": True, "parts": str(tmp_path)}
+    command = ["accelerate.commands.launch", *LAUNCHES[how], "--main_process_port", free_port()]
+    code, output = launch([*command, "-m", training.__name__, str(out), json.dumps(options)])
     assert code == 0, output[-6000:]
-    assert (tmp_path / "resumed").exists() == (how != "tensor_parallel")
-    for run in (folder.name for folder in tmp_path.iterdir()):
-        assert SHARED_OUT_BY[how] in log(tmp_path / run)["classes"]
-        check_equal(tmp_path / run / "adapter", expected / run / "adapter")
-        torch.testing.assert_close(losses(tmp_path / run), losses(expected / run), **rounding(torch.float32))
-        check_equal(tmp_path / run / "adapter", tmp_path / "whole" / "adapter")
+    assert (out / "resumed").exists() == (how != "tensor_parallel")
+    for run in (folder.name for folder in out.iterdir()):
+        assert SHARED_OUT_BY[how] in log(out / run)["classes"]
+        check_equal(out / run / "adapter", expected / run / "adapter")
+        torch.testing.assert_close(losses(out / run), losses(expected / run), **rounding(torch.float32))
+        check_equal(out / run / "adapter", out / "whole" / "adapter")
