@@ -47,7 +47,6 @@ def train(
     parts: str | None = None,
     tensor_parallel: bool = False,
     dtype: str = "float64",
-    max_grad_norm: float = 0.5,
     **options: object,
 ) -> None:
     """Train in float64, so that what is left of the difference to one process is rounding.
@@ -58,7 +57,6 @@ def train(
         parts: Where `save_parts` wrote what is to be trained; without it, the model is built.
         tensor_parallel: Whether transformers shares the matrices out, and not the rows of a batch; needs `parts`.
         dtype: The weights' dtype, where it can't be float64.
-        max_grad_norm: What gradients are clipped to; 0 for not at all.
         options: The adapter's options besides `SIDE_PATH`, where it is built.
     """
     deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"
@@ -75,7 +73,7 @@ def train(
         save_only_model=tensor_parallel,
         logging_steps=1,
         lr_scheduler_type="linear",
-        max_grad_norm=max_grad_norm,
+        max_grad_norm=0.5,
         # Without it the arguments set accelerate's state anew, and the CPU is one again.
         accelerator_config={"use_configured_state": as_accelerator},
         # Accelerate offers DeepSpeed where the CPU was not asked for.
