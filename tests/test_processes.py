@@ -87,7 +87,11 @@ def losses(run: Path) -> torch.Tensor:
     return torch.tensor(log(run)["losses"])
 
 
-@pytest.mark.parametrize("how", LAUNCHES)
+# It trains as one process does, and the process then ends by a segmentation fault while it writes the checkpoint.
+FSDP1_CRASHES = pytest.mark.xfail(strict=True, reason="FSDP1's full state dict crashes here on CPU under Trainer")
+
+
+@pytest.mark.parametrize("how", [pytest.param(how, marks=FSDP1_CRASHES if how == "fsdp1" else ()) for how in LAUNCHES])
 def test_trainer_by_accelerate(how: str, of_one_process: Callable[[str], Path], tmp_path: Path) -> None:
     expected, out, options = of_one_process(how), tmp_path / "runs", OPTIONS[how]
     if how == "tensor_parallel":
