@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import json
-import os
-import signal
-import socket
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -16,14 +13,14 @@ from peft import PeftConfig
 from safetensors.torch import load_file
 
 from .processes import sharded, training
+from .processes.launching import ROOT, TORCHRUN, free_port, launch
 from .small_models import rounding
 
-ROOT = Path(__file__).parents[1]
 RECIPES = ROOT / "benchmarks" / "recipes"
-SECONDS = 240
 CHECKS = tuple(sharded.checks(Path()))
+TWO_PROCESSES = ["--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no"]
 LAUNCHES = {
-    "ddp": ["--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no"],
+    "ddp": TWO_PROCESSES,
     "fsdp1": ["--config_file", str(ROOT / "tests" / "processes" / "fsdp1.yaml")],
     # The file that the recipe trains with, at a smaller number and at full precision.
     "fsdp2": [
@@ -32,41 +29,26 @@ LAUNCHES = {
         # Accelerate looks for a GPU to do this on, for FSDP1 only but whatever the version.
         *("--fsdp_sync_module_states", "false"),
     ],
+    "tensor_parallel": TWO_PROCESSES,
 }
-
-
-def free_port() -> str:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return str(listener.getsockname()[1])
-
-
-def launch(command: list[str], **environment: str) -> tuple[int, str]:
-    """Run a launcher on the loopback interface; when its time is up, it and all that it started are killed."""
-    surroundings = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "ACCELERATE_USE_CPU": "true"}
-    process = subprocess.Popen(
-        [sys.executable, "-m", *command],
-        cwd=ROOT,
-        env={**os.environ, **surroundings, **environment},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
-    try:
-        output, _ = process.communicate(timeout=SECONDS)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        output, _ = process.communicate()
-        output += f"\nkilled after {SECONDS} seconds"
-    return process.returncode, output
+HEAD = {"modules_to_save": ["lm_head"]}
+# FSDP1 measures gradients in float32, as Trainer asks of it, and refuses what is finer.
+OPTIONS: dict[str, dict[str, object]] = {"ddp": HEAD, "fsdp1": {**HEAD, "dtype": "float32"}, "fsdp2": HEAD}
+# PEFT copies a module that is saved whole, which torch can't where the module is shared out.
+OPTIONS["tensor_parallel"] = {}
+# What shows that the launch did what it is named after.
+SHARED_OUT_BY = {
+    "ddp": "DistributedDataParallel",
+    "fsdp1": "FullyShardedDataParallel",
+    "fsdp2": "FSDPQwen3DecoderLayer",
+    "tensor_parallel": "DTensor",
+}
 
 
 @pytest.fixture(scope="module")
 def of_torchrun(tmp_path_factory: pytest.TempPathFactory) -> str:
     folder = str(tmp_path_factory.mktemp("sharded"))
-    how = ["--nproc_per_node", "2", "--rdzv_backend", "c10d", "--rdzv_endpoint", "127.0.0.1:0"]
-    return launch(["torch.distributed.run", *how, "-m", sharded.__name__], TEST_FOLDER=folder)[1]
+    return launch([*TORCHRUN, "-m", sharded.__name__], TEST_FOLDER=folder)[1]
 
 
 @pytest.mark.parametrize("check", CHECKS)
@@ -75,34 +57,52 @@ def test_sharded_by_torch_and_transformers(check: str, of_torchrun: str) -> None
 
 
 @pytest.fixture(scope="module")
-def of_one_process(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("one_process")
-    torch.manual_seed(0)
-    training.train_whole_and_resumed(folder)
-    return folder
+def of_one_process(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Give the runs of one process with the options of a launch."""
+
+    @functools.cache
+    def trained(options: str) -> Path:
+        folder = tmp_path_factory.mktemp("one_process")
+        torch.manual_seed(0)
+        training.train_whole_and_resumed(folder, **json.loads(options))
+        return folder
+
+    return lambda how: trained(json.dumps(OPTIONS[how]))
 
 
 def check_equal(adapter: Path, expected: Path) -> None:
     tensors, expected_tensors = (load_file(at / "adapter_model.safetensors") for at in (adapter, expected))
     assert tensors.keys() == expected_tensors.keys()
     for name, tensor in tensors.items():
-        torch.testing.assert_close(tensor, expected_tensors[name], **rounding())
+        torch.testing.assert_close(tensor, expected_tensors[name], **rounding(tensor.dtype))
     assert PeftConfig.from_pretrained(adapter) == PeftConfig.from_pretrained(expected)
+
+
+def log(run: Path) -> dict[str, list]:
+    return json.loads((run / "log.json").read_text())
 
 
 def losses(run: Path) -> torch.Tensor:
     """The logged losses, which models compute in float32 whatever their dtype."""
-    return torch.tensor([entry["loss"] for entry in json.loads((run / "log.json").read_text())])
+    return torch.tensor(log(run)["losses"])
 
 
-@pytest.mark.parametrize("how", LAUNCHES)
-def test_trainer_by_accelerate(how: str, of_one_process: Path, tmp_path: Path) -> None:
-    port = ["--main_process_port", free_port()]
-    code, output = launch(
-        ["accelerate.commands.launch", *LAUNCHES[how], *port, "-m", training.__name__, str(tmp_path)]
-    )
+# It trains as one process does, and the process then ends by a segmentation fault while it writes the checkpoint.
+FSDP1_CRASHES = pytest.mark.xfail(strict=True, reason="FSDP1's full state dict crashes here on CPU under Trainer")
+
+
+@pytest.mark.parametrize("how", [pytest.param(how, marks=FSDP1_CRASHES if how == "fsdp1" else ()) for how in LAUNCHES])
+def test_trainer_by_accelerate(how: str, of_one_process: Callable[[str], Path], tmp_path: Path) -> None:
+    expected, out, options = of_one_process(how), tmp_path / "runs", OPTIONS[how]
+    if how == "tensor_parallel":
+        sharded.save_parts(tmp_path, training.build(**options))
+        options = {**options, "tensor_parallel": True, "parts": str(tmp_path)}
+    command = ["accelerate.commands.launch", *LAUNCHES[how], "--main_process_port", free_port()]
+    code, output = launch([*command, "-m", training.__name__, str(out), json.dumps(options)])
     assert code == 0, output[-6000:]
-    for run in ("whole", "resumed"):
-        check_equal(tmp_path / run / "adapter", of_one_process / run / "adapter")
-        torch.testing.assert_close(losses(tmp_path / run), losses(of_one_process / run), **rounding(torch.float32))
-    check_equal(tmp_path / "resumed" / "adapter", tmp_path / "whole" / "adapter")
+    assert (out / "resumed").exists() == (how != "tensor_parallel")
+    for run in (folder.name for folder in out.iterdir()):
+        assert SHARED_OUT_BY[how] in log(out / run)["classes"]
+        check_equal(out / run / "adapter", expected / run / "adapter")
+        torch.testing.assert_close(losses(out / run), losses(expected / run), **rounding(torch.float32))
+        check_equal(out / run / "adapter", out / "whole" / "adapter")

@@ -51,9 +51,15 @@ def build(checkpointing: str | None = None, **options: object) -> PeftModel:
     return model
 
 
-def train(model: nn.Module, tokens: torch.Tensor, **how: object) -> list[float]:
-    """Some steps; an optimizer without a memory of its own keeps every difference of the gradients visible."""
-    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1.0)
+def optimizer_of(model: nn.Module, momentum: float = 0.0) -> torch.optim.Optimizer:
+    """Without momentum it has no memory of its own, and keeps every difference of the gradients visible."""
+    return torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1.0, momentum=momentum)
+
+
+def train(
+    model: nn.Module, tokens: torch.Tensor, optimizer: torch.optim.Optimizer | None = None, **how: object
+) -> list[float]:
+    optimizer = optimizer or optimizer_of(model)
     losses = []
     for _ in range(STEPS):
         optimizer.zero_grad()
@@ -146,17 +152,37 @@ def load_shared_out(folder: Path, **plan: object) -> nn.Module:
     )
 
 
-def tensor_parallel(folder: Path, checkpointing: str | None = None, **options: object) -> None:
-    start = build(**options)
+def save_parts(folder: Path, model: PeftModel) -> None:
+    """Write the base model and the adapter where `load_parts` finds them."""
+    make_base("qwen3").save_pretrained(folder / "base")
+    model.save_pretrained(folder / "adapter")
+
+
+def load_parts(
+    folder: Path, dtype: torch.dtype = torch.float64, adapter: str = "adapter", **spelling: object
+) -> PeftModel:
+    """Load a model as users do, who have a base model and an adapter to go on with.
+
+    Args:
+        folder: Where `save_parts` wrote.
+        dtype: The weights' dtype.
+        adapter: The adapter's folder in there.
+        spelling: How `from_pretrained` is asked to share the base model out.
+    """
+    base = AutoModelForCausalLM.from_pretrained(folder / "base", dtype=dtype, **spelling)
+    return PeftModel.from_pretrained(base, folder / adapter, is_trainable=True, autocast_adapter_dtype=False)
+
+
+def tensor_parallel(
+    folder: Path, spelling: dict[str, object], checkpointing: str | None = None, **options: object
+) -> None:
     one_process = build(**options)
-    train(one_process, make_tokens(BATCH))
     if dist.get_rank() == 0:
-        start.save_pretrained(folder / "start")
-        one_process.save_pretrained(folder / "one_process")
+        save_parts(folder, one_process)
     dist.barrier()
-    base = load_shared_out(folder / "base")
-    assert isinstance(base.model.layers[1].mlp.up_proj.weight, DTensor)
-    model = PeftModel.from_pretrained(base, folder / "start", is_trainable=True, autocast_adapter_dtype=False).train()
+    model = load_parts(folder, **spelling).train()
+    assert isinstance(model.get_submodule("base_model.model.model.layers.1.mlp.up_proj.base_layer").weight, DTensor)
+    train(one_process, make_tokens(BATCH))
     if checkpointing is not None:
         model.gradient_checkpointing_enable({"use_reentrant": checkpointing == "reentrant"})
         model.enable_input_require_grads()
@@ -165,7 +191,7 @@ def tensor_parallel(folder: Path, checkpointing: str | None = None, **options: o
     check_same(losses, get_peft_model_state_dict(model), averaged=False, **options)
     own = folder / f"rank{dist.get_rank()}"
     model.save_pretrained(own)
-    saved, expected = (load_file(at / "adapter_model.safetensors") for at in (own, folder / "one_process"))
+    saved, expected = load_file(own / "adapter_model.safetensors"), get_peft_model_state_dict(one_process)
     assert saved.keys() == expected.keys()
     for name, tensor in saved.items():
         torch.testing.assert_close(tensor, expected[name], **rounding())
@@ -175,6 +201,34 @@ def tensor_parallel(folder: Path, checkpointing: str | None = None, **options: o
     generated = model.generate(input_ids=prompt, max_new_tokens=6, do_sample=False)
     assert torch.equal(generated, one_process.generate(input_ids=prompt, max_new_tokens=6, do_sample=False))
     dist.barrier()
+
+
+def tensor_parallel_resumed(folder: Path, **options: object) -> None:
+    """Trainer resumes nothing here, so the adapter and each process's optimizer state are kept by hand."""
+    one_process = build(**options)
+    if dist.get_rank() == 0:
+        save_parts(folder, one_process)
+    dist.barrier()
+    models = {"one process": one_process, "whole": load_parts(folder, tp_plan="auto").train()}
+    optimizers = {run: optimizer_of(model, momentum=0.9) for run, model in models.items()}
+    for run, model in models.items():
+        train(model, make_tokens(BATCH), optimizers[run])
+    models["whole"].save_pretrained(folder / "checkpoint", is_main_process=dist.get_rank() == 0)
+    state = folder / f"optimizer{dist.get_rank()}.pt"
+    torch.save(optimizers["whole"].state_dict(), state)
+    dist.barrier()
+    models["resumed"] = load_parts(folder, adapter="checkpoint", tp_plan="auto").train()
+    optimizers["resumed"] = optimizer_of(models["resumed"], momentum=0.9)
+    optimizers["resumed"].load_state_dict(torch.load(state))
+    saved = {}
+    for run, model in models.items():
+        train(model, make_tokens(BATCH, seed=3), optimizers[run])
+        saved[run] = get_peft_model_state_dict(model)
+    for run in ("whole", "resumed"):
+        assert saved[run].keys() == saved["one process"].keys()
+        for name, tensor in saved[run].items():
+            torch.testing.assert_close(tensor, saved["one process"][name], **rounding())
+            assert torch.equal(tensor, saved["whole"][name]), name
 
 
 def tensor_parallel_fresh(folder: Path) -> None:
@@ -217,8 +271,14 @@ def checks(folder: Path) -> dict[str, Callable[[], None]]:
         "fsdp1 size": run(fsdp1, "size"),
         "fsdp1 peft": run(fsdp1, "peft"),
         "fsdp1 flat parameters": run(fsdp1, "peft", use_orig_params=False),
-        **{f"tp {name}": run(tensor_parallel, folder, **options) for name, options in KINDS.items()},
-        "tp checkpointing": run(tensor_parallel, folder, "non-reentrant"),
+        "tp auto": run(tensor_parallel, folder, {"tp_plan": "auto"}, **KINDS["output"]),
+        "tp configured auto": run(
+            tensor_parallel, folder, {"distributed_config": DistributedConfig(tp_plan="auto")}, **KINDS["input"]
+        ),
+        "tp checkpointing": run(
+            tensor_parallel, folder, {"distributed_config": DistributedConfig(tp_size=2)}, "non-reentrant"
+        ),
+        "tp resumed": run(tensor_parallel_resumed, folder, **KINDS["input"]),
         "tp fresh": run(tensor_parallel_fresh, folder),
         "tp split tokens": run(split_tokens_are_refused, folder),
     }

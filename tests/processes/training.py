@@ -11,43 +11,82 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import DistributedType
 from datasets import Dataset
+from peft import PeftModel
+from torch import nn
 from transformers import Trainer, TrainingArguments
 
 from peft_talan import talan_param_groups
+from tests.processes.sharded import load_parts
 from tests.small_models import make_config, make_model, make_tokens
 
 STEPS = 4
 ROWS_A_STEP = 4
-SIDE_PATH = {"talan_writeback": "gated", "talan_mixer": "mlp", "modules_to_save": ["lm_head"]}
+SIDE_PATH = {"talan_writeback": "gated", "talan_mixer": "mlp"}
 
 
-def let_fsdp_take_the_cpu() -> None:
-    """Accelerate offers FSDP where there is an accelerator, so the CPU stands for one here."""
-    if os.environ.get("ACCELERATE_USE_FSDP") == "true":
-        PartialState(cpu=True).distributed_type = DistributedType.MULTI_XPU
+def let_the_cpu_be_an_accelerator() -> None:
+    """Accelerate offers FSDP and tensor parallelism where there is an accelerator, so the CPU stands for one here."""
+    state = PartialState(cpu=True)
+    if state.distributed_type is DistributedType.MULTI_CPU:
+        state.distributed_type = DistributedType.MULTI_XPU
+        # Accelerate numbers it, and FSDP1 knows a CPU without a number only.
+        state.device = torch.device("cpu")
 
 
-def train(folder: Path, start_from: Path | None = None) -> None:
+def build(dtype: torch.dtype = torch.float64, **options: object) -> PeftModel:
+    return make_model("qwen3", make_config(**SIDE_PATH, **options), dtype=dtype)
+
+
+def parts_of(model: nn.Module) -> list[object]:
+    return [*model.modules(), *(parameter.data for parameter in model.parameters())]
+
+
+def train(
+    folder: Path,
+    start_from: Path | None = None,
+    parts: str | None = None,
+    tensor_parallel: bool = False,
+    dtype: str = "float64",
+    **options: object,
+) -> None:
     """Train in float64, so that what is left of the difference to one process is rounding.
 
     Args:
         folder: Where checkpoints, the adapter and the log go.
         start_from: The checkpoint to go on from.
+        parts: Where `save_parts` wrote what is to be trained; without it, the model is built.
+        tensor_parallel: Whether transformers shares the matrices out, and not the rows of a batch; needs `parts`.
+        dtype: The weights' dtype, where it can't be float64.
+        options: The adapter's options besides `SIDE_PATH`, where it is built.
     """
-    model = make_model("qwen3", make_config(**SIDE_PATH))
-    groups = talan_param_groups(model, lr=0.05, side_path_lr_scale=2.0)
-    tokens = make_tokens(ROWS_A_STEP * STEPS, tokens=13).tolist()
+    deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"
+    as_accelerator = tensor_parallel or os.environ.get("ACCELERATE_USE_FSDP") == "true"
+    if as_accelerator:
+        let_the_cpu_be_an_accelerator()
+    # Before the model, which is loaded in parts where these arguments ask for DeepSpeed's stage 3.
     arguments = TrainingArguments(
         folder / "checkpoints",
-        per_device_train_batch_size=ROWS_A_STEP // int(os.environ.get("WORLD_SIZE", "1")),
+        per_device_train_batch_size=ROWS_A_STEP // (1 if tensor_parallel else int(os.environ.get("WORLD_SIZE", "1"))),
         max_steps=STEPS,
         save_steps=STEPS // 2,
+        # Of a model that transformers shares out, Trainer keeps no optimizer state, whatever the adapter.
+        save_only_model=tensor_parallel,
         logging_steps=1,
         lr_scheduler_type="linear",
         max_grad_norm=0.5,
-        use_cpu=True,
+        # Without it the arguments set accelerate's state anew, and the CPU is one again.
+        accelerator_config={"use_configured_state": as_accelerator},
+        # Accelerate offers DeepSpeed where the CPU was not asked for.
+        use_cpu=not deepspeed,
+        ddp_backend="gloo" if deepspeed else None,
         report_to="none",
     )
+    if parts is None:
+        model = build(getattr(torch, dtype), **options)
+    else:
+        model = load_parts(Path(parts), getattr(torch, dtype), **({"tp_plan": "auto"} if tensor_parallel else {}))
+    groups = talan_param_groups(model, lr=0.05, side_path_lr_scale=2.0)
+    tokens = make_tokens(ROWS_A_STEP * STEPS, tokens=13).tolist()
     trainer = Trainer(
         model,
         arguments,
@@ -57,21 +96,27 @@ def train(folder: Path, start_from: Path | None = None) -> None:
     trainer.train(resume_from_checkpoint=start_from)
     trainer.save_model(folder / "adapter")
     if trainer.is_world_process_zero():
-        (folder / "log.json").write_text(json.dumps([entry for entry in trainer.state.log_history if "loss" in entry]))
+        log = {
+            "classes": sorted({type(part).__name__ for part in parts_of(trainer.model_wrapped)}),
+            "losses": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
+        }
+        (folder / "log.json").write_text(json.dumps(log))
     trainer.accelerator.wait_for_everyone()
 
 
-def train_whole_and_resumed(folder: Path) -> None:
-    """Train twice.
+def train_whole_and_resumed(folder: Path, tensor_parallel: bool = False, **how: object) -> None:
+    """Train twice, or once where `Trainer` can't resume.
 
     Args:
-        folder: Gets the two runs' folders, `whole` and `resumed`.
+        folder: Gets the runs' folders, `whole` and `resumed`.
+        tensor_parallel: As for `train`.
+        how: The other arguments of `train`.
     """
-    train(folder / "whole")
-    train(folder / "resumed", folder / "whole" / "checkpoints" / f"checkpoint-{STEPS // 2}")
+    train(folder / "whole", tensor_parallel=tensor_parallel, **how)
+    if not tensor_parallel:
+        train(folder / "resumed", folder / "whole" / "checkpoints" / f"checkpoint-{STEPS // 2}", **how)
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    let_fsdp_take_the_cpu()
-    train_whole_and_resumed(Path(sys.argv[1]))
+    train_whole_and_resumed(Path(sys.argv[1]), **json.loads(sys.argv[2]))
