@@ -29,8 +29,6 @@ def let_the_cpu_be_an_accelerator() -> None:
     state = PartialState(cpu=True)
     if state.distributed_type is DistributedType.MULTI_CPU:
         state.distributed_type = DistributedType.MULTI_XPU
-        # Accelerate numbers it, and FSDP1 knows a CPU without a number only.
-        state.device = torch.device("cpu")
 
 
 def build(dtype: torch.dtype = torch.float64, **options: object) -> PeftModel:
