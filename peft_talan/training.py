@@ -36,14 +36,16 @@ def declare_scope(model: nn.Module, adapter_name: str, scope: Trainable) -> None
         scope: The trainability scope.
     """
     for module in model.modules():
-        if not isinstance(module, (TalanLayer, LoraLayer)) or adapter_name not in module._get_available_adapters():
+        if not isinstance(module, (TalanLayer, LoraLayer)):
             continue
         declared = module.frozen_peft_weight_names.get(adapter_name, ())
         frozen = _frozen_by_scope(module, scope)
+        if SCOPE_MARK not in declared and not frozen:
+            continue
+        if adapter_name not in module._get_available_adapters():
+            continue
         if SCOPE_MARK in declared:
             declared = declared[: declared.index(SCOPE_MARK)]
-        elif not frozen:
-            continue
         names = (*declared, SCOPE_MARK, *frozen) if frozen else declared
         module.frozen_peft_weight_names = {**module.frozen_peft_weight_names, adapter_name: names}
         module._freeze_non_trainable_peft_weights(adapter_name)

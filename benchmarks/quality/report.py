@@ -101,7 +101,8 @@ def cells_table(rows: list[Row], measure: str) -> str:
     for new, old in PAIRS:
         cells = cells_of(pair_up(_arm(rows, new), _arm(rows, old)), MEASURES[measure])
         for backbone in sorted({name for name, _ in cells}):
-            means = [_mean(cells[backbone, task]) if (backbone, task) in cells else None for task in tasks]
+            # Rounded, for equal scores to differ by nothing.
+            means = [round(_mean(cells[backbone, task]), 9) if (backbone, task) in cells else None for task in tasks]
             there = [value for value in means if value is not None]
             shown = " | ".join("" if value is None else f"{value:+.2f}" for value in means)
             reached = f"{sum(value >= 0 for value in there)} of {len(there)}"
