@@ -40,11 +40,11 @@ def declare_scope(model: nn.Module, adapter_name: str, scope: Trainable) -> None
             continue
         declared = module.frozen_peft_weight_names.get(adapter_name, ())
         frozen = _frozen_by_scope(module, scope)
-        if SCOPE_MARK not in declared and not frozen:
+        marked = SCOPE_MARK in declared
+        # In this order: most layers have nothing to declare, and to gather a layer's adapters takes longer.
+        if not (marked or frozen) or adapter_name not in module._get_available_adapters():
             continue
-        if adapter_name not in module._get_available_adapters():
-            continue
-        if SCOPE_MARK in declared:
+        if marked:
             declared = declared[: declared.index(SCOPE_MARK)]
         names = (*declared, SCOPE_MARK, *frozen) if frozen else declared
         module.frozen_peft_weight_names = {**module.frozen_peft_weight_names, adapter_name: names}
