@@ -9,7 +9,7 @@ from torch import nn
 
 from .config import TalanConfig
 from .functional.parameters import MIXER_PARAMETERS, SidePathOptions, SidePathParameters
-from .initialization import initial_parameters
+from .functional.initialization import initial_parameters
 
 
 class AdapterTensor(nn.Module):
@@ -70,10 +70,14 @@ class AdapterTensors(nn.Module):
             adapter_name: The adapter's name.
             config: Its configuration.
         """
-        for name, tensor in initial_parameters(config, self.in_features).items():
+        options = config.side_path_options
+        tensors = initial_parameters(
+            options, self.in_features, config.talan_slots, config.talan_dim, zero_write=config.init_talan_weights
+        )
+        for name, tensor in tensors.items():
             container = getattr(self, f"lora_talan_{name}")
             container[adapter_name] = AdapterTensor(tensor.to(self.placement.dtype))
-        self.talan_options[adapter_name] = config.side_path_options
+        self.talan_options[adapter_name] = options
         self._move_adapter_to_device_of_base_layer(adapter_name)
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:

@@ -8,7 +8,11 @@ from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 
 from .config import DEFAULT_DEPTHS, TalanConfig
+from .functional.initialization import empty_parameters
 from .names import CHILD_NAME
+
+SMALLEST_LIMIT = 2**20
+"""How many numbers a side path may hold beside any model, however small."""
 
 
 def _text_config(model: nn.Module) -> object | None:
@@ -145,6 +149,35 @@ def choose_targets(config: TalanConfig, name: str, blocks: nn.ModuleList) -> dic
                 f"talan_layers: block {name}.{index} has an attribute {CHILD_NAME!r} that is no side path; rename it"
             )
     return targets
+
+
+def check_size(config: TalanConfig, model: nn.Module, hidden_size: int, blocks: int) -> None:
+    """Refuse halves that would hold more numbers than the model itself, before any memory is asked for.
+
+    Args:
+        config: The adapter's configuration.
+        model: The base model.
+        hidden_size: H, the width of the residual stream.
+        blocks: The number of side paths.
+
+    Raises:
+        ValueError: A half would be larger than the model.
+    """
+    limit = max(SMALLEST_LIMIT, sum(parameter.numel() for parameter in model.parameters()))
+    tensors = empty_parameters(config.side_path_options, hidden_size, config.talan_slots, config.talan_dim)
+    numbers = blocks * sum(tensor.numel() for tensor in tensors.values())
+    if numbers > limit:
+        raise ValueError(
+            f"talan_dim={config.talan_dim}, talan_slots={config.talan_slots}: the side path would hold {numbers:,} "
+            f"numbers, more than the model and than {SMALLEST_LIMIT:,}; it is meant to be small: the defaults are "
+            "talan_dim=32, talan_slots=8"
+        )
+    rank = max([config.r, *(config.rank_pattern or {}).values()])
+    if config.has_low_rank_half and rank * hidden_size > limit:
+        raise ValueError(
+            f"r={config.r}, rank_pattern={config.rank_pattern}: one matrix of rank {rank} would hold "
+            f"{rank * hidden_size:,} numbers, more than the model and than {SMALLEST_LIMIT:,}; give a rank such as 8"
+        )
 
 
 def point_at_fused_experts(model: nn.Module, config: TalanConfig) -> None:

@@ -9,7 +9,7 @@ from torch import nn
 
 from .checkpoint import CheckpointSource, check_finite, check_fit, check_side_path
 from .config import TalanConfig
-from .initialization import empty_parameters
+from .functional.initialization import empty_parameters
 from .names import CHILD_NAME, is_side_path_key
 
 
@@ -35,7 +35,7 @@ def read_checkpoint(
         return {}
     tensors = source.read()
     check_finite(adapter_name, tensors)
-    shapes = empty_parameters(config, hidden_size)
+    shapes = empty_parameters(config.side_path_options, hidden_size, config.talan_slots, config.talan_dim)
     places = {
         f"{index}.{CHILD_NAME}.lora_talan_{name}.values": tensor for index in blocks for name, tensor in shapes.items()
     }

@@ -16,11 +16,10 @@ from torch import nn
 
 from . import tensor_parallel
 from .attachment import attach_side_path, attached_side_paths, detach_side_paths
-from .blocks import choose_targets, find_blocks, find_hidden_size, point_at_fused_experts
+from .blocks import check_size, choose_targets, find_blocks, find_hidden_size, point_at_fused_experts
 from .checkpoint import check_finite, check_whole_modules
 from .config import TalanConfig
 from .hub import announce_save
-from .initialization import check_size
 from .loading import check_places, read_checkpoint
 from .merge import OUTCOMES, check_mergeable, keep_side_paths, side_path_config
 from .mixed_batch import rows_named

@@ -11,8 +11,9 @@ from unittest import mock
 
 import torch
 
-from peft_talan import TalanConfig, adapter_tensors
-from peft_talan.initialization import initial_parameters
+from peft_talan import adapter_tensors
+from peft_talan.functional.initialization import initial_parameters
+from peft_talan.functional.parameters import SidePathOptions
 
 from .one_run import Settings, run
 from .study import RESULTS, finished
@@ -28,12 +29,17 @@ def main() -> None:
         for name, (slots, queries) in SCALES.items():
 
             def widened(
-                config: TalanConfig, hidden_size: int, slots: int = slots, queries: int = queries
+                options: SidePathOptions,
+                hidden_size: int,
+                slots: int,
+                width: int,
+                zero_write: bool = True,
+                slots_factor: int = slots,
+                queries_factor: int = queries,
             ) -> dict[str, torch.Tensor]:
-                tensors = initial_parameters(config, hidden_size)
-                width = config.talan_dim
-                tensors["read"][width : 2 * width] *= queries
-                tensors["read"][2 * width :] *= slots
+                tensors = initial_parameters(options, hidden_size, slots, width, zero_write)
+                tensors["read"][width : 2 * width] *= queries_factor
+                tensors["read"][2 * width :] *= slots_factor
                 return tensors
 
             settings = Settings("tiny-qwen3", "code", "lora+talan", seed, variant=f"init {name}")

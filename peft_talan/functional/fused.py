@@ -14,6 +14,7 @@ import torch
 from torch.nn import functional as F
 
 from . import reference
+from .chunked import ChunkwiseRemix
 from .parameters import (
     NORM_EPSILON,
     SMALLEST_DENOMINATOR,
@@ -23,7 +24,7 @@ from .parameters import (
     SidePathParameters,
     working_dtype,
 )
-from .recomputed import ChunkwiseRemix, recomputed_remix
+from .recomputed import recomputed_remix
 from .writeback import WRITEBACK_RULES as READABLE_RULES
 from .writeback import scale_gradient
 
