@@ -23,7 +23,7 @@ from measure import code_version, machine, memory_of
 from peft_talan.functional import fused, reference
 from peft_talan.functional.one_token import one_token
 from peft_talan.functional.parameters import SidePathOptions, SidePathParameters
-from peft_talan.memory import LatentMemory
+from peft_talan.memory.latent_memory import LatentMemory
 
 RESULTS = Path(__file__).parent / "results" / "long_context.json"
 HIDDEN_SIZE, SLOTS, WIDTH = 576, 8, 32

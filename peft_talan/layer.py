@@ -19,7 +19,7 @@ from .functional.one_token import one_token
 from .functional.parameters import working_dtype
 from .names import CHILD_NAME
 from .segments import TokenLayout
-from .state import mark_memories_left_behind, memory_to_go_on_with
+from .memory.cache_layer import mark_memories_left_behind, memory_to_go_on_with
 
 
 class TalanLayer(AdapterTensors, BaseTunerLayer):

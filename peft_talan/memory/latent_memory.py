@@ -6,9 +6,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .functional.fused import memory_after
-from .functional.one_token import TokenMemory
-from .functional.parameters import SidePathOutput
+from ..functional.fused import memory_after
+from ..functional.one_token import TokenMemory
+from ..functional.parameters import SidePathOutput
 
 TOKENS_A_RECORD = 64
 """So many decoded tokens are gathered into one record: few objects, and little to add up again after a crop."""

@@ -13,7 +13,7 @@ import torch
 from transformers import cache_utils
 from transformers.cache_utils import Cache, CacheLayerMixin, StaticLayer
 
-from .memory import LatentMemory
+from .latent_memory import LatentMemory
 
 # A layer without keys has a class of its own since transformers 5.23.
 KeylessLayer: Any = getattr(cache_utils, "DummyLayer", CacheLayerMixin)
