@@ -3,9 +3,9 @@
 Importing this package registers the tuner with PEFT; `get_peft_model(model, TalanConfig(...))` then works as for LoRA.
 """
 
+from .checkpoint.lora import export_lora, warm_start
 from .config import TalanConfig
 from .layer import TalanLayer
-from .lora import export_lora, warm_start
 from .model import TalanModel
 from .registry import register_talan
 from .steering import set_talan_strength, talan_strength

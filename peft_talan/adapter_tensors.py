@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from .config import TalanConfig
-from .functional.parameters import MIXER_PARAMETERS, SidePathOptions, SidePathParameters
 from .functional.initialization import initial_parameters
+from .functional.parameters import MIXER_PARAMETERS, SidePathOptions, SidePathParameters
 
 
 class AdapterTensor(nn.Module):

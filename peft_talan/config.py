@@ -15,9 +15,9 @@ from peft.tuners.lora import LoraConfig
 from peft.utils import PeftType
 from peft.utils.constants import DUMMY_TARGET_MODULES
 
-from .checkpoint import CheckpointSource
+from .checkpoint.card import SavedHalves, write_card
+from .checkpoint.checks import CheckpointSource
 from .functional.parameters import MEMORY_SCOPES, MIXERS, WRITEBACKS, MemoryScope, Mixer, SidePathOptions, Writeback
-from .hub import SavedHalves, write_card
 from .version import __version__
 
 Position = Literal["output", "input"]

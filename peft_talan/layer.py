@@ -13,13 +13,13 @@ from transformers.cache_utils import Cache
 
 from .adapter_tensors import AdapterTensors
 from .block_call import BlockCall, describe_call, mask_argument_place, replace_recorded_state
+from .checkpoint.names import CHILD_NAME
 from .config import TalanConfig
 from .functional import fused
 from .functional.one_token import one_token
 from .functional.parameters import working_dtype
-from .names import CHILD_NAME
-from .segments import TokenLayout
 from .memory.cache_layer import mark_memories_left_behind, memory_to_go_on_with
+from .segments import TokenLayout
 
 
 class TalanLayer(AdapterTensors, BaseTunerLayer):

@@ -18,9 +18,9 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from .attachment import attached_side_paths
-from .checkpoint import is_finite
+from .checkpoint.checks import is_finite
+from .checkpoint.names import is_side_path_key
 from .config import TalanConfig
-from .names import is_side_path_key
 
 _NO_WEIGHTS = (
     "The side path depends on its input and can't become weights: the low-rank half was merged, and the side path"

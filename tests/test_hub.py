@@ -19,7 +19,7 @@ from peft import PeftModel, get_peft_model, get_peft_model_state_dict
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 from peft_talan import TalanConfig
-from peft_talan.hub import write_card
+from peft_talan.checkpoint.card import write_card
 
 from .loopback_hub import Hub, running_hub
 from .small_models import make_base, make_config, make_model, make_tokens

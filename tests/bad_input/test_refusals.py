@@ -24,7 +24,7 @@ from torch import nn
 from transformers import AutoModelForSequenceClassification, PreTrainedModel, Qwen3Config
 
 from peft_talan import TalanConfig, __version__
-from peft_talan.rollback import unchanged_on_error
+from peft_talan.checkpoint.rollback import unchanged_on_error
 
 from ..small_models import CONFIGS, make_config, make_lora_config, make_model
 from .entrances import WEIGHTS, Entrance, adapted, assert_unchanged, base, change, copy, picture, tensors_of, wrapped

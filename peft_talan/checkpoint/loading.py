@@ -7,9 +7,9 @@ from collections.abc import Collection, Mapping
 import torch
 from torch import nn
 
-from .checkpoint import CheckpointSource, check_finite, check_fit, check_side_path
-from .config import TalanConfig
-from .functional.initialization import empty_parameters
+from ..config import TalanConfig
+from ..functional.initialization import empty_parameters
+from .checks import CheckpointSource, check_finite, check_fit, check_side_path
 from .names import CHILD_NAME, is_side_path_key
 
 

@@ -21,7 +21,7 @@ from peft.utils import (
 from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
-from .config import TalanConfig
+from ..config import TalanConfig
 from .names import is_side_path_key
 
 EXPORT_NOTE = """\
