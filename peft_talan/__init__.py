@@ -5,11 +5,11 @@ Importing this package registers the tuner with PEFT; `get_peft_model(model, Tal
 
 from .checkpoint.lora import export_lora, warm_start
 from .config import TalanConfig
-from .layer import TalanLayer
-from .model import TalanModel
-from .registry import register_talan
-from .steering import set_talan_strength, talan_strength
-from .training import set_trainable, talan_param_groups
+from .tuner.layer import TalanLayer
+from .tuner.model import TalanModel
+from .tuner.registry import register_talan
+from .tuner.strength import set_talan_strength, talan_strength
+from .tuner.trainability import set_trainable, talan_param_groups
 from .version import __version__
 
 __all__ = [

@@ -13,7 +13,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_utils import IntervalStrategy
 
 from .analysis import side_path_statistics
-from .layer import TalanLayer
+from .tuner.layer import TalanLayer
 
 TOKENS_MEASURED = 512
 """So many tokens of each row are measured: the readable equations hold one memory a token."""

@@ -10,9 +10,9 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from .attachment import attached_side_paths
 from .functional.parameters import working_dtype
-from .layer import TalanLayer
+from .tuner.attachment import attached_side_paths
+from .tuner.layer import TalanLayer
 
 Inputs = Mapping[str, torch.Tensor]
 

@@ -11,9 +11,9 @@ from unittest import mock
 
 import torch
 
-from peft_talan import adapter_tensors
 from peft_talan.functional.initialization import initial_parameters
 from peft_talan.functional.parameters import SidePathOptions
+from peft_talan.tuner import tensors as tuner_tensors
 
 from .one_run import Settings, run
 from .study import RESULTS, finished
@@ -45,7 +45,7 @@ def main() -> None:
             settings = Settings("tiny-qwen3", "code", "lora+talan", seed, variant=f"init {name}")
             if settings.key() in finished(SCALES_RESULTS):
                 continue
-            with mock.patch.object(adapter_tensors, "initial_parameters", widened):
+            with mock.patch.object(tuner_tensors, "initial_parameters", widened):
                 row = run(settings)
             with SCALES_RESULTS.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")

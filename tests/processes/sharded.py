@@ -26,7 +26,7 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoModelForCausalLM
 from transformers.distributed import DistributedConfig
 
-from peft_talan.layer import TalanLayer
+from peft_talan.tuner.layer import TalanLayer
 from tests.small_models import make_base, make_config, make_model, make_tokens, rounding
 
 STEPS = 2

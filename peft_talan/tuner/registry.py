@@ -8,7 +8,7 @@ from peft.utils import PeftType, register_peft_method
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 from transformers.core_model_loading import WeightRenaming
 
-from .config import TalanConfig
+from ..config import TalanConfig
 from .model import TalanModel
 
 

@@ -7,9 +7,9 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 
-from .checkpoint.names import CHILD_NAME
-from .config import DEFAULT_DEPTHS, TalanConfig
-from .functional.initialization import empty_parameters
+from ..checkpoint.names import CHILD_NAME
+from ..config import DEFAULT_DEPTHS, TalanConfig
+from ..functional.initialization import empty_parameters
 
 SMALLEST_LIMIT = 2**20
 """How many numbers a side path may hold beside any model, however small."""

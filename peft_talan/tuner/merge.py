@@ -17,10 +17,10 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import PreTrainedModel
 
+from ..checkpoint.checks import is_finite
+from ..checkpoint.names import is_side_path_key
+from ..config import TalanConfig
 from .attachment import attached_side_paths
-from .checkpoint.checks import is_finite
-from .checkpoint.names import is_side_path_key
-from .config import TalanConfig
 
 _NO_WEIGHTS = (
     "The side path depends on its input and can't become weights: the low-rank half was merged, and the side path"

@@ -11,15 +11,15 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 from transformers.cache_utils import Cache
 
-from .adapter_tensors import AdapterTensors
+from ..checkpoint.names import CHILD_NAME
+from ..config import TalanConfig
+from ..functional import fused
+from ..functional.one_token import one_token
+from ..functional.parameters import working_dtype
+from ..memory.cache_layer import mark_memories_left_behind, memory_to_go_on_with
 from .block_call import BlockCall, describe_call, mask_argument_place, replace_recorded_state
-from .checkpoint.names import CHILD_NAME
-from .config import TalanConfig
-from .functional import fused
-from .functional.one_token import one_token
-from .functional.parameters import working_dtype
-from .memory.cache_layer import mark_memories_left_behind, memory_to_go_on_with
 from .segments import TokenLayout
+from .tensors import AdapterTensors
 
 
 class TalanLayer(AdapterTensors, BaseTunerLayer):
@@ -50,7 +50,7 @@ class TalanLayer(AdapterTensors, BaseTunerLayer):
         self.talan_position: dict[str, str] = {}
         # All of the model's adapters, also those without a side path at this block.
         self.has_low_rank_half: dict[str, bool] = {}
-        # Set at run time (peft_talan.steering) and never saved; an adapter that is missing here has 1.
+        # Set at run time (peft_talan.tuner.strength) and never saved; an adapter that is missing here has 1.
         self.talan_strength: dict[str, float] = {}
         self.frozen_peft_weight_names: dict[str, tuple[str, ...]] = {}
         self.merged_adapters: list[str] = []

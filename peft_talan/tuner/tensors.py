@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from .config import TalanConfig
-from .functional.initialization import initial_parameters
-from .functional.parameters import MIXER_PARAMETERS, SidePathOptions, SidePathParameters
+from ..config import TalanConfig
+from ..functional.initialization import initial_parameters
+from ..functional.parameters import MIXER_PARAMETERS, SidePathOptions, SidePathParameters
 
 
 class AdapterTensor(nn.Module):

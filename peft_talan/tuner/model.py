@@ -14,18 +14,18 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.integrations import init_empty_weights
 from torch import nn
 
+from ..checkpoint.card import announce_save
+from ..checkpoint.checks import check_finite, check_whole_modules
+from ..checkpoint.loading import check_places, read_checkpoint
+from ..checkpoint.names import check_names, check_new_name, is_side_path_key, with_wrappers, without_wrappers
+from ..checkpoint.rollback import attributes_unchanged_on_error, unchanged_on_error
+from ..config import TalanConfig
 from . import tensor_parallel
 from .attachment import attach_side_path, attached_side_paths, detach_side_paths
 from .blocks import check_size, choose_targets, find_blocks, find_hidden_size, point_at_fused_experts
-from .checkpoint.card import announce_save
-from .checkpoint.checks import check_finite, check_whole_modules
-from .checkpoint.loading import check_places, read_checkpoint
-from .checkpoint.names import check_names, check_new_name, is_side_path_key, with_wrappers, without_wrappers
-from .checkpoint.rollback import attributes_unchanged_on_error, unchanged_on_error
-from .config import TalanConfig
 from .merge import OUTCOMES, check_mergeable, keep_side_paths, side_path_config
 from .mixed_batch import rows_named
-from .training import declare_scope
+from .trainability import declare_scope
 from .weighted import add_weighted_adapter
 
 

@@ -10,7 +10,7 @@ import torch
 from peft.tuners.lora import LoraModel
 from torch import nn
 
-from .config import TalanConfig
+from ..config import TalanConfig
 from .layer import TalanLayer
 
 AXES: tuple[str, ...] = (
