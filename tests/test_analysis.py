@@ -12,9 +12,17 @@ import torch
 from peft import PeftModel
 
 from peft_talan import talan_strength
-from peft_talan.analysis import measure_blocks, measure_propagation, measure_reads, to_rows
-from peft_talan.analysis_plots import plot_blocks, plot_propagation, plot_slot_usage, plot_token_slots
-from peft_talan.analyze import TABLES, analyze
+from peft_talan.analysis import (
+    measure_blocks,
+    measure_propagation,
+    measure_reads,
+    plot_blocks,
+    plot_propagation,
+    plot_slot_usage,
+    plot_token_slots,
+    to_rows,
+)
+from peft_talan.analysis.report import TABLES, analyze
 
 from .small_models import DEPTH, make_base, make_config, make_model, make_several, make_tokens, rounding
 from .test_transformers_path import make_tokenizer

@@ -12,7 +12,7 @@ from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from trl import SFTConfig, SFTTrainer
 
-from peft_talan.monitor import SidePathMonitor
+from peft_talan.analysis import SidePathMonitor
 
 from .small_models import make_base, make_config, make_model, make_tokens
 from .test_trl import COMMON, DATA, LAYOUTS, make_chat_tokenizer

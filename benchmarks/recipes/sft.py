@@ -30,7 +30,7 @@ from trl import (
 )
 
 from peft_talan import TalanConfig, talan_param_groups
-from peft_talan.monitor import SidePathMonitor
+from peft_talan.analysis import SidePathMonitor
 
 
 @dataclass

@@ -41,7 +41,7 @@ def analyze(
     import matplotlib
 
     matplotlib.use("agg")
-    from peft_talan.analyze import analyze as measure
+    from peft_talan.analysis import analyze as measure
 
     with stdout_kept_clean():
         files = measure(

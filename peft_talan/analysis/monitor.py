@@ -12,8 +12,8 @@ from torch.utils.hooks import RemovableHandle
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import IntervalStrategy
 
-from .analysis import side_path_statistics
-from .tuner.layer import TalanLayer
+from ..tuner.layer import TalanLayer
+from .measure import side_path_statistics
 
 TOKENS_MEASURED = 512
 """So many tokens of each row are measured: the readable equations hold one memory a token."""
@@ -33,8 +33,7 @@ class SidePathMonitor(TrainerCallback):
     """Logs what every side path does: `talan/ADAPTER/block_I/{relative_norm, gate, slot_entropy}`.
 
     It measures in the steps that Trainer logs (the first step of an epoch where it logs by epoch), over all of their
-    forward passes that train, and costs nothing in the others. See `peft_talan.analysis.SidePathStatistics` for what
-    the numbers are.
+    forward passes that train, and costs nothing in the others. See `SidePathStatistics` for what the numbers are.
 
     Args:
         log: Where the numbers go: `trainer.log`, as in `trainer.add_callback(SidePathMonitor(trainer.log))`. Trainer

@@ -10,9 +10,9 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from .functional.parameters import working_dtype
-from .tuner.attachment import attached_side_paths
-from .tuner.layer import TalanLayer
+from ..functional.parameters import working_dtype
+from ..tuner.attachment import attached_side_paths
+from ..tuner.layer import TalanLayer
 
 Inputs = Mapping[str, torch.Tensor]
 

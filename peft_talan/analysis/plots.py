@@ -1,11 +1,11 @@
-"""Pictures of what `peft_talan.analysis` measures, with matplotlib (the extra `analysis`)."""
+"""Pictures of what `measure` measures, with matplotlib (the extra `analysis`)."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from .analysis import BlockMeasures, Propagation, SidePathReads
+from .measure import BlockMeasures, Propagation, SidePathReads
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

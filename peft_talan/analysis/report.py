@@ -14,9 +14,9 @@ import torch
 from peft import PeftConfig, PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from .analysis import measure_blocks, measure_propagation, measure_reads, to_rows
-from .config import TalanConfig
-from .residual import Inputs
+from ..config import TalanConfig
+from .measure import measure_blocks, measure_propagation, measure_reads, to_rows
+from .streams import Inputs
 
 TABLES = ("blocks", "propagation", "tokens")
 MAPS = 4
@@ -143,7 +143,7 @@ def analyze(
     # Imported first: a missing package is told of before a model is loaded.
     import matplotlib
 
-    from .analysis_plots import plot_blocks, plot_propagation, plot_slot_usage, plot_token_slots
+    from .plots import plot_blocks, plot_propagation, plot_slot_usage, plot_token_slots
 
     config = PeftConfig.from_pretrained(str(adapter))
     if not isinstance(config, TalanConfig):

@@ -8,9 +8,9 @@ from typing import NamedTuple
 
 import torch
 
-from .functional import reference
-from .functional.parameters import SMALLEST_DENOMINATOR, SidePathOptions, SidePathParameters
-from .functional.writeback import gate_openings
+from ..functional import reference
+from ..functional.parameters import SMALLEST_DENOMINATOR, SidePathOptions, SidePathParameters
+from ..functional.writeback import gate_openings
 
 
 class SidePathStatistics(NamedTuple):

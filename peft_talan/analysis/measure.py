@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from .measures import SidePathStatistics, TokenMeasures, side_path_statistics, token_measures
-from .residual import Inputs, TokenMeans, as_it_was, norm, record_streams, steered_blocks, without_adapters
-from .tuner.attachment import attached_side_paths
-from .tuner.layer import TalanLayer
-from .tuner.strength import talan_strength
+from ..tuner.attachment import attached_side_paths
+from ..tuner.layer import TalanLayer
+from ..tuner.strength import talan_strength
+from .streams import Inputs, TokenMeans, as_it_was, norm, record_streams, steered_blocks, without_adapters
+from .token_measures import SidePathStatistics, TokenMeasures, side_path_statistics, token_measures
 
 __all__ = [
     "BlockMeasures",
