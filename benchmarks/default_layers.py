@@ -40,7 +40,7 @@ def run(placement: str, seed: int, steps: int) -> None:
 
     from peft_talan.demo.base_model import default_model_folder, load_base_model
     from peft_talan.demo.data import encode, make_examples
-    from peft_talan.demo.training import make_batch, train
+    from peft_talan.demo.sft_loop import make_batch, train
     from peft_talan.demo.worker import build_config
 
     torch.set_num_threads(1)

@@ -25,7 +25,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from peft_talan import TalanConfig
 from peft_talan.demo.base_model import default_model_folder, load_base_model
 from peft_talan.demo.data import encode, make_examples
-from peft_talan.demo.training import make_batch
+from peft_talan.demo.sft_loop import make_batch
 
 RESULTS = Path(__file__).parent / "results" / "gradient_scale.jsonl"
 BATCH_SIZE = 2

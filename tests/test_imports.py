@@ -1,79 +1,66 @@
-"""Imports point one way: a file imports only those that stand before it in this order."""
+"""Imports point one way: a room imports only rooms that stand before it, and no two files import each other."""
 
 from __future__ import annotations
 
 import ast
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import peft_talan
 
 ROOT = Path(peft_talan.__file__).parent
-ORDER = (
-    "version",
-    "functional.parameters",
-    "functional.writeback",
-    "functional.reference",
-    "functional.chunked",
-    "functional.recomputed",
-    "functional.fused",
-    "functional.one_token",
-    "checkpoint",
-    "rollback",
-    "names",
-    "hub",
-    "segments",
-    "memory",
-    "state",
-    "block_call",
-    "config",
-    "initialization",
-    "adapter_tensors",
-    "blocks",
-    "loading",
-    "layer",
-    "attachment",
-    "merge",
-    "steering",
-    "lora",
-    "training",
-    "measures",
-    "residual",
-    "analysis",
-    "analysis_plots",
-    "analyze",
-    "monitor",
-    "mixed_batch",
-    "weighted",
-    "tensor_parallel",
-    "model",
-    "registry",
+ROOMS: tuple[tuple[str, ...], ...] = (
+    ("version",),
+    ("functional",),
+    ("memory",),
+    ("config", "checkpoint"),
+    ("tuner",),
+    ("analysis",),
+    ("demo",),
 )
+"""In each item: the files and folders that may import each other, and everything before them."""
+
+PROGRAMS = {"__main__", "autoload", "cli"}
+"""Installed beside the package, which they import by its name."""
 
 
-def own_imports(name: str) -> set[str]:
-    package = name.split(".")[:-1]
-    found = set()
-    for node in ast.walk(ast.parse((ROOT / f"{name.replace('.', '/')}.py").read_text())):
-        if isinstance(node, ast.ImportFrom) and node.level:
-            prefix = package[: len(package) - node.level + 1]
-            if node.module:
-                target = ".".join([*prefix, node.module])
-                names = (
-                    [target]
-                    if (ROOT / f"{target.replace('.', '/')}.py").exists()
-                    else [f"{target}.{alias.name}" for alias in node.names]
-                )
-            else:
-                names = [".".join([*prefix, alias.name]) for alias in node.names]
-            found.update(names)
+def files() -> dict[str, Path]:
+    found = {}
+    for path in sorted(ROOT.rglob("*.py")):
+        parts = path.relative_to(ROOT).with_suffix("").parts
+        if parts[0] not in PROGRAMS and parts != ("__init__",):
+            found[".".join(part for part in parts if part != "__init__")] = path
     return found
 
 
-def test_imports_point_one_way() -> None:
-    for place, name in enumerate(ORDER):
-        assert own_imports(name) <= set(ORDER[:place]), name
+def own_imports(name: str, path: Path, known: set[str]) -> set[str]:
+    """The files of this package that a file imports, by their names below it."""
+    package = name.split(".") if path.stem == "__init__" else name.split(".")[:-1]
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if not isinstance(node, ast.ImportFrom) or not node.level:
+            continue
+        prefix = [*package[: len(package) - node.level + 1], *(node.module or "").split(".")]
+        target = ".".join(part for part in prefix if part)
+        for alias in node.names:
+            whole = f"{target}.{alias.name}".removeprefix(".")
+            found.add(whole if whole in known else target)
+    return found - {"", name}
 
 
-def test_no_core_file_is_left_out() -> None:
-    core = {path.stem for path in ROOT.glob("*.py")} | {f"functional.{p.stem}" for p in ROOT.glob("functional/*.py")}
-    assert core - set(ORDER) <= {"__init__", "functional.__init__", "__main__", "cli"}
+def test_rooms_import_one_way() -> None:
+    known = files()
+    floor = {room: place for place, rooms in enumerate(ROOMS) for room in rooms}
+    for name, path in known.items():
+        for target in own_imports(name, path, set(known)):
+            assert floor[target.split(".")[0]] <= floor[name.split(".")[0]], f"{name} imports {target}"
+
+
+def test_no_two_files_import_each_other() -> None:
+    known = files()
+    graph = {name: own_imports(name, path, set(known)) for name, path in known.items()}
+    TopologicalSorter(graph).prepare()  # It raises CycleError where there is a circle.
+
+
+def test_no_room_is_left_out() -> None:
+    assert {name.split(".")[0] for name in files()} == {room for rooms in ROOMS for room in rooms}

@@ -25,7 +25,7 @@ from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM,
 
 from peft_talan.demo.base_model import default_model_folder
 from peft_talan.demo.data import encode
-from peft_talan.demo.training import make_batch
+from peft_talan.demo.sft_loop import make_batch
 
 from .tasks import KNOWN_TASKS, TASKS, held_out, plain_text, to_train_on
 

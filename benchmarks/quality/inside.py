@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from peft_talan.analysis import measure_blocks, measure_propagation, measure_reads, to_rows
 from peft_talan.demo.data import encode
-from peft_talan.demo.training import make_batch
+from peft_talan.demo.sft_loop import make_batch
 
 from .backbones import cache_folder
 from .one_run import loaded

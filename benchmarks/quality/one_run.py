@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from peft_talan import talan_param_groups
 from peft_talan.demo.base_model import load_base_model
 from peft_talan.demo.data import Example, encode
-from peft_talan.demo.training import IGNORED, make_batch
+from peft_talan.demo.sft_loop import IGNORED, make_batch
 
 from ..measure import machine
 from .arms import LEARNING_RATE_SCALE, make_config, trainable

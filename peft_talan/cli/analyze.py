@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 from typer import Argument, Option
 
-from . import loading
+from . import models
 from .console import JSON_HELP, Misuse, need, print_json, stdout_kept_clean
 from .inspect_adapter import read_config
 
@@ -26,11 +26,11 @@ def analyze(
     adapter: Annotated[str, Argument(help="The adapter's folder or hub id")],
     data: Annotated[Path, Argument(help="JSONL file of messages, prompt/completion or text")],
     output: Annotated[Path, Argument(help="The folder for tables and pictures")],
-    model: loading.BaseModel = None,
+    model: models.BaseModel = None,
     examples: Annotated[int, Option(min=1, help="How many lines are measured")] = 16,
     max_tokens: Annotated[int, Option(min=1, help="Where longer examples are cut")] = 512,
     batch_size: Annotated[int, Option(min=1, help="Examples a forward pass")] = 4,
-    device: loading.Device = None,
+    device: models.Device = None,
     as_json: Annotated[bool, Option("--json", help=JSON_HELP)] = False,
 ) -> None:
     """Measure what both halves of an adapter do to the residual stream: tables (CSV) and pictures (PNG)."""
@@ -52,7 +52,7 @@ def analyze(
             examples=examples,
             max_tokens=max_tokens,
             batch_size=batch_size,
-            device=loading.choose_device(device),
+            device=models.choose_device(device),
             report=print,
         )
     written = {"tables": list(map(str, files.tables)), "pictures": list(map(str, files.pictures))}

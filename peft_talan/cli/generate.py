@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 from typer import Argument, Option
 
-from . import loading
+from . import models
 from .console import Misuse, stdout_kept_clean
 
 
@@ -30,15 +30,15 @@ def register(app: typer.Typer) -> None:
 def generate(
     adapter: Annotated[str, Argument(help="The adapter's folder or hub id")],
     prompts: Annotated[list[str] | None, Argument(help="[default: the lines of stdin]")] = None,
-    model: loading.BaseModel = None,
+    model: models.BaseModel = None,
     system: Annotated[str | None, Option(help="System message, for models with a chat template")] = None,
     chat: Annotated[bool | None, Option("--chat/--plain", help="Use the chat template [default: if any]")] = None,
     max_new_tokens: Annotated[int, Option(min=1, help="Longest answer")] = 128,
     temperature: Annotated[float, Option(min=0.0, help="0: greedy")] = 0.0,
     strength: Annotated[float, Option(help="Of the side path: 1 as trained, 0 the low-rank half alone")] = 1.0,
     seed: Annotated[int, Option(help="Of sampling")] = 0,
-    dtype: loading.Dtype = "auto",
-    device: loading.Device = None,
+    dtype: models.Dtype = "auto",
+    device: models.Device = None,
     as_json: Annotated[bool, Option("--json", help="One JSON object a line: prompt and completion.")] = False,
 ) -> None:
     """Generate text with an adapter: one answer a prompt, on stdout."""
@@ -50,8 +50,8 @@ def generate(
     with stdout_kept_clean():
         from peft_talan import set_talan_strength
 
-        adapted, base = loading.load_adapter(adapter, model, dtype, device)
-        tokenizer = loading.load_tokenizer(adapter, base)
+        adapted, base = models.load_adapter(adapter, model, dtype, device)
+        tokenizer = models.load_tokenizer(adapter, base)
         if chat and not tokenizer.chat_template:
             raise Misuse(f"--chat: the tokenizer of {base} has no chat template; use --plain")
         if strength != 1.0:

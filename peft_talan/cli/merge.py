@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 from typer import Argument, Option
 
-from . import loading
+from . import models
 from .console import JSON_HELP, Misuse, print_json, stdout_kept_clean
 
 
@@ -53,11 +53,11 @@ def merge(
             "drop: a plain model, the low-rank half alone",
         ),
     ] = "keep",
-    model: loading.BaseModel = None,
+    model: models.BaseModel = None,
     safe_merge: Annotated[bool, Option(help="Check for NaN")] = True,
     overwrite: Annotated[bool, Option("--overwrite", help="Write into a folder with files")] = False,
-    dtype: loading.Dtype = "auto",
-    device: loading.Device = None,
+    dtype: models.Dtype = "auto",
+    device: models.Device = None,
     as_json: Annotated[bool, Option("--json", help=JSON_HELP)] = False,
 ) -> None:
     """Fold the low-rank half into the base model's weights and write a model folder.
@@ -67,15 +67,15 @@ def merge(
     if side_path not in ("keep", "drop"):
         raise Misuse(f"--side-path {side_path}: choose keep or drop")
     check_output(output, overwrite)
-    if loading.is_embedded(adapter):
+    if models.is_embedded(adapter):
         raise Misuse(f"{adapter}: is a model with an embedded side path; its low-rank half is merged already")
     with stdout_kept_clean(), warnings.catch_warnings():
         # The option's own help says what the warning would.
         warnings.filterwarnings("ignore", message="The side path depends on its input")
-        adapted, base = loading.load_adapter(adapter, model, dtype, device)
+        adapted, base = models.load_adapter(adapter, model, dtype, device)
         merged = adapted.merge_and_unload(safe_merge=safe_merge, side_path=side_path)
         merged.save_pretrained(output)
-        loading.load_tokenizer(adapter, base).save_pretrained(output)
+        models.load_tokenizer(adapter, base).save_pretrained(output)
     if as_json:
         print_json({"output": str(output), "side_path": side_path, "base_model": base})
     else:

@@ -13,7 +13,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from ..config import TalanConfig
 from .base_model import load_base_model
 from .data import Example
-from .training import answer, evaluate, train
+from .sft_loop import answer, evaluate, train
 
 ARMS = ("LoRA", "LoRA+TALAN")
 LONGEST_ANSWER = 32
