@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from os import PathLike
 from typing import Any, Literal, get_args
 
 from packaging.version import InvalidVersion, Version
 from peft.config import PeftConfig
-from peft.tuners.lora import LoraConfig
+from peft.tuners.lora import LoraConfig, LoraRuntimeConfig
 from peft.utils import PeftType
 from peft.utils.constants import DUMMY_TARGET_MODULES
 
-from .checkpoint.checks import CheckpointSource
 from .functional.parameters import MEMORY_SCOPES, MIXERS, WRITEBACKS, MemoryScope, Mixer, SidePathOptions, Writeback
 from .version import __version__
 
@@ -29,6 +28,9 @@ LARGEST_COUNT = 2**20
 
 LARGEST_FACTOR = 1e6
 """Of a perturbation or its gradient: what is far larger ends in infinities."""
+
+SET_BY_PEFT: tuple[str, ...] = ("inference_mode", "base_model_name_or_path", "revision", "modules_to_save")
+"""Fields that PEFT sets or extends after it has loaded a configuration and before it loads the tensors."""
 
 INCOMPATIBLE_LORA_OPTIONS: dict[str, str] = {
     "layer_replication": "copied blocks would share one side path's place; replicate the layers before adding TALAN",
@@ -72,6 +74,33 @@ def _check_layers(layers: object) -> None:
     if all(isinstance(layer, float) and 0.0 <= layer <= 1.0 for layer in layers):
         return
     raise _refuse("talan_layers", layers, remedy)
+
+
+@dataclass(frozen=True)
+class CheckpointLocation:
+    """Where the tensors lie that belong to a configuration which was loaded.
+
+    Args:
+        model_id (str): A folder, or a repository on the hub.
+        options (Mapping[str, Any]): What `hf_hub_download` takes: revision, subfolder, token ...
+        fields (Mapping[str, Any]): The configuration's fields as they were loaded.
+    """
+
+    model_id: str
+    options: Mapping[str, Any]
+    fields: Mapping[str, Any]
+
+
+@dataclass
+class TalanRuntimeConfig(LoraRuntimeConfig):
+    """What belongs to one use of a configuration and is not saved with it.
+
+    Args:
+        checkpoint (CheckpointLocation | None): The checkpoint that the configuration was loaded with and that PEFT
+            loads next, filled in by `TalanConfig.from_pretrained`. Default None.
+    """
+
+    checkpoint: CheckpointLocation | None = None
 
 
 @dataclass
@@ -133,6 +162,9 @@ class TalanConfig(LoraConfig):
     talan_blocks: str | None = field(default=None, metadata={"help": "Name of the ModuleList that holds the blocks."})
     talan_hidden_size: int | None = field(default=None, metadata={"help": "Width of the residual stream."})
     talan_version: str | None = field(default=None, metadata={"help": "peft_talan version, leave empty to auto-fill."})
+    runtime_config: LoraRuntimeConfig = field(
+        default_factory=TalanRuntimeConfig, metadata={"help": "What is not saved with the adapter."}
+    )
 
     @classmethod
     def from_lora(cls, lora: LoraConfig | str | PathLike[str], **options: Any) -> TalanConfig:
@@ -173,9 +205,23 @@ class TalanConfig(LoraConfig):
         """
         config: TalanConfig = super().from_pretrained(pretrained_model_name_or_path, subfolder, **kwargs)
         options = {"subfolder": subfolder, **cls._split_kwargs(kwargs)[0]}
-        described = CheckpointSource.describe(config.to_dict())
-        config.checkpoint_source = CheckpointSource(pretrained_model_name_or_path, options, described)
+        given = {name: value for name, value in options.items() if value is not None}
+        location = CheckpointLocation(str(pretrained_model_name_or_path), given, config._fields_of_checkpoint())
+        config.runtime_config = TalanRuntimeConfig(checkpoint=location)
         return config
+
+    def checkpoint_to_load(self) -> CheckpointLocation | None:
+        """Where the tensors lie that PEFT is about to load.
+
+        Returns:
+            The checkpoint that this configuration was loaded with; None if there was none, or if a field was changed
+            since, so that the configuration is for a new adapter.
+        """
+        location: CheckpointLocation | None = getattr(self.runtime_config, "checkpoint", None)
+        return None if location is None or location.fields != self._fields_of_checkpoint() else location
+
+    def _fields_of_checkpoint(self) -> dict[str, Any]:
+        return {name: value for name, value in self.to_dict().items() if name not in SET_BY_PEFT}
 
     def to_dict(self) -> dict[str, Any]:
         """The fields, with sets in order: the same adapter gives the same file in every process."""
@@ -186,7 +232,6 @@ class TalanConfig(LoraConfig):
         self._check_version()
         self._check_numbers()
         super().__post_init__()
-        self.checkpoint_source: CheckpointSource | None = None
         self.peft_type = PeftType("TALAN")
         self._check_side_path()
         self._check_low_rank()

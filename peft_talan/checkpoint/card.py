@@ -272,6 +272,9 @@ def write_cards_on_save() -> None:
         write_cards(self, working_dir, repo_id)
         return upload(self, working_dir, repo_id, *args, **kwargs)
 
-    PeftModel.save_pretrained = save_pretrained
-    PeftModel.create_or_update_model_card = create_or_update_model_card
-    PushToHubMixin._upload_modified_files = upload_modified_files
+    for owner, method in (
+        (PeftModel, save_pretrained),
+        (PeftModel, create_or_update_model_card),
+        (PushToHubMixin, upload_modified_files),
+    ):
+        setattr(owner, method.__name__, method)

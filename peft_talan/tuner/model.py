@@ -13,12 +13,12 @@ from peft.tuners.lora import LoraModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.integrations import init_empty_weights
 from torch import nn
+from transformers import PreTrainedModel
 
-from ..checkpoint.checks import check_finite, check_whole_modules
-from ..checkpoint.loading import check_places, read_checkpoint
+from ..checkpoint.checks import check_finite, check_places, check_side_path, check_whole_modules, read_header
 from ..checkpoint.names import check_names, check_new_name, is_side_path_key, with_wrappers, without_wrappers
-from ..checkpoint.rollback import attributes_unchanged_on_error, unchanged_on_error
-from ..config import TalanConfig
+from ..checkpoint.rollback import Snapshot, attributes_unchanged_on_error
+from ..config import TalanConfig, TalanRuntimeConfig
 from . import tensor_parallel
 from .attachment import attach_side_path, attached_side_paths, detach_side_paths
 from .blocks import check_size, choose_targets, find_blocks, find_hidden_size, point_at_fused_experts
@@ -43,6 +43,8 @@ class TalanModel(LoraModel):
     prefix: str = LoraModel.prefix
     # Both kinds of layers are switched, frozen and deleted together.
     tuner_layer_cls = BaseTunerLayer  # type: ignore[assignment]
+    # The model before the adapter that PEFT is about to load, for as long as its tensors have not come.
+    _before_loading: Snapshot | None = None
 
     def __init__(self, model: nn.Module, peft_config: Any, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         taken = getattr(model, "peft_config", {})
@@ -93,8 +95,14 @@ class TalanModel(LoraModel):
         hidden_size = find_hidden_size(model, config)
         tensor_parallel.check_plan(model)
         check_size(config, model, hidden_size, len(blocks))
-        checkpoint = read_checkpoint(adapter_name, config, blocks, hidden_size)
-        with unchanged_on_error(self, config):
+        checkpoint = config.checkpoint_to_load()
+        header = {} if checkpoint is None else read_header(checkpoint)
+        if checkpoint is not None:
+            check_side_path(adapter_name, config, blocks, hidden_size, header)
+        # PEFT changes the model's configuration, too.
+        model_config = [model.config] if isinstance(model, PreTrainedModel) else []
+        before = Snapshot(self, config, *model_config)
+        try:
             point_at_fused_experts(model, config)
             if state_dict is not None:
                 state_dict = {key: tensor for key, tensor in state_dict.items() if not is_side_path_key(key)}
@@ -112,15 +120,19 @@ class TalanModel(LoraModel):
                 layer.has_low_rank_half = {name: other.has_low_rank_half for name, other in self.peft_config.items()}
             tensor_parallel.agree(model, adapter_name)
             declare_scope(model, adapter_name, config.talan_trainable)
-            if checkpoint:
-                # All but the side path has places to be checked against only now.
-                places = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, checkpoint)
-                check_places(model, adapter_name, places)
-                check_whole_modules(adapter_name, checkpoint, model)
-            config.checkpoint_source = None
+            if checkpoint is not None:
+                check_whole_modules(adapter_name, header, model)
+        except BaseException:
+            before.restore()
+            raise
+        if checkpoint is not None:
+            config.runtime_config = TalanRuntimeConfig(config.runtime_config.ephemeral_gpu_offload)
+            self._before_loading = before
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        if self._before_loading is not None:
+            self._before_loading = None  # A model that runs is not being loaded.
         adapter_names = kwargs.pop("adapter_names", None)
         tell = super()._enable_peft_forward_hooks
         if adapter_names is None:
@@ -296,9 +308,20 @@ class TalanModel(LoraModel):
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, torch.Tensor]
     ) -> dict[str, torch.Tensor]:
-        check_finite(adapter_name, state_dict)
-        remapped: dict[str, torch.Tensor] = super()._remap_adapter_state_dict_for_load(
-            model, config, adapter_name, state_dict
-        )
-        check_places(model, adapter_name, remapped)
+        tuner: Any = getattr(model, "base_model", None)
+        before = tuner._before_loading if isinstance(tuner, TalanModel) else None
+        try:
+            check_finite(adapter_name, state_dict)
+            remapped: dict[str, torch.Tensor] = super()._remap_adapter_state_dict_for_load(
+                model, config, adapter_name, state_dict
+            )
+            check_places(model, adapter_name, remapped)
+        except BaseException:
+            if before is not None:
+                # PEFT injected the adapter to load it, and takes nothing back itself.
+                before.restore()
+                tuner.peft_config.pop(adapter_name)
+            raise
+        if before is not None:
+            tuner._before_loading = None
         return remapped
