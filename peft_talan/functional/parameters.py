@@ -83,13 +83,12 @@ class SidePathOutput(NamedTuple):
 
     Args:
         hidden_states: h', [batch, tokens, hidden_size].
-        state: The memory after the last token, [batch, slots, width + 1] (N and, as the last channel, D); None where
-            it was not asked for.
+        state: The memory after the last token, [batch, slots, width + 1] (N and, as the last channel, D).
         weights: e, [batch, tokens, slots]: with the values, what each token added to the memory.
         values: z, [batch, tokens, width].
     """
 
     hidden_states: torch.Tensor
-    state: torch.Tensor | None
+    state: torch.Tensor
     weights: torch.Tensor
     values: torch.Tensor
