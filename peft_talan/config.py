@@ -6,7 +6,6 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from os import PathLike
-from pathlib import Path
 from typing import Any, Literal, get_args
 
 from packaging.version import InvalidVersion, Version
@@ -15,7 +14,6 @@ from peft.tuners.lora import LoraConfig
 from peft.utils import PeftType
 from peft.utils.constants import DUMMY_TARGET_MODULES
 
-from .checkpoint.card import SavedHalves, write_card
 from .checkpoint.checks import CheckpointSource
 from .functional.parameters import MEMORY_SCOPES, MIXERS, WRITEBACKS, MemoryScope, Mixer, SidePathOptions, Writeback
 from .version import __version__
@@ -189,24 +187,9 @@ class TalanConfig(LoraConfig):
         self._check_numbers()
         super().__post_init__()
         self.checkpoint_source: CheckpointSource | None = None
-        self.saved_halves: SavedHalves | None = None
         self.peft_type = PeftType("TALAN")
         self._check_side_path()
         self._check_low_rank()
-
-    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
-        """Save the configuration, and the model card if the adapter's tensors are being saved, too.
-
-        Args:
-            save_directory: The folder.
-            **kwargs: As in PEFT.
-        """
-        super().save_pretrained(save_directory, **kwargs)
-        saved = self.saved_halves
-        self.saved_halves = None
-        if saved is not None:
-            card_folder = Path(save_directory).parent if saved.in_subfolder else None
-            write_card(save_directory, self, saved.counts, card_folder=card_folder)
 
     def _check_version(self) -> None:
         if self.talan_version is None:
