@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, get_args
+from typing import NamedTuple, get_args
 
 import torch
 
-Mixer = Literal["attention", "linear", "mlp"]
-Writeback = Literal["add", "gated", "capped", "orthogonal"]
-MemoryScope = Literal["causal", "bidirectional"]
+from ..axes import MemoryScope, Mixer, Writeback
 
 MIXERS: tuple[str, ...] = get_args(Mixer)
 WRITEBACKS: tuple[str, ...] = get_args(Writeback)
