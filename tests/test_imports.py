@@ -15,6 +15,7 @@ ROOMS: tuple[tuple[str, ...], ...] = (
     ("memory",),
     ("config", "checkpoint"),
     ("tuner",),
+    ("serving",),
     ("analysis",),
     ("demo",),
 )
