@@ -90,3 +90,15 @@ class SidePathOutput(NamedTuple):
     state: torch.Tensor
     weights: torch.Tensor
     values: torch.Tensor
+
+
+class RaggedOutput(NamedTuple):
+    """What one pass of many requests' tokens through a side path gives.
+
+    Args:
+        hidden_states: h', [tokens, hidden_size]; rows of padding hold finite numbers, and nothing that means anything.
+        states: The memories that were asked for, [leaves or requests, slots, width + 1], in the dtype of those before.
+    """
+
+    hidden_states: torch.Tensor
+    states: torch.Tensor
