@@ -105,6 +105,8 @@ class TalanConfig(LoraConfig):
         talan_blocks (str | None): The name of the `nn.ModuleList` that holds the blocks, such as
             `"model.layers"`, where it can't be found. Default None.
         talan_hidden_size (int | None): H, the width of the residual stream, where it can't be found. Default None.
+        talan_kept (bool): Whether the side path belongs to the model in whose folder it lies; `merge_and_unload()`
+            sets it, leave it at False. Default False.
         talan_version (str | None): The version of this package that made the adapter, filled in by itself.
             Default None.
 
@@ -134,6 +136,9 @@ class TalanConfig(LoraConfig):
     init_talan_weights: bool = field(default=True, metadata={"help": "Whether the write-back starts at zero."})
     talan_blocks: str | None = field(default=None, metadata={"help": "Name of the ModuleList that holds the blocks."})
     talan_hidden_size: int | None = field(default=None, metadata={"help": "Width of the residual stream."})
+    talan_kept: bool = field(
+        default=False, metadata={"help": "Whether merge_and_unload() made it a part of the model beside it."}
+    )
     talan_version: str | None = field(default=None, metadata={"help": "peft_talan version, leave empty to auto-fill."})
 
     @classmethod
@@ -242,6 +247,8 @@ class TalanConfig(LoraConfig):
         _check_number("talan_grad_scale", self.talan_grad_scale, 0.0, LARGEST_FACTOR, factor)
         if not isinstance(self.init_talan_weights, bool):
             raise _refuse("init_talan_weights", self.init_talan_weights, "give True or False")
+        if not isinstance(self.talan_kept, bool):
+            raise _refuse("talan_kept", self.talan_kept, "leave it at False; merge_and_unload() sets it")
         if self.talan_blocks is not None and (not isinstance(self.talan_blocks, str) or not self.talan_blocks):
             raise _refuse(
                 "talan_blocks", self.talan_blocks, "give the ModuleList's name such as 'model.layers', or None"

@@ -187,5 +187,6 @@ def mark_memories_left_behind(cache: Cache, index: int, running: Collection[str]
     layer = _memory_layer(cache)
     memories = {} if layer is None else layer.memories.get(index, {})
     for name, memory in memories.items():
-        if name not in running:
+        # A name with a dot is that of a side path that belongs to the base model and always runs.
+        if name not in running and "." not in name:
             memory.behind = True
