@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import PreTrainedModel
 
+from ..checkpoint.card import write_cards
 from ..checkpoint.checks import is_finite
 from ..config import TalanConfig
 from .kept import kept_side_paths, kept_tensor_name, move_to_base
@@ -162,6 +163,7 @@ def save_kept_model(
         tensors = {f"base_model.model.{kept[key]}": t.contiguous() for key, t in state_dict.items() if kept[key]}
         save_file(tensors, Path(save_directory) / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
         _save_config(config, Path(save_directory))
+        write_cards(model, save_directory)
     if push_to_hub:
         push_kept_model(model, repo_id or Path(save_directory).name, token=kwargs.get("token"))
 
