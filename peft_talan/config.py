@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
@@ -14,7 +15,7 @@ from peft.tuners.lora import LoraConfig, LoraRuntimeConfig
 from peft.utils import PeftType
 from peft.utils.constants import DUMMY_TARGET_MODULES
 
-from .axes import LARGEST_COUNT, SidePathAxes, check_axes, check_count, check_number, refusal
+from .axes import LARGEST_COUNT, SidePathAxes, check_axes, check_count, check_number, plain_value, refusal
 from .functional.parameters import SidePathOptions
 from .version import __version__
 
@@ -88,6 +89,8 @@ class TalanConfig(SidePathAxes, LoraConfig):
         talan_blocks (str | None): The name of the `nn.ModuleList` that holds the blocks, such as
             `"model.layers"`, where it can't be found. Default None.
         talan_hidden_size (int | None): H, the width of the residual stream, where it can't be found. Default None.
+        talan_kept (bool): Whether the side path belongs to the model in whose folder it lies; `merge_and_unload()`
+            sets it, leave it at False. Default False.
         talan_version (str | None): The version of this package that made the adapter, filled in by itself.
             Default None.
 
@@ -98,6 +101,9 @@ class TalanConfig(SidePathAxes, LoraConfig):
     init_talan_weights: bool = field(default=True, metadata={"help": "Whether the write-back starts at zero."})
     talan_blocks: str | None = field(default=None, metadata={"help": "Name of the ModuleList that holds the blocks."})
     talan_hidden_size: int | None = field(default=None, metadata={"help": "Width of the residual stream."})
+    talan_kept: bool = field(
+        default=False, metadata={"help": "Whether merge_and_unload() made it a part of the model beside it."}
+    )
     talan_version: str | None = field(default=None, metadata={"help": "peft_talan version, leave empty to auto-fill."})
     runtime_config: LoraRuntimeConfig = field(
         default_factory=TalanRuntimeConfig, metadata={"help": "What is not saved with the adapter."}
@@ -166,12 +172,20 @@ class TalanConfig(SidePathAxes, LoraConfig):
 
     def __post_init__(self) -> None:
         """Check every field before any model is touched."""
+        for option in fields(self):
+            # Only what can be saved is trained.
+            setattr(self, option.name, plain_value(getattr(self, option.name)))
         self._check_version()
         self._check_numbers()
         super().__post_init__()
         self.peft_type = PeftType("TALAN")
         self._check_side_path()
         self._check_low_rank()
+        for name, value in self.to_dict().items():
+            try:
+                json.dumps(value)
+            except (TypeError, ValueError) as error:
+                raise refusal(name, value, f"can't be saved in a JSON file ({error}); give plain values") from None
 
     def _check_version(self) -> None:
         if self.talan_version is None:
@@ -190,10 +204,10 @@ class TalanConfig(SidePathAxes, LoraConfig):
 
     def _check_side_path(self) -> None:
         check_axes(self)
-        if isinstance(self.talan_layers, tuple):
-            self.talan_layers = list(self.talan_layers)
         if not isinstance(self.init_talan_weights, bool):
             raise refusal("init_talan_weights", self.init_talan_weights, "give True or False")
+        if not isinstance(self.talan_kept, bool):
+            raise refusal("talan_kept", self.talan_kept, "leave it at False; merge_and_unload() sets it")
         if self.talan_blocks is not None and (not isinstance(self.talan_blocks, str) or not self.talan_blocks):
             raise refusal(
                 "talan_blocks", self.talan_blocks, "give the ModuleList's name such as 'model.layers', or None"

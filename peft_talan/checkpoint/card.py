@@ -227,7 +227,8 @@ def write_cards(model: Any, folder: str | PathLike[str], repo_id: str | None = N
     """
     names = [name for name, config in getattr(model, "peft_config", {}).items() if isinstance(config, TalanConfig)]
     folder = Path(folder)
-    if names and _adapter_config(folder) is not None:
+    config = _adapter_config(folder)
+    if config is not None and (names or config.get("talan_kept")):
         base = getattr(model, "name_or_path", None)
         merged_into = None if not base or base == repo_id or Path(base).exists() else base
         write_card(folder, repo_id, merged_into=merged_into)

@@ -22,7 +22,8 @@ from ..config import TalanConfig, TalanRuntimeConfig
 from . import tensor_parallel
 from .attachment import attach_side_path, attached_side_paths, detach_side_paths
 from .blocks import check_size, choose_targets, find_blocks, find_hidden_size, point_at_fused_experts
-from .merge import OUTCOMES, check_mergeable, keep_side_paths, side_path_config
+from .kept import kept_side_paths
+from .merge import DROPPED, LIVE, check_mergeable, keep_once_loaded, keep_side_paths, side_path_config
 from .mixed_batch import rows_named
 from .trainability import declare_scope
 from .weighted import add_weighted_adapter
@@ -45,6 +46,7 @@ class TalanModel(LoraModel):
     tuner_layer_cls = BaseTunerLayer  # type: ignore[assignment]
     # The model before the adapter that PEFT is about to load, for as long as its tensors have not come.
     _before_loading: Snapshot | None = None
+    _warned_of_live_side_path = False
 
     def __init__(self, model: nn.Module, peft_config: Any, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         taken = getattr(model, "peft_config", {})
@@ -53,6 +55,9 @@ class TalanModel(LoraModel):
                 f"adapter_name={adapter_name!r}: the model already has an adapter of this name; give another name, or "
                 "call unload() or delete_adapter() first"
             )
+        # From transformers' load_adapter: PEFT gives a dictionary, and add_adapter sets the mark beforehand.
+        loaded_by_itself = isinstance(peft_config, TalanConfig) and not getattr(model, "_hf_peft_config_loaded", True)
+        embedded = loaded_by_itself and peft_config.talan_kept and peft_config.inference_mode
         try:
             # `inject_adapter` looks after what lies inside.
             with attributes_unchanged_on_error(model):
@@ -62,6 +67,8 @@ class TalanModel(LoraModel):
                 # transformers' add_adapter sets it too early, and could not add another adapter afterwards.
                 vars(model).pop("_hf_peft_config_loaded", None)
             raise
+        if embedded and isinstance(model, PreTrainedModel):
+            keep_once_loaded(model, adapter_name)
 
     def inject_adapter(
         self,
@@ -89,6 +96,11 @@ class TalanModel(LoraModel):
         if not isinstance(config, TalanConfig):
             raise ValueError(
                 f"config={type(config).__name__}: a TALAN model takes a TalanConfig for adapter {adapter_name!r}"
+            )
+        if config.talan_kept and any(kept_side_paths(model)):
+            raise ValueError(
+                "talan_kept=True: this side path is a part of a merged model, and the model has one already; "
+                "AutoModelForCausalLM.from_pretrained(FOLDER) alone gives the whole model"
             )
         name, every_block = find_blocks(model, config)
         blocks = choose_targets(config, name, every_block)
@@ -122,6 +134,7 @@ class TalanModel(LoraModel):
             declare_scope(model, adapter_name, config.talan_trainable)
             if checkpoint is not None:
                 check_whole_modules(adapter_name, header, model)
+            config.talan_kept = False
         except BaseException:
             before.restore()
             raise
@@ -190,6 +203,8 @@ class TalanModel(LoraModel):
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         """Fold the low-rank half into the base weights; the side path stays live.
 
+        What exports the base weights then (TRL's weights for vLLM) has the low-rank half alone; the first call warns.
+
         Args:
             adapter_names: The adapters to fold; None: the active ones. Default None.
             safe_merge: Whether to check both halves for NaN, before anything is folded. Default False.
@@ -200,6 +215,10 @@ class TalanModel(LoraModel):
         if safe_merge:
             check_mergeable(self.model, self.active_adapters if adapter_names is None else adapter_names)
         super().merge_adapter(adapter_names, safe_merge)
+        live = any(layer.merged for _, layer in attached_side_paths(self.model))
+        if live and not self._warned_of_live_side_path:
+            self._warned_of_live_side_path = True
+            warnings.warn(LIVE, stacklevel=2)
 
     def merge_and_unload(
         self,
@@ -238,7 +257,7 @@ class TalanModel(LoraModel):
             keep_side_paths(model, kept)
         else:
             detach_side_paths(model)
-        warnings.warn(OUTCOMES[side_path], stacklevel=2)
+            warnings.warn(DROPPED, stacklevel=2)
         return model
 
     def unload(self) -> nn.Module:
