@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, get_args
+from typing import NamedTuple, get_args
 
 import torch
 
-Mixer = Literal["attention", "linear", "mlp"]
-Writeback = Literal["add", "gated", "capped", "orthogonal"]
-MemoryScope = Literal["causal", "bidirectional"]
+from ..axes import MemoryScope, Mixer, Writeback
 
 MIXERS: tuple[str, ...] = get_args(Mixer)
 WRITEBACKS: tuple[str, ...] = get_args(Writeback)
@@ -83,14 +81,13 @@ class SidePathOutput(NamedTuple):
 
     Args:
         hidden_states: h', [batch, tokens, hidden_size].
-        state: The memory after the last token, [batch, slots, width + 1] (N and, as the last channel, D); None where
-            it was not asked for.
+        state: The memory after the last token, [batch, slots, width + 1] (N and, as the last channel, D).
         weights: e, [batch, tokens, slots]: with the values, what each token added to the memory.
         values: z, [batch, tokens, width].
     """
 
     hidden_states: torch.Tensor
-    state: torch.Tensor | None
+    state: torch.Tensor
     weights: torch.Tensor
     values: torch.Tensor
 
