@@ -16,6 +16,7 @@ from ..config import TalanConfig
 from ..functional import fused
 from ..memory.cache_memories import MemoryRequest, continue_or_start_memory, mark_stale
 from .block_call import BlockCall, describe_call, mask_argument_place, replace_recorded_state
+from .paged_call import SidePath, run_paged
 from .segments import TokenLayout
 from .tensors import AdapterTensors
 
@@ -147,6 +148,8 @@ class SidePaths(AdapterTensors):
         batch, tokens = hidden_states.shape[:2]
         written = hidden_states
         here = [name for name in running if self.talan_position[name] == position]
+        if call.paged is not None:
+            return run_paged(hidden_states, [self._side_path(name) for name in here], self.block_index, call.paged)
         if here:
             past = call.tokens_before(self.block_index, tokens, counted=position == "output")
             layout = call.layout(batch, tokens, past)
@@ -157,6 +160,10 @@ class SidePaths(AdapterTensors):
                 changed = torch.where(rows.to(changed.device)[:, None, None], changed, hidden_states)
             written = changed if count == 0 else written + (changed - hidden_states)
         return written
+
+    def _side_path(self, name: str) -> SidePath:
+        options, parameters = self.talan_options[name], self.parameters_of(name)
+        return SidePath(self.memory_name(name), parameters, options, self.alpha_at_run_time(name))
 
     def _run(
         self,
