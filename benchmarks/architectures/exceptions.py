@@ -1,4 +1,4 @@
-"""What the field names alone do not say about some configurations; a path with `!` is set before they are made tiny."""
+"""What field names alone do not say about some configurations; a path with `!` is set before they are made tiny."""
 
 from __future__ import annotations
 
@@ -74,4 +74,5 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     "vibevoice_asr": {"acoustic_tokenizer_chunk_size": 3200},
     "blenderbot": {"encoder_layers": 4},
     "deepseek_v2": {"num_experts_per_tok": 2},
+    "hrm_text": {"num_layers_per_stack": 2, "num_hidden_layers": 16},
 }

@@ -32,6 +32,7 @@ class Subject:
         self.ids, self.source = (
             torch.randint(SMALLEST_TOKEN, TOKENS_DRAWN, (2, TOKENS), generator=generator) for _ in range(2)
         )
+        self.targets: str | list[str] = "all-linear"
         # Where positions are not worked out from the mask, they are passed.
         self.passes_positions = False
 
