@@ -11,6 +11,7 @@ import peft_talan
 ROOT = Path(peft_talan.__file__).parent
 ROOMS: tuple[tuple[str, ...], ...] = (
     ("version",),
+    ("axes",),
     ("functional",),
     ("memory",),
     ("config", "checkpoint"),
