@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from torch import nn
 
 import peft_talan
 from peft_talan import TalanConfig
@@ -75,16 +74,6 @@ def add_adapter(subject: Subject, **options: Any) -> PeftModel:
 
 
 def _add_lora(subject: Subject) -> PeftModel:
-    """LoRA on all linear layers, or without those that PEFT or the model can't do without."""
-    try:
-        return _working_lora(subject)
-    except Exception:  # noqa: BLE001 - the second attempt's error is told
-        linear = {name.split(".")[-1] for name, module in subject.base.named_modules() if type(module) is nn.Linear}
-        subject.targets = sorted(linear - {"out_proj", "lm_head"})
-        return _working_lora(subject)
-
-
-def _working_lora(subject: Subject) -> PeftModel:
     lora = add_adapter(subject)
     if not bool(subject.logits(lora, subject.ids).isfinite().all()):
         raise ArithmeticError("the logits are not finite")

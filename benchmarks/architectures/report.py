@@ -11,7 +11,8 @@ OUTCOMES = ("right", "refused", "wrong", "crash", "LoRA fails", "not built")
 HEAD = """# Model types
 
 Every causal, image-text, sequence-to-sequence and encoder model type of transformers {transformers}, at tiny size
-with random weights: plain LoRA, and a side path on the default block and on the first and last one. The table is made by
+with random weights: plain LoRA, and a side path on the default block and on the first and last one. The table is made
+by
 
 ```bash
 python -m benchmarks.architectures           # runs what has no result yet
@@ -19,11 +20,11 @@ python -m benchmarks.architectures --report  # writes this page
 ```
 
 The checks: the adapter attaches without help; a fresh one gives LoRA's logits bit by bit; the side path has an effect;
-a disabled one gives the base model's logits; later tokens change nothing for earlier ones; a row does not depend on its
-neighbour, on padding at its left or right, or on another sample packed into it; generation with a cache, step by step
-and padded, gives what a whole forward pass gives; save and load, unload, and a kept merge change nothing; every tensor
-gets a gradient, and the same one with gradient checkpointing. Encoders have a bidirectional memory; cache and packing
-are left out there.
+a disabled one gives the base model's logits; later tokens change nothing for earlier ones; a row does not depend on
+its neighbour, on padding at its left or right, or on another sample packed into it; generation with a cache, step by
+step and padded, gives what a whole forward pass gives; save and load, unload, and a kept merge change nothing; every
+tensor gets a gradient, and the same one with gradient checkpointing. Encoders have a bidirectional memory; cache and
+packing are left out there.
 
 - **right**: in all checks in which plain LoRA is right. Those in which it is not are named.
 - **refused**: `get_peft_model` says why.
