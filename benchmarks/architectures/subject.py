@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections import Counter
 from typing import Any
 
@@ -130,10 +131,14 @@ class Subject:
 
 def _targets(base: PreTrainedModel) -> list[str]:
     """The two kinds of linear layers that stand in most blocks: a low-rank half that runs fast."""
-    layers = [name.split(".")[-1] for name, module in base.named_modules() if type(module) in (nn.Linear, Conv1D)]
-    # PEFT refuses the last layer of state-space blocks.
-    names = [name for name, _ in Counter(layers).most_common() if name not in ("out_proj", "lm_head")]
-    return [name for name in names if not name.isdigit()][:2]
+    layers = [name.split(".")[-1] for name, m in base.named_modules() if isinstance(m, (nn.Linear, Conv1D))]
+    # PEFT refuses the last layer of state-space blocks, and some routers return more than a tensor.
+    names = [
+        name
+        for name, _ in Counter(layers).most_common()
+        if not re.search("out_proj|lm_head|router|gate$|^[0-9]", name)
+    ]
+    return names[:2]
 
 
 def _logits(output: Any) -> torch.Tensor:

@@ -6,7 +6,7 @@ import inspect
 
 from peft.utils import PeftType
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 
 from ..checkpoint.names import CHILD_NAME
@@ -82,10 +82,11 @@ def _fitting_lists(model: nn.Module, lists: dict[str, nn.ModuleList]) -> tuple[l
 
 
 def _config_of(model: nn.Module, name: str) -> object | None:
-    """The configuration of the innermost model of transformers that a module lies in."""
+    """The configuration of the innermost module with one that a module lies in."""
     *path, _ = name.split(".")
     owners = [model, *(model.get_submodule(".".join(path[: depth + 1])) for depth in range(len(path)))]
-    return next((owner.config for owner in reversed(owners) if isinstance(owner, PreTrainedModel)), None)
+    configs = (getattr(owner, "config", None) for owner in reversed(owners))
+    return next((config for config in configs if isinstance(config, PreTrainedConfig)), None)
 
 
 def _outermost(names: list[str]) -> list[str]:
