@@ -37,8 +37,21 @@ def find_blocks(model: nn.Module, config: TalanConfig) -> tuple[str, nn.ModuleLi
         The list's name and the list.
 
     Raises:
-        ValueError: `talan_blocks` names no `nn.ModuleList`, or no or more than one list fits.
+        ValueError: `talan_blocks` names no `nn.ModuleList`, or no or more than one list fits, or the blocks are called
+            in a way that runs no hooks.
     """
+    name, blocks = _named_or_found(model, config)
+    owner = model.get_submodule(name.rpartition(".")[0])
+    names = inspect.unwrap(type(owner).forward).__code__.co_names
+    if "forward" in names and "super" not in names:
+        raise ValueError(
+            f"talan_blocks: {type(owner).__name__} calls modules by .forward(), which runs no hooks, so a side path on "
+            f"its blocks {name!r} would do nothing; use a plain LoraConfig, or call the blocks themselves"
+        )
+    return name, blocks
+
+
+def _named_or_found(model: nn.Module, config: TalanConfig) -> tuple[str, nn.ModuleList]:
     lists = {name: module for name, module in model.named_modules() if isinstance(module, nn.ModuleList) and module}
     if config.talan_blocks is not None:
         if config.talan_blocks not in lists:

@@ -55,6 +55,12 @@ def test_blocks_that_hand_on_several_hidden_states_are_refused(model_type: str) 
     assert list(base.state_dict()) == names
 
 
+def test_blocks_that_are_called_past_their_hooks_are_refused() -> None:
+    base = make_base("encoder", "squeezebert")
+    with pytest.raises(ValueError, match=r"SqueezeBertEncoder calls modules by \.forward\(\)"):
+        get_peft_model(base, TalanConfig(r=0, talan_memory_scope="bidirectional"))
+
+
 def test_blocks_that_run_more_than_once_are_named_and_work_where_the_message_says() -> None:
     base = make_base("encoder", "albert")
     options = {"r": 0, "talan_layers": [0], "talan_memory_scope": "bidirectional", "init_talan_weights": False}
