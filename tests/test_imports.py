@@ -11,10 +11,12 @@ import peft_talan
 ROOT = Path(peft_talan.__file__).parent
 ROOMS: tuple[tuple[str, ...], ...] = (
     ("version",),
+    ("axes",),
     ("functional",),
     ("memory",),
     ("config", "checkpoint"),
     ("tuner",),
+    ("serving",),
     ("analysis",),
     ("demo",),
 )

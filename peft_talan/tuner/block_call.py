@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 from transformers.cache_utils import Cache, CacheLayerMixin, EncoderDecoderCache
+from transformers.generation.continuous_batching import PagedAttentionCache
 from transformers.utils import output_capturing
 
 from .segments import TokenLayout, token_layout
@@ -79,6 +80,10 @@ def describe_call(
     Returns:
         The call's arguments by their standard names.
     """
+    if any(isinstance(value, PagedAttentionCache) for value in kwargs.values()):
+        raise NotImplementedError(
+            "a side path can't go on from a PagedAttentionCache (continuous batching); use model.generate"
+        )
     attention_mask = kwargs.get("attention_mask")
     if attention_mask is None and mask_place is not None and mask_place < len(args):
         attention_mask = args[mask_place]

@@ -43,21 +43,36 @@ def find_blocks(model: nn.Module, config: TalanConfig) -> tuple[str, nn.ModuleLi
                 f"{', '.join(map(repr, lists)) or 'none'}"
             )
         return config.talan_blocks, lists[config.talan_blocks]
-    depth = getattr(_text_config(model), "num_hidden_layers", None)
-    fitting = [name for name, module in lists.items() if len(module) == depth]
-    decoder = model.get_decoder() if isinstance(model, PreTrainedModel) else None
-    if len(fitting) > 1 and isinstance(decoder, nn.Module):
-        inside = {id(module) for module in decoder.modules()}
-        fitting = [name for name in fitting if id(lists[name]) in inside]
-    # A list inside a block (experts, say) can be as long as the list of blocks.
-    fitting = [name for name in fitting if not any(name.startswith(f"{other}.") for other in fitting)]
+    fitting, candidates = _fitting_lists(model, lists)
     if len(fitting) != 1:
         raise ValueError(
             f"talan_blocks=None: {'no' if not fitting else 'more than one'} list of decoder blocks was found in "
-            f"{type(model).__name__}{f' ({fitting})' if fitting else ''}; set talan_blocks to the name of the "
-            "nn.ModuleList that holds them, such as 'model.layers'"
+            f"{type(model).__name__}; set talan_blocks to the name of the nn.ModuleList whose modules each take the "
+            f"residual stream and return it, once in every forward pass; its lists are "
+            f"{', '.join(map(repr, fitting or candidates)) or 'none'}"
         )
     return fitting[0], lists[fitting[0]]
+
+
+def _fitting_lists(model: nn.Module, lists: dict[str, nn.ModuleList]) -> tuple[list[str], list[str]]:
+    """The lists that fit all that the model says about its blocks, and all lists of its decoder."""
+    decoder = model.get_decoder() if isinstance(model, PreTrainedModel) else None
+    inside = {id(module) for module in decoder.modules()} if isinstance(decoder, nn.Module) else set()
+    candidates = [name for name in lists if id(lists[name]) in inside] or list(lists)
+    # What transformers keeps on one device is a block.
+    classes = set(getattr(model, "_no_split_modules", None) or ())
+    of_blocks = [name for name in candidates if classes.issuperset(type(block).__name__ for block in lists[name])]
+    depth = getattr(_text_config(model), "num_hidden_layers", None)
+    for names in (of_blocks, candidates):
+        fitting = _outermost([name for name in names if len(lists[name]) == depth])
+        if fitting:
+            return fitting, _outermost(candidates)
+    return _outermost(of_blocks), _outermost(candidates)
+
+
+def _outermost(names: list[str]) -> list[str]:
+    """Without the lists inside a block of another, such as experts, which can be as many as the blocks."""
+    return [name for name in names if not any(name.startswith(f"{other}.") for other in names)]
 
 
 def find_hidden_size(model: nn.Module, config: TalanConfig) -> int:

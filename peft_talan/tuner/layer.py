@@ -14,9 +14,7 @@ from transformers.cache_utils import Cache
 from ..checkpoint.names import CHILD_NAME
 from ..config import TalanConfig
 from ..functional import fused
-from ..functional.one_token import one_token
-from ..functional.parameters import working_dtype
-from ..memory.cache_layer import mark_memories_left_behind, memory_to_go_on_with
+from ..memory.cache_memories import MemoryRequest, continue_or_start_memory, mark_stale
 from .block_call import BlockCall, describe_call, mask_argument_place, replace_recorded_state
 from .segments import TokenLayout
 from .tensors import AdapterTensors
@@ -185,7 +183,7 @@ class TalanLayer(AdapterTensors, BaseTunerLayer):
                 changed = torch.where(rows.to(changed.device)[:, None, None], changed, hidden_states)
             written = changed if count == 0 else written + (changed - hidden_states)
         if position == "output" and call.cache is not None:
-            mark_memories_left_behind(call.cache, self.block_index, running)
+            mark_stale(call.cache, self.block_index, running)
         return written
 
     def _running(self, adapter_names: list[str] | None, batch: int) -> dict[str, torch.Tensor | None]:
@@ -215,33 +213,16 @@ class TalanLayer(AdapterTensors, BaseTunerLayer):
     ) -> torch.Tensor:
         options = self.talan_options[adapter_name]
         parameters, alpha = self.parameters_of(adapter_name), self.alpha_at_run_time(adapter_name)
-        batch, tokens = hidden_states.shape[:2]
-        memory = None
-        if cache is not None:
-            memory = memory_to_go_on_with(
-                cache, self.block_index, self.depth, adapter_name, past, batch, options.scope, rows
-            )
-            dropout = self.training and options.dropout > 0
-            if tokens == 1 and not dropout and not torch.compiler.is_compiling():
-                in_place = memory.in_place(working_dtype(hidden_states.dtype))
-                if in_place is not None:
-                    written = one_token(hidden_states, parameters, options, in_place, alpha=alpha, valid=layout.valid)
-                    memory.took_in()
-                    return written
-        output = fused.side_path(
-            hidden_states,
-            parameters,
-            options,
-            alpha=alpha,
-            valid=layout.valid,
-            segment_ids=layout.segment_ids,
-            state=None if memory is None else memory.state,
-            training=self.training,
-            return_state=memory is not None,
-        )
-        if memory is not None:
-            memory.append(output, layout.segment_ids)
-        return output.hidden_states
+        passed: dict[str, Any] = {
+            "alpha": alpha,
+            "valid": layout.valid,
+            "segment_ids": layout.segment_ids,
+            "training": self.training,
+        }
+        if cache is None:
+            return fused.side_path(hidden_states, parameters, options, **passed).hidden_states
+        request = MemoryRequest(self.block_index, adapter_name, past, hidden_states.shape[0], options.scope, rows)
+        return continue_or_start_memory(cache, request).append(hidden_states, parameters, options, **passed)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Note which adapters' low-rank halves are folded; the side path depends on its input and stays live.

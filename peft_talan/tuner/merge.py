@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import PreTrainedModel
 
+from ..checkpoint.card import write_cards
 from ..checkpoint.checks import is_finite
 from ..checkpoint.names import is_side_path_key
 from ..config import TalanConfig
@@ -138,6 +139,7 @@ def save_kept_model(
         model._hf_peft_config_loaded = True
     if is_main_process:
         _save_side_path(model, names[0], state_dict, Path(save_directory))
+        write_cards(model, save_directory)
     if push_to_hub:
         push_kept_model(model, repo_id or Path(save_directory).name, token=kwargs.get("token"))
 

@@ -14,7 +14,6 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.integrations import init_empty_weights
 from torch import nn
 
-from ..checkpoint.card import announce_save
 from ..checkpoint.checks import check_finite, check_whole_modules
 from ..checkpoint.loading import check_places, read_checkpoint
 from ..checkpoint.names import check_names, check_new_name, is_side_path_key, with_wrappers, without_wrappers
@@ -291,10 +290,7 @@ class TalanModel(LoraModel):
         found = super()._get_adapter_state_dict(
             model, config, adapter_name, with_wrappers(model, state_dict), unwanted_adapter_names
         )
-        tensors = {without_wrappers(name): tensor for name, tensor in found.items()}
-        if isinstance(config, TalanConfig):
-            announce_save(model, config, adapter_name, tensors)
-        return tensors
+        return {without_wrappers(name): tensor for name, tensor in found.items()}
 
     @classmethod
     def _remap_adapter_state_dict_for_load(

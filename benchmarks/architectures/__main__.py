@@ -1,0 +1,114 @@
+"""Tries the side path beside plain LoRA on every causal, image-text, sequence-to-sequence and encoder model type.
+
+    python -m benchmarks.architectures                          # what has no result yet
+    python -m benchmarks.architectures --types mpt xlnet        # again, these
+    python -m benchmarks.architectures --types mpt --checks causal left_padding --show
+    python -m benchmarks.architectures --report                 # writes docs/reference/architectures.md
+
+Models are those of the installed transformers at tiny size with random weights, in float64 where they run so. Each
+type has a process of its own and a time limit; results are JSON lines, the last one of a type counts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import warnings
+from pathlib import Path
+from typing import Any
+
+import peft
+import torch
+import transformers
+
+from .checks import CHECKS
+from .compare import SEVEREST, examine
+from .report import page, read_results
+from .tiny import FAMILIES
+
+RESULTS = Path(__file__).parents[1] / "results" / "architectures.jsonl"
+PAGE = Path(__file__).parents[2] / "docs" / "reference" / "architectures.md"
+EVERY_CHECK = ["fresh", "effect", *CHECKS]
+
+
+def _work(pipe: Any, family: str, model_type: str, names: list[str]) -> None:
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    transformers.logging.set_verbosity_error()
+    pipe.send(examine(family, model_type, names))
+
+
+def in_process(family: str, model_type: str, names: list[str], limit: float) -> dict[str, Any]:
+    """Run `examine` in a process of its own, which inherits what is imported here.
+
+    Args:
+        family: The type's family.
+        model_type: The type.
+        names: The checks.
+        limit: Seconds.
+
+    Returns:
+        Its result, or that there is none.
+    """
+    context = multiprocessing.get_context("fork")
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=_work, args=(sender, family, model_type, names), daemon=True)
+    process.start()
+    sender.close()
+    found: dict[str, Any] = {"base": "not built", "message": f"no result within {limit:.0f} seconds"}
+    try:
+        if receiver.poll(limit):
+            found = receiver.recv()
+    except EOFError:
+        found = {"base": "not built", "message": "the process ended without a result"}
+    process.kill()
+    process.join()
+    return found
+
+
+def show(row: dict[str, Any]) -> None:
+    """Print one line a type, and one for each check that is not right."""
+    checks = row.get("checks", {})
+    lines = []
+    for name, cells in checks.items():
+        for placement, cell in cells.items():
+            if cell["outcome"] != "right":
+                detail = cell.get("message") or f"{cell['difference']:.1e}"
+                lines.append(f"    {name} [{placement}]: {cell['outcome']}: {detail}")
+    outcomes = [cell["outcome"] for cells in checks.values() for cell in cells.values()]
+    worst = min(outcomes, key=SEVEREST.index) if outcomes else f"{row['base']}: {row['message']}"
+    print(f"{row['family']} {row['type']}: {worst}", *lines, sep="\n", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--types", nargs="+", help="model types; default: all that have no result yet")
+    parser.add_argument("--families", nargs="+", choices=list(FAMILIES), default=list(FAMILIES))
+    parser.add_argument("--checks", nargs="+", choices=EVERY_CHECK, default=EVERY_CHECK)
+    parser.add_argument("--seconds", type=float, default=300, help="time limit of a type")
+    parser.add_argument("--show", action="store_true", help="print only: nothing is stored")
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--report", action="store_true", help="write the page of the documentation from the results")
+    options = parser.parse_args()
+    if options.report:
+        PAGE.write_text(page(read_results(options.results)), encoding="utf-8")
+        return
+    versions = {"transformers": transformers.__version__, "peft": peft.__version__, "torch": torch.__version__}
+    done = {(row["family"], row["type"]) for row in read_results(options.results)}
+    for family in options.families:
+        for model_type in FAMILIES[family][1]:
+            wanted = model_type in options.types if options.types else (family, model_type) not in done
+            if not wanted:
+                continue
+            found = in_process(family, model_type, options.checks, options.seconds)
+            row = {"family": family, "type": model_type, **found, **versions}
+            show(row)
+            if not options.show:
+                options.results.parent.mkdir(exist_ok=True)
+                with options.results.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps(row) + "\n")
+
+
+if __name__ == "__main__":
+    main()
