@@ -123,7 +123,8 @@ def save_kept_model(
         # The side path was deleted since; what is left is a plain model.
         plain_save(save_directory, state_dict=state_dict, push_to_hub=push_to_hub, **kwargs)
         return
-    names = model.active_adapters()
+    # Not by transformers' own `active_adapters`, which asks for PEFT 0.22 from transformers 5.24 on.
+    names = next(module for module in model.modules() if isinstance(module, BaseTunerLayer)).active_adapters
     if len(names) != 1:
         raise ValueError(
             f"active adapters {names}: a saved model can embed one side path only; call "

@@ -15,7 +15,17 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from peft_talan import TalanLayer
 
-from ..small_models import EXPERTS, logits, make_base, make_config, make_lora_config, make_model, make_tokens, rounding
+from ..small_models import (
+    EXPERTS,
+    adapter_calls_of_transformers,
+    logits,
+    make_base,
+    make_config,
+    make_lora_config,
+    make_model,
+    make_tokens,
+    rounding,
+)
 
 HALVES = {"lora": {}, "dora": {"use_dora": True}, "rslora": {"use_rslora": True}}
 
@@ -209,6 +219,7 @@ def test_copies_of_a_kept_model_save_themselves(copied: object, tmp_path: Path) 
     assert not torch.allclose(logits(twin), logits(kept))
 
 
+@adapter_calls_of_transformers
 def test_kept_side_path_is_switched_and_deleted_by_transformers(tmp_path: Path) -> None:
     kept = merge(make_model("qwen3", dtype=torch.float32))
     with_side_path = logits(kept)
@@ -263,6 +274,7 @@ def test_a_wrong_choice_touches_nothing() -> None:
     assert torch.equal(logits(model), expected)
 
 
+@adapter_calls_of_transformers
 def test_kept_model_takes_a_new_adapter() -> None:
     kept = merge(make_model("qwen3"))
     expected = logits(kept)
