@@ -31,7 +31,7 @@ from peft_talan import TalanConfig
 
 adapter_calls_of_transformers = pytest.mark.skipif(
     Version(transformers.__version__) >= Version("5.24") and Version(peft.__version__) < Version("0.22"),
-    reason="from 5.24 on, transformers' own add_adapter, set_adapter, delete_adapter ... ask for PEFT 0.22, for LoRA too",
+    reason="from 5.24 on, transformers' own add_adapter, set_adapter ... ask for PEFT 0.22, for LoRA too",
 )
 
 VOCABULARY = 64
