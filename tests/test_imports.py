@@ -16,6 +16,7 @@ ROOMS: tuple[tuple[str, ...], ...] = (
     ("memory",),
     ("config", "checkpoint"),
     ("tuner",),
+    ("sft",),
     ("analysis",),
     ("demo",),
 )
