@@ -45,8 +45,8 @@ def find_blocks(model: nn.Module, config: TalanConfig) -> tuple[str, nn.ModuleLi
     names = inspect.unwrap(type(owner).forward).__code__.co_names
     if "forward" in names and "super" not in names:
         raise ValueError(
-            f"talan_blocks: {type(owner).__name__} calls modules by .forward(), which runs no hooks, so a side path on "
-            f"its blocks {name!r} would do nothing; use a plain LoraConfig, or call the blocks themselves"
+            f"talan_blocks: {type(owner).__name__} calls modules by .forward(), which runs no hooks, so a side path "
+            f"on its blocks {name!r} would do nothing; use a plain LoraConfig, or call the blocks themselves"
         )
     return name, blocks
 
