@@ -75,9 +75,7 @@ def causal(model: PeftModel, subject: Subject) -> float:
     """Later tokens change nothing for earlier ones."""
     changed = subject.ids.clone()
     changed[:, -CHANGED:] = (changed[:, -CHANGED:] + 17) % 50 + 5
-    return difference(
-        subject.logits(model, changed)[:, :-CHANGED], subject.logits(model, subject.ids)[:, :-CHANGED]
-    )
+    return difference(subject.logits(model, changed)[:, :-CHANGED], subject.logits(model, subject.ids)[:, :-CHANGED])
 
 
 @_check()

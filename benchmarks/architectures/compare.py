@@ -9,9 +9,10 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-import peft_talan
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+
+import peft_talan
 from peft_talan import TalanConfig
 
 from .checks import CHECKS, FLOOR, LARGEST_ROUNDING, Check, difference
@@ -151,9 +152,7 @@ def examine(family: str, model_type: str, names: list[str]) -> dict[str, Any]:
             attached[placement] = {"outcome": "refused" if is_refusal(error) else "crash", "message": _error(error)}
     found["checks"]["attach"] = attached
     if "fresh" in names:
-        found["checks"]["fresh"] = {
-            p: _outcome(0, lambda p=p: _fresh(subject, lora, p)) for p in models if p == ONCE
-        }
+        found["checks"]["fresh"] = {p: _outcome(0, lambda p=p: _fresh(subject, lora, p)) for p in models if p == ONCE}
     if "effect" in names:
         found["checks"]["effect"] = {p: _outcome(0, lambda m=m: _effect(subject, m, lora)) for p, m in models.items()}
     for name, check in CHECKS.items():

@@ -70,7 +70,9 @@ class Subject:
         parameters = inspect.signature(self.base.forward).parameters.values()
         return {p.name for p in parameters if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD}
 
-    def logits(self, model: nn.Module, ids: torch.Tensor, rows: list[int] | None = None, **options: Any) -> torch.Tensor:
+    def logits(
+        self, model: nn.Module, ids: torch.Tensor, rows: list[int] | None = None, **options: Any
+    ) -> torch.Tensor:
         """The logits of a forward pass without gradients."""
         torch.manual_seed(0)
         with torch.no_grad():

@@ -108,7 +108,11 @@ def small_fields(fields: dict[str, Any]) -> dict[str, Any]:
         else:
             small[name] = value
     # Special tokens lie above the ones that the checks draw.
-    special = [name for name in small if isinstance(name, str) and re.search(r"_token_(id|index)$", name) and type(small[name]) is int]
+    special = [
+        name
+        for name in small
+        if isinstance(name, str) and re.search(r"_token_(id|index)$", name) and type(small[name]) is int
+    ]
     for place, name in enumerate(special):
         small[name] = VOCABULARY - 1 - place % 40
     for name, value in (("pad_token_id", 0), ("bos_token_id", 1), ("eos_token_id", 2), ("decoder_start_token_id", 1)):
