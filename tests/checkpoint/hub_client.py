@@ -59,11 +59,14 @@ def push_injected(folder: str, repo: str, token: str) -> None:
     model.push_to_hub(repo, token=token)
 
 
-def push_kept(folder: str, repo: str, token: str) -> None:
+def push_kept(folder: str, repo: str, by: str = "push_to_hub", **kwargs: Any) -> None:
     kept = make().merge_and_unload()
     kept.name_or_path = BASE
     result_of(kept, folder, "pushed")
-    kept.push_to_hub(repo, token=token)
+    if by == "push_to_hub":
+        kept.push_to_hub(repo, **kwargs)
+    else:
+        kept.save_pretrained(Path(folder, "kept"), push_to_hub=True, repo_id=repo, **kwargs)
 
 
 def pull(folder: str, repo: str, name: str = "pulled", **kwargs: Any) -> None:
