@@ -17,7 +17,7 @@ from peft import PeftModel, get_peft_model_state_dict
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from ..small_models import make_base, make_config, make_model, make_tokens
+from ..small_models import make_base, make_config, make_lora_config, make_model, make_tokens
 
 BASE = "user/base"
 
@@ -56,6 +56,15 @@ def push_injected(folder: str, repo: str, token: str) -> None:
     model.add_adapter(make_config())
     model.peft_config["default"].base_model_name_or_path = BASE
     result_of(model, folder, "pushed")
+    model.push_to_hub(repo, token=token)
+
+
+def push_lora_after_talan(repo: str, token: str) -> None:
+    model = make_base("qwen3", torch.float32)
+    model.add_adapter(make_config())
+    get_peft_model_state_dict(model)
+    model.delete_adapter("default")
+    model.add_adapter(make_lora_config())
     model.push_to_hub(repo, token=token)
 
 

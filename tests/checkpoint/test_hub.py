@@ -196,6 +196,11 @@ def test_kept_model(client: Client, hub: Hub, tmp_path: Path) -> None:
     assert "talan" in card.data.tags
 
 
+def test_plain_lora_on_a_model_that_had_talan(client: Client, hub: Hub) -> None:
+    client("push_lora_after_talan", repo="user/lora", token="writer")
+    assert "talan" not in str(card_of(hub, "user/lora"))
+
+
 PUSHES = [("push", {"options": {}}), ("push_kept", {"by": "push_to_hub"}), ("push_kept", {"by": "save_pretrained"})]
 
 
