@@ -16,7 +16,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..checkpoint.checks import check_finite, check_places, check_side_path, check_whole_modules, read_header
-from ..checkpoint.names import check_names, check_new_name, is_side_path_key, with_wrappers, without_wrappers
+from ..checkpoint.names import ModuleNames, check_names, check_new_name, is_side_path_key, without_wrappers
 from ..checkpoint.rollback import Snapshot, attributes_unchanged_on_error
 from ..config import TalanConfig, TalanRuntimeConfig
 from . import tensor_parallel
@@ -318,10 +318,15 @@ class TalanModel(LoraModel):
         unwanted_adapter_names: list[str],
     ) -> dict[str, torch.Tensor]:
         check_names(model, adapter_name, unwanted_adapter_names)
-        found = super()._get_adapter_state_dict(
-            model, config, adapter_name, with_wrappers(model, state_dict), unwanted_adapter_names
-        )
-        return {without_wrappers(name): tensor for name, tensor in found.items()}
+        names = ModuleNames(model)
+        wrapped = {names.wrapped(name): tensor for name, tensor in state_dict.items()}
+        found = super()._get_adapter_state_dict(model, config, adapter_name, wrapped, unwanted_adapter_names)
+        return {names.plain(name): tensor for name, tensor in found.items()}
+
+    @classmethod
+    def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
+        # Also of what PEFT adds itself (modules_to_save, embeddings), and of the model's keys in loading.
+        return without_wrappers(super()._remove_adapter_name_from_key(key, adapter_name))
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
