@@ -107,6 +107,22 @@ def _outermost(names: list[str]) -> list[str]:
     return [name for name in names if not any(name.startswith(f"{other}.") for other in names)]
 
 
+def find_decoder(model: nn.Module, block: nn.Module) -> nn.Module:
+    """Find the module whose forward pass runs a block, and which is called with the caller's masks and positions.
+
+    Args:
+        model: The model.
+        block: One of its blocks.
+
+    Returns:
+        The innermost `PreTrainedModel` around the block; without one, the module that owns the list of blocks.
+    """
+    path = next(name for name, module in model.named_modules() if module is block).split(".")
+    around = [model.get_submodule(".".join(path[:end])) for end in range(len(path) - 1, -1, -1)]
+    owners = [module for module in around if not isinstance(module, nn.ModuleList)]
+    return next((module for module in owners if isinstance(module, PreTrainedModel)), owners[0])
+
+
 def find_hidden_size(model: nn.Module, config: TalanConfig) -> int:
     """Find the width of the residual stream.
 
