@@ -21,7 +21,7 @@ from ..checkpoint.rollback import attributes_unchanged_on_error, unchanged_on_er
 from ..config import TalanConfig
 from . import tensor_parallel
 from .attachment import attach_side_path, attached_side_paths, detach_side_paths
-from .blocks import check_size, choose_targets, find_blocks, find_hidden_size, point_at_fused_experts
+from .blocks import check_size, check_stream, choose_targets, find_blocks, find_hidden_size, point_at_fused_experts
 from .merge import OUTCOMES, check_mergeable, keep_side_paths, side_path_config
 from .mixed_batch import rows_named
 from .trainability import declare_scope
@@ -88,6 +88,7 @@ class TalanModel(LoraModel):
             raise ValueError(
                 f"config={type(config).__name__}: a TALAN model takes a TalanConfig for adapter {adapter_name!r}"
             )
+        check_stream(model)
         name, every_block = find_blocks(model, config)
         blocks = choose_targets(config, name, every_block)
         hidden_size = find_hidden_size(model, config)
