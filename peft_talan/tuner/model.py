@@ -21,7 +21,7 @@ from ..checkpoint.rollback import Snapshot, attributes_unchanged_on_error
 from ..config import TalanConfig, TalanRuntimeConfig
 from . import tensor_parallel
 from .attachment import attach_side_path, attached_side_paths, detach_side_paths
-from .blocks import check_size, choose_targets, find_blocks, find_hidden_size, point_at_fused_experts
+from .blocks import check_size, check_stream, choose_targets, find_blocks, find_hidden_size, point_at_fused_experts
 from .kept import kept_side_paths
 from .merge import DROPPED, LIVE, check_mergeable, keep_once_loaded, keep_side_paths, side_path_config
 from .mixed_batch import rows_named
@@ -102,6 +102,7 @@ class TalanModel(LoraModel):
                 "talan_kept=True: this side path is a part of a merged model, and the model has one already; "
                 "AutoModelForCausalLM.from_pretrained(FOLDER) alone gives the whole model"
             )
+        check_stream(model)
         name, every_block = find_blocks(model, config)
         blocks = choose_targets(config, name, every_block)
         hidden_size = find_hidden_size(model, config)
