@@ -16,6 +16,7 @@ from ..config import TalanConfig
 from ..functional import fused
 from ..memory.cache_memories import MemoryRequest, continue_or_start_memory, mark_stale
 from .block_call import BlockCall, describe_call, mask_argument_place, replace_recorded_state
+from .paged_call import SidePath, run_paged
 from .segments import TokenLayout
 from .tensors import AdapterTensors
 
@@ -173,6 +174,8 @@ class TalanLayer(AdapterTensors, BaseTunerLayer):
         running = self._running(adapter_names, batch)
         written = hidden_states
         here = [name for name in running if self.talan_position[name] == position]
+        if call.paged is not None:
+            return run_paged(hidden_states, [self._side_path(name) for name in here], self.block_index, call.paged)
         if here:
             past = call.tokens_before(self.block_index, tokens, counted=position == "output")
             layout = call.layout(batch, tokens, past)
@@ -201,6 +204,10 @@ class TalanLayer(AdapterTensors, BaseTunerLayer):
             for name in dict.fromkeys(adapter_names)
             if name in self.talan_options
         }
+
+    def _side_path(self, adapter_name: str) -> SidePath:
+        options, parameters = self.talan_options[adapter_name], self.parameters_of(adapter_name)
+        return SidePath(adapter_name, parameters, options, self.alpha_at_run_time(adapter_name))
 
     def _run(
         self,

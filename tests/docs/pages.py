@@ -1,7 +1,7 @@
 """Runs the Python blocks of Markdown pages: top to bottom, one namespace a page, in one process for all of them.
 
-`python -m tests.docs.pages REPORT FOLDER PAGE...`; FOLDER is where each page gets its working folder. The report says, for
-each page, how many blocks ran and what went wrong. `<!-- skip: next "reason" -->` leaves a block out.
+`python -m tests.docs.pages REPORT FOLDER PAGE...`; FOLDER is where each page gets its working folder. The report says,
+for each page, how many blocks ran and what went wrong. `<!-- skip: next "reason" -->` leaves a block out.
 """
 
 from __future__ import annotations
