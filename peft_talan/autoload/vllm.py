@@ -81,7 +81,13 @@ def _create_model(
 ) -> Any:
     if not has_embedded_adapter(model_config.model, model_config.revision):
         return original(self, vllm_config, model_config, *args, **kwargs)
-    from peft_talan.serving.vllm.models import model_with_side_paths
+    try:
+        from peft_talan.serving.vllm.models import model_with_side_paths
+    except (ImportError, AttributeError) as error:
+        raise RuntimeError(
+            f"model={model_config.model!r}: this version of vLLM lacks what its TALAN side path needs ({error}); "
+            "install a version of vLLM that the documentation of peft_talan names"
+        ) from error
 
     create = functools.partial(original, self, vllm_config, model_config, *args, **kwargs)
     return model_with_side_paths(create, vllm_config, model_config)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -85,6 +86,20 @@ def test_a_version_of_vllm_without_the_methods_is_said(monkeypatch: pytest.Monke
     monkeypatch.delattr(BaseModelLoader, "create_model")
     with pytest.warns(UserWarning, match="does not know this version of vLLM .*create_model"):
         register()
+
+
+def test_a_name_that_vllm_lacks_is_said_before_the_model_is_built(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from vllm.model_executor.model_loader import get_model_loader
+
+    config = configure(folder)
+    for module in [name for name in sys.modules if name.startswith("peft_talan.serving.vllm.")]:
+        monkeypatch.delitem(sys.modules, module)
+    monkeypatch.delattr("vllm.utils.torch_utils.direct_register_custom_op")
+    loader = get_model_loader(config.load_config)
+    with pytest.raises(RuntimeError, match=r"this version of vLLM lacks .*direct_register_custom_op"):
+        loader.create_model(vllm_config=config, model_config=config.model_config)
 
 
 def test_where_blocks_carry_the_stream() -> None:

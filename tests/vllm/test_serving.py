@@ -134,7 +134,8 @@ def test_strength_of_a_server(strength: float, saved: Callable[..., Any], prompt
     folder, trained = saved("qwen3")
     expected = engines.generate(folder, prompts, strength)
     assert expected != trained
-    check(folder, prompts, expected, enforce_eager=True, additional_config={"talan_strength": strength})
+    options = {"talan_strength": strength}
+    check(folder, prompts, expected, enforce_eager=True, async_scheduling=False, additional_config=options)
 
 
 def in_processes(folder: Path, prompts: list[list[int]], report: Path, options: Any, **environment: str) -> str:
@@ -146,10 +147,13 @@ def in_processes(folder: Path, prompts: list[list[int]], report: Path, options: 
     return ran.stdout + ran.stderr
 
 
-def test_two_processes_share_the_model(saved: Callable[..., Any], prompts: list[list[int]], tmp_path: Path) -> None:
-    """Tensor parallelism, with the engine and the scheduler in processes of their own."""
+@pytest.mark.parametrize("parallelism", ["tensor_parallel_size", "pipeline_parallel_size"])
+def test_two_processes_share_the_model(
+    parallelism: str, saved: Callable[..., Any], prompts: list[list[int]], tmp_path: Path
+) -> None:
+    """With the engine and its scheduler in a process of their own, too."""
     folder, expected = saved("qwen3")
-    options = {"enforce_eager": True, "tensor_parallel_size": 2}
+    options = {"enforce_eager": True, parallelism: 2}
     printed = in_processes(folder, prompts, tmp_path / "answers", options, VLLM_ENABLE_V1_MULTIPROCESSING="1")
     assert (tmp_path / "answers").exists(), printed[-4000:]
     assert json.loads((tmp_path / "answers").read_text()) == [expected, expected]

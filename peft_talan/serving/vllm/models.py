@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from peft.utils import load_peft_weights
 from torch import nn
 from vllm.logger import init_logger
 from vllm.model_executor.model_loader.reload import record_metadata_for_reloading
@@ -54,7 +55,8 @@ def model_with_side_paths(create: Callable[[], nn.Module], vllm_config: Any, mod
     for layer in layers.values():
         vllm_config.compilation_config.static_forward_context[layer.layer_name] = layer
         record_metadata_for_reloading(layer)
-    _load(layers, config, vllm_config.load_config.load_format)
+    if vllm_config.load_config.load_format != "dummy":
+        _load(layers, config, indices, hidden_size)
     model.load_weights = partial(_load_weights, model, layers, model.load_weights)
     logger.info("TALAN side paths at the %ss of blocks %s", config.talan_position, ", ".join(map(str, layers)))
     return model
@@ -84,23 +86,27 @@ def _attach(
     return layer
 
 
-def _load(layers: dict[int, PagedSidePath], config: TalanConfig, load_format: str) -> None:
-    """Read the side paths from the adapter's own file, which vLLM passes over where an index names the others."""
-    if load_format == "dummy" or config.checkpoint_source is None:
-        return
-    tensors = {name: tensor for name, tensor in config.checkpoint_source.read().items() if is_side_path_key(name)}
+def _load(layers: dict[int, PagedSidePath], config: TalanConfig, indices: list[int], hidden_size: int) -> None:
+    """Read the side paths from the adapter's own file, which vLLM ignores where an index names the other files."""
+    location = config.checkpoint_to_load()
+    if location is None:
+        raise ValueError(
+            "config: it was not loaded from a folder, so there are no tensors; use TalanConfig.from_pretrained"
+        )
+    tensors = load_peft_weights(location.model_id, device="cpu", **location.options)
     check_finite(ADAPTER_NAME, tensors)
-    places = {
-        f"{index}.{CHILD_NAME}.{part}.values": getattr(layer, part)[ADAPTER_NAME].values
-        for index, layer in layers.items()
-        for part in layer.adapter_layer_names
-        if ADAPTER_NAME in getattr(layer, part)
-    }
-    found = {".".join(name.split(".")[-4:]): tensor for name, tensor in tensors.items()}
-    here = {name: tensor for name, tensor in found.items() if int(name.split(".")[0]) in layers}
-    check_side_path(ADAPTER_NAME, here, places)
-    for name, tensor in here.items():
-        places[name].data.copy_(tensor)
+    check_side_path(ADAPTER_NAME, config, indices, hidden_size, tensors)
+    for name, tensor in tensors.items():
+        _load_tensor(layers, name, tensor)
+
+
+def _load_tensor(layers: dict[int, PagedSidePath], name: str, tensor: torch.Tensor) -> None:
+    """Load a tensor of a side path, unless its block is another pipeline stage's."""
+    index, _, part, _ = name.split(".")[-4:]
+    if int(index) in layers:
+        place = getattr(layers[int(index)], part)[ADAPTER_NAME].values
+        # Where vLLM reloads a model, its own loader stands at the parameter.
+        getattr(place, "weight_loader", default_weight_loader)(place, tensor)
 
 
 def _load_weights(
@@ -115,14 +121,10 @@ def _load_weights(
 
     def others() -> Iterator[tuple[str, torch.Tensor]]:
         for name, tensor in weights:
-            if not is_side_path_key(name):
+            if is_side_path_key(name):
+                _load_tensor(layers, name, tensor)
+            else:
                 yield name, tensor
-                continue
-            index, _, part, _ = name.split(".")[-4:]
-            if int(index) in layers:
-                place = getattr(layers[int(index)], part)[ADAPTER_NAME].values
-                # Where vLLM reloads a model, its own loader stands at the parameter.
-                getattr(place, "weight_loader", default_weight_loader)(place, tensor)
 
     loaded = load_others(others(), *args, **kwargs)
     if loaded is None:

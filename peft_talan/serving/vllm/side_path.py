@@ -74,9 +74,18 @@ class PagedSidePath(AdapterTensors):
             hidden_states: h, [tokens, hidden_size].
             output: h', likewise; written in place.
             metadata: What vLLM tells the block's attention about the batch.
+
+        Raises:
+            RuntimeError: This version of vLLM lays keys and values out in a way that is not known here.
         """
-        cache = self._attention[0].kv_cache  # [pages, heads, tokens a page, channels]
-        pages, page_size = cache.shape[0], cache.shape[-2]
+        (attention,) = self._attention
+        cache = attention.kv_cache
+        if cache.dim() != 4 or cache.shape[1] != attention.num_kv_heads:
+            raise RuntimeError(
+                f"keys and values of shape {tuple(cache.shape)} are not laid out as [pages, heads, tokens, channels]; "
+                "install a version of vLLM that the documentation of peft_talan names"
+            )
+        pages, page_size = cache.shape[0], cache.shape[2]
         starts, block_table = metadata.query_start_loc, metadata.block_table
         requests = starts.shape[0] - 1
         before = metadata.seq_lens[:requests] - (starts[1:] - starts[:-1])
