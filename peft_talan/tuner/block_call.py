@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 from transformers.cache_utils import Cache, CacheLayerMixin, EncoderDecoderCache
-from transformers.generation.continuous_batching import PagedAttentionCache
 from transformers.utils import output_capturing
 
+from .paged_call import PagedCall, find_paged_call
 from .segments import TokenLayout, token_layout
 
 
@@ -21,11 +21,13 @@ class BlockCall(NamedTuple):
         attention_mask: In any of the forms that attention implementations take.
         position_ids: [batch or 1, tokens], or None.
         cache: The cache of the block's self-attention, or None.
+        paged: The arguments under continuous batching, which has none of the others; or None.
     """
 
     attention_mask: object
     position_ids: torch.Tensor | None
     cache: Cache | None
+    paged: PagedCall | None = None
 
     def tokens_before(self, block_index: int, tokens: int, counted: bool) -> int | torch.Tensor:
         """How many tokens the cache held before this call.
@@ -80,10 +82,9 @@ def describe_call(
     Returns:
         The call's arguments by their standard names.
     """
-    if any(isinstance(value, PagedAttentionCache) for value in kwargs.values()):
-        raise NotImplementedError(
-            "a side path can't go on from a PagedAttentionCache (continuous batching); use model.generate"
-        )
+    paged = find_paged_call(kwargs)
+    if paged is not None:
+        return BlockCall(None, None, None, paged)
     attention_mask = kwargs.get("attention_mask")
     if attention_mask is None and mask_place is not None and mask_place < len(args):
         attention_mask = args[mask_place]
