@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import re
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -14,10 +13,11 @@ from transformers import __version__ as transformers_version
 from transformers.cache_utils import Cache, EncoderDecoderCache
 from transformers.utils import output_capturing
 
-STATE = re.compile(r"(.*_)?(past|cache|caches|mems|state|states|buckets)(_.*)?")
-"""Names of arguments that carry a state from one call to the next, as far as they are not a transformers `Cache`."""
+STATE = {"past", "cache", "caches", "mems", "state", "states", "buckets"}
+"""Words in the names of arguments that carry a state from one call to the next."""
 
-NO_STATE = re.compile(r".*(hidden|position|use_|output_|return_|encoder|attention).*|.*_(ids|mask|embeds|length|lens)")
+NO_STATE = {"hidden", "position", "ids", "mask", "length", "encoder", "attention", "use", "output", "return"}
+"""Words in the names of other arguments."""
 
 KEEPS_CACHE_WITHOUT_GRADIENTS = Version(transformers_version).release >= (5, 24)
 """Whether a block with gradient checkpointing keeps its cache if gradients are off."""
@@ -76,7 +76,7 @@ def read_arguments(names: tuple[str, ...], args: tuple[Any, ...], kwargs: dict[s
             cache = value.self_attention_cache
         elif isinstance(value, Cache):
             cache = cache or value
-        elif _holds_state(value) and STATE.fullmatch(name) and not NO_STATE.fullmatch(name):
+        elif _names_state(name) and _holds_state(value):
             unknown = name
     tokens, embeddings = given.get("input_ids"), given.get("inputs_embeds")
     shape = None
@@ -94,6 +94,11 @@ def read_arguments(names: tuple[str, ...], args: tuple[Any, ...], kwargs: dict[s
         shape,
         unknown,
     )
+
+
+def _names_state(name: str) -> bool:
+    words = name.split("_")
+    return any(word in STATE for word in words) and not any(word in NO_STATE for word in words)
 
 
 def _holds_state(value: object) -> bool:

@@ -205,8 +205,8 @@ def test_positions_that_jump_separate_as_attention_does(model: PeftModel) -> Non
 
 @torch.no_grad()
 def test_lengths_of_packed_samples_separate_the_memory(model: PeftModel) -> None:
-    """Flash attention reads them; here a mask of the same samples stands for it in the other half."""
-    tokens, (mask, positions) = make_tokens(batch=1), block_diagonal([8, 13])
+    """Flash attention reads them, which is not there on a CPU: here only the side path separates."""
+    tokens = make_tokens(batch=1)
     lengths = torch.tensor([0, 8, 21], dtype=torch.int32)
     seen: list[torch.Tensor] = []
     block = model.get_base_model().model.layers[1]
@@ -215,12 +215,10 @@ def test_lengths_of_packed_samples_separate_the_memory(model: PeftModel) -> None
     model(tokens, cu_seq_lens_q=lengths, cu_seq_lens_k=lengths, **call)
     model(tokens, seq_idx=torch.tensor([[0] * 8 + [1] * 13]), **call)
     model(tokens, **call)
-    with model.disable_adapter():
-        model(tokens, **call)
     handle.remove()
     assert torch.equal(seen[0], seen[1])
+    torch.testing.assert_close(seen[0][:, :8], seen[2][:, :8], **rounding())
     assert not torch.allclose(seen[0][:, 8:], seen[2][:, 8:])
-    assert torch.equal(seen[0][:, :8], seen[2][:, :8]) or torch.allclose(seen[0][:, :8], seen[2][:, :8])
 
 
 HYBRIDS: dict[str, dict[str, object]] = {
@@ -258,12 +256,16 @@ def test_blocks_without_keys(kind: str) -> None:
     model, tokens = make_hybrid(kind), make_tokens(tokens=12)
     expected = model(tokens, use_cache=False).logits
     logits, state = [], {}
-    for part in tokens.split([9, 1, 2], dim=1):
-        output = model(part, use_cache=True, **state)
+    for start, end in ((0, 9), (9, 10), (10, 11), (11, 12)):
+        # MiniMax's own count of earlier tokens is that of its first block, which has no keys.
+        positions = {} if kind == "mamba" else {"position_ids": torch.arange(start, end).unsqueeze(0)}
+        output = model(tokens[:, start:end], use_cache=True, **positions, **state)
         name = "cache_params" if "cache_params" in output else "past_key_values"
         state = {name: output[name]}
         logits.append(output.logits)
-    torch.testing.assert_close(torch.cat(logits, dim=1), expected, **rounding())
+    # Mamba's residual stream is float32 in every model.
+    dtype = torch.float32 if kind == "mamba" else torch.float64
+    torch.testing.assert_close(torch.cat(logits, dim=1), expected, **rounding(dtype))
     with model.disable_adapter():
         model(tokens[:, :1], use_cache=True, **state)
     with pytest.raises(ValueError, match="empty cache"):
@@ -281,7 +283,7 @@ def test_gradients_with_torchs_own_checkpoints_of_whole_blocks() -> None:
         if wrapped:
             decoder.layers = nn.ModuleList([Checkpointed(block) for block in decoder.layers])
         calls = [(make_tokens(seed=2), mask), (make_tokens(seed=3), None)]
-        losses = [model(tokens, attention_mask=given, labels=tokens).loss for tokens, given in calls]
+        losses = [model(tokens, attention_mask=given, labels=tokens, use_cache=False).loss for tokens, given in calls]
         (losses[0] + losses[1]).backward()
         found.append([parameter.grad.clone() for parameter in model.parameters() if parameter.grad is not None])
         model.zero_grad()
