@@ -2,33 +2,28 @@
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from os import PathLike
-from typing import Any, Literal, get_args
+from typing import Any
 
 from packaging.version import InvalidVersion, Version
 from peft.config import PeftConfig
-from peft.tuners.lora import LoraConfig
+from peft.tuners.lora import LoraConfig, LoraRuntimeConfig
 from peft.utils import PeftType
 from peft.utils.constants import DUMMY_TARGET_MODULES
 
-from .checkpoint.checks import CheckpointSource
-from .functional.parameters import MEMORY_SCOPES, MIXERS, WRITEBACKS, MemoryScope, Mixer, SidePathOptions, Writeback
+from .axes import LARGEST_COUNT, SidePathAxes, check_axes, check_count, check_number, plain_value, refusal
+from .functional.parameters import SidePathOptions
 from .version import __version__
-
-Position = Literal["output", "input"]
-Trainable = Literal["joint", "side_path", "writeback", "low_rank"]
 
 DEFAULT_DEPTHS: tuple[float, ...] = (0.33,)
 """Where the side path goes when `talan_layers` is None, as fractions of the depth; see docs/default_layers.md."""
 
-LARGEST_COUNT = 2**20
-"""No residual stream is nearly as wide, and products of two such numbers are still exact."""
-
-LARGEST_FACTOR = 1e6
-"""Of a perturbation or its gradient: what is far larger ends in infinities."""
+SET_BY_PEFT: tuple[str, ...] = ("inference_mode", "base_model_name_or_path", "revision", "modules_to_save")
+"""Fields that PEFT sets or extends after it has loaded a configuration and before it loads the tensors."""
 
 INCOMPATIBLE_LORA_OPTIONS: dict[str, str] = {
     "layer_replication": "copied blocks would share one side path's place; replicate the layers before adding TALAN",
@@ -38,44 +33,35 @@ INCOMPATIBLE_LORA_OPTIONS: dict[str, str] = {
 }
 
 
-def _refuse(name: str, value: object, remedy: str) -> ValueError:
-    return ValueError(f"{name}={value!r}: {remedy}")
+@dataclass(frozen=True)
+class CheckpointLocation:
+    """Where the tensors lie that belong to a configuration which was loaded.
 
+    Args:
+        model_id (str): A folder, or a repository on the hub.
+        options (Mapping[str, Any]): What `hf_hub_download` takes: revision, subfolder, token ...
+        fields (Mapping[str, Any]): The configuration's fields as they were loaded.
+    """
 
-def _check_choice(name: str, value: object, choices: Sequence[str]) -> None:
-    if not isinstance(value, str) or value not in choices:
-        raise _refuse(name, value, f"choose one of {', '.join(repr(choice) for choice in choices)}")
-
-
-def _check_number(name: str, value: object, lowest: float, highest: float, remedy: str) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise _refuse(name, value, remedy)
-    if not math.isfinite(value) or not lowest <= value <= highest:
-        raise _refuse(name, value, remedy)
-
-
-def _check_count(name: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= LARGEST_COUNT:
-        raise _refuse(name, value, f"give a whole number of at least 1 and at most {LARGEST_COUNT}")
-
-
-def _check_layers(layers: object) -> None:
-    remedy = (
-        "give block indices like [10, -1], fractions of the depth like [0.33, 0.66], 'all', or None for the default"
-    )
-    if layers is None or layers == "all":
-        return
-    if isinstance(layers, str) or not isinstance(layers, Sequence) or len(layers) == 0:
-        raise _refuse("talan_layers", layers, remedy)
-    if all(isinstance(layer, int) and not isinstance(layer, bool) for layer in layers):
-        return
-    if all(isinstance(layer, float) and 0.0 <= layer <= 1.0 for layer in layers):
-        return
-    raise _refuse("talan_layers", layers, remedy)
+    model_id: str
+    options: Mapping[str, Any]
+    fields: Mapping[str, Any]
 
 
 @dataclass
-class TalanConfig(LoraConfig):
+class TalanRuntimeConfig(LoraRuntimeConfig):
+    """What belongs to one use of a configuration and is not saved with it.
+
+    Args:
+        checkpoint (CheckpointLocation | None): The checkpoint that the configuration was loaded with and that PEFT
+            loads next, filled in by `TalanConfig.from_pretrained`. Default None.
+    """
+
+    checkpoint: CheckpointLocation | None = None
+
+
+@dataclass
+class TalanConfig(SidePathAxes, LoraConfig):
     """Configure a TALAN adapter: every option of `LoraConfig`, and the axes of the side path (arXiv 2606.06902).
 
     `r=0`, or `target_modules=[]`, leaves the low-rank half out: the side path alone.
@@ -103,6 +89,8 @@ class TalanConfig(LoraConfig):
         talan_blocks (str | None): The name of the `nn.ModuleList` that holds the blocks, such as
             `"model.layers"`, where it can't be found. Default None.
         talan_hidden_size (int | None): H, the width of the residual stream, where it can't be found. Default None.
+        talan_kept (bool): Whether the side path belongs to the model in whose folder it lies; `merge_and_unload()`
+            sets it, leave it at False. Default False.
         talan_version (str | None): The version of this package that made the adapter, filled in by itself.
             Default None.
 
@@ -110,29 +98,16 @@ class TalanConfig(LoraConfig):
         ValueError: A field's value, type or combination can't work; the message names field, value and remedy.
     """
 
-    talan_layers: Any = field(
-        default=None,
-        metadata={"help": "Decoder blocks with a side path: indices, fractions of the depth, 'all', None."},
-    )
-    talan_position: Position = field(
-        default="output", metadata={"help": "At which end of the block: output or input."}
-    )
-    talan_slots: int = field(default=8, metadata={"help": "Number of memory slots."})
-    talan_dim: int = field(default=32, metadata={"help": "Latent width."})
-    talan_mixer: Mixer = field(default="attention", metadata={"help": "attention, linear or mlp."})
-    talan_writeback: Writeback = field(default="add", metadata={"help": "add, gated, capped or orthogonal."})
-    talan_cap: float = field(default=0.1, metadata={"help": "Largest |change| / |hidden state| of 'capped'."})
-    talan_alpha: float = field(default=1.0, metadata={"help": "Strength of the perturbation."})
-    talan_dropout: float = field(default=0.0, metadata={"help": "Dropout of the read-out."})
-    talan_trainable: Trainable = field(
-        default="joint", metadata={"help": "What trains: joint, side_path, writeback or low_rank."}
-    )
-    talan_grad_scale: float = field(default=1.0, metadata={"help": "Scale of the side path's gradient."})
-    talan_memory_scope: MemoryScope = field(default="causal", metadata={"help": "causal or bidirectional."})
     init_talan_weights: bool = field(default=True, metadata={"help": "Whether the write-back starts at zero."})
     talan_blocks: str | None = field(default=None, metadata={"help": "Name of the ModuleList that holds the blocks."})
     talan_hidden_size: int | None = field(default=None, metadata={"help": "Width of the residual stream."})
+    talan_kept: bool = field(
+        default=False, metadata={"help": "Whether merge_and_unload() made it a part of the model beside it."}
+    )
     talan_version: str | None = field(default=None, metadata={"help": "peft_talan version, leave empty to auto-fill."})
+    runtime_config: LoraRuntimeConfig = field(
+        default_factory=TalanRuntimeConfig, metadata={"help": "What is not saved with the adapter."}
+    )
 
     @classmethod
     def from_lora(cls, lora: LoraConfig | str | PathLike[str], **options: Any) -> TalanConfig:
@@ -150,7 +125,7 @@ class TalanConfig(LoraConfig):
         """
         found = lora if isinstance(lora, PeftConfig) else PeftConfig.from_pretrained(str(lora))
         if not isinstance(found, LoraConfig) or found.peft_type != PeftType.LORA:
-            raise _refuse("lora", lora, f"is no LoRA adapter but of type {found.peft_type}; give one of type LORA")
+            raise refusal("lora", lora, f"is no LoRA adapter but of type {found.peft_type}; give one of type LORA")
         taken = {option.name: getattr(found, option.name) for option in fields(LoraConfig) if option.init}
         return cls(**{**taken, "inference_mode": False, **options})
 
@@ -173,9 +148,23 @@ class TalanConfig(LoraConfig):
         """
         config: TalanConfig = super().from_pretrained(pretrained_model_name_or_path, subfolder, **kwargs)
         options = {"subfolder": subfolder, **cls._split_kwargs(kwargs)[0]}
-        described = CheckpointSource.describe(config.to_dict())
-        config.checkpoint_source = CheckpointSource(pretrained_model_name_or_path, options, described)
+        given = {name: value for name, value in options.items() if value is not None}
+        location = CheckpointLocation(str(pretrained_model_name_or_path), given, config._fields_of_checkpoint())
+        config.runtime_config = TalanRuntimeConfig(checkpoint=location)
         return config
+
+    def checkpoint_to_load(self) -> CheckpointLocation | None:
+        """Where the tensors lie that PEFT is about to load.
+
+        Returns:
+            The checkpoint that this configuration was loaded with; None if there was none, or if a field was changed
+            since, so that the configuration is for a new adapter.
+        """
+        location: CheckpointLocation | None = getattr(self.runtime_config, "checkpoint", None)
+        return None if location is None or location.fields != self._fields_of_checkpoint() else location
+
+    def _fields_of_checkpoint(self) -> dict[str, Any]:
+        return {name: value for name, value in self.to_dict().items() if name not in SET_BY_PEFT}
 
     def to_dict(self) -> dict[str, Any]:
         """The fields, with sets in order: the same adapter gives the same file in every process."""
@@ -183,13 +172,20 @@ class TalanConfig(LoraConfig):
 
     def __post_init__(self) -> None:
         """Check every field before any model is touched."""
+        for option in fields(self):
+            # Only what can be saved is trained.
+            setattr(self, option.name, plain_value(getattr(self, option.name)))
         self._check_version()
         self._check_numbers()
         super().__post_init__()
-        self.checkpoint_source: CheckpointSource | None = None
         self.peft_type = PeftType("TALAN")
         self._check_side_path()
         self._check_low_rank()
+        for name, value in self.to_dict().items():
+            try:
+                json.dumps(value)
+            except (TypeError, ValueError) as error:
+                raise refusal(name, value, f"can't be saved in a JSON file ({error}); give plain values") from None
 
     def _check_version(self) -> None:
         if self.talan_version is None:
@@ -197,9 +193,9 @@ class TalanConfig(LoraConfig):
         try:
             newer = Version(self.talan_version).major > Version(__version__).major
         except (InvalidVersion, TypeError):
-            raise _refuse("talan_version", self.talan_version, "is no version; leave the field at None") from None
+            raise refusal("talan_version", self.talan_version, "is no version; leave the field at None") from None
         if newer:
-            raise _refuse(
+            raise refusal(
                 "talan_version",
                 self.talan_version,
                 f"the adapter was made by a newer major version of peft_talan than the installed {__version__}; run "
@@ -207,32 +203,19 @@ class TalanConfig(LoraConfig):
             )
 
     def _check_side_path(self) -> None:
-        _check_layers(self.talan_layers)
-        if isinstance(self.talan_layers, tuple):
-            self.talan_layers = list(self.talan_layers)
-        _check_choice("talan_position", self.talan_position, get_args(Position))
-        _check_choice("talan_mixer", self.talan_mixer, MIXERS)
-        _check_choice("talan_writeback", self.talan_writeback, WRITEBACKS)
-        _check_choice("talan_trainable", self.talan_trainable, get_args(Trainable))
-        _check_choice("talan_memory_scope", self.talan_memory_scope, MEMORY_SCOPES)
-        _check_count("talan_slots", self.talan_slots)
-        _check_count("talan_dim", self.talan_dim)
-        smallest = math.ulp(0.0)
-        _check_number("talan_cap", self.talan_cap, smallest, math.inf, "give a positive number such as 0.1")
-        factor = f"give a number of at least 0 and at most {LARGEST_FACTOR:g}, such as 1.0"
-        _check_number("talan_alpha", self.talan_alpha, 0.0, LARGEST_FACTOR, factor)
-        _check_number("talan_dropout", self.talan_dropout, 0.0, math.nextafter(1.0, 0.0), "give a number in [0, 1)")
-        _check_number("talan_grad_scale", self.talan_grad_scale, 0.0, LARGEST_FACTOR, factor)
+        check_axes(self)
         if not isinstance(self.init_talan_weights, bool):
-            raise _refuse("init_talan_weights", self.init_talan_weights, "give True or False")
+            raise refusal("init_talan_weights", self.init_talan_weights, "give True or False")
+        if not isinstance(self.talan_kept, bool):
+            raise refusal("talan_kept", self.talan_kept, "leave it at False; merge_and_unload() sets it")
         if self.talan_blocks is not None and (not isinstance(self.talan_blocks, str) or not self.talan_blocks):
-            raise _refuse(
+            raise refusal(
                 "talan_blocks", self.talan_blocks, "give the ModuleList's name such as 'model.layers', or None"
             )
         if self.talan_hidden_size is not None:
-            _check_count("talan_hidden_size", self.talan_hidden_size)
+            check_count("talan_hidden_size", self.talan_hidden_size)
         if self.talan_memory_scope == "bidirectional" and self.task_type in ("CAUSAL_LM", "SEQ_2_SEQ_LM"):
-            raise _refuse(
+            raise refusal(
                 "talan_memory_scope",
                 self.talan_memory_scope,
                 f"task_type={str(self.task_type)!r} generates, and a token must not see later ones; use 'causal'",
@@ -241,33 +224,33 @@ class TalanConfig(LoraConfig):
     def _check_numbers(self) -> None:
         """Check what PEFT would pass on to torch as it is."""
         if isinstance(self.r, bool) or not isinstance(self.r, int) or not 0 <= self.r <= LARGEST_COUNT:
-            raise _refuse("r", self.r, "give a rank of at least 1, or 0 for the side path alone")
+            raise refusal("r", self.r, "give a rank of at least 1, or 0 for the side path alone")
         remedy = "give a number such as 8"
-        _check_number("lora_alpha", self.lora_alpha, -math.inf, math.inf, remedy)
-        _check_number("lora_dropout", self.lora_dropout, 0.0, 1.0, "give a number in [0, 1]")
+        check_number("lora_alpha", self.lora_alpha, -math.inf, math.inf, remedy)
+        check_number("lora_dropout", self.lora_dropout, 0.0, 1.0, "give a number in [0, 1]")
         for name in ("rank_pattern", "alpha_pattern"):
             pattern = getattr(self, name)
             if pattern is not None and not isinstance(pattern, dict):
-                raise _refuse(name, pattern, "give a dictionary of module names or patterns and numbers")
+                raise refusal(name, pattern, "give a dictionary of module names or patterns and numbers")
         for module, rank in (self.rank_pattern or {}).items():
-            _check_count(f"rank_pattern[{module!r}]", rank)
+            check_count(f"rank_pattern[{module!r}]", rank)
         for module, alpha in (self.alpha_pattern or {}).items():
-            _check_number(f"alpha_pattern[{module!r}]", alpha, -math.inf, math.inf, remedy)
+            check_number(f"alpha_pattern[{module!r}]", alpha, -math.inf, math.inf, remedy)
 
     def _check_low_rank(self) -> None:
         for name, reason in INCOMPATIBLE_LORA_OPTIONS.items():
             if getattr(self, name, None):
-                raise _refuse(name, getattr(self, name), f"does not work with TALAN: {reason}")
+                raise refusal(name, getattr(self, name), f"does not work with TALAN: {reason}")
         no_targets = self.target_modules is not None and len(self.target_modules) == 0 and not self.target_parameters
         if self.r == 0 or no_targets:
             if self.talan_trainable == "low_rank":
-                raise _refuse(
+                raise refusal(
                     "talan_trainable",
                     self.talan_trainable,
                     "there is no low-rank half (r=0 or no target modules); use 'joint' or 'side_path'",
                 )
             if self.target_parameters:
-                raise _refuse("target_parameters", self.target_parameters, "needs r >= 1")
+                raise refusal("target_parameters", self.target_parameters, "needs r >= 1")
             # PEFT's own name for an adapter whose low-rank half matches no module.
             self.target_modules = DUMMY_TARGET_MODULES
 

@@ -11,11 +11,14 @@ import peft_talan
 ROOT = Path(peft_talan.__file__).parent
 ROOMS: tuple[tuple[str, ...], ...] = (
     ("version",),
+    ("axes",),
     ("functional",),
     ("memory",),
-    ("config", "checkpoint"),
+    ("config",),
+    ("checkpoint",),
     ("tuner",),
     ("serving",),
+    ("sft",),
     ("analysis",),
     ("demo",),
 )

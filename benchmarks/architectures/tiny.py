@@ -1,4 +1,4 @@
-"""Builds a model type of the installed transformers at tiny size, its configuration made small by the fields' names."""
+"""Builds a model type of the installed transformers at tiny size: its configuration is made small by field names."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from transformers import (
     AutoModelForImageTextToText,
     AutoModelForMaskedLM,
     AutoModelForSeq2SeqLM,
+    PreTrainedConfig,
     PreTrainedModel,
 )
 from transformers.models.auto import modeling_auto
@@ -47,12 +48,12 @@ LARGEST: tuple[tuple[str, int], ...] = (
     (r"qk_(nope|rope)_head_dim|rotary_dim", 8),
     (r"head_dim|d_kv|d_head|kv_channels|lora_rank|lowrank|_rank$|state_size|d_state", 16),
     (r"per_tok|top_k|moe_k", 2),
+    (r"ffn|intermediate|mlp|dff|d_ff|d_inner|^ff", 96),
     (r"group|first_k_dense|dense_layers|shared_experts|(inner_)?group_num", 1),
     (r"experts", 4),
     (r"layer_(period|offset|interval|step)|sparse_step", 2),
     (r"layers|depth|blocks$|n_layer|num_stages", DEPTH),
     (r"image_size", 32),
-    (r"ffn|intermediate|mlp|dff|d_ff|d_inner|^ff", 96),
     (r"patch_size|merge|kernel|stride|conv", 16),
     (r"hidden|d_model|n_embd|embed|width|dim|size|channels|features", WIDTH),
 )
@@ -107,6 +108,8 @@ def small_fields(fields: dict[str, Any]) -> dict[str, Any]:
             small[name] = [2, 3, 3] if "mrope_section" in name else _small_list(name, list(value), depth)
         else:
             small[name] = value
+    if small.get("kv_lora_rank") and "num_key_value_heads" in small:
+        small["num_key_value_heads"] = small["num_attention_heads"]  # latent attention
     # Special tokens lie above the ones that the checks draw.
     special = [
         name
@@ -146,7 +149,18 @@ def make_config(model_type: str) -> Any:
             _put(fields, path, value)
     accepted = inspect.signature(config_class).parameters
     by_keyword = any(parameter.kind is parameter.VAR_KEYWORD for parameter in accepted.values())
-    return config_class(**{name: value for name, value in fields.items() if by_keyword or name in accepted})
+    config = config_class(**{name: value for name, value in fields.items() if by_keyword or name in accepted})
+    _few_experts(config)
+    return config
+
+
+def _few_experts(config: Any) -> None:
+    """Set numbers of experts and of groups by attribute: some types store them by another name than they take."""
+    for name, value in vars(config).items():
+        if isinstance(value, PreTrainedConfig):
+            _few_experts(value)
+        elif type(value) is int and re.search("experts|group$", name):
+            setattr(config, name, small_number(name, value))
 
 
 def make_base(family: str, model_type: str, dtype: torch.dtype = torch.float64) -> PreTrainedModel:

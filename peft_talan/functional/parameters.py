@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, get_args
+from typing import NamedTuple, get_args
 
 import torch
 
-Mixer = Literal["attention", "linear", "mlp"]
-Writeback = Literal["add", "gated", "capped", "orthogonal"]
-MemoryScope = Literal["causal", "bidirectional"]
+from ..axes import MemoryScope, Mixer, Writeback
 
 MIXERS: tuple[str, ...] = get_args(Mixer)
 WRITEBACKS: tuple[str, ...] = get_args(Writeback)
@@ -92,3 +90,15 @@ class SidePathOutput(NamedTuple):
     state: torch.Tensor
     weights: torch.Tensor
     values: torch.Tensor
+
+
+class RaggedOutput(NamedTuple):
+    """What one pass of many requests' tokens through a side path gives.
+
+    Args:
+        hidden_states: h', [tokens, hidden_size]; rows of padding hold finite numbers, and nothing that means anything.
+        states: The memories that were asked for, [leaves or requests, slots, width + 1], in the dtype of those before.
+    """
+
+    hidden_states: torch.Tensor
+    states: torch.Tensor

@@ -18,6 +18,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 from ..memory.cache_memories import memories_of, note_recurrent_state, recurrent_state_is_new
 from ..memory.token_layout import TokenLayout
 from .block_call import CallArguments, argument_names, read_arguments, tensors_of_call, withholds_cache
+from .paged_call import PagedCall, find_paged_call
 from .segments import Positions, token_layout
 
 LAYOUT = "_talan_layout"
@@ -151,6 +152,7 @@ class BlockCall:
         self._training = block.training
         self._has_cache = self._arguments.cache is not None
         self.cache = None if withholds_cache(block) else self._arguments.cache
+        self.paged: PagedCall | None = find_paged_call(kwargs)
 
     def tokens_before(self, tokens: int) -> int | torch.Tensor | None:
         """The number of tokens that the cache held before this call.

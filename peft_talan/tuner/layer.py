@@ -1,4 +1,4 @@
-"""The side paths of one decoder block, for any number of adapters."""
+"""The side paths of one decoder block: how they run, and the layer that PEFT finds, for any number of adapters."""
 
 from __future__ import annotations
 
@@ -16,14 +16,15 @@ from ..functional import fused
 from ..memory.cache_memories import MemoryRequest, continue_or_start_memory, mark_stale
 from .block_call import argument_names, replace_recorded_state, replace_stream, stream_of
 from .decoder_call import BlockCall, DecoderCall
+from .paged_call import SidePath, run_paged
 from .tensors import AdapterTensors
 
 
-class TalanLayer(AdapterTensors, BaseTunerLayer):
-    """Holds one block's side paths and runs them around the block's call.
+class SidePaths(AdapterTensors):
+    """Runs side paths around the calls of one block.
 
-    The layer attaches to the block instead of wrapping it: it becomes the block's child `talan` and acts through
-    forward hooks, so the names of base and LoRA parameters and the block's class stay what they are.
+    The layer attaches to the block instead of wrapping it: it becomes a child of the block and acts through forward
+    hooks, so the names of base and LoRA parameters and the block's class stay what they are.
 
     Args:
         hidden_size: H, the width of the residual stream.
@@ -31,56 +32,29 @@ class TalanLayer(AdapterTensors, BaseTunerLayer):
         depth: The number of the model's blocks.
     """
 
-    child_name: str = CHILD_NAME
-    other_param_names: tuple[str, ...] = (
-        "talan_options",
-        "talan_alpha",
-        "talan_position",
-        "talan_strength",
-        "has_low_rank_half",
-    )
+    child_name: str
 
     def __init__(self, hidden_size: int, block_index: int, depth: int) -> None:
         super().__init__(hidden_size, block_index)
         self.depth = depth
         self.talan_alpha: dict[str, float] = {}
         self.talan_position: dict[str, str] = {}
-        # All of the model's adapters, also those without a side path at this block.
-        self.has_low_rank_half: dict[str, bool] = {}
-        # Set at run time (peft_talan.tuner.strength) and never saved; an adapter that is missing here has 1.
+        # Set at run time (peft_talan.tuner.strength) and never saved; a side path that is missing here has 1.
         self.talan_strength: dict[str, float] = {}
-        self.frozen_peft_weight_names: dict[str, tuple[str, ...]] = {}
-        self.merged_adapters: list[str] = []
-        self._active_adapter: str | list[str] = []
-        self._disable_adapters = False
         self._handles: list[RemovableHandle] = []
         self._argument_names: tuple[str, ...] = ()
         self._decoder_call: DecoderCall | None = None
 
-    @property
-    def bias(self) -> None:  # type: ignore[override]
-        """A side path has no bias that PEFT's bias options could train."""
-        return None
-
-    @property
-    def weight(self) -> torch.Tensor:
-        """A side path has no base layer whose weight this could be."""
-        raise AttributeError(f"{type(self).__name__!r} object has no attribute 'weight'")
-
-    def update_layer(self, adapter_name: str, config: TalanConfig) -> None:
-        """Add an adapter's side path.
+    def memory_name(self, name: str) -> str:
+        """The name by which a cache carries the memory of one of the layer's side paths.
 
         Args:
-            adapter_name: The adapter's name.
-            config: Its configuration.
-        """
-        self.add_tensors(adapter_name, config)
-        self.talan_alpha[adapter_name] = float(config.talan_alpha)
-        self.talan_position[adapter_name] = config.talan_position
+            name: The side path's name in this layer.
 
-    def _all_available_adapter_names(self) -> list[str]:
-        """Where the active adapter is deleted, PEFT goes on with the first of these: the same as in LoRA's layers."""
-        return sorted(self.has_low_rank_half, key=lambda name: (not self.has_low_rank_half[name], name))
+        Returns:
+            The name, which no other side path at this block has.
+        """
+        return name
 
     def alpha_at_run_time(self, adapter_name: str) -> float:
         """The strength that an adapter's perturbation has now: the trained alpha times that set at run time.
@@ -108,12 +82,17 @@ class TalanLayer(AdapterTensors, BaseTunerLayer):
             self.placement = torch.empty(0, device=parameter.device, dtype=dtype)
         self._argument_names = argument_names(block)
         self._decoder_call = DecoderCall.of(decoder)
+        earlier = [child for child in block.children() if isinstance(child, SidePaths)]
         block.add_module(self.child_name, self)
         # Before hooks that were there earlier: what they see (recorded hidden states, say) is after the write-back.
         self._handles = [
             block.register_forward_pre_hook(self._before_block, prepend=True, with_kwargs=True),
             block.register_forward_hook(self._after_block, prepend=True, with_kwargs=True),
         ]
+        # To this layer, side paths that the block had before are a part of the block: they write first at its output.
+        for layer in reversed(earlier):
+            layer._handles.pop().remove()
+            layer._handles.append(block.register_forward_hook(layer._after_block, prepend=True, with_kwargs=True))
 
     def detach(self, block: nn.Module) -> None:
         """Leave the block as it was before `attach`.
@@ -132,7 +111,7 @@ class TalanLayer(AdapterTensors, BaseTunerLayer):
     def _before_block(
         self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        if self._disable_adapters or "input" not in self.talan_position.values():
+        if "input" not in self.talan_position.values():
             return None
         name = self._argument_names[0]
         hidden_states = args[0] if args else kwargs[name]
@@ -155,6 +134,120 @@ class TalanLayer(AdapterTensors, BaseTunerLayer):
         """The block's child: this layer, or what a sharding library has wrapped it in to gather its parameters."""
         child: nn.Module = getattr(block, self.child_name)
         return child
+
+    def apply_side_paths(
+        self,
+        hidden_states: torch.Tensor,
+        position: str,
+        call: BlockCall,
+        running: dict[str, torch.Tensor | None],
+    ) -> torch.Tensor:
+        """Run side paths on the residual stream at one end of the block; the perturbations of several add up.
+
+        Args:
+            hidden_states: h, [batch, tokens, hidden_size].
+            position: `input` or `output`: which end this is.
+            call: What the block was called with.
+            running: The names of the side paths that run, each with its rows as [batch], bool; None: all rows.
+
+        Returns:
+            h', [batch, tokens, hidden_size].
+
+        Raises:
+            ValueError: The cache holds tokens that did not pass through a side path, or the call is of a form that a
+                side path can't follow.
+        """
+        written = hidden_states
+        here = [name for name in running if self.talan_position[name] == position]
+        if call.paged is not None:
+            return run_paged(hidden_states, [self._side_path(name) for name in here], self.block_index, call.paged)
+        for count, name in enumerate(here):
+            rows = running[name]
+            changed = self._run(name, hidden_states, call, rows)
+            if rows is not None:
+                changed = torch.where(rows[:, None, None], changed, hidden_states)
+            written = changed if count == 0 else written + (changed - hidden_states)
+        return written
+
+    def _side_path(self, name: str) -> SidePath:
+        options, parameters = self.talan_options[name], self.parameters_of(name)
+        return SidePath(self.memory_name(name), parameters, options, self.alpha_at_run_time(name))
+
+    def _run(self, name: str, hidden_states: torch.Tensor, call: BlockCall, rows: torch.Tensor | None) -> torch.Tensor:
+        options, layout = self.talan_options[name], call.layout(hidden_states)
+        parameters = self.parameters_of(name)
+        passed: dict[str, Any] = {
+            "alpha": self.alpha_at_run_time(name),
+            "valid": layout.valid,
+            "segment_ids": layout.segment_ids,
+            "training": self.training,
+        }
+        if call.cache is None:
+            return fused.side_path(hidden_states, parameters, options, **passed).hidden_states
+        batch, tokens = hidden_states.shape[:2]
+        request = MemoryRequest(
+            self.block_index,
+            self.memory_name(name),
+            call.tokens_before(tokens),
+            batch,
+            options.scope,
+            rows,
+            layout.attended_past,
+        )
+        return continue_or_start_memory(call.cache, request).append(hidden_states, parameters, options, **passed)
+
+
+class TalanLayer(SidePaths, BaseTunerLayer):
+    """Holds one block's side paths of any number of adapters, as the block's child `talan`.
+
+    Args:
+        hidden_size: H, the width of the residual stream.
+        block_index: The block's index, by which the cache carries the memory.
+        depth: The number of the model's blocks.
+    """
+
+    child_name: str = CHILD_NAME
+    other_param_names: tuple[str, ...] = (
+        "talan_options",
+        "talan_alpha",
+        "talan_position",
+        "talan_strength",
+        "has_low_rank_half",
+    )
+
+    def __init__(self, hidden_size: int, block_index: int, depth: int) -> None:
+        super().__init__(hidden_size, block_index, depth)
+        # All of the model's adapters, also those without a side path at this block.
+        self.has_low_rank_half: dict[str, bool] = {}
+        self.frozen_peft_weight_names: dict[str, tuple[str, ...]] = {}
+        self.merged_adapters: list[str] = []
+        self._active_adapter: str | list[str] = []
+        self._disable_adapters = False
+
+    @property
+    def bias(self) -> None:  # type: ignore[override]
+        """A side path has no bias that PEFT's bias options could train."""
+        return None
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """A side path has no base layer whose weight this could be."""
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute 'weight'")
+
+    def update_layer(self, adapter_name: str, config: TalanConfig) -> None:
+        """Add an adapter's side path.
+
+        Args:
+            adapter_name: The adapter's name.
+            config: Its configuration.
+        """
+        self.add_tensors(adapter_name, config)
+        self.talan_alpha[adapter_name] = float(config.talan_alpha)
+        self.talan_position[adapter_name] = config.talan_position
+
+    def _all_available_adapter_names(self) -> list[str]:
+        """Where the active adapter is deleted, PEFT goes on with the first of these: the same as in LoRA's layers."""
+        return sorted(self.has_low_rank_half, key=lambda name: (not self.has_low_rank_half[name], name))
 
     def forward(
         self,
@@ -182,14 +275,7 @@ class TalanLayer(AdapterTensors, BaseTunerLayer):
         if self._disable_adapters and self.merged:
             self.unmerge()  # As LoRA's layers do: they give the base weights back when they run disabled.
         running = self._running(adapter_names, hidden_states)
-        written = hidden_states
-        here = [name for name in running if self.talan_position[name] == position]
-        for count, name in enumerate(here):
-            rows = running[name]
-            changed = self._run(name, hidden_states, call, rows)
-            if rows is not None:
-                changed = torch.where(rows[:, None, None], changed, hidden_states)
-            written = changed if count == 0 else written + (changed - hidden_states)
+        written = self.apply_side_paths(hidden_states, position, call, running)
         if position == "output" and call.cache is not None:
             mark_stale(call.cache, self.block_index, running)
         return written
@@ -210,31 +296,6 @@ class TalanLayer(AdapterTensors, BaseTunerLayer):
             for name in dict.fromkeys(adapter_names)
             if name in self.talan_options
         }
-
-    def _run(
-        self, adapter_name: str, hidden_states: torch.Tensor, call: BlockCall, rows: torch.Tensor | None
-    ) -> torch.Tensor:
-        options, layout = self.talan_options[adapter_name], call.layout(hidden_states)
-        parameters = self.parameters_of(adapter_name)
-        passed: dict[str, Any] = {
-            "alpha": self.alpha_at_run_time(adapter_name),
-            "valid": layout.valid,
-            "segment_ids": layout.segment_ids,
-            "training": self.training,
-        }
-        if call.cache is None:
-            return fused.side_path(hidden_states, parameters, options, **passed).hidden_states
-        batch, tokens = hidden_states.shape[:2]
-        request = MemoryRequest(
-            self.block_index,
-            adapter_name,
-            call.tokens_before(tokens),
-            batch,
-            options.scope,
-            rows,
-            layout.attended_past,
-        )
-        return continue_or_start_memory(call.cache, request).append(hidden_states, parameters, options, **passed)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Note which adapters' low-rank halves are folded; the side path depends on its input and stays live.

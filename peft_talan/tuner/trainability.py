@@ -8,7 +8,8 @@ from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from ..config import TalanConfig, Trainable
+from ..axes import Trainable
+from ..config import TalanConfig
 from .layer import TalanLayer
 
 WRITEBACK_PARAMETERS: tuple[str, ...] = ("lora_talan_write", "lora_talan_gate")
