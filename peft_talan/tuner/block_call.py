@@ -173,28 +173,35 @@ def replace_stream(output: Any, written: torch.Tensor) -> Any:
     return output._make(parts) if hasattr(output, "_make") else type(output)(parts)
 
 
-def stream_of(output: Any, like: torch.Size) -> torch.Tensor:
-    """The residual stream in a block's output.
+def stream_of(output: Any) -> Any:
+    """The first part of a block's output, which should be its hidden states.
 
     Args:
         output: What the block returned.
-        like: The shape of what the block received.
 
     Returns:
-        The hidden states, [batch, tokens, hidden_size].
+        The part, of whatever type it is.
+    """
+    if isinstance(output, dict):
+        return next(iter(output.values()), None)
+    if isinstance(output, (list, tuple)):
+        return output[0] if output else None
+    return output
+
+
+def check_stream(stream: Any, received: torch.Tensor) -> None:
+    """Refuse to write into what is not the residual stream that a block received.
+
+    Args:
+        stream: As returned by `stream_of`, or what the block received.
+        received: What the block received.
 
     Raises:
-        TypeError: The output does not start with hidden states of that shape.
+        TypeError: The stream is no tensor, or has another shape.
     """
-    first = output
-    if isinstance(output, dict):
-        first = next(iter(output.values()), None)
-    elif isinstance(output, (list, tuple)):
-        first = output[0] if output else None
-    if not isinstance(first, torch.Tensor) or first.shape != like:
-        got = f"shape {tuple(first.shape)}" if isinstance(first, torch.Tensor) else type(first).__name__
+    if not isinstance(stream, torch.Tensor) or stream.shape != received.shape:
+        got = f"shape {list(stream.shape)}" if isinstance(stream, torch.Tensor) else type(stream).__name__
         raise TypeError(
-            f"talan_position='output': expected the block to return hidden states of shape {tuple(like)} first, got "
-            f"{type(output).__name__} with {got}; use talan_position='input', or other blocks by talan_blocks"
+            f"talan_position='output': expected a block to return hidden states {list(received.shape)} first, "
+            f"got {got}; use talan_position='input', or choose other blocks by talan_blocks"
         )
-    return first

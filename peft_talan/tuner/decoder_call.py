@@ -17,7 +17,14 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 from ..memory.cache_memories import memories_of, note_recurrent_state, recurrent_state_is_new
 from ..memory.token_layout import TokenLayout
-from .block_call import CallArguments, argument_names, read_arguments, tensors_of_call, withholds_cache
+from .block_call import (
+    CallArguments,
+    argument_names,
+    check_stream,
+    read_arguments,
+    tensors_of_call,
+    withholds_cache,
+)
 from .paged_call import PagedCall, find_paged_call
 from .segments import Positions, token_layout
 
@@ -149,6 +156,7 @@ class BlockCall:
         self._block_index = block_index
         self._after = after
         self._args, self._kwargs = args, kwargs
+        self._received = args[0] if args else kwargs[names[0]]
         self._training = block.training
         self._has_cache = self._arguments.cache is not None
         self.cache = None if withholds_cache(block) else self._arguments.cache
@@ -189,9 +197,11 @@ class BlockCall:
             The layout, worked out once for all blocks of a forward pass.
 
         Raises:
+            TypeError: The block did not return hidden states of the shape that it received.
             ValueError: The hidden states are not [batch, tokens, hidden_size] of the model's input, or the model
                 carries a state from call to call that is no transformers cache.
         """
+        check_stream(hidden_states, self._received)
         shape, call = tuple(hidden_states.shape), self._model_call
         given = self._arguments if call is None else call.arguments
         if len(shape) != 3 or (given.shape is not None and shape[:2] != given.shape):

@@ -120,8 +120,7 @@ class SidePaths(AdapterTensors):
         return ((written, *args[1:]), kwargs) if args else (args, {**kwargs, name: written})
 
     def _after_block(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        received = args[0] if args else kwargs[self._argument_names[0]]
-        hidden_states = stream_of(output, received.shape)
+        hidden_states = stream_of(output)
         written = self._called(block)(hidden_states, "output", self._call(block, args, kwargs, after=True))
         return output if written is hidden_states else replace_stream(output, written)
 
