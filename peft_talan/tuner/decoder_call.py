@@ -245,6 +245,9 @@ class BlockCall:
         """Read the block's own arguments, where no decoder's call is under way."""
         own, rule = self._arguments, self._decoder_call.rule
         past = self.tokens_before(tokens)
+        if self.cache is not None:
+            # Tokens are counted once a forward pass, which these calls are not known to be part of.
+            memories_of(self.cache).counted = False
         return token_layout(
             own.attention_mask,
             # transformers makes a mask of positions that tell of samples, except for flash attention.

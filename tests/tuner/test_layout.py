@@ -9,11 +9,14 @@ from collections.abc import Callable
 
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 from peft import PeftModel, get_peft_model
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoConfig, AutoModelForCausalLM, Cache, DynamicCache, StaticCache
+from transformers import AutoConfig, AutoModelForCausalLM, Cache, DynamicCache, MllamaForCausalLM, StaticCache
+from transformers.models.mllama.configuration_mllama import MllamaTextConfig
 
 from ..small_models import VOCABULARY, make_base, make_config, make_lora_config, make_model, make_tokens, rounding
 
@@ -93,6 +96,16 @@ def test_a_state_that_is_no_cache_is_refused() -> None:
                 model(make_tokens(tokens=1), **{name: value})
             with pytest.raises(ValueError, match=rf"{name}: .*use_cache=False"):
                 model.base_model.model.blocks[0](torch.ones(2, 1, 16), **{name: value})
+
+
+@pytest.mark.skipif(
+    Version(transformers.__version__) < Version("5.24"), reason="withholds the cache there, from LoRA's blocks, too"
+)
+def test_a_model_in_training_mode_with_checkpointing_generates_as_in_evaluation() -> None:
+    model = make_model("qwen3")
+    expected = model.generate(input_ids=make_tokens(), max_new_tokens=6, do_sample=False)
+    model.gradient_checkpointing_enable()
+    assert torch.equal(model.train().generate(input_ids=make_tokens(), max_new_tokens=6, do_sample=False), expected)
 
 
 @torch.no_grad()
@@ -221,6 +234,18 @@ def test_lengths_of_packed_samples_separate_the_memory(model: PeftModel) -> None
     assert not torch.allclose(seen[0][:, 8:], seen[2][:, 8:])
 
 
+SIZES = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": None,
+}
 HYBRIDS: dict[str, dict[str, object]] = {
     "lfm2": {"layer_types": ["conv", "conv", "full_attention", "conv"]},
     "mamba": {"state_size": 4},
@@ -232,21 +257,53 @@ HYBRIDS: dict[str, dict[str, object]] = {
 }
 
 
-def make_hybrid(kind: str) -> PeftModel:
-    sizes = {
-        "vocab_size": VOCABULARY,
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 4,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 8,
-        "pad_token_id": 0,
-        "bos_token_id": 1,
-        "eos_token_id": None,
-    }
+@torch.no_grad()
+def test_blocks_that_get_the_last_tokens_only_get_all() -> None:
+    """Gemma 4 gives its blocks with shared keys what `logits_to_keep` asks for."""
+    config = AutoConfig.for_model(
+        "gemma4_text",
+        **{**SIZES, "head_dim": 8},
+        num_kv_shared_layers=2,
+        layer_types=["sliding_attention", "full_attention"] * 2,
+        sliding_window=8,
+        global_head_dim=8,
+        hidden_size_per_layer_input=8,
+        vocab_size_per_layer_input=VOCABULARY,
+    )
     torch.manual_seed(0)
-    base = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **{**sizes, **HYBRIDS[kind]}))
+    model = get_peft_model(AutoModelForCausalLM.from_config(config), make_config(talan_layers="all"))
+    model = model.to(torch.float64).eval()
+    tokens = make_tokens()
+    expected = model(tokens, use_cache=False).logits
+    for keep in (1, 3):
+        logits = model(tokens, use_cache=False, logits_to_keep=keep).logits
+        torch.testing.assert_close(logits, expected[:, -keep:], **rounding())
+    generated = model.generate(input_ids=tokens, max_new_tokens=5, do_sample=False)
+    assert torch.equal(generated, model.generate(input_ids=tokens, max_new_tokens=5, do_sample=False, use_cache=False))
+
+
+@torch.no_grad()
+def test_blocks_whose_keys_are_those_of_an_image() -> None:
+    sizes = {name: size for name, size in SIZES.items() if name != "head_dim"}
+    torch.manual_seed(0)
+    base = MllamaForCausalLM(MllamaTextConfig(**sizes, cross_attention_layers=[1, 3], rope_theta=10000.0))
+    for name, parameter in base.named_parameters():
+        if "_gate" in name and parameter.numel() == 1:
+            parameter.fill_(0.5)
+    model = get_peft_model(base, make_config(talan_layers=[0, 1, 3])).to(torch.float64).eval()
+    tokens, image = make_tokens(tokens=12), torch.randn(2, 7, 32, dtype=torch.float64)
+    expected = model(tokens, cross_attention_states=image, use_cache=False).logits
+    output = model(tokens[:, :9], cross_attention_states=image, use_cache=True)
+    logits = [output.logits]
+    for index in range(9, 12):
+        call = {"past_key_values": output.past_key_values, "use_cache": True}
+        logits.append(model(tokens[:, index : index + 1], **call).logits)
+    torch.testing.assert_close(torch.cat(logits, dim=1), expected, **rounding())
+
+
+def make_hybrid(kind: str) -> PeftModel:
+    torch.manual_seed(0)
+    base = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **{**SIZES, **HYBRIDS[kind]}))
     return get_peft_model(base, make_config(talan_layers=[0, 1, -1])).to(torch.float64).eval()
 
 
