@@ -71,6 +71,8 @@ class DecoderCall:
         # The masks of their blocks may show only a window or a chunk of the past.
         self.windowed = any(getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size"))
         self.chunked = bool(getattr(config, "attention_chunk_size", None))
+        # Gemma 4 gives its blocks with shared keys the last tokens only.
+        self.slices = hasattr(decoder, "_maybe_slice_kv_shared_inputs")
 
     @classmethod
     def of(cls, decoder: nn.Module) -> DecoderCall:
@@ -111,8 +113,8 @@ class DecoderCall:
         if past is None and arguments.cache is not None and recurrent_state_is_new(arguments.cache):
             past = 0
         self._calls[self._thread()] = ModelCall(arguments, past)
-        # Blocks with shared keys (Gemma 4) would get the last tokens only; the model's head cuts the rest off anyway.
-        if isinstance(kwargs.get("logits_to_keep"), int) and kwargs["logits_to_keep"]:
+        # A memory needs all tokens. What the decoder returns too much of, the model's head cuts off.
+        if self.slices and any(getattr(module, "runs_side_paths", False) for module in decoder.modules()):
             return args, {**kwargs, "logits_to_keep": 0}
         return None
 

@@ -45,6 +45,11 @@ class SidePaths(AdapterTensors):
         self._argument_names: tuple[str, ...] = ()
         self._decoder_call: DecoderCall | None = None
 
+    @property
+    def runs_side_paths(self) -> bool:
+        """Whether the layer may change the residual stream."""
+        return True
+
     def memory_name(self, name: str) -> str:
         """The name by which a cache carries the memory of one of the layer's side paths.
 
@@ -222,6 +227,11 @@ class TalanLayer(SidePaths, BaseTunerLayer):
         self.merged_adapters: list[str] = []
         self._active_adapter: str | list[str] = []
         self._disable_adapters = False
+
+    @property
+    def runs_side_paths(self) -> bool:
+        """Whether the layer may change the residual stream."""
+        return not self._disable_adapters
 
     @property
     def bias(self) -> None:  # type: ignore[override]
