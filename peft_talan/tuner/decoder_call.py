@@ -1,7 +1,7 @@
 """What the whole decoder was called with: read once a forward pass, before its first block, for every side path in it.
 
-A block's own arguments tell less: its mask may be None though others have padding, be of one kind of attention, mean
-the contrary (True for masked), and its cache layer may hold other keys than the text's, or none.
+A block's own arguments say less: its mask may be of one kind of attention only, or use True for masked; its cache
+layer may hold the keys of an image, or none.
 """
 
 from __future__ import annotations
@@ -158,7 +158,7 @@ class BlockCall:
         self._block_index = block_index
         self._after = after
         self._args, self._kwargs = args, kwargs
-        self._received = args[0] if args else kwargs[names[0]]
+        self._received = args[0] if args else kwargs.get(names[0])
         self._training = block.training
         self._has_cache = self._arguments.cache is not None
         self.cache = None if withholds_cache(block) else self._arguments.cache
@@ -252,7 +252,7 @@ class BlockCall:
             memories_of(self.cache).counted = False
         return token_layout(
             own.attention_mask,
-            # transformers makes a mask of positions that tell of samples, except for flash attention.
+            # transformers has made a mask of positions that separate samples, except for flash attention.
             Positions(own.position_ids, own.cu_seq_lens, own.seq_idx, None if rule == "steps" else rule),
             batch,
             tokens,
