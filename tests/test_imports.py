@@ -18,6 +18,7 @@ ROOMS: tuple[tuple[str, ...], ...] = (
     ("checkpoint",),
     ("tuner",),
     ("serving",),
+    ("sft",),
     ("analysis",),
     ("demo",),
 )
