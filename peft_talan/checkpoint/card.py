@@ -25,6 +25,7 @@ from transformers.utils import CONFIG_NAME as MODEL_CONFIG_NAME
 from transformers.utils.hub import PushToHubMixin
 
 from ..config import TalanConfig
+from ..version import INSTALL
 from .names import is_side_path_key
 
 CARD_NAME = "README.md"
@@ -109,6 +110,7 @@ def _section(config: Mapping[str, Any], folder: Path, repo_id: str | None, subfo
         auto_class=AUTO_CLASSES.get(str(config.get("task_type") or ""), "AutoModel"),
         place=json.dumps(repo_id or "path/to/this/folder"),
         subfolder=subfolder and json.dumps(subfolder),
+        install=INSTALL,
         counts=_count_halves(folder),
         axes=[(name, json.dumps(value).replace("|", "\\|"), meaning) for name, value, meaning in rows],
         training=_training(folder),
@@ -273,6 +275,9 @@ def write_cards_on_save() -> None:
         write_cards(self, working_dir, repo_id)
         return upload(self, working_dir, repo_id, *args, **kwargs)
 
-    PeftModel.save_pretrained = save_pretrained
-    PeftModel.create_or_update_model_card = create_or_update_model_card
-    PushToHubMixin._upload_modified_files = upload_modified_files
+    for owner, method in (
+        (PeftModel, save_pretrained),
+        (PeftModel, create_or_update_model_card),
+        (PushToHubMixin, upload_modified_files),
+    ):
+        setattr(owner, method.__name__, method)

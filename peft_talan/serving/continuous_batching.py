@@ -7,32 +7,56 @@ from collections.abc import Callable
 from typing import Any
 
 from torch import nn
+from transformers import ContinuousBatchingConfig, GenerationConfig
 from transformers.generation.continuous_batching import ContinuousBatchingManager
 
 from ..tuner.attachment import attached_side_paths
+from ..tuner.mixed_batch import NO_ROWS
 
 
-def check_continuous_batching(model: nn.Module) -> None:
-    """Refuse a model whose side paths continuous batching can't run.
+def check_continuous_batching(model: nn.Module, config: ContinuousBatchingConfig) -> None:
+    """Refuse what side paths can't run exactly under continuous batching.
 
     Args:
         model: The model that would be served.
+        config: The configuration that it would be served with.
 
     Raises:
-        ValueError: The model has side paths that are on.
+        ValueError: Pages of the cache would be moved to the CPU, a memory is bidirectional, or rows of a batch were
+            given different adapters.
     """
-    if any(not layer.disable_adapters for _, layer in attached_side_paths(model)):
+    layers = [layer for _, layer in attached_side_paths(model) if not layer.disable_adapters]
+    if not layers:
+        return
+    if config.cpu_offload_space is None or config.cpu_offload_space > 0:
         raise ValueError(
-            "continuous batching (generate_batch, init_continuous_batching) can't run this model's TALAN side paths "
-            "yet; use model.generate, or serve the low-rank half alone: merge_and_unload(side_path='drop')"
+            f"cpu_offload_space={config.cpu_offload_space}: the latent memory of a TALAN side path does not follow "
+            "pages that are moved to the CPU; set cpu_offload_space=0, and num_blocks or max_memory_percent higher"
         )
+    for layer in layers:
+        for name in layer.active_adapters:
+            options = layer.talan_options.get(name)
+            if options is not None and options.scope != "causal":
+                raise ValueError(
+                    f"talan_memory_scope={options.scope!r} of adapter {name!r} can't generate: later tokens would "
+                    "change the memory of earlier ones; train an adapter with 'causal'"
+                )
+        if any("adapter_names" in getattr(hook, "keywords", {}) for hook in layer._forward_pre_hooks.values()):
+            raise ValueError(NO_ROWS)
 
 
 def _checked(initialize: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(initialize)
-    def checked_initialize(self: ContinuousBatchingManager, model: nn.Module, *args: Any, **kwargs: Any) -> None:
-        check_continuous_batching(model)
-        initialize(self, model, *args, **kwargs)
+    def checked_initialize(
+        self: ContinuousBatchingManager,
+        model: nn.Module,
+        generation_config: GenerationConfig,
+        continuous_batching_config: ContinuousBatchingConfig,
+        *args: Any,
+        **kwargs: Any,
+    ) -> None:
+        check_continuous_batching(model, continuous_batching_config)
+        initialize(self, model, generation_config, continuous_batching_config, *args, **kwargs)
 
     return checked_initialize
 
