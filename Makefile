@@ -2,6 +2,8 @@
 # `make docs` builds the site into build/site; `make package` builds wheel and sdist into dist/ and tries the wheel out.
 
 SYSTEM_PYTHON ?= $(shell command -v python3.11 || command -v python3)
+# For a GPU: make TORCH="torch --index-url https://download.pytorch.org/whl/cu130", for example.
+TORCH ?= torch==2.13.0
 VENV := .venv
 PYTHON := $(VENV)/bin/python
 # One thread a process: the tests and the demo's two trainings run side by side.
@@ -37,10 +39,10 @@ format: $(VENV)/.test
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
 
-# torch first and by its exact version: an open range fetches several GB of CUDA packages.
+# First and apart from the rest, so that it is the CPU build: see there.
 $(VENV)/.torch:
 	$(SYSTEM_PYTHON) -m venv $(VENV)
-	$(PYTHON) -m pip install --quiet torch==2.13.0
+	.ci/install_torch.sh $(PYTHON) $(TORCH)
 	touch $@
 
 $(VENV)/.demo: $(VENV)/.torch pyproject.toml

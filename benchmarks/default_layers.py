@@ -37,11 +37,9 @@ def run(placement: str, seed: int, steps: int) -> None:
     """Train and evaluate once, in this process."""
     import torch
     from peft import get_peft_model
+    from supervised import build_config, encode, load_base_model, make_batch, make_examples, train
 
-    from peft_talan.demo.base_model import default_model_folder, load_base_model
-    from peft_talan.demo.data import encode, make_examples
-    from peft_talan.demo.sft_loop import make_batch, train
-    from peft_talan.demo.worker import build_config
+    from peft_talan.demo.base_model import default_model_folder
 
     torch.set_num_threads(1)
     examples = make_examples("chain_sum", steps * BATCH_SIZE + HELD_OUT, seed)

@@ -20,12 +20,11 @@ from typing import Any
 import torch
 from measure import machine
 from peft import PeftModel, get_peft_model
+from supervised import encode, load_base_model, make_batch, make_examples
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from peft_talan import TalanConfig
-from peft_talan.demo.base_model import default_model_folder, load_base_model
-from peft_talan.demo.data import encode, make_examples
-from peft_talan.demo.sft_loop import make_batch
+from peft_talan.demo.base_model import default_model_folder
 
 RESULTS = Path(__file__).parent / "results" / "gradient_scale.jsonl"
 BATCH_SIZE = 2

@@ -14,9 +14,11 @@ ROOMS: tuple[tuple[str, ...], ...] = (
     ("axes",),
     ("functional",),
     ("memory",),
-    ("config", "checkpoint"),
+    ("config",),
+    ("checkpoint",),
     ("tuner",),
     ("serving",),
+    ("sft",),
     ("analysis",),
     ("demo",),
 )

@@ -14,7 +14,10 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
+import time
 import warnings
+from collections.abc import Iterator
+from multiprocessing import connection
 from pathlib import Path
 from typing import Any
 
@@ -39,32 +42,45 @@ def _work(pipe: Any, family: str, model_type: str, names: list[str]) -> None:
     pipe.send(examine(family, model_type, names))
 
 
-def in_process(family: str, model_type: str, names: list[str], limit: float) -> dict[str, Any]:
-    """Run `examine` in a process of its own, which inherits what is imported here.
+def in_processes(
+    work: list[tuple[str, str]], names: list[str], limit: float, jobs: int
+) -> Iterator[tuple[str, str, dict[str, Any]]]:
+    """Run `examine` on types, each in a process of its own, which inherits what is imported here.
 
     Args:
-        family: The type's family.
-        model_type: The type.
+        work: Families and types.
         names: The checks.
-        limit: Seconds.
+        limit: Seconds of a type.
+        jobs: How many processes run at a time.
 
-    Returns:
-        Its result, or that there is none.
+    Yields:
+        Family, type and result, as they come.
     """
     context = multiprocessing.get_context("fork")
-    receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_work, args=(sender, family, model_type, names), daemon=True)
-    process.start()
-    sender.close()
-    found: dict[str, Any] = {"base": "not built", "message": f"no result within {limit:.0f} seconds"}
-    try:
-        if receiver.poll(limit):
-            found = receiver.recv()
-    except EOFError:
-        found = {"base": "not built", "message": "the process ended without a result"}
-    process.kill()
-    process.join()
-    return found
+    waiting = list(reversed(work))
+    running: dict[Any, tuple[str, str, Any, float]] = {}
+    while waiting or running:
+        while waiting and len(running) < jobs:
+            family, model_type = waiting.pop()
+            receiver, sender = context.Pipe(duplex=False)
+            process = context.Process(target=_work, args=(sender, family, model_type, names), daemon=True)
+            process.start()
+            sender.close()
+            running[receiver] = (family, model_type, process, time.monotonic() + limit)
+        ready = set(connection.wait(running, timeout=1))
+        for receiver, (family, model_type, process, deadline) in list(running.items()):
+            if receiver not in ready and time.monotonic() < deadline:
+                continue
+            found = {"base": "not built", "message": f"no result within {limit:.0f} seconds"}
+            try:
+                if receiver in ready:
+                    found = receiver.recv()
+            except EOFError:
+                found["message"] = "the process ended without a result"
+            process.kill()
+            process.join()
+            del running[receiver]
+            yield family, model_type, found
 
 
 def show(row: dict[str, Any]) -> None:
@@ -87,6 +103,7 @@ def main() -> None:
     parser.add_argument("--families", nargs="+", choices=list(FAMILIES), default=list(FAMILIES))
     parser.add_argument("--checks", nargs="+", choices=EVERY_CHECK, default=EVERY_CHECK)
     parser.add_argument("--seconds", type=float, default=300, help="time limit of a type")
+    parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--show", action="store_true", help="print only: nothing is stored")
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--report", action="store_true", help="write the page of the documentation from the results")
@@ -96,18 +113,19 @@ def main() -> None:
         return
     versions = {"transformers": transformers.__version__, "peft": peft.__version__, "torch": torch.__version__}
     done = {(row["family"], row["type"]) for row in read_results(options.results)}
-    for family in options.families:
-        for model_type in FAMILIES[family][1]:
-            wanted = model_type in options.types if options.types else (family, model_type) not in done
-            if not wanted:
-                continue
-            found = in_process(family, model_type, options.checks, options.seconds)
-            row = {"family": family, "type": model_type, **found, **versions}
-            show(row)
-            if not options.show:
-                options.results.parent.mkdir(exist_ok=True)
-                with options.results.open("a", encoding="utf-8") as file:
-                    file.write(json.dumps(row) + "\n")
+    work = [
+        (family, model_type)
+        for family in options.families
+        for model_type in FAMILIES[family][1]
+        if (model_type in options.types if options.types else (family, model_type) not in done)
+    ]
+    for family, model_type, found in in_processes(work, options.checks, options.seconds, options.jobs):
+        row = {"family": family, "type": model_type, **found, **versions}
+        show(row)
+        if not options.show:
+            options.results.parent.mkdir(exist_ok=True)
+            with options.results.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
 
 
 if __name__ == "__main__":

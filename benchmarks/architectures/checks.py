@@ -17,7 +17,7 @@ from torch import nn
 
 from .subject import Subject
 
-NEW_TOKENS = 5
+NEW_TOKENS = 3
 CHANGED = 4
 PADDING = 4
 FLOOR = 2e-5

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import copy
-import linecache
+import dis
 import math
 import traceback
 from pathlib import Path
 from typing import Any
 
-import peft_talan
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+
+import peft_talan
 from peft_talan import TalanConfig
 
 from .checks import CHECKS, FLOOR, LARGEST_ROUNDING, Check, difference
@@ -21,14 +22,13 @@ from .tiny import make_base
 PLACEMENTS: dict[str, dict[str, Any]] = {
     "default": {},
     "first and last": {"talan_layers": [0, -1]},
-    "input": {"talan_layers": [0, -1], "talan_position": "input"},
 }
 """Where the side path runs; the default has to attach without help."""
 ONCE = "first and last"
 PACKAGE = str(Path(peft_talan.__file__).parent)
 SLACK = 10
 """A difference is a fault where it is this many times that of LoRA, which has its own rounding."""
-SEVEREST = ("crash", "wrong", "refused", "right", "-", "LoRA fails")
+SEVEREST = ("crash", "wrong", "refused", "right", "LoRA fails")
 """The outcomes; of several placements', the first one in this order counts."""
 
 
@@ -40,10 +40,13 @@ def _error(error: BaseException) -> str:
 
 def is_refusal(error: BaseException) -> bool:
     """Whether an error is one that this package raised by intent, and not a fault."""
-    last = traceback.extract_tb(error.__traceback__)[-1]
-    return last.filename.startswith(PACKAGE) and linecache.getline(last.filename, last.lineno).strip().startswith(
-        "raise "
-    )
+    place = error.__traceback__
+    while place is not None and place.tb_next is not None:
+        place = place.tb_next
+    if place is None:
+        return False
+    code = place.tb_frame.f_code
+    return code.co_filename.startswith(PACKAGE) and code.co_code[place.tb_lasti] == dis.opmap["RAISE_VARARGS"]
 
 
 def add_adapter(subject: Subject, **options: Any) -> PeftModel:
@@ -56,7 +59,7 @@ def add_adapter(subject: Subject, **options: Any) -> PeftModel:
     Returns:
         The model.
     """
-    low_rank = {"r": 4, "target_modules": "all-linear", "init_lora_weights": False}
+    low_rank = {"r": 4, "target_modules": subject.targets, "init_lora_weights": False}
     config = TalanConfig(**{**low_rank, **options}) if options else LoraConfig(**low_rank)
     torch.manual_seed(1)
     model = get_peft_model(copy.deepcopy(subject.base), config)
@@ -68,6 +71,13 @@ def add_adapter(subject: Subject, **options: Any) -> PeftModel:
             elif "lora_" in name:
                 parameter.mul_(3)
     return model.to(subject.dtype).eval()
+
+
+def _add_lora(subject: Subject) -> PeftModel:
+    lora = add_adapter(subject)
+    if not bool(subject.logits(lora, subject.ids).isfinite().all()):
+        raise ArithmeticError("the logits are not finite")
+    return lora
 
 
 def _options(subject: Subject, placement: str) -> dict[str, Any]:
@@ -127,17 +137,15 @@ def examine(family: str, model_type: str, names: list[str]) -> dict[str, Any]:
     Returns:
         What was found, by check and placement; `base` says why there is none.
     """
-    subject = None
+    base_error, stage = "", "not built"
     for dtype in (torch.float64, torch.float32):
         try:
             subject = Subject(make_base(family, model_type, dtype), family)
-            lora = add_adapter(subject)
-            if not bool(subject.logits(lora, subject.ids).isfinite().all()):
-                raise ArithmeticError("the logits are not finite")
+            stage = "LoRA fails"
+            lora = _add_lora(subject)
             break
-        except Exception as error:  # noqa: BLE001
+        except Exception as error:  # noqa: BLE001 - whatever fails is what the table says
             base_error = _error(error)
-            stage = "LoRA fails" if subject is not None else "not built"
     else:
         return {"base": stage, "message": base_error}
     found: dict[str, Any] = {"dtype": str(dtype).removeprefix("torch."), "checks": {}}

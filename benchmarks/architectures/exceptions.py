@@ -1,4 +1,4 @@
-"""What the field names alone do not say about some configurations; a path with `!` is set before they are made tiny."""
+"""What field names alone do not say about some configurations; a path with `!` is set before they are made tiny."""
 
 from __future__ import annotations
 
@@ -68,10 +68,22 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     "qwen4_exp": {
         "text_config.indexer_budget": 8,
         "text_config.indexer_compress_ratio": 4,
+        "text_config.indexer_n_heads": 4,
+        "text_config.indexer_kv_heads": 1,
+        "text_config.indexer_head_dim": 16,
         "text_config.ngram_vocab_size_base": 200,
     },
-    "qwen4_exp_text": {"indexer_budget": 8, "indexer_compress_ratio": 4, "ngram_vocab_size_base": 200},
+    "qwen4_exp_text": {
+        "indexer_budget": 8,
+        "indexer_compress_ratio": 4,
+        "indexer_n_heads": 4,
+        "indexer_kv_heads": 1,
+        "indexer_head_dim": 16,
+        "ngram_vocab_size_base": 200,
+    },
     "vibevoice_asr": {"acoustic_tokenizer_chunk_size": 3200},
     "blenderbot": {"encoder_layers": 4},
     "deepseek_v2": {"num_experts_per_tok": 2},
+    "hrm_text": {"num_layers_per_stack": 2, "num_hidden_layers": 16},
+    "idefics": {"cross_layer_interval": 2},
 }

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import inspect
+import re
+from collections import Counter
 from typing import Any
 
 import torch
 from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 TOKENS = 13
 SMALLEST_TOKEN, TOKENS_DRAWN = 5, 55
@@ -32,6 +35,7 @@ class Subject:
         self.ids, self.source = (
             torch.randint(SMALLEST_TOKEN, TOKENS_DRAWN, (2, TOKENS), generator=generator) for _ in range(2)
         )
+        self.targets = _targets(base)
         # Where positions are not worked out from the mask, they are passed.
         self.passes_positions = False
 
@@ -123,6 +127,18 @@ class Subject:
                 base.gradient_checkpointing_disable()
             model.zero_grad(set_to_none=True)
             model.eval()
+
+
+def _targets(base: PreTrainedModel) -> list[str]:
+    """The two kinds of linear layers that stand in most blocks: a low-rank half that runs fast."""
+    layers = [name.split(".")[-1] for name, m in base.named_modules() if isinstance(m, (nn.Linear, Conv1D))]
+    # PEFT refuses the last layer of state-space blocks, and some routers return more than a tensor.
+    names = [
+        name
+        for name, _ in Counter(layers).most_common()
+        if not re.search("out_proj|lm_head|router|gate$|^[0-9]", name)
+    ]
+    return names[:2]
 
 
 def _logits(output: Any) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Builds a model type of the installed transformers at tiny size, its configuration made small by the fields' names."""
+"""Builds a model type of the installed transformers at tiny size: its configuration is made small by field names."""
 
 from __future__ import annotations
 
@@ -155,7 +155,7 @@ def make_config(model_type: str) -> Any:
 
 
 def _few_experts(config: Any) -> None:
-    """Set numbers of experts and of their groups by attribute: some types store them by another name than their argument's."""
+    """Set numbers of experts and of groups by attribute: some types store them by another name than they take."""
     for name, value in vars(config).items():
         if isinstance(value, PreTrainedConfig):
             _few_experts(value)

@@ -24,9 +24,8 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from peft_talan.demo.base_model import default_model_folder
-from peft_talan.demo.data import encode
-from peft_talan.demo.sft_loop import make_batch
 
+from ..supervised import encode, make_batch
 from .tasks import KNOWN_TASKS, TASKS, held_out, plain_text, to_train_on
 
 VOCABULARY = 768

@@ -17,9 +17,8 @@ from peft import PeftModel
 from tqdm import tqdm
 
 from peft_talan.analysis import measure_blocks, measure_propagation, measure_reads, to_rows
-from peft_talan.demo.data import encode
-from peft_talan.demo.sft_loop import make_batch
 
+from ..supervised import encode, make_batch
 from .backbones import cache_folder
 from .one_run import loaded
 from .study import RESULTS, finished

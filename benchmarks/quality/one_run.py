@@ -17,11 +17,9 @@ from peft import get_peft_model
 from torch.nn import functional as F
 
 from peft_talan import talan_param_groups
-from peft_talan.demo.base_model import load_base_model
-from peft_talan.demo.data import Example, encode
-from peft_talan.demo.sft_loop import IGNORED, make_batch
 
 from ..measure import machine
+from ..supervised import IGNORED, Example, encode, load_base_model, make_batch
 from .arms import LEARNING_RATE_SCALE, make_config, trainable
 from .backbones import backbone_folder, weights_hash
 from .tasks import KNOWN_TASKS, held_out, plain_text, to_train_on

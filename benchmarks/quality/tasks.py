@@ -14,7 +14,7 @@ from typing import Any
 
 import reasoning_gym
 
-from peft_talan.demo.data import Example
+from ..supervised import Example
 
 HELD_OUT_SEED = 1_000_000
 TEXT_HELD_OUT = 4_000

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import csv
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
-import torch
-from peft import PeftConfig, PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from peft import PeftConfig
+from transformers import PreTrainedTokenizerBase
 
 from ..config import TalanConfig
+from ..sft.data import read_rows
+from ..sft.models import base_model_of, load_adapter
+from ..sft.prompts import encode
 from .measure import measure_blocks, measure_propagation, measure_reads, to_rows
 from .streams import Inputs
 
@@ -36,54 +37,6 @@ class AnalysisFiles:
     pictures: tuple[Path, ...]
 
 
-def _text_of(fields: Any, chat: Callable[[list[dict[str, str]]], str] | None) -> str:
-    if isinstance(fields, dict):
-        if isinstance(fields.get("text"), str):
-            return str(fields["text"])
-        if all(isinstance(fields.get(name), str) for name in ("prompt", "completion")):
-            messages = [
-                {"role": "user", "content": fields["prompt"]},
-                {"role": "assistant", "content": fields["completion"]},
-            ]
-            return chat(messages) if chat else f"{fields['prompt']}\n{fields['completion']}"
-        turns = fields.get("messages")
-        if isinstance(turns, list) and turns and all(isinstance(turn, dict) for turn in turns):
-            return chat(turns) if chat else "\n".join(str(turn.get("content")) for turn in turns)
-    raise ValueError("a line must be an object with 'text', with 'prompt' and 'completion', or with 'messages'")
-
-
-def read_texts(
-    data_file: str | PathLike[str], most: int, chat: Callable[[list[dict[str, str]]], str] | None = None
-) -> list[str]:
-    """Read the first texts of a JSONL file.
-
-    Args:
-        data_file: Each line an object with `text`, with `prompt` and `completion`, or with `messages`.
-        most: How many lines at most.
-        chat: Turns messages into a text; None: their contents, one a line. Default None.
-
-    Returns:
-        The texts.
-
-    Raises:
-        ValueError: The file can't be read, is empty, or a line of it can't be used; the message names both.
-    """
-    try:
-        lines = Path(data_file).read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"data_file={str(data_file)!r}: can't be read: {error}") from error
-    texts: list[str] = []
-    for number, line in enumerate(lines, start=1):
-        if line.strip() and len(texts) < most:
-            try:
-                texts.append(_text_of(json.loads(line), chat))
-            except ValueError as error:
-                raise ValueError(f"{data_file}:{number}: {error}") from error
-    if not texts:
-        raise ValueError(f"data_file={str(data_file)!r}: it has no lines; give JSON objects, one a line")
-    return texts
-
-
 def _write_table(file: Path, rows: Sequence[dict[str, Any]]) -> Path:
     # Side paths can differ in their number of slots, so that not every row has every column.
     columns = list(dict.fromkeys(name for row in rows for name in row))
@@ -94,15 +47,8 @@ def _write_table(file: Path, rows: Sequence[dict[str, Any]]) -> Path:
     return file
 
 
-def _padded(encoded: Sequence[list[int]], device: str) -> Inputs:
-    longest = max(len(tokens) for tokens in encoded)
-    # Padding is masked, so that any token will do.
-    rows = [tokens + [0] * (longest - len(tokens)) for tokens in encoded]
-    masks = [[1] * len(tokens) + [0] * (longest - len(tokens)) for tokens in encoded]
-    return {
-        "input_ids": torch.tensor(rows, device=device),
-        "attention_mask": torch.tensor(masks, device=device),
-    }
+def _padded(tokens: list[list[int]], tokenizer: PreTrainedTokenizerBase, model: Any) -> Inputs:
+    return dict(tokenizer.pad({"input_ids": tokens}, padding_side="right", return_tensors="pt").to(model.device))
 
 
 def analyze(
@@ -121,12 +67,12 @@ def analyze(
 
     Args:
         adapter: The adapter's folder or name on the hub.
-        data_file: A JSONL file; each line has `text`, `prompt` and `completion`, or `messages`.
+        data_file: A file or a hub data set, as `peft_talan.sft.data.read_rows` takes it.
         output_folder: Where the tables (CSV) and the pictures (PNG) go; it is made where it is missing.
         base_model: The base model's folder or name. None: what the adapter's configuration says. Default None.
-        examples: How many lines are measured. Default 16.
-        max_tokens: Where longer examples are cut. Default 512.
-        batch_size: Examples a forward pass. Default 4.
+        examples: How many rows are measured. Default 16.
+        max_tokens: Where longer rows are cut, in tokens. Default 512.
+        batch_size: Rows of a forward pass. Default 4.
         device: Where the model runs. Default `"cpu"`.
         report: Called with a line about what is being done.
 
@@ -148,20 +94,14 @@ def analyze(
     config = PeftConfig.from_pretrained(str(adapter))
     if not isinstance(config, TalanConfig):
         raise ValueError(f"adapter={str(adapter)!r}: is of type {config.peft_type}; give a TALAN adapter")
-    source = base_model or config.base_model_name_or_path
-    if not source:
-        raise ValueError("base_model=None: the adapter's configuration names none; give its folder or name")
-    tokenizer = AutoTokenizer.from_pretrained(source)
-
-    def chat(turns: list[dict[str, str]]) -> str:
-        return str(tokenizer.apply_chat_template(turns, tokenize=False))
-
-    texts = read_texts(data_file, examples, chat if tokenizer.chat_template else None)
-    report(f"loading {source} and {adapter}")
-    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(source), str(adapter)).to(device).eval()
-    encoded = [tokenizer(text)["input_ids"][:max_tokens] for text in texts]
-    batches = [_padded(encoded[start : start + batch_size], device) for start in range(0, len(texts), batch_size)]
-    report(f"measuring {len(texts)} examples; matplotlib {matplotlib.__version__} draws")
+    rows = read_rows(data_file, most=examples)
+    report(f"loading {base_model_of(str(adapter), base_model)} and {adapter}")
+    model, tokenizer = load_adapter(str(adapter), base_model, device=device)
+    encoded = [encode(tokenizer, row) for row in rows.rows]
+    tokens = [(prompt + completion)[:max_tokens] for prompt, completion in encoded]
+    parts = [tokens[start : start + batch_size] for start in range(0, len(tokens), batch_size)]
+    batches = [_padded(part, tokenizer, model) for part in parts]
+    report(f"measuring {len(rows)} rows; matplotlib {matplotlib.__version__} draws")
     blocks = measure_blocks(model, batches)
     propagations = measure_propagation(model, batches)
     folder = Path(output_folder)

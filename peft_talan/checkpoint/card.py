@@ -227,7 +227,8 @@ def write_cards(model: Any, folder: str | PathLike[str], repo_id: str | None = N
     """
     names = [name for name, config in getattr(model, "peft_config", {}).items() if isinstance(config, TalanConfig)]
     folder = Path(folder)
-    if names and _adapter_config(folder) is not None:
+    config = _adapter_config(folder)
+    if config is not None and (names or config.get("talan_kept")):
         base = getattr(model, "name_or_path", None)
         merged_into = None if not base or base == repo_id or Path(base).exists() else base
         write_card(folder, repo_id, merged_into=merged_into)
@@ -272,6 +273,9 @@ def write_cards_on_save() -> None:
         write_cards(self, working_dir, repo_id)
         return upload(self, working_dir, repo_id, *args, **kwargs)
 
-    PeftModel.save_pretrained = save_pretrained
-    PeftModel.create_or_update_model_card = create_or_update_model_card
-    PushToHubMixin._upload_modified_files = upload_modified_files
+    for owner, method in (
+        (PeftModel, save_pretrained),
+        (PeftModel, create_or_update_model_card),
+        (PushToHubMixin, upload_modified_files),
+    ):
+        setattr(owner, method.__name__, method)

@@ -12,19 +12,21 @@ from collections.abc import Sequence
 
 import typer
 
-from . import analyze, demo, doctor, export_lora, generate, inspect_adapter, merge, train
+from . import analyze, compare, demo, doctor, export_lora, generate, inspect_adapter, merge, train
 from .console import FAILED, MISUSED, one_line
 
 app = typer.Typer(
     name="peft-talan",
-    help="TALAN adapters for Hugging Face PEFT: train them, look into them, use them, take them apart.",
+    help="TALAN adapters for Hugging Face PEFT: train them, compare them, look into them, use them, take them apart.",
     epilog="Results go to stdout, progress and errors to stderr. Exit codes: 0, 1 where a run or a check failed, "
     "2 where options, files or packages are not usable. --traceback before the command shows where an error arose.",
     no_args_is_help=True,
+    # Rich would cut long option names and take what stands in brackets for markup.
+    rich_markup_mode=None,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for module in (inspect_adapter, train, generate, analyze, export_lora, merge, doctor, demo):
+for module in (inspect_adapter, train, compare, generate, analyze, export_lora, merge, doctor, demo):
     module.register(app)
 
 

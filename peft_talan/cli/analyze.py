@@ -9,8 +9,9 @@ import typer
 from typer import Argument, Option
 
 from . import models
-from .console import JSON_HELP, Misuse, need, print_json, stdout_kept_clean
-from .inspect_adapter import read_config
+from .console import JSON_HELP, need, print_json, stdout_kept_clean
+from .sources import check_source
+from .train_options import DATA_HELP
 
 
 def register(app: typer.Typer) -> None:
@@ -24,24 +25,24 @@ def register(app: typer.Typer) -> None:
 
 def analyze(
     adapter: Annotated[str, Argument(help="The adapter's folder or hub id")],
-    data: Annotated[Path, Argument(help="JSONL file of messages, prompt/completion or text")],
+    data: Annotated[str, Argument(help=DATA_HELP)],
     output: Annotated[Path, Argument(help="The folder for tables and pictures")],
     model: models.BaseModel = None,
-    examples: Annotated[int, Option(min=1, help="How many lines are measured")] = 16,
-    max_tokens: Annotated[int, Option(min=1, help="Where longer examples are cut")] = 512,
-    batch_size: Annotated[int, Option(min=1, help="Examples a forward pass")] = 4,
+    examples: Annotated[int, Option(min=1, help="How many rows are measured")] = 16,
+    max_tokens: Annotated[int, Option(min=1, help="Where longer rows are cut, in tokens")] = 512,
+    batch_size: Annotated[int, Option(min=1, help="Rows of a forward pass")] = 4,
     device: models.Device = None,
     as_json: Annotated[bool, Option("--json", help=JSON_HELP)] = False,
 ) -> None:
     """Measure what both halves of an adapter do to the residual stream: tables (CSV) and pictures (PNG)."""
-    read_config(adapter)
-    if not data.is_file():
-        raise Misuse(f"{data}: there is no such file")
+    models.check_model_options(adapter, model, device=device, kind="TALAN")
+    check_source("DATA", data, "dataset")
     need("analysis", "matplotlib")
     import matplotlib
 
     matplotlib.use("agg")
     from peft_talan.analysis import analyze as measure
+    from peft_talan.sft.models import choose_device
 
     with stdout_kept_clean():
         files = measure(
@@ -52,7 +53,7 @@ def analyze(
             examples=examples,
             max_tokens=max_tokens,
             batch_size=batch_size,
-            device=models.choose_device(device),
+            device=choose_device(device),
             report=print,
         )
     written = {"tables": list(map(str, files.tables)), "pictures": list(map(str, files.pictures))}

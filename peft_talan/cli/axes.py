@@ -1,14 +1,41 @@
-"""The axes of the side path as options of commands; `TalanConfig` checks their values."""
+"""The axes of the side path as options of commands, made from the dataclass that defines them."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Annotated, Any
+import inspect
+import sys
+from collections.abc import Callable
+from dataclasses import fields
+from functools import partial, wraps
+from importlib.util import find_spec, module_from_spec, spec_from_file_location
+from pathlib import Path
+from typing import Any, get_args, get_type_hints
 
 import typer
 from typer import Option
 
-PANEL = "Axes of the side path"
+from .console import Misuse
+
+LAYERS = "talan_layers"
+LEFT_OUT = "talan_memory_scope"
+"""Models that generate have one memory scope alone."""
+
+
+def _load_definition() -> Any:
+    """Load peft_talan/axes.py by its place: importing the package itself takes seconds."""
+    package = find_spec("peft_talan")
+    file = Path(str(package and package.origin)).with_name("axes.py")
+    spec = spec_from_file_location("peft_talan_cli._axes", file)
+    if spec is None or spec.loader is None:
+        raise ModuleNotFoundError("No module named 'peft_talan.axes'", name="peft_talan.axes")
+    module = module_from_spec(spec)
+    # The dataclass looks its own module up there.
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+definition = _load_definition()
 
 
 def parse_layers(text: str) -> str | list[int] | list[float]:
@@ -34,36 +61,47 @@ def parse_layers(text: str) -> str | list[int] | list[float]:
         ) from None
 
 
-Layers = Annotated[
-    str | None,
-    Option(metavar="LIST", help="'all', indices like 10,-1 or fractions like 0.33,0.66", rich_help_panel=PANEL),
-]
-Position = Annotated[str | None, Option(metavar="output|input", help="End of the block", rich_help_panel=PANEL)]
-Slots = Annotated[int | None, Option(help="Number of memory slots", rich_help_panel=PANEL)]
-Dim = Annotated[int | None, Option(help="Latent width", rich_help_panel=PANEL)]
-Mixer = Annotated[str | None, Option(metavar="NAME", help="attention, linear or mlp", rich_help_panel=PANEL)]
-Writeback = Annotated[
-    str | None, Option(metavar="NAME", help="add, gated, capped or orthogonal", rich_help_panel=PANEL)
-]
-Cap = Annotated[float | None, Option(help="Largest |change| / |hidden state| of 'capped'", rich_help_panel=PANEL)]
-Alpha = Annotated[float | None, Option(help="Strength of the perturbation", rich_help_panel=PANEL)]
-Dropout = Annotated[float | None, Option(help="Dropout of the read-out", rich_help_panel=PANEL)]
-GradScale = Annotated[float | None, Option(help="Scale of the side path's gradient", rich_help_panel=PANEL)]
-Trainable = Annotated[
-    str | None, Option(metavar="SCOPE", help="joint, side_path, writeback or low_rank", rich_help_panel=PANEL)
-]
+def _parameter(field: Any, kind: Any) -> inspect.Parameter:
+    """One axis as an option; its help is the dataclass's own."""
+    option = partial(Option, field.default, help=field.metadata["help"])
+    if field.name == LAYERS:
+        kind = str | None
+        default = option(metavar="LIST", show_default="a third of the depth; such as 10,-1 or 0.33,0.66")
+    elif choices := get_args(kind):
+        kind = str
+        default = option(metavar="|".join(choices))
+    else:
+        default = option()
+    return inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=kind)
 
 
-def read_axes(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Gather the axes that were given.
+def with_axes(command: Callable[..., None]) -> Callable[..., None]:
+    """Add the axes to a command's options.
 
     Args:
-        options: All options of a command by name, None where one was not given.
+        command: Takes them as a dictionary `axes` of those that were given, checked.
 
     Returns:
-        Fields of `TalanConfig`.
+        The command with an option for each axis.
     """
-    given = {name: value for name, value in options.items() if name.startswith("talan_") and value is not None}
-    if "talan_layers" in given:
-        given["talan_layers"] = parse_layers(given["talan_layers"])
-    return given
+    hints = get_type_hints(definition.SidePathAxes)
+    axes = [field for field in fields(definition.SidePathAxes) if field.name != LEFT_OUT]
+    added = [_parameter(field, hints[field.name]) for field in axes]
+
+    @wraps(command)
+    def with_options(**options: Any) -> None:
+        given = {p.name: value for p in added if (value := options.pop(p.name)) is not None}
+        if LAYERS in given:
+            given[LAYERS] = parse_layers(given[LAYERS])
+        try:
+            definition.check_axes(definition.SidePathAxes(**given))
+        except ValueError as error:
+            raise Misuse(str(error)) from None
+        command(**options, axes=given)
+
+    signature = inspect.signature(command, eval_str=True)
+    own = [parameter for name, parameter in signature.parameters.items() if name != "axes"]
+    with_options.__signature__ = signature.replace(parameters=[*own, *added])  # type: ignore[attr-defined]
+    with_options.__annotations__ = {p.name: p.annotation for p in [*own, *added]}
+    del with_options.__wrapped__
+    return with_options

@@ -16,6 +16,7 @@ from rich.table import Table
 
 FAILED = 1
 MISUSED = 2
+INTERRUPTED = 130
 
 JSON_HELP = "Print JSON on stdout instead of text."
 
@@ -91,3 +92,12 @@ def stdout_kept_clean() -> Iterator[None]:
     """
     with redirect_stdout(sys.stderr):
         yield
+
+
+def note(message: str) -> None:
+    """Tell the user something that is no result.
+
+    Args:
+        message: One line, on stderr.
+    """
+    print(f"note: {message}", file=sys.stderr, flush=True)

@@ -11,7 +11,7 @@ import typer
 from typer import Argument, Option
 
 from . import models
-from .console import Misuse, stdout_kept_clean
+from .console import Misuse, note, stdout_kept_clean
 
 
 def register(app: typer.Typer) -> None:
@@ -28,45 +28,70 @@ def register(app: typer.Typer) -> None:
 
 
 def generate(
-    adapter: Annotated[str, Argument(help="The adapter's folder or hub id")],
-    prompts: Annotated[list[str] | None, Argument(help="[default: the lines of stdin]")] = None,
+    adapter: Annotated[str, Argument(help="Folder or hub id of an adapter of any PEFT method")],
+    prompts: Annotated[list[str] | None, Argument(help="The prompts", show_default="the lines of stdin")] = None,
     model: models.BaseModel = None,
-    system: Annotated[str | None, Option(help="System message, for models with a chat template")] = None,
-    chat: Annotated[bool | None, Option("--chat/--plain", help="Use the chat template [default: if any]")] = None,
-    max_new_tokens: Annotated[int, Option(min=1, help="Longest answer")] = 128,
-    temperature: Annotated[float, Option(min=0.0, help="0: greedy")] = 0.0,
+    system: Annotated[
+        str | None, Option(help="System message of the chat template", show_default="as in training")
+    ] = None,
+    chat: Annotated[
+        bool | None,
+        Option(
+            "--chat/--plain",
+            help="Whether prompts go through the chat template",
+            show_default="as in training; if that is not known, wherever there is a template",
+        ),
+    ] = None,
+    max_new_tokens: Annotated[int, Option(min=1, help="Longest answer, in tokens")] = 128,
+    temperature: Annotated[float, Option(min=0.0, help="Of sampling; 0 is greedy")] = 0.0,
     strength: Annotated[float, Option(help="Of the side path: 1 as trained, 0 the low-rank half alone")] = 1.0,
     seed: Annotated[int, Option(help="Of sampling")] = 0,
     dtype: models.Dtype = "auto",
     device: models.Device = None,
-    as_json: Annotated[bool, Option("--json", help="One JSON object a line: prompt and completion.")] = False,
+    as_json: Annotated[bool, Option("--json", help="One JSON object a line: prompt and completion")] = False,
 ) -> None:
-    """Generate text with an adapter: one answer a prompt, on stdout."""
-    asked = prompts or ([] if sys.stdin.isatty() else [line.rstrip("\n") for line in sys.stdin if line.strip()])
+    """Generate text with an adapter: one answer a prompt, on stdout.
+
+    An adapter that `peft-talan train` made gets prompts in the form that it was trained on.
+    """
+    asked = prompts or ([] if sys.stdin.isatty() else [line.rstrip("\r\n") for line in sys.stdin if line.strip()])
     if not asked:
         raise Misuse("no prompt; give one in quotes, or lines on stdin")
     if not math.isfinite(strength):
         raise Misuse(f"--strength {strength}: give a finite number such as 0.5")
+    if system is not None and chat is False:
+        raise Misuse("--system: plain prompts have no system message; leave out --plain or --system")
+    kind = models.check_model_options(adapter, model, dtype, device)
+    if strength != 1.0 and kind != "TALAN":
+        raise Misuse(f"--strength {strength}: {adapter} is of type {kind} and has no side path")
     with stdout_kept_clean():
-        from peft_talan import set_talan_strength
+        from dataclasses import replace
 
-        adapted, base = models.load_adapter(adapter, model, dtype, device)
-        tokenizer = models.load_tokenizer(adapter, base)
-        if chat and not tokenizer.chat_template:
-            raise Misuse(f"--chat: the tokenizer of {base} has no chat template; use --plain")
+        from transformers import set_seed
+
+        from peft_talan import set_talan_strength
+        from peft_talan.sft.generation import answer, generation_settings
+        from peft_talan.sft.models import load_adapter
+        from peft_talan.sft.prompts import PromptForm
+
+        stored = PromptForm.load(adapter)
+        adapted, tokenizer = load_adapter(adapter, model, dtype, device)
+        form = stored or PromptForm(chat=bool(tokenizer.chat_template))
+        if chat is not None:
+            form = replace(form, chat=chat)
+        if system is not None:
+            form = replace(form, system=system)
+        if form.chat and not tokenizer.chat_template:
+            raise Misuse("--chat: the tokenizer has no chat template; use --plain")
+        if system is not None and not form.chat:
+            raise Misuse(f"--system: {adapter} was trained on plain prompts; add --chat, or leave out --system")
+        if stored and chat is None:
+            note(f"prompts {'go through the chat template' if form.chat else 'are plain text'}, as in training")
         if strength != 1.0:
             set_talan_strength(adapted, strength)
-        from transformers import GenerationConfig, pipeline, set_seed
-
         set_seed(seed)
-        sampling = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
-        settings = GenerationConfig.from_model_config(adapted.config)
-        settings.update(max_new_tokens=max_new_tokens, pad_token_id=tokenizer.pad_token_id, **sampling)
-        answer = pipeline("text-generation", model=adapted, tokenizer=tokenizer)
-    as_chat = bool(tokenizer.chat_template) if chat is None else chat
+        settings = generation_settings(adapted, tokenizer, max_new_tokens, temperature)
     for prompt in asked:
-        messages = [{"role": "system", "content": system}] * bool(system) + [{"role": "user", "content": prompt}]
         with stdout_kept_clean():
-            found = answer(messages if as_chat else prompt, return_full_text=False, generation_config=settings)
-        completion = found[0]["generated_text"]
+            completion = answer(adapted, tokenizer, prompt, form, settings)
         print(json.dumps({"prompt": prompt, "completion": completion}, ensure_ascii=False) if as_json else completion)

@@ -13,6 +13,7 @@ import typer
 from typer import Argument, Option
 
 from .console import JSON_HELP, Misuse, print_json, print_rows
+from .sources import check_source
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -87,38 +88,37 @@ def find_file(adapter: str, name: str, revision: str | None) -> Path:
         if not (folder / name).is_file():
             raise Misuse(f"{adapter}: the folder has no {name}; give the folder that save_pretrained wrote")
         return folder / name
+    check_source("ADAPTER", adapter, "adapter")
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HFValidationError
 
     try:
         return Path(hf_hub_download(adapter, name, revision=revision))
-    except HFValidationError as error:
-        raise Misuse(f"{adapter}: is no folder and no hub id") from error
     except OSError as error:
-        raise Misuse(f"{adapter}: is no folder, and the hub gave no {name}: {error}") from error
+        raise Misuse(f"{adapter}: the hub gave no {name}: {error}") from error
 
 
-def read_config(adapter: str, revision: str | None = None) -> dict[str, Any]:
-    """Read a TALAN adapter's configuration file.
+def read_config(adapter: str, revision: str | None = None, kind: str | None = "TALAN") -> dict[str, Any]:
+    """Read an adapter's configuration file.
 
     Args:
         adapter: The adapter's folder or hub id.
-        revision: Branch, tag or commit on the hub.
+        revision: Branch, tag or commit on the hub. Default None.
+        kind: The type that the adapter must have. None: any. Default `"TALAN"`.
 
     Returns:
         The configuration.
 
     Raises:
-        Misuse: It is no TALAN adapter's.
+        Misuse: It is no adapter's of this type.
     """
     file = find_file(adapter, CONFIG_FILE, revision)
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
         raise Misuse(f"{file}: not JSON: {error}") from error
-    kind = config.get("peft_type") if isinstance(config, dict) else None
-    if kind != "TALAN":
-        raise Misuse(f"{adapter}: peft_type={kind!r} in {CONFIG_FILE}; this is no TALAN adapter")
+    found = config.get("peft_type") if isinstance(config, dict) else None
+    if found is None or kind not in (None, found):
+        raise Misuse(f"{adapter}: peft_type={found!r} in {CONFIG_FILE}; this is no {kind or 'PEFT'} adapter")
     return dict(config)
 
 

@@ -70,7 +70,7 @@ def merge(
         ),
     ] = "keep",
     model: models.BaseModel = None,
-    safe_merge: Annotated[bool, Option(help="Check for NaN")] = True,
+    safe_merge: Annotated[bool, Option(help="Check the merged weights for NaN")] = True,
     overwrite: Annotated[bool, Option("--overwrite", help="Write into a folder with files")] = False,
     dtype: models.Dtype = "auto",
     device: models.Device = None,
@@ -83,17 +83,20 @@ def merge(
     if side_path not in ("keep", "drop"):
         raise Misuse(f"--side-path {side_path}: choose keep or drop")
     check_output(output, overwrite)
-    if models.is_embedded(adapter):
+    models.check_model_options(adapter, model, dtype, device, kind="TALAN")
+    from peft_talan.sft.models import base_model_of, is_embedded, load_adapter
+
+    if is_embedded(adapter):
         raise Misuse(f"{adapter}: is a model with an embedded side path; its low-rank half is merged already")
     with stdout_kept_clean(), warnings.catch_warnings():
         # The option's own help says what the warning would.
         warnings.filterwarnings("ignore", message="The side path depends on its input")
-        adapted, base = models.load_adapter(adapter, model, dtype, device)
+        adapted, tokenizer = load_adapter(adapter, model, dtype, device)
         merged = adapted.merge_and_unload(safe_merge=safe_merge, side_path=side_path)
         merged.save_pretrained(output)
-        models.load_tokenizer(adapter, base).save_pretrained(output)
+        tokenizer.save_pretrained(output)
     if as_json:
-        print_json({"output": str(output), "side_path": side_path, "base_model": base})
+        print_json({"output": str(output), "side_path": side_path, "base_model": base_model_of(adapter, model)})
     else:
         print(output)
         print(f"Serve it with vLLM: {serve_command(output, side_path)}", file=sys.stderr)

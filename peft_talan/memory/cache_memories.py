@@ -194,5 +194,6 @@ def mark_stale(cache: Cache, block_index: int, running: Collection[str]) -> None
     carried = _carried(cache)
     memories = {} if carried is None else carried.memories.get(block_index, {})
     for name, memory in memories.items():
-        if name not in running:
+        # A name with a dot is that of a side path that belongs to the base model and always runs.
+        if name not in running and "." not in name:
             memory.stale = True

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
+
 from peft.utils import PeftType
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 
 from ..checkpoint.names import CHILD_NAME
@@ -13,6 +15,8 @@ from ..functional.initialization import empty_parameters
 
 SMALLEST_LIMIT = 2**20
 """How many numbers a side path may hold beside any model, however small."""
+SINGLE_STREAM: dict[str, int] = {"altup_num_inputs": 1, "hc_mult": 1, "hc_count": 1, "ngram": 0}
+"""Fields of configurations that say how many hidden states a block hands on, and their value where it is one."""
 
 
 def _text_config(model: nn.Module) -> object | None:
@@ -33,8 +37,21 @@ def find_blocks(model: nn.Module, config: TalanConfig) -> tuple[str, nn.ModuleLi
         The list's name and the list.
 
     Raises:
-        ValueError: `talan_blocks` names no `nn.ModuleList`, or no or more than one list fits.
+        ValueError: `talan_blocks` names no `nn.ModuleList`, or no or more than one list fits, or the blocks are called
+            in a way that runs no hooks.
     """
+    name, blocks = _named_or_found(model, config)
+    owner = model.get_submodule(name.rpartition(".")[0])
+    names = inspect.unwrap(type(owner).forward).__code__.co_names
+    if "forward" in names and "super" not in names:
+        raise ValueError(
+            f"talan_blocks: {type(owner).__name__} calls modules by .forward(), which runs no hooks, so a side path "
+            f"on its blocks {name!r} would do nothing; use a plain LoraConfig, or call the blocks themselves"
+        )
+    return name, blocks
+
+
+def _named_or_found(model: nn.Module, config: TalanConfig) -> tuple[str, nn.ModuleList]:
     lists = {name: module for name, module in model.named_modules() if isinstance(module, nn.ModuleList) and module}
     if config.talan_blocks is not None:
         if config.talan_blocks not in lists:
@@ -55,19 +72,34 @@ def find_blocks(model: nn.Module, config: TalanConfig) -> tuple[str, nn.ModuleLi
 
 
 def _fitting_lists(model: nn.Module, lists: dict[str, nn.ModuleList]) -> tuple[list[str], list[str]]:
-    """The lists that fit all that the model says about its blocks, and all lists of its decoder."""
-    decoder = model.get_decoder() if isinstance(model, PreTrainedModel) else None
-    inside = {id(module) for module in decoder.modules()} if isinstance(decoder, nn.Module) else set()
+    """The lists that fit all that the model says about its blocks, and all lists of its text decoder."""
+    text_config = _text_config(model)
+    decoder = model
+    while isinstance(decoder, PreTrainedModel) and isinstance(inner := decoder.get_decoder(), nn.Module):
+        if inner is decoder:
+            break
+        decoder = inner
+    inside = {id(module) for module in decoder.modules()}
     candidates = [name for name in lists if id(lists[name]) in inside] or list(lists)
+    # A vision tower inside the decoder has a configuration of its own.
+    candidates = [name for name in candidates if type(_config_of(model, name)) is type(text_config)] or candidates
     # What transformers keeps on one device is a block.
     classes = set(getattr(model, "_no_split_modules", None) or ())
     of_blocks = [name for name in candidates if classes.issuperset(type(block).__name__ for block in lists[name])]
-    depth = getattr(_text_config(model), "num_hidden_layers", None)
+    depth = getattr(text_config, "num_hidden_layers", None)
     for names in (of_blocks, candidates):
         fitting = _outermost([name for name in names if len(lists[name]) == depth])
         if fitting:
             return fitting, _outermost(candidates)
     return _outermost(of_blocks), _outermost(candidates)
+
+
+def _config_of(model: nn.Module, name: str) -> object | None:
+    """The configuration of the innermost module with one that a module lies in."""
+    *path, _ = name.split(".")
+    owners = [model, *(model.get_submodule(".".join(path[: depth + 1])) for depth in range(len(path)))]
+    configs = (getattr(owner, "config", None) for owner in reversed(owners))
+    return next((config for config in configs if isinstance(config, PreTrainedConfig)), None)
 
 
 def _outermost(names: list[str]) -> list[str]:
@@ -86,8 +118,15 @@ def find_hidden_size(model: nn.Module, config: TalanConfig) -> int:
         H.
 
     Raises:
-        ValueError: The width can't be found, or is another one than the field says.
+        ValueError: The width can't be found, or is another one than the field says, or there is more than one stream.
     """
+    for field, single in SINGLE_STREAM.items():
+        streams = getattr(_text_config(model), field, None)
+        if isinstance(streams, int) and streams > single:
+            raise ValueError(
+                f"{field}={streams!r} of {type(model).__name__}: its blocks hand on several hidden states of each "
+                "token, and a side path reads and writes one; use a plain LoraConfig"
+            )
     hidden_size = getattr(_text_config(model), "hidden_size", None)
     if config.talan_hidden_size is not None:
         if isinstance(hidden_size, int) and hidden_size != config.talan_hidden_size:
@@ -149,7 +188,7 @@ def choose_targets(config: TalanConfig, name: str, blocks: nn.ModuleList) -> dic
         The chosen blocks by index.
 
     Raises:
-        ValueError: Indices can't be found, or a block can't take a child.
+        ValueError: Indices can't be found, or a block can't take a child or has more than one residual stream.
     """
     targets = {index: blocks[index] for index in resolve_layers(config, len(blocks))}
     for index, block in targets.items():
@@ -157,6 +196,12 @@ def choose_targets(config: TalanConfig, name: str, blocks: nn.ModuleList) -> dic
             raise ValueError(
                 f"talan_blocks: block {name}.{index} is a {type(block).__name__}, which would call the side path as "
                 "one of its steps; put it inside a module of its own class"
+            )
+        arguments = list(inspect.signature(block.forward).parameters)
+        if "hidden_states" in arguments[1:]:
+            raise ValueError(
+                f"talan_blocks: block {name}.{index} takes {arguments[0]} before its hidden_states: it hands on "
+                "several hidden states of each token, and a side path reads and writes one; use a plain LoraConfig"
             )
         child = getattr(block, CHILD_NAME, None)
         if child is not None and not hasattr(child, "talan_options"):

@@ -1,0 +1,80 @@
+"""Finds out at once whether a name is a file, a folder or something on the hub, before anything heavy is imported."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Literal
+from urllib.error import HTTPError
+from urllib.request import Request, urlopen
+
+from .console import Misuse
+
+SECONDS = 10.0
+"""How long the hub may take to answer; its own client tries again for most of a minute."""
+
+SENTINELS = {"model": "config.json", "adapter": "adapter_config.json", "dataset": ""}
+
+
+def _looks_like_a_path(name: str) -> bool:
+    """Whether a name can't be a hub id, or its first part is a folder here."""
+    path = Path(name)
+    parts = name.split("/")
+    return (
+        path.is_absolute()
+        or name.startswith((".", "~"))
+        or "\\" in name
+        or not 1 <= len(parts) <= 2
+        or not all(parts)
+        or (len(parts) == 2 and Path(parts[0]).is_dir())
+        or path.suffix.lower() in (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".arrow", ".txt")
+    )
+
+
+def _is_cached(name: str, kind: str) -> bool:
+    from huggingface_hub import constants, try_to_load_from_cache
+
+    if kind != "dataset":
+        return isinstance(try_to_load_from_cache(name, SENTINELS[kind]), str)
+    home = Path(os.environ.get("HF_DATASETS_CACHE", Path(constants.HF_HOME) / "datasets"))
+    return (home / name.replace("/", "___").lower()).is_dir() or (home / name.replace("/", "___")).is_dir()
+
+
+def check_source(option: str, name: str, kind: Literal["model", "adapter", "dataset"]) -> None:
+    """Refuse a name that is nothing that can be loaded.
+
+    Args:
+        option: What the name was given for, such as `--model`.
+        name: A file, a folder or a hub id.
+        kind: What is wanted.
+
+    Raises:
+        Misuse: There is no such file or folder, and nothing of that name on the hub.
+    """
+    if Path(name).exists():
+        return
+    missing = f"{option} {name}: no such file or folder"
+    if _looks_like_a_path(name):
+        raise Misuse(missing)
+    from huggingface_hub import constants
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils._headers import build_hf_headers
+    from huggingface_hub.utils._validators import validate_repo_id
+
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        raise Misuse(missing) from None
+    if _is_cached(name, kind):
+        return
+    if constants.is_offline_mode():
+        raise Misuse(f"{missing}, and nothing of that name in the hub's cache (HF_HUB_OFFLINE is set)")
+    url = f"{constants.ENDPOINT}/api/{kind if kind == 'dataset' else 'model'}s/{name}"
+    try:
+        # One request of our own: the hub's client asks five times.
+        urlopen(Request(url, method="HEAD", headers=build_hf_headers()), timeout=SECONDS).close()
+    except HTTPError as error:
+        if error.code in (401, 403, 404):
+            raise Misuse(f"{missing}, and no {kind} of that name that you may read on {constants.ENDPOINT}") from None
+    except OSError as error:
+        raise Misuse(f"{missing}, and the hub can't be reached ({constants.ENDPOINT}: {error})") from None

@@ -1,0 +1,40 @@
+"""What the demo can fine-tune on: generated questions whose answers a program has computed."""
+
+from __future__ import annotations
+
+from ..sft.data import DataError, Rows
+
+DEFAULT_TASK = "chain_sum"
+SETTINGS = {DEFAULT_TASK: {"min_terms": 2, "max_terms": 2, "min_digits": 2, "max_digits": 2}}
+"""By task: what makes it of a difficulty that a small model learns in minutes."""
+
+
+def make_rows(task: str, count: int, seed: int) -> Rows:
+    """Generate rows of a reasoning-gym task, each question once.
+
+    Args:
+        task: The task's name.
+        count: How many.
+        seed: The generator's seed.
+
+    Returns:
+        Conversational rows of prompt and completion.
+
+    Raises:
+        DataError: There is no such task.
+    """
+    import reasoning_gym
+
+    try:
+        # Questions repeat, so more are drawn than are wanted.
+        items = reasoning_gym.create_dataset(task, size=3 * count, seed=seed, **SETTINGS.get(task, {}))
+    except ValueError as error:
+        raise DataError(f"--task {task}: {error}") from None
+    answers: dict[str, str] = {}
+    for item in items:
+        answers.setdefault(item["question"], str(item["answer"]))
+    rows = [
+        {"prompt": [{"role": "user", "content": question}], "completion": [{"role": "assistant", "content": answer}]}
+        for question, answer in list(answers.items())[:count]
+    ]
+    return Rows(task, "prompt-completion", rows, [f"{task}, item {number}" for number in range(1, len(rows) + 1)])
