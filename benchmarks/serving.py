@@ -1,7 +1,7 @@
 """Serves a kept side path over loopback under load: every answer must be that of `generate`, at what speed.
 
-SmolLM2-135M-Instruct gets a side path with random weights and is written to two folders, whole and with the low-rank half
-alone. One server runs the first folder and two run the second, all at once; they are measured in turns, so the ratio of
+SmolLM2-135M-Instruct gets a side path with random weights and is written to two folders, whole and with the low-rank
+half alone. One server runs the first folder and two run the second, all at once; measured in turns, so the ratio of
 the last two says how much of the difference is chance. Then clients are killed in the middle of answers and prompts
 are sent that are too long, beside clients whose answers must stay what they are.
 
