@@ -11,6 +11,7 @@ from transformers import ContinuousBatchingConfig, GenerationConfig
 from transformers.generation.continuous_batching import ContinuousBatchingManager
 
 from ..tuner.attachment import attached_side_paths
+from ..tuner.mixed_batch import NO_ROWS
 
 
 def check_continuous_batching(model: nn.Module, config: ContinuousBatchingConfig) -> None:
@@ -41,10 +42,7 @@ def check_continuous_batching(model: nn.Module, config: ContinuousBatchingConfig
                     "change the memory of earlier ones; train an adapter with 'causal'"
                 )
         if any("adapter_names" in getattr(hook, "keywords", {}) for hook in layer._forward_pre_hooks.values()):
-            raise ValueError(
-                "adapter_names=[...] names the adapter of each row, and continuous batching has no rows; call "
-                "set_adapter(name) and run the requests of one adapter at a time"
-            )
+            raise ValueError(NO_ROWS)
 
 
 def _checked(initialize: Callable[..., None]) -> Callable[..., None]:

@@ -16,15 +16,15 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..checkpoint.checks import check_finite, check_places, check_side_path, check_whole_modules, read_header
-from ..checkpoint.names import check_names, check_new_name, is_side_path_key, with_wrappers, without_wrappers
+from ..checkpoint.names import ModuleNames, check_names, check_new_name, is_side_path_key, without_wrappers
 from ..checkpoint.rollback import Snapshot, attributes_unchanged_on_error
 from ..config import TalanConfig, TalanRuntimeConfig
 from . import tensor_parallel
 from .attachment import attach_side_path, attached_side_paths, detach_side_paths
-from .blocks import check_size, choose_targets, find_blocks, find_hidden_size, point_at_fused_experts
+from .blocks import check_size, check_stream, choose_targets, find_blocks, find_hidden_size, point_at_fused_experts
 from .kept import kept_side_paths
 from .merge import DROPPED, LIVE, check_mergeable, keep_once_loaded, keep_side_paths, side_path_config
-from .mixed_batch import rows_named
+from .mixed_batch import NO_ROWS, rows_named
 from .trainability import declare_scope
 from .weighted import add_weighted_adapter
 
@@ -102,6 +102,7 @@ class TalanModel(LoraModel):
                 "talan_kept=True: this side path is a part of a merged model, and the model has one already; "
                 "AutoModelForCausalLM.from_pretrained(FOLDER) alone gives the whole model"
             )
+        check_stream(model)
         name, every_block = find_blocks(model, config)
         blocks = choose_targets(config, name, every_block)
         hidden_size = find_hidden_size(model, config)
@@ -199,6 +200,24 @@ class TalanModel(LoraModel):
                     "memory of earlier ones; train an adapter with 'causal'"
                 )
         return self.model.generate(*args, **kwargs)
+
+    def generate_batch(self, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Any:
+        """Generate by continuous batching, with the base model's own method.
+
+        Args:
+            *args: Passed on.
+            adapter_names: Refused: transformers would ignore it and run the active adapters. Default None.
+            **kwargs: Passed on.
+
+        Returns:
+            What the base model's `generate_batch` returns.
+
+        Raises:
+            ValueError: `adapter_names` was given.
+        """
+        if adapter_names is not None:
+            raise ValueError(NO_ROWS)
+        return self.model.generate_batch(*args, **kwargs)
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         """Fold the low-rank half into the base weights; the side path stays live.
@@ -318,10 +337,15 @@ class TalanModel(LoraModel):
         unwanted_adapter_names: list[str],
     ) -> dict[str, torch.Tensor]:
         check_names(model, adapter_name, unwanted_adapter_names)
-        found = super()._get_adapter_state_dict(
-            model, config, adapter_name, with_wrappers(model, state_dict), unwanted_adapter_names
-        )
-        return {without_wrappers(name): tensor for name, tensor in found.items()}
+        names = ModuleNames(model)
+        wrapped = {names.wrapped(name): tensor for name, tensor in state_dict.items()}
+        found = super()._get_adapter_state_dict(model, config, adapter_name, wrapped, unwanted_adapter_names)
+        return {names.plain(name): tensor for name, tensor in found.items()}
+
+    @classmethod
+    def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
+        # Also of what PEFT adds itself (modules_to_save, embeddings), and of the model's keys in loading.
+        return without_wrappers(super()._remove_adapter_name_from_key(key, adapter_name))
 
     @classmethod
     def _remap_adapter_state_dict_for_load(

@@ -168,7 +168,7 @@ def paged_memory(cache: Any) -> PagedMemory:
     return _give_memory(cache) if memory is None else memory
 
 
-@torch.compiler.disable
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def _give_memory(cache: Any) -> PagedMemory:
     memory = cache.talan_memory = PagedMemory()
     for allocator in cache.cache_allocators.values():

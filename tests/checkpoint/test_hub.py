@@ -196,6 +196,41 @@ def test_kept_model(client: Client, hub: Hub, tmp_path: Path) -> None:
     assert "talan" in card.data.tags
 
 
+def test_plain_lora_on_a_model_that_had_talan(client: Client, hub: Hub) -> None:
+    client("push_lora_after_talan", repo="user/lora", token="writer")
+    assert "talan" not in str(card_of(hub, "user/lora"))
+
+
+PUSHES = [("push", {"options": {}}), ("push_kept", {"by": "push_to_hub"}), ("push_kept", {"by": "save_pretrained"})]
+
+
+@pytest.mark.parametrize(("call", "how"), PUSHES, ids=["adapter", "kept model", "kept model as it is saved"])
+def test_every_argument_of_a_push_reaches_the_hub(
+    call: str, how: dict[str, Any], client: Client, hub: Hub, tmp_path: Path
+) -> None:
+    words = {"commit_message": "Sums", "commit_description": "Of two numbers"}
+    repo = f"user/arguments-{PUSHES.index((call, how))}"
+    arguments = {"folder": str(tmp_path), "repo": repo, "private": True, **words}
+    assert "error" in client.ask(call, **how, **arguments, token="stranger")
+    assert repo not in hub.repositories
+    client(call, **how, **arguments, token="writer", revision="draft")
+    client(call, **how, **arguments, token="writer", create_pr=True)
+    repository = hub.repositories[repo]
+    assert repository.private
+    assert repository.branches.keys() == {"main", "draft", "refs/pr/1"} and repository.find("main")[1] == {}
+    texts = [{name: message[name] for name in ("summary", "description")} for message in repository.messages]
+    assert texts == 2 * [{"summary": "Sums", "description": "Of two numbers"}]
+
+
+def test_variant_and_tags_of_a_kept_model_reach_the_hub(client: Client, hub: Hub, tmp_path: Path) -> None:
+    client("push_kept", folder=str(tmp_path), repo="user/kept-variant", by="save_pretrained", variant="v1",
+           tags=["mine"], token="writer")  # fmt: skip
+    assert "model.v1.safetensors" in hub.repositories["user/kept-variant"].find("main")[1]
+    assert {"mine", "talan"} <= set(card_of(hub, "user/kept-variant").data.tags)
+    client("pull_auto", folder=str(tmp_path), repo="user/kept-variant", variant="v1")
+    assert same(tmp_path, "pushed", "auto")
+
+
 def test_offline_from_the_cache(client: Client, hub: Hub, home: Path, tmp_path: Path) -> None:
     client("push", folder=str(tmp_path), repo="user/cached", options={}, token="writer")
     client("pull", folder=str(tmp_path), repo="user/cached")

@@ -36,7 +36,7 @@ def test_pages_that_move_to_the_cpu_are_refused(space: float | None) -> None:
 
 
 def test_a_bidirectional_memory_is_refused() -> None:
-    model = make_model("qwen3", make_config(talan_memory_scope="bidirectional"), dtype=torch.float32)
+    model = make_model("qwen3", make_config(talan_memory_scope="bidirectional", task_type=None), dtype=torch.float32)
     with pytest.raises(ValueError, match="talan_memory_scope='bidirectional' of adapter 'default' can't generate"):
         start(model)
 
