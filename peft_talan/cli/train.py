@@ -107,6 +107,8 @@ def train(
     last = last_checkpoint(output)
     if resume and last is None:
         raise Misuse(f"--resume: {output} has no checkpoint; leave --resume out to begin")
+    if last is not None and not resume and not overwrite:
+        raise Misuse(f"{output} has {last.name}; --resume goes on from it, --overwrite begins anew")
     check_output(output, overwrite or resume)
     need("train", "datasets", "trl", *(name for name in trackers if name != "none"))
     with stdout_kept_clean():
