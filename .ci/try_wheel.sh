@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
 # Tries out what `make package` built: the wheel in a fresh environment, away from the sources, with the tests of the
-# source distribution. `try_wheel.sh FOLDER [CONSTRAINT...]`, such as `try_wheel.sh dist peft==0.21.0 transformers==5.20.0`.
+# source distribution. `try_wheel.sh FOLDER [CONSTRAINT...]`, such as `try_wheel.sh dist peft==0.21.0 transformers==5.19.0`.
 # It fetches PyTorch and the demo's base model; 10 minutes or so.
 set -euo pipefail
+here=$(dirname "$(realpath "$0")")
 built=$(realpath "$1")
 shift
 folder=$(mktemp -d)
@@ -10,7 +11,7 @@ trap 'rm -rf "$folder"' EXIT
 cd "$folder"
 wheel=$(echo "$built"/*.whl)
 "${SYSTEM_PYTHON:-python3}" -m venv venv
-venv/bin/pip install --quiet torch==2.13.0
+"$here/install_torch.sh" venv/bin/python
 venv/bin/pip install --quiet "$wheel" "$@"
 venv/bin/python -c 'from importlib.resources import files; assert (files("peft_talan") / "py.typed").is_file()'
 venv/bin/peft-talan --version

@@ -56,10 +56,10 @@ def remix_calls(
 
     def forward() -> object:
         with torch.no_grad():
-            return remix(*inputs, mixer, parameters, return_state=False)
+            return remix(*inputs, mixer, parameters)
 
     def forward_backward() -> object:
-        readouts, _ = remix(*inputs, mixer, parameters, return_state=False)
+        readouts, _ = remix(*inputs, mixer, parameters)
         return torch.autograd.grad(readouts, (*inputs, *parameters), direction)
 
     return forward, forward_backward

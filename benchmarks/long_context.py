@@ -21,7 +21,6 @@ import torch
 from measure import code_version, machine, memory_of
 
 from peft_talan.functional import fused, reference
-from peft_talan.functional.one_token import one_token
 from peft_talan.functional.parameters import SidePathOptions, SidePathParameters
 from peft_talan.memory.latent_memory import LatentMemory
 
@@ -96,13 +95,7 @@ def drift(tokens: int, seed: int) -> dict[str, Any]:
         hidden_states = mean + torch.randn(count, 1, 1, DRIFT_HIDDEN_SIZE, generator=generator)
         start = time.perf_counter()
         for token in hidden_states:
-            in_place = memory.in_place(token.dtype)
-            if in_place is None:
-                output = fused.side_path(token, parameters, options, state=memory.state)
-                memory.append(output, None)
-                written = output.hidden_states
-            else:
-                written = one_token(token, parameters, options, in_place)
+            written = memory.append(token, parameters, options)
         stepping += time.perf_counter() - start
         values, _, logits = reference.read(hidden_states.view(1, count, -1).double(), exact_parameters.read, SLOTS)
         weights = reference.slot_weights(logits, None)

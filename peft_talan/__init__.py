@@ -5,6 +5,7 @@ Importing this package registers the tuner with PEFT; `get_peft_model(model, Tal
 
 from .checkpoint.lora import export_lora, warm_start
 from .config import TalanConfig
+from .serving.continuous_batching import check_managers
 from .tuner.layer import TalanLayer
 from .tuner.model import TalanModel
 from .tuner.registry import register_talan
@@ -27,3 +28,4 @@ __all__ = [
 ]
 
 register_talan()
+check_managers()

@@ -8,6 +8,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from enum import Enum
+from os import PathLike, fspath
 from typing import Any, Literal, get_args
 
 Position = Literal["output", "input"]
@@ -62,6 +64,29 @@ def refusal(name: str, value: object, remedy: str) -> ValueError:
     return ValueError(f"{name}={value!r}: {remedy}")
 
 
+def plain_value(value: object) -> object:
+    """Turn a number or a sequence of another library into what a JSON file can hold.
+
+    Args:
+        value: A field's value: a number, array or tensor of numpy or torch, a path, or a sequence or dictionary of
+            such values.
+
+    Returns:
+        A number, a string, or a list or dictionary of them; every other value as it is.
+    """
+    if isinstance(value, Enum):
+        return plain_value(value.value)
+    if isinstance(value, PathLike):
+        return fspath(value)
+    if isinstance(value, (str, bytes, bytearray, memoryview)):
+        return value
+    if hasattr(value, "tolist"):  # numpy, torch, array.array
+        return value.tolist()
+    if isinstance(value, dict):
+        return {key: plain_value(one) for key, one in value.items()}
+    return [plain_value(one) for one in value] if isinstance(value, Sequence) else value
+
+
 def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
     """Raise `ValueError` if a field's value is not one of the choices."""
     if not isinstance(value, str) or value not in choices:
@@ -88,7 +113,7 @@ def _check_layers(layers: object) -> None:
     )
     if layers is None or layers == "all":
         return
-    if isinstance(layers, str) or not isinstance(layers, Sequence) or len(layers) == 0:
+    if not isinstance(layers, list) or not layers:
         raise refusal("talan_layers", layers, remedy)
     if all(isinstance(layer, int) and not isinstance(layer, bool) for layer in layers):
         return

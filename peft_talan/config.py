@@ -2,26 +2,28 @@
 
 from __future__ import annotations
 
+import json
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from os import PathLike
-from pathlib import Path
 from typing import Any
 
 from packaging.version import InvalidVersion, Version
 from peft.config import PeftConfig
-from peft.tuners.lora import LoraConfig
+from peft.tuners.lora import LoraConfig, LoraRuntimeConfig
 from peft.utils import PeftType
 from peft.utils.constants import DUMMY_TARGET_MODULES
 
-from .axes import LARGEST_COUNT, SidePathAxes, check_axes, check_count, check_number, refusal
-from .checkpoint.card import SavedHalves, write_card
-from .checkpoint.checks import CheckpointSource
+from .axes import LARGEST_COUNT, SidePathAxes, check_axes, check_count, check_number, plain_value, refusal
 from .functional.parameters import SidePathOptions
 from .version import __version__
 
 DEFAULT_DEPTHS: tuple[float, ...] = (0.33,)
 """Where the side path goes when `talan_layers` is None, as fractions of the depth; see docs/default_layers.md."""
+
+SET_BY_PEFT: tuple[str, ...] = ("inference_mode", "base_model_name_or_path", "revision", "modules_to_save")
+"""Fields that PEFT sets or extends after it has loaded a configuration and before it loads the tensors."""
 
 INCOMPATIBLE_LORA_OPTIONS: dict[str, str] = {
     "layer_replication": "copied blocks would share one side path's place; replicate the layers before adding TALAN",
@@ -29,6 +31,33 @@ INCOMPATIBLE_LORA_OPTIONS: dict[str, str] = {
     "arrow_config": "Arrow routes between LoRA experts only; use a plain LoraConfig",
     "megatron_config": "Megatron's parallel layers run no decoder block of transformers; use a plain LoraConfig",
 }
+
+
+@dataclass(frozen=True)
+class CheckpointLocation:
+    """Where the tensors lie that belong to a configuration which was loaded.
+
+    Args:
+        model_id (str): A folder, or a repository on the hub.
+        options (Mapping[str, Any]): What `hf_hub_download` takes: revision, subfolder, token ...
+        fields (Mapping[str, Any]): The configuration's fields as they were loaded.
+    """
+
+    model_id: str
+    options: Mapping[str, Any]
+    fields: Mapping[str, Any]
+
+
+@dataclass
+class TalanRuntimeConfig(LoraRuntimeConfig):
+    """What belongs to one use of a configuration and is not saved with it.
+
+    Args:
+        checkpoint (CheckpointLocation | None): The checkpoint that the configuration was loaded with and that PEFT
+            loads next, filled in by `TalanConfig.from_pretrained`. Default None.
+    """
+
+    checkpoint: CheckpointLocation | None = None
 
 
 @dataclass
@@ -60,6 +89,8 @@ class TalanConfig(SidePathAxes, LoraConfig):
         talan_blocks (str | None): The name of the `nn.ModuleList` that holds the blocks, such as
             `"model.layers"`, where it can't be found. Default None.
         talan_hidden_size (int | None): H, the width of the residual stream, where it can't be found. Default None.
+        talan_kept (bool): Whether the side path belongs to the model in whose folder it lies; `merge_and_unload()`
+            sets it, leave it at False. Default False.
         talan_version (str | None): The version of this package that made the adapter, filled in by itself.
             Default None.
 
@@ -70,7 +101,13 @@ class TalanConfig(SidePathAxes, LoraConfig):
     init_talan_weights: bool = field(default=True, metadata={"help": "Whether the write-back starts at zero."})
     talan_blocks: str | None = field(default=None, metadata={"help": "Name of the ModuleList that holds the blocks."})
     talan_hidden_size: int | None = field(default=None, metadata={"help": "Width of the residual stream."})
+    talan_kept: bool = field(
+        default=False, metadata={"help": "Whether merge_and_unload() made it a part of the model beside it."}
+    )
     talan_version: str | None = field(default=None, metadata={"help": "peft_talan version, leave empty to auto-fill."})
+    runtime_config: LoraRuntimeConfig = field(
+        default_factory=TalanRuntimeConfig, metadata={"help": "What is not saved with the adapter."}
+    )
 
     @classmethod
     def from_lora(cls, lora: LoraConfig | str | PathLike[str], **options: Any) -> TalanConfig:
@@ -111,9 +148,23 @@ class TalanConfig(SidePathAxes, LoraConfig):
         """
         config: TalanConfig = super().from_pretrained(pretrained_model_name_or_path, subfolder, **kwargs)
         options = {"subfolder": subfolder, **cls._split_kwargs(kwargs)[0]}
-        described = CheckpointSource.describe(config.to_dict())
-        config.checkpoint_source = CheckpointSource(pretrained_model_name_or_path, options, described)
+        given = {name: value for name, value in options.items() if value is not None}
+        location = CheckpointLocation(str(pretrained_model_name_or_path), given, config._fields_of_checkpoint())
+        config.runtime_config = TalanRuntimeConfig(checkpoint=location)
         return config
+
+    def checkpoint_to_load(self) -> CheckpointLocation | None:
+        """Where the tensors lie that PEFT is about to load.
+
+        Returns:
+            The checkpoint that this configuration was loaded with; None if there was none, or if a field was changed
+            since, so that the configuration is for a new adapter.
+        """
+        location: CheckpointLocation | None = getattr(self.runtime_config, "checkpoint", None)
+        return None if location is None or location.fields != self._fields_of_checkpoint() else location
+
+    def _fields_of_checkpoint(self) -> dict[str, Any]:
+        return {name: value for name, value in self.to_dict().items() if name not in SET_BY_PEFT}
 
     def to_dict(self) -> dict[str, Any]:
         """The fields, with sets in order: the same adapter gives the same file in every process."""
@@ -121,28 +172,20 @@ class TalanConfig(SidePathAxes, LoraConfig):
 
     def __post_init__(self) -> None:
         """Check every field before any model is touched."""
+        for option in fields(self):
+            # Only what can be saved is trained.
+            setattr(self, option.name, plain_value(getattr(self, option.name)))
         self._check_version()
         self._check_numbers()
         super().__post_init__()
-        self.checkpoint_source: CheckpointSource | None = None
-        self.saved_halves: SavedHalves | None = None
         self.peft_type = PeftType("TALAN")
         self._check_side_path()
         self._check_low_rank()
-
-    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
-        """Save the configuration, and the model card if the adapter's tensors are being saved, too.
-
-        Args:
-            save_directory: The folder.
-            **kwargs: As in PEFT.
-        """
-        super().save_pretrained(save_directory, **kwargs)
-        saved = self.saved_halves
-        self.saved_halves = None
-        if saved is not None:
-            card_folder = Path(save_directory).parent if saved.in_subfolder else None
-            write_card(save_directory, self, saved.counts, card_folder=card_folder)
+        for name, value in self.to_dict().items():
+            try:
+                json.dumps(value)
+            except (TypeError, ValueError) as error:
+                raise refusal(name, value, f"can't be saved in a JSON file ({error}); give plain values") from None
 
     def _check_version(self) -> None:
         if self.talan_version is None:
@@ -155,16 +198,16 @@ class TalanConfig(SidePathAxes, LoraConfig):
             raise refusal(
                 "talan_version",
                 self.talan_version,
-                f"the adapter was made by a newer major version of peft_talan than the installed {__version__}; run "
-                "`pip install -U peft-talan`",
+                f"the adapter was made by a newer major version of peft_talan than the installed {__version__}; "
+                "update the package",
             )
 
     def _check_side_path(self) -> None:
         check_axes(self)
-        if isinstance(self.talan_layers, tuple):
-            self.talan_layers = list(self.talan_layers)
         if not isinstance(self.init_talan_weights, bool):
             raise refusal("init_talan_weights", self.init_talan_weights, "give True or False")
+        if not isinstance(self.talan_kept, bool):
+            raise refusal("talan_kept", self.talan_kept, "leave it at False; merge_and_unload() sets it")
         if self.talan_blocks is not None and (not isinstance(self.talan_blocks, str) or not self.talan_blocks):
             raise refusal(
                 "talan_blocks", self.talan_blocks, "give the ModuleList's name such as 'model.layers', or None"

@@ -42,12 +42,13 @@ def save_tiny_model(folder: Path, depth: int = 28) -> None:
     tokenizer = make_tokenizer()
     config = Qwen3Config(
         vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=48,
+        # Multiples of 64, the block of 4-bit weights: bitsandbytes packs no others on processors with AVX512-BF16.
+        hidden_size=64,
+        intermediate_size=64,
         num_hidden_layers=depth,
         num_attention_heads=4,
         num_key_value_heads=2,
-        head_dim=8,
+        head_dim=16,
         max_position_embeddings=4096,
         tie_word_embeddings=True,
         pad_token_id=tokenizer.pad_token_id,

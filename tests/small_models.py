@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import copy
 
+import peft
+import pytest
 import torch
+import transformers
+from packaging.version import Version
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import (
@@ -24,6 +28,11 @@ from transformers import (
 )
 
 from peft_talan import TalanConfig
+
+adapter_calls_of_transformers = pytest.mark.skipif(
+    Version(transformers.__version__) >= Version("5.24") and Version(peft.__version__) < Version("0.22"),
+    reason="from 5.24 on, transformers' own add_adapter, set_adapter ... ask for PEFT 0.22, for LoRA too",
+)
 
 VOCABULARY = 64
 DEPTH = 4

@@ -1,4 +1,4 @@
-"""The model card of an adapter, written beside what PEFT and transformers save and push."""
+"""The model card of an adapter: one section in the README.md of the folder that it is saved to or pushed from."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ import hashlib
 import json
 import re
 import warnings
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, fields
-from functools import partial
+from collections.abc import Mapping
+from dataclasses import fields
+from functools import wraps
+from inspect import signature
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -17,18 +18,19 @@ import torch
 import transformers
 import yaml
 from huggingface_hub import ModelCard, ModelCardData
-from peft.config import PeftConfig
+from peft.peft_model import PeftModel
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors import safe_open
-from torch import nn
 from transformers.utils import CONFIG_NAME as MODEL_CONFIG_NAME
 from transformers.utils.hub import PushToHubMixin
 
+from ..config import TalanConfig
+from ..version import INSTALL
 from .names import is_side_path_key
 
 CARD_NAME = "README.md"
+TEMPLATE = Path(__file__).with_name("card_template.md")
 SECTION = re.compile(r"<!-- peft_talan (?P<digest>[0-9a-f]{12}) -->\n(?P<text>.*?)\n<!-- /peft_talan -->", re.DOTALL)
-SECTION_NOTE = "<!-- Written by peft_talan. Once you have changed it, it is yours and stays as it is. -->"
 
 AUTO_CLASSES: dict[str, str] = {
     "CAUSAL_LM": "AutoModelForCausalLM",
@@ -50,132 +52,76 @@ LOW_RANK_FIELDS: tuple[str, ...] = (
 )
 
 
-@dataclass(frozen=True)
-class SavedHalves:
-    """What a model that is being saved tells its adapter's configuration, which PEFT and transformers save with it.
-
-    Args:
-        counts: The numbers of both halves.
-        in_subfolder: Whether the adapter goes into a subfolder of the folder that has the card.
-    """
-
-    counts: Mapping[str, int]
-    in_subfolder: bool
+def _adapter_config(folder: Path) -> dict[str, Any] | None:
+    """The fields of the TALAN adapter in a folder; None if there is none."""
+    file = folder / CONFIG_NAME
+    config = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    return config if config.get("peft_type") == "TALAN" else None
 
 
-def count_halves(names: Iterable[tuple[str, int]]) -> dict[str, int]:
-    """Add up the numbers of each half of an adapter.
-
-    Args:
-        names: The names and sizes of its tensors.
-
-    Returns:
-        The numbers by half.
-    """
+def _count_halves(folder: Path) -> dict[str, int]:
+    """The numbers of both halves; empty if the adapter was saved as a pickle."""
+    file = folder / SAFETENSORS_WEIGHTS_NAME
+    if not file.exists():
+        return {}
     counts = {"low-rank half": 0, "side path": 0}
-    for name, size in names:
-        if is_side_path_key(name):
-            counts["side path"] += size
-        elif ".lora_" in name:
-            counts["low-rank half"] += size
+    with safe_open(file, framework="pt") as tensors:
+        for name in tensors.keys():  # noqa: SIM118 - not a dictionary
+            size = torch.Size(tensors.get_slice(name).get_shape()).numel()
+            if is_side_path_key(name):
+                counts["side path"] += size
+            elif ".lora_" in name:
+                counts["low-rank half"] += size
     return counts
 
 
-def _count_saved(folder: Path) -> dict[str, int] | None:
-    file = folder / SAFETENSORS_WEIGHTS_NAME
-    if not file.exists():
-        return None
-    with safe_open(file, framework="pt") as tensors:
-        shapes = [(name, tensors.get_slice(name).get_shape()) for name in tensors.keys()]  # noqa: SIM118 - no dict
-    return count_halves((name, torch.Size(shape).numel()) for name, shape in shapes)
-
-
-def _table(header: tuple[str, ...], rows: Iterable[tuple[object, ...]]) -> list[str]:
-    lines = [header, ("---",) * len(header), *rows]
-    return ["| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |" for line in lines]
-
-
-def _show(value: object) -> str:
-    value = sorted(value) if isinstance(value, set) else value
-    return f"`{json.dumps(value, default=str)}`"
-
-
-def _base_model(config: PeftConfig, repo_id: str | None) -> str | None:
-    """The base model's name on the hub; None where it is a folder, or where the weights lie beside the adapter."""
-    name = config.base_model_name_or_path
-    return None if not name or name == repo_id or Path(name).exists() else name
-
-
-def _usage(config: PeftConfig, folder: Path, repo_id: str | None, subfolder: str | None) -> list[str]:
-    place = repr(repo_id or "path/to/this/folder").replace("'", '"')
-    auto_class = AUTO_CLASSES.get(str(config.task_type or ""), "AutoModel")
-    if (folder / MODEL_CONFIG_NAME).exists():
-        # Merged weights and an embedded side path.
-        return [f"from transformers import {auto_class}", "", f"model = {auto_class}.from_pretrained({place})"]
-    base = json.dumps(config.base_model_name_or_path or "the/base-model")
-    where = place if subfolder is None else f"{place}, subfolder={json.dumps(subfolder)}"
-    return [
-        "from peft import PeftModel",
-        f"from transformers import {auto_class}",
-        "",
-        f"base_model = {auto_class}.from_pretrained({base})",
-        f"model = PeftModel.from_pretrained(base_model, {where})",
-    ]
-
-
-def _training(folder: Path) -> list[str]:
+def _training(folder: Path) -> dict[str, Any]:
     """What Trainer wrote beside the adapter, if it did."""
     file = folder / "trainer_state.json"
     if not file.exists():
-        return []
+        return {}
     state = json.loads(file.read_text(encoding="utf-8"))
-    rows = [("steps", state.get("global_step")), ("epochs", state.get("epoch"))]
+    rows = {"steps": state.get("global_step"), "epochs": state.get("epoch")}
     for name in ("loss", "eval_loss"):
         values = [entry[name] for entry in state.get("log_history", []) if name in entry]
         if values:
-            rows.append((f"last {name}", f"{values[-1]:.6g}"))
-    known = [row for row in rows if row[1] is not None]
-    return ["", "### Training", "", *_table(("", "value"), known)] if known else []
+            rows[f"last {name}"] = f"{values[-1]:.6g}"
+    return {name: value for name, value in rows.items() if value is not None}
 
 
-def _section(
-    config: PeftConfig, folder: Path, counts: Mapping[str, int] | None, repo_id: str | None, subfolder: str | None
-) -> str:
-    base = _base_model(config, repo_id)
-    heading = "## TALAN adapter" if subfolder is None else f"## TALAN adapter `{subfolder}`"
-    axes = [axis for axis in fields(config) if axis.name.startswith("talan_") and axis.name != "talan_version"]
-    low_rank = [(f"`{name}`", _show(getattr(config, name)), "") for name in LOW_RANK_FIELDS]
-    lines = [
-        SECTION_NOTE,
-        heading,
-        "",
-        "A low-rank adapter and a sequence-conditioned latent side path in the residual stream "
-        "([TALAN, arXiv 2606.06902](https://arxiv.org/abs/2606.06902)), trained together"
-        + (f" on [{base}](https://huggingface.co/{base})." if base else "."),
-        "",
-        "```sh",
-        "pip install peft-talan",
-        "```",
-        "",
-        "```python",
-        *_usage(config, folder, repo_id, subfolder),
-        "```",
-        "",
-        "With the package installed, programs that load PEFT adapters load this one; none has to import it.",
-    ]
-    if counts:
-        lines += ["", "### Parameters", "", *_table(("half", "numbers"), [(n, f"{c:,}") for n, c in counts.items()])]
-    described = [(f"`{axis.name}`", _show(getattr(config, axis.name)), axis.metadata.get("help", "")) for axis in axes]
-    lines += ["", "### Axes", "", *_table(("field", "value", "meaning"), [*described, *low_rank])]
-    lines += _training(folder)
-    versions = {
-        "peft_talan": getattr(config, "talan_version", None),
-        "PEFT": config.peft_version,
-        "transformers": transformers.__version__,
-        "torch": torch.__version__,
-    }
-    lines += ["", "### Made with", "", *(f"- {name} {version}" for name, version in versions.items())]
-    return "\n".join(lines)
+def _base_model(config: Mapping[str, Any], repo_id: str | None) -> str | None:
+    """The base model's name on the hub; None if it is a folder, or if the weights lie beside the adapter."""
+    name: str | None = config.get("base_model_name_or_path")
+    return None if not name or name == repo_id or Path(name).exists() else name
+
+
+def _section(config: Mapping[str, Any], folder: Path, repo_id: str | None, subfolder: str | None) -> str:
+    help_of = {axis.name: axis.metadata.get("help", "") for axis in fields(TalanConfig)}
+    axes = [name for name in help_of if name.startswith("talan_") and name != "talan_version"]
+    rows = [(name, config.get(name), help_of[name]) for name in axes]
+    rows += [(name, config.get(name), "") for name in LOW_RANK_FIELDS]
+    card = ModelCard.from_template(
+        ModelCardData(),
+        str(TEMPLATE),
+        heading="## TALAN adapter" if subfolder is None else f"## TALAN adapter `{subfolder}`",
+        base=_base_model(config, repo_id),
+        base_place=json.dumps(config.get("base_model_name_or_path") or "the/base-model"),
+        embedded=(folder / MODEL_CONFIG_NAME).exists(),
+        auto_class=AUTO_CLASSES.get(str(config.get("task_type") or ""), "AutoModel"),
+        place=json.dumps(repo_id or "path/to/this/folder"),
+        subfolder=subfolder and json.dumps(subfolder),
+        install=INSTALL,
+        counts=_count_halves(folder),
+        axes=[(name, json.dumps(value).replace("|", "\\|"), meaning) for name, value, meaning in rows],
+        training=_training(folder),
+        versions={
+            "peft_talan": config.get("talan_version"),
+            "PEFT": config.get("peft_version"),
+            "transformers": transformers.__version__,
+            "torch": torch.__version__,
+        },
+    )
+    return str(card.text.strip("\n"))
 
 
 def _is_from_a_template(text: str) -> bool:
@@ -189,30 +135,41 @@ def _is_from_a_template(text: str) -> bool:
     return written(text) == written(template)
 
 
-def _put_section(text: str, section: str, heading: str) -> str:
+def _put_section(text: str, section: str) -> str:
     """Replace the earlier section of the same heading, unless it was changed by hand, or add it at the end."""
-    digest = hashlib.sha256(section.encode()).hexdigest()[:12]
-    block = f"<!-- peft_talan {digest} -->\n{section}\n<!-- /peft_talan -->"
-    for found in SECTION.finditer(text):
-        if heading in found["text"].splitlines():
-            if hashlib.sha256(found["text"].encode()).hexdigest()[:12] != found["digest"]:
+    heading = section.splitlines()[1]
+    block = f"<!-- peft_talan {_digest(section)} -->\n{section}\n<!-- /peft_talan -->"
+    for earlier in SECTION.finditer(text):
+        if heading in earlier["text"].splitlines():
+            if _digest(earlier["text"]) != earlier["digest"]:
                 return f"{text.rstrip()}\n"
-            return f"{text[: found.start()]}{block}{text[found.end() :].rstrip()}\n"
+            return f"{text[: earlier.start()]}{block}{text[earlier.end() :].rstrip()}\n"
     return f"{text.rstrip()}\n\n{block}\n"
 
 
-def _drop_local_base(data: ModelCardData, config: PeftConfig) -> None:
-    """Take out a base model that is a folder of this machine: no reader has it, and the hub refuses it."""
-    name = config.base_model_name_or_path
+def _digest(section: str) -> str:
+    return hashlib.sha256(section.encode()).hexdigest()[:12]
+
+
+def _set_metadata(data: ModelCardData, config: Mapping[str, Any], base: str | None, relation: str) -> None:
+    name = config.get("base_model_name_or_path")
     if name and Path(name).exists():
+        # A folder of this machine: no reader has it, and the hub refuses it as a base model.
         data.base_model = None if data.base_model == name else data.base_model
         data.tags = [tag for tag in data.tags or [] if tag != f"base_model:adapter:{name}"]
+    tags = ["peft", "talan"]
+    if base is not None:
+        data.base_model = data.base_model or base
+        if data.get("base_model_relation") is None:
+            data["base_model_relation"] = relation
+        tags.append(f"base_model:{relation}:{base}")
+    data.tags = [*(data.tags or []), *(tag for tag in tags if tag not in (data.tags or []))]
+    if config.get("task_type") == "CAUSAL_LM" and not data.pipeline_tag:
+        data.pipeline_tag = "text-generation"
 
 
 def write_card(
     folder: str | PathLike[str],
-    config: PeftConfig | None = None,
-    counts: Mapping[str, int] | None = None,
     repo_id: str | None = None,
     card_folder: str | PathLike[str] | None = None,
     merged_into: str | None = None,
@@ -223,18 +180,25 @@ def write_card(
     end, and renewed by the next save as long as nobody has edited it.
 
     Args:
-        folder: The folder of the adapter.
-        config: Its configuration; None: it is read from the folder. Default None.
-        counts: The numbers of both halves; None: they are read from the folder's safetensors file. Default None.
+        folder: The folder of the adapter, as PEFT or transformers saved it.
         repo_id: The repository on the hub that the folder goes to, if it is known. Default None.
-        card_folder: The folder of the card, where the adapter lies in a subfolder of it. Default: `folder`.
+        card_folder: The folder of the card, if the adapter lies in a subfolder of it. Default: `folder`.
         merged_into: The model whose merged weights lie beside the side path, if it is known. Default None.
+
+    Raises:
+        ValueError: The folder has no TALAN adapter.
+
+    Example:
+        >>> model.save_pretrained("adapter")  # writes the card, too
+        >>> trainer.create_model_card()  # TRL's puts another text in its place
+        >>> write_card("adapter")  # adds the section again
     """
     folder = Path(folder)
+    config = _adapter_config(folder)
+    if config is None:
+        raise ValueError(f"folder={str(folder)!r}: expected a saved TALAN adapter, but {CONFIG_NAME} names none")
     place = folder if card_folder is None else Path(card_folder)
     subfolder = None if card_folder is None else folder.relative_to(place).as_posix()
-    config = PeftConfig.from_pretrained(str(folder)) if config is None else config
-    counts = _count_saved(folder) if counts is None else counts
     file = place / CARD_NAME
     try:
         card = ModelCard.load(file) if file.exists() else ModelCard.from_template(ModelCardData())
@@ -247,65 +211,73 @@ def write_card(
         card.data.library_name = "transformers" if embedded else "peft"
         framework = re.search(r"### Framework versions\n\n- PEFT .*", card.text)
         card.text = "\n# Model card\n"
-    section = _section(config, folder, counts, repo_id, subfolder)
-    card.text = _put_section(card.text, section, section.splitlines()[1])
+    card.text = _put_section(card.text, _section(config, folder, repo_id, subfolder))
     if framework is not None:
         card.text += f"\n{framework[0]}\n"
-    base, relation = _base_model(config, repo_id), "adapter"
-    if embedded:
-        base, relation = merged_into, "finetune"
-    tags = ["peft", "talan"]
-    _drop_local_base(card.data, config)
-    if base is not None:
-        card.data.base_model = card.data.base_model or base
-        if card.data.get("base_model_relation") is None:
-            card.data["base_model_relation"] = relation
-        tags.append(f"base_model:{relation}:{base}")
-    card.data.tags = [*(card.data.tags or []), *(tag for tag in tags if tag not in (card.data.tags or []))]
-    if str(config.task_type or "") == "CAUSAL_LM" and not card.data.pipeline_tag:
-        card.data.pipeline_tag = "text-generation"
+    base, relation = (merged_into, "finetune") if embedded else (_base_model(config, repo_id), "adapter")
+    _set_metadata(card.data, config, base, relation)
     card.save(file)
 
 
-def _upload_with_card(model: Any, working_dir: str, repo_id: str, *args: Any, **kwargs: Any) -> Any:
-    if (Path(working_dir) / CONFIG_NAME).exists():
-        name = getattr(model, "name_or_path", None)
-        merged_into = None if not name or name == repo_id or Path(name).exists() else name
-        write_card(working_dir, repo_id=repo_id, merged_into=merged_into)
-    for file in sorted(Path(working_dir).glob(f"*/{CONFIG_NAME}")):
-        write_card(file.parent, repo_id=repo_id, card_folder=working_dir)
-    return type(model)._upload_modified_files(model, working_dir, repo_id, *args, **kwargs)
-
-
-def _update_with_section(model: Any, output_dir: str) -> None:
-    file = Path(output_dir) / CARD_NAME
-    tags = ModelCard.load(file).data.tags or [] if file.exists() else []
-    type(model).create_or_update_model_card(model, output_dir)
-    card = ModelCard.load(file)
-    card.data.tags = [*tags, *(tag for tag in card.data.tags or [] if tag not in tags)]
-    card.save(file)
-    if (Path(output_dir) / CONFIG_NAME).exists():
-        write_card(output_dir)
-
-
-def announce_save(model: nn.Module, config: Any, adapter_name: str, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Prepare the model card while an adapter's tensors are collected to be saved.
-
-    `push_to_hub` puts the repository's card, or a template, over what `save_pretrained` wrote, and Trainer's
-    `create_model_card` rewrites the card that it finds. Both then call a method of the model, which is put in their
-    way on this one model: PEFT's class stays what it is.
+def write_cards(model: Any, folder: str | PathLike[str], repo_id: str | None = None) -> None:
+    """Write the card of a folder that a model was saved to, if the model has TALAN adapters.
 
     Args:
-        model: PEFT's wrapper, or transformers' model with an adapter in it.
-        config: The adapter's `TalanConfig`; it writes the card when it is saved itself.
-        adapter_name: The adapter's name.
-        tensors: The adapter's tensors.
+        model: The model; only the folder is read, its adapters' names tell which subfolders belong to it.
+        folder: The folder.
+        repo_id: The repository on the hub that the folder goes to, if it is known. Default None.
     """
-    wrapped = hasattr(type(model), "create_or_update_model_card")
-    counts = count_halves((name, tensor.numel()) for name, tensor in tensors.items())
-    config.saved_halves = SavedHalves(counts, in_subfolder=wrapped and adapter_name != "default")
-    # Partials, since bound methods do not survive pickling.
-    if isinstance(model, PushToHubMixin):
-        vars(model)["_upload_modified_files"] = partial(_upload_with_card, model)
-    if wrapped:
-        vars(model)["create_or_update_model_card"] = partial(_update_with_section, model)
+    names = [name for name, config in getattr(model, "peft_config", {}).items() if isinstance(config, TalanConfig)]
+    folder = Path(folder)
+    config = _adapter_config(folder)
+    if config is not None and (names or config.get("talan_kept")):
+        base = getattr(model, "name_or_path", None)
+        merged_into = None if not base or base == repo_id or Path(base).exists() else base
+        write_card(folder, repo_id, merged_into=merged_into)
+    for name in names:
+        if _adapter_config(folder / name) is not None:
+            write_card(folder / name, repo_id, card_folder=folder)
+
+
+def write_cards_on_save() -> None:
+    """Extend the methods of PEFT and transformers that write or upload a model card, so that they call `write_cards`.
+
+    Neither library has a hook for a tuner's card. `push_to_hub` writes the repository's card, or a template, over the
+    one that `save_pretrained` left, and Trainer's `create_model_card` writes its own: so all three are extended. They
+    keep no state, and do nothing more than before for a model without a TALAN adapter.
+    """
+    save, update, upload = (
+        PeftModel.save_pretrained,
+        PeftModel.create_or_update_model_card,
+        PushToHubMixin._upload_modified_files,
+    )
+
+    @wraps(save)
+    def save_pretrained(self: Any, save_directory: str, *args: Any, **kwargs: Any) -> None:
+        save(self, save_directory, *args, **kwargs)
+        if signature(save).bind(self, save_directory, *args, **kwargs).arguments.get("is_main_process", True):
+            write_cards(self, save_directory)
+
+    @wraps(update)
+    def create_or_update_model_card(self: Any, output_dir: str) -> None:
+        file = Path(output_dir) / CARD_NAME
+        # PEFT sets the tags anew, which would lose those of the section and the user's.
+        tags = ModelCard.load(file).data.tags or [] if file.exists() else []
+        update(self, output_dir)
+        if any(isinstance(config, TalanConfig) for config in self.peft_config.values()):
+            card = ModelCard.load(file)
+            card.data.tags = [*tags, *(tag for tag in card.data.tags or [] if tag not in tags)]
+            card.save(file)
+            write_cards(self, output_dir)
+
+    @wraps(upload)
+    def upload_modified_files(self: Any, working_dir: str, repo_id: str, *args: Any, **kwargs: Any) -> Any:
+        write_cards(self, working_dir, repo_id)
+        return upload(self, working_dir, repo_id, *args, **kwargs)
+
+    for owner, method in (
+        (PeftModel, save_pretrained),
+        (PeftModel, create_or_update_model_card),
+        (PushToHubMixin, upload_modified_files),
+    ):
+        setattr(owner, method.__name__, method)

@@ -1,27 +1,23 @@
-"""Checks the tensors of a checkpoint before they enter a model."""
+"""Checks the checkpoint of an adapter: its file before the model is touched, its values as they are loaded."""
 
 from __future__ import annotations
 
-import json
 import math
 import pickle
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
 
 import torch
-from peft.utils import load_peft_weights
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError
+from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, load_peft_weights
 from peft.utils.other import AuxiliaryTrainingWrapper
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from torch import nn
 
-NOT_OF_A_CHECKPOINT: tuple[str, ...] = (
-    "inference_mode",
-    "base_model_name_or_path",
-    "revision",
-    "modules_to_save",
-)
-"""Fields of a configuration that PEFT sets or extends when it loads an adapter."""
+from ..config import CheckpointLocation, TalanConfig
+from ..functional.initialization import empty_parameters
+from .names import CHILD_NAME, is_side_path_key
 
 
 def _name_some(names: Collection[str]) -> str:
@@ -96,20 +92,76 @@ def check_fit(adapter_name: str, tensors: Mapping[str, torch.Tensor], places: Ma
             )
 
 
+def _safetensors_file(location: CheckpointLocation) -> Path | None:
+    """The file that PEFT will read; None if the checkpoint is a pickle."""
+    folder = Path(location.model_id, location.options.get("subfolder") or "")
+    for name in (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME):
+        if (folder / name).exists():
+            return folder / name if name == SAFETENSORS_WEIGHTS_NAME else None
+    try:
+        return Path(hf_hub_download(location.model_id, SAFETENSORS_WEIGHTS_NAME, **location.options))
+    except EntryNotFoundError:
+        return None
+
+
+def read_header(location: CheckpointLocation) -> dict[str, torch.Tensor]:
+    """Read the names, shapes and dtypes of the tensors that PEFT will load, without their values.
+
+    Args:
+        location: Where the checkpoint is.
+
+    Returns:
+        Tensors on the meta device by name.
+
+    Raises:
+        ValueError: The file can't be read, or holds something else.
+    """
+    try:
+        file = _safetensors_file(location)
+        if file is None:
+            # A pickle has no header. PEFT reads it with weights only: no code in it runs.
+            tensors: object = load_peft_weights(location.model_id, device="cpu", **location.options)
+        else:
+            with safe_open(file, framework="pt") as saved:
+                # Values are mapped from the file and read when they are used, which they are not here.
+                tensors = {name: saved.get_tensor(name).to("meta") for name in saved.keys()}  # noqa: SIM118
+    except (SafetensorError, pickle.UnpicklingError, EOFError, RuntimeError) as error:
+        raise ValueError(
+            f"the checkpoint in {location.model_id!r} can't be read ({type(error).__name__}: {error}); it is "
+            "incomplete or damaged: fetch or save it again"
+        ) from error
+    if not isinstance(tensors, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in tensors.values()):
+        raise ValueError(
+            f"the checkpoint in {location.model_id!r} is not a dictionary of tensors; save it again with PEFT"
+        )
+    return {name: tensor.to("meta") for name, tensor in tensors.items()}
+
+
 def check_side_path(
-    adapter_name: str, tensors: Mapping[str, torch.Tensor], places: Mapping[str, torch.Tensor]
+    adapter_name: str,
+    config: TalanConfig,
+    blocks: Collection[int],
+    hidden_size: int,
+    header: Mapping[str, torch.Tensor],
 ) -> None:
     """Refuse a checkpoint whose side path is not exactly what its configuration says.
 
     Args:
         adapter_name: The adapter's name.
-        tensors: The side path's tensors in the checkpoint, by the end of their name, such as
-            `3.talan.lora_talan_read.values`.
-        places: What the configuration gives, likewise.
+        config: Its configuration.
+        blocks: The indices of the blocks with a side path.
+        hidden_size: H, the width of the residual stream.
+        header: The checkpoint's tensors; their values are not read.
 
     Raises:
         ValueError: A tensor is missing, has no place, or does not fit.
     """
+    shapes = empty_parameters(config.side_path_options, hidden_size, config.talan_slots, config.talan_dim)
+    places = {
+        f"{index}.{CHILD_NAME}.lora_talan_{name}.values": tensor for index in blocks for name, tensor in shapes.items()
+    }
+    # PEFT may still map the names of the modules around the blocks (`key_mapping`), but not a block's index.
+    tensors = {".".join(name.split(".")[-4:]): tensor for name, tensor in header.items() if is_side_path_key(name)}
     lists = {"no place for": tensors.keys() - places.keys(), "in addition": places.keys() - tensors.keys()}
     for how, names in lists.items():
         if names:
@@ -119,6 +171,33 @@ def check_side_path(
                 "saved with"
             )
     check_fit(adapter_name, tensors, places)
+
+
+def check_places(model: nn.Module, adapter_name: str, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Refuse tensors that do not fit their places, and side-path tensors that have none.
+
+    Args:
+        model: The model with the adapter.
+        adapter_name: The adapter's name.
+        tensors: The checkpoint, by the names that the adapter's tensors have in the model.
+
+    Raises:
+        ValueError: A tensor does not fit, or has no place.
+    """
+    known = model.state_dict()
+    prefix = "base_model.model."
+    placed = {}
+    for key, tensor in tensors.items():
+        name = next((name for name in (key, key.removeprefix(prefix), prefix + key) if name in known), None)
+        if name is not None:
+            placed[name] = tensor
+        elif is_side_path_key(key):
+            # PEFT ignores a tensor without a place, which would load half an adapter silently.
+            raise ValueError(
+                f"the checkpoint of adapter {adapter_name!r} has a side-path tensor that its configuration has no "
+                f"place for: {key}; load it with the adapter_config.json that it was saved with"
+            )
+    check_fit(adapter_name, placed, known)
 
 
 def check_whole_modules(adapter_name: str, tensors: Collection[str], model: nn.Module) -> None:
@@ -141,47 +220,3 @@ def check_whole_modules(adapter_name: str, tensors: Collection[str], model: nn.M
                     f"the checkpoint of adapter {adapter_name!r} lacks {_name_some(missing)}, which modules_to_save "
                     "or trainable_token_indices ask for; load it with the adapter_config.json that it was saved with"
                 )
-
-
-@dataclass(frozen=True)
-class CheckpointSource:
-    """Where a configuration was loaded from, and with it the tensors that PEFT will load next.
-
-    Args:
-        model_id: A folder, or a repository on the hub.
-        options: What `hf_hub_download` takes: revision, subfolder, token ...
-        fields: The configuration's fields as they were loaded.
-    """
-
-    model_id: str
-    options: Mapping[str, Any]
-    fields: str
-
-    @staticmethod
-    def describe(fields: Mapping[str, Any]) -> str:
-        """Describe the fields of a configuration that PEFT leaves alone when it loads the adapter."""
-        kept = {name: value for name, value in fields.items() if name not in NOT_OF_A_CHECKPOINT}
-        return json.dumps(kept, sort_keys=True, default=str)
-
-    def read(self) -> dict[str, torch.Tensor]:
-        """Read the tensors as PEFT will, weights only.
-
-        Returns:
-            The tensors by name.
-
-        Raises:
-            ValueError: The file can't be read, or holds something else.
-        """
-        options = {name: value for name, value in self.options.items() if value is not None}
-        try:
-            tensors: object = load_peft_weights(self.model_id, device="cpu", **options)
-        except (SafetensorError, pickle.UnpicklingError, EOFError, RuntimeError) as error:
-            raise ValueError(
-                f"the checkpoint in {self.model_id!r} can't be read ({type(error).__name__}: {error}); it is "
-                "incomplete or damaged: fetch or save it again"
-            ) from error
-        if not isinstance(tensors, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in tensors.values()):
-            raise ValueError(
-                f"the checkpoint in {self.model_id!r} is no dictionary of tensors; save it again with PEFT"
-            )
-        return tensors

@@ -35,28 +35,48 @@ class _Remembered:
                 container.update(content)
 
 
-@contextmanager
-def attributes_unchanged_on_error(*owners: object) -> Iterator[None]:
-    """Leave some objects' attributes as they were where the body fails.
+class Snapshot:
+    """The state of a model before a call, which can be restored: modules, hooks, attributes and what trains.
 
     Args:
-        *owners: The objects; of modules, what lies inside of them is not looked at.
+        model: The model.
+        *others: More objects whose attributes come back, such as the configuration.
+    """
+
+    def __init__(self, model: nn.Module, *others: object) -> None:
+        self._owners = [_Remembered(one) for one in (*model.modules(), *others)]
+        self._parameters = [(parameter, parameter.data, parameter.requires_grad) for parameter in model.parameters()]
+
+    def restore(self) -> None:
+        """Bring the state back."""
+        for owner in self._owners:
+            owner.restore()
+        for parameter, data, requires_grad in self._parameters:
+            parameter.data = data
+            parameter.requires_grad_(requires_grad)
+
+
+@contextmanager
+def attributes_unchanged_on_error(owner: object) -> Iterator[None]:
+    """Restore an object's attributes if the body fails.
+
+    Args:
+        owner: The object; of a module, what lies inside of it is left alone.
 
     Yields:
         Nothing; an error is raised again once the attributes are restored.
     """
-    remembered = [_Remembered(one) for one in owners]
+    remembered = _Remembered(owner)
     try:
         yield
     except BaseException:
-        for one in remembered:
-            one.restore()
+        remembered.restore()
         raise
 
 
 @contextmanager
 def unchanged_on_error(model: nn.Module, *others: object) -> Iterator[None]:
-    """Leave a model as it was where the body fails: modules, hooks, attributes, parameters and what trains.
+    """Restore a model if the body fails: modules, hooks, attributes, parameters and what trains.
 
     Args:
         model: The model.
@@ -64,13 +84,14 @@ def unchanged_on_error(model: nn.Module, *others: object) -> Iterator[None]:
 
     Yields:
         Nothing; an error is raised again once the model is restored.
+
+    Example:
+        >>> with unchanged_on_error(base_model):
+        ...     base_model.load_adapter("adapter")
     """
-    parameters = [(parameter, parameter.data, parameter.requires_grad) for parameter in model.parameters()]
+    before = Snapshot(model, *others)
     try:
-        with attributes_unchanged_on_error(*model.modules(), *others):
-            yield
+        yield
     except BaseException:
-        for parameter, data, requires_grad in parameters:
-            parameter.data = data
-            parameter.requires_grad_(requires_grad)
+        before.restore()
         raise

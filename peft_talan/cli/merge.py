@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+import sys
 import warnings
 from pathlib import Path
 from typing import Annotated
@@ -40,6 +42,20 @@ def check_output(output: Path, overwrite: bool) -> None:
         raise Misuse(f"{output}: is no folder")
     if not overwrite and output.is_dir() and any(output.iterdir()):
         raise Misuse(f"{output}: the folder is not empty; give another one, or --overwrite")
+
+
+def serve_command(folder: Path, side_path: str) -> str:
+    """The line that serves a merged model.
+
+    Args:
+        folder: The model's folder.
+        side_path: `keep` or `drop`.
+
+    Returns:
+        The command.
+    """
+    command = f"vllm serve {shlex.quote(str(folder))}"
+    return command if side_path == "drop" else f"{command}  (with peft-talan installed beside vLLM)"
 
 
 def merge(
@@ -83,3 +99,4 @@ def merge(
         print_json({"output": str(output), "side_path": side_path, "base_model": base_model_of(adapter, model)})
     else:
         print(output)
+        print(f"Serve it with vLLM: {serve_command(output, side_path)}", file=sys.stderr)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from typing import NamedTuple
 
 import torch
 from torch.nn import functional as F
@@ -33,7 +34,7 @@ def full_precision(device_type: str) -> AbstractContextManager[None]:
     """No autocast inside: the memory is a long sum, and its products would be rounded to half precision.
 
     Args:
-        device_type: Of the tensors inside.
+        device_type: That of the tensors inside.
 
     Returns:
         The context.
@@ -89,57 +90,65 @@ def read_mean(
     return torch.bmm(scores.softmax(-1), mean)
 
 
-def _read_shared(
-    memory: torch.Tensor, queries: torch.Tensor, mixer: str, parameters: tuple[torch.Tensor, ...]
-) -> torch.Tensor:
-    """`read_mean` of N and D, [batch, slots, width + 1]."""
-    width = queries.shape[-1]
-    mean = memory[..., :width] / memory[..., width:].clamp_min(SMALLEST_DENOMINATOR)
-    return read_mean(mean.to(queries.dtype), queries, mixer, parameters)
+class Remix(NamedTuple):
+    """The arguments of a remix, which every rule takes; see `reference.remix`.
+
+    Args:
+        values: z, [batch, tokens, width].
+        queries: q, [batch, tokens, width].
+        weights: e, [batch, tokens, slots].
+        mixer: One of `reference.MIXER_RULES`.
+        parameters: The mixer's tensors.
+        segment_ids: [batch, tokens] or None.
+        state: The memory of earlier tokens, [batch, slots, width + 1]; None: empty.
+    """
+
+    values: torch.Tensor
+    queries: torch.Tensor
+    weights: torch.Tensor
+    mixer: str
+    parameters: tuple[torch.Tensor, ...]
+    segment_ids: torch.Tensor | None
+    state: torch.Tensor | None
+
+    @property
+    def state_or_zeros(self) -> torch.Tensor:
+        """The memory of earlier tokens, or an empty one."""
+        if self.state is not None:
+            return self.state
+        slots, width = self.weights.shape[2], self.values.shape[2]
+        return self.values.new_zeros(self.values.shape[0], slots, width + 1)
+
+    def read(self, memory: torch.Tensor) -> torch.Tensor:
+        """Read N and D, [batch, slots, width + 1], by all tokens: r, [batch, tokens, width]."""
+        width = self.queries.shape[-1]
+        mean = memory[..., :width] / memory[..., width:].clamp_min(SMALLEST_DENOMINATOR)
+        return read_mean(mean.to(self.queries.dtype), self.queries, self.mixer, self.parameters)
 
 
-def _remix_one_token(
-    values: torch.Tensor,
-    queries: torch.Tensor,
-    weights: torch.Tensor,
-    mixer: str,
-    parameters: tuple[torch.Tensor, ...],
-    segment_ids: torch.Tensor | None,
-    state: torch.Tensor | None,
-    return_state: bool,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
+def _remix_one_token(call: Remix) -> tuple[torch.Tensor, torch.Tensor]:
     """A rank-one update of the memory and a read."""
-    padded = F.pad(values, (0, 1), value=1.0)
+    padded, state = F.pad(call.values, (0, 1), value=1.0), call.state
     if state is None:
-        memory = weights.mT * padded
+        memory = call.weights.mT * padded
     else:
-        if segment_ids is not None:
-            state = state * (segment_ids == 0).unsqueeze(-1)
-        memory = torch.addcmul(state, weights.mT, padded)
-    return _read_shared(memory, queries, mixer, parameters), memory
+        if call.segment_ids is not None:
+            state = state * (call.segment_ids == 0).unsqueeze(-1)
+        memory = torch.addcmul(state, call.weights.mT, padded)
+    return call.read(memory), memory
 
 
-def _remix_bidirectional(
-    values: torch.Tensor,
-    queries: torch.Tensor,
-    weights: torch.Tensor,
-    mixer: str,
-    parameters: tuple[torch.Tensor, ...],
-    segment_ids: torch.Tensor | None,
-    state: torch.Tensor | None,
-    return_state: bool,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
+def _remix_bidirectional(call: Remix) -> tuple[torch.Tensor, torch.Tensor]:
     """One memory a segment: packed segments are taken one after the other, since their number is small."""
+    values, queries, weights, _, _, segment_ids, state = call
     if segment_ids is not None and torch.compiler.is_compiling():
-        # How many segments there are is not known there.
-        return reference.remix(
-            values, queries, weights, mixer, parameters, segment_ids, state, "bidirectional", return_state
-        )
+        # The number of segments is not known there.
+        return reference.remix(*call, scope="bidirectional")
     padded = F.pad(values, (0, 1), value=1.0)
     if segment_ids is None:
         memory = weights.mT @ padded
         memory = memory if state is None else memory + state
-        return _read_shared(memory, queries, mixer, parameters), memory
+        return call.read(memory), memory
     readouts = torch.zeros_like(queries)
     final_state = weights.new_zeros(weights.shape[0], weights.shape[2], padded.shape[2])
     for segment in range(int(segment_ids.max()) + 1):
@@ -147,7 +156,7 @@ def _remix_bidirectional(
         memory = (weights * inside).mT @ padded
         if segment == 0 and state is not None:
             memory = memory + state
-        readouts = torch.where(inside, _read_shared(memory, queries, mixer, parameters), readouts)
+        readouts = torch.where(inside, call.read(memory), readouts)
         final_state = torch.where(inside[:, -1:], memory, final_state)
     return readouts, final_state
 
@@ -164,41 +173,22 @@ def memory_after(
     return memory if state is None else memory + state
 
 
-def _remix_chunkwise(
-    values: torch.Tensor,
-    queries: torch.Tensor,
-    weights: torch.Tensor,
-    mixer: str,
-    parameters: tuple[torch.Tensor, ...],
-    segment_ids: torch.Tensor | None,
-    state: torch.Tensor | None,
-    return_state: bool,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
+def _remix_chunkwise(call: Remix) -> tuple[torch.Tensor, torch.Tensor]:
     """`attention` and `linear`, which are linear in N: all in matrix products."""
-    parameter = parameters[0].to(values.dtype)
-    if state is None:
-        state = values.new_zeros(values.shape[0], weights.shape[2], values.shape[2] + 1)
-    readouts, final_state = ChunkwiseRemix.apply(values, queries, weights, state, segment_ids, mixer, parameter)
+    parameter = call.parameters[0].to(call.values.dtype)
+    readouts, final_state = ChunkwiseRemix.apply(
+        call.values, call.queries, call.weights, call.state_or_zeros, call.segment_ids, call.mixer, parameter
+    )
     return readouts, final_state
 
 
-def _remix_recomputed(
-    values: torch.Tensor,
-    queries: torch.Tensor,
-    weights: torch.Tensor,
-    mixer: str,
-    parameters: tuple[torch.Tensor, ...],
-    segment_ids: torch.Tensor | None,
-    state: torch.Tensor | None,
-    return_state: bool,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
+def _remix_recomputed(call: Remix) -> tuple[torch.Tensor, torch.Tensor]:
     """`mlp`, which is not linear in the memory: chunk by chunk, computed again in backward."""
-    if state is None:
-        state = values.new_zeros(values.shape[0], weights.shape[2], values.shape[2] + 1)
-    return recomputed_remix(values, queries, weights, mixer, parameters, segment_ids, state)
+    values, queries, weights, mixer, parameters, segment_ids, _ = call
+    return recomputed_remix(values, queries, weights, mixer, parameters, segment_ids, call.state_or_zeros)
 
 
-MIXER_RULES: dict[str, Callable[..., tuple[torch.Tensor, torch.Tensor | None]]] = {
+MIXER_RULES: dict[str, Callable[[Remix], tuple[torch.Tensor, torch.Tensor]]] = {
     "attention": _remix_chunkwise,
     "linear": _remix_chunkwise,
     "mlp": _remix_recomputed,
@@ -214,20 +204,19 @@ def remix(
     segment_ids: torch.Tensor | None = None,
     state: torch.Tensor | None = None,
     scope: str = "causal",
-    return_state: bool = True,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Compress the sequence into the latent memory and read it at every token; see `reference.remix`."""
+    call = Remix(values, queries, weights, mixer, parameters, segment_ids, state)
     if scope == "bidirectional":
-        rule = _remix_bidirectional
-    elif values.shape[1] == 1:
-        rule = _remix_one_token
-    else:
-        rule = MIXER_RULES[mixer]
-        if state is not None and state.dtype is not values.dtype:
-            rough = state.to(values.dtype)
-            readouts, _ = rule(values, queries, weights, mixer, parameters, segment_ids, rough, return_state)
-            return readouts, memory_after(values, weights, segment_ids, state)
-    return rule(values, queries, weights, mixer, parameters, segment_ids, state, return_state)
+        return _remix_bidirectional(call)
+    if values.shape[1] == 1:
+        return _remix_one_token(call)
+    rule = MIXER_RULES[mixer]
+    if state is None or state.dtype is values.dtype:
+        return rule(call)
+    # A state may be more precise than the tokens: it is rounded for the read, and added to as it is.
+    readouts, _ = rule(call._replace(state=state.to(values.dtype)))
+    return readouts, memory_after(values, weights, segment_ids, state)
 
 
 def change_gated(
@@ -278,7 +267,6 @@ def side_path(
     segment_ids: torch.Tensor | None = None,
     state: torch.Tensor | None = None,
     training: bool = False,
-    return_state: bool = True,
 ) -> SidePathOutput:
     """Run a whole side path: read, compress, mix, write back; see `reference.side_path`."""
     with full_precision(hidden_states.device.type):
@@ -295,7 +283,6 @@ def side_path(
             segment_ids,
             state,
             options.scope,
-            return_state,
         )
         if training and options.dropout:
             readout = F.dropout(readout, options.dropout)
@@ -309,4 +296,4 @@ def side_path(
             cap=options.cap,
             grad_scale=options.grad_scale,
         ).to(hidden_states.dtype)
-    return SidePathOutput(written, final_state if return_state else None, weights, values)
+    return SidePathOutput(written, final_state, weights, values)

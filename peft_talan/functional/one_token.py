@@ -1,6 +1,6 @@
 """One decoded token of every row: the side path with its memory updated in place.
 
-This is `fused.side_path` for hidden states [batch, 1, hidden_size], in as few operations as there are: their number is
+This is `fused.side_path` for hidden states [batch, 1, hidden_size], in as few operations as possible: their number is
 what bounds decoding on an accelerator. A view is an operation, too, so those that every token needs are made once.
 """
 
@@ -22,7 +22,7 @@ from .parameters import (
 
 
 class TokenPlace(NamedTuple):
-    """Where a token puts what it reads, all of it views.
+    """Where a token writes what it reads; all of them are views.
 
     Args:
         projected: z, q and a in one, [1, batch, 2 * width + slots].
@@ -41,41 +41,48 @@ class TokenPlace(NamedTuple):
     weights_column: torch.Tensor
 
 
-class TokenMemory:
-    """A memory that takes in one token a call, and keeps what the last tokens put into it.
+class TokenBuffers:
+    """Views of a memory, and space for what the next tokens put into it; made once for many tokens.
+
+    `one_token` writes to the next free place and to the memory itself. Whoever owns the memory drains the buffers
+    before they are full; if it never does, the last place is used again, which is right where nothing is recorded.
 
     Args:
         state: N and D, [batch, slots, width + 1], at least float32; it is updated in place.
         dtype: In which the memory is read.
-        room: How many tokens it keeps; whoever fills it takes them out.
+        capacity: The number of tokens that there is space for. Default 1.
     """
 
-    def __init__(self, state: torch.Tensor, dtype: torch.dtype, room: int = 1) -> None:
+    def __init__(self, state: torch.Tensor, dtype: torch.dtype, capacity: int = 1) -> None:
         batch, slots, width = state.shape[0], state.shape[1], state.shape[2] - 1
-        self.dtype, self.room, self.kept = dtype, room, 0
+        self.dtype, self.capacity, self.pending = dtype, capacity, 0
         self.mean = state.new_empty((batch, slots, width), dtype=dtype)
         self.mean_transposed = self.mean.mT
-        projected = state.new_empty((room, 1, batch, 2 * width + slots), dtype=dtype)
+        projected = state.new_empty((capacity, 1, batch, 2 * width + slots), dtype=dtype)
         values, queries, logits = projected.transpose(1, 2).split((width, width, slots), dim=-1)
-        weights = state.new_empty((room, batch, 1, slots), dtype=dtype)
+        weights = state.new_empty((capacity, batch, 1, slots), dtype=dtype)
         self._weights, self._values = weights, values
         parts = (part.unbind(0) for part in (projected, values, queries, logits, weights, weights.mT))
         self._places = [TokenPlace(*views) for views in zip(*parts, strict=True)]
         self._read = self._write = self.norm_floor = state.new_empty(0)
-        self.go_on_from(state)
+        self.rebind(state)
 
-    def go_on_from(self, state: torch.Tensor) -> None:
+    def rebind(self, state: torch.Tensor) -> None:
         """Update another state from now on.
 
         Args:
-            state: As above, of as many rows.
+            state: As above, with the same number of rows.
         """
         self.state, self.total, self.denominator = state, state[..., :-1], state[..., -1:]
 
-    @property
-    def place(self) -> TokenPlace:
-        """The place of the next token."""
-        return self._places[self.kept]
+    def next_place(self) -> TokenPlace:
+        """Take the place of the next token, which is pending from now on.
+
+        Returns:
+            The place.
+        """
+        self.pending = min(self.pending + 1, self.capacity)
+        return self._places[self.pending - 1]
 
     def matrices(self, parameters: SidePathParameters) -> tuple[torch.Tensor, torch.Tensor]:
         """The two projections as products take them, [1, inputs, outputs].
@@ -93,14 +100,14 @@ class TokenMemory:
             self.norm_floor = self.mean.new_tensor(math.sqrt(NORM_EPSILON * read.shape[1]))
         return self._read, self._write
 
-    def take_out(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Give what the kept tokens put in, and make room.
+    def drain(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Copy out what the pending tokens put in, and free their places.
 
         Returns:
             e, [batch, tokens, slots], and z, [batch, tokens, width].
         """
-        kept, self.kept = self.kept, 0
-        weights, values = (part[:kept, :, 0].transpose(0, 1).clone() for part in (self._weights, self._values))
+        pending, self.pending = self.pending, 0
+        weights, values = (part[:pending, :, 0].transpose(0, 1).clone() for part in (self._weights, self._values))
         return weights, values
 
 
@@ -115,7 +122,7 @@ def one_token(
     hidden_states: torch.Tensor,
     parameters: SidePathParameters,
     options: SidePathOptions,
-    memory: TokenMemory,
+    buffers: TokenBuffers,
     *,
     alpha: float = 1.0,
     valid: torch.Tensor | None = None,
@@ -126,37 +133,37 @@ def one_token(
         hidden_states: h, [batch, 1, hidden_size].
         parameters: The side path's tensors.
         options: The side path's axes; the scope must be causal.
-        memory: The memory, which takes the tokens in.
+        buffers: Of the memory, which the tokens are added to.
         alpha: The strength of the perturbation. Default 1.
         valid: [batch, 1], bool; False marks padding. None: no token is padding.
 
     Returns:
-        h', [batch, 1, hidden_size]; what the tokens put in is at `memory.place`.
+        h', [batch, 1, hidden_size].
     """
-    dtype, place = memory.dtype, memory.place
-    read, write = memory.matrices(parameters)
+    dtype, place = buffers.dtype, buffers.next_place()
+    read, write = buffers.matrices(parameters)
     with full_precision(hidden_states.device.type):
         stream = hidden_states if hidden_states.dtype is dtype else hidden_states.to(dtype)
         rows = _swap(stream)
         # h / sqrt(|h|^2 + H eps) is RMSNorm(h) / sqrt(H).
-        length = torch.hypot(torch.linalg.vector_norm(rows, dim=-1, keepdim=True), memory.norm_floor)
+        length = torch.hypot(torch.linalg.vector_norm(rows, dim=-1, keepdim=True), buffers.norm_floor)
         place.projected.baddbmm_(rows / length, read, beta=0, alpha=math.sqrt(rows.shape[-1]))
         # exp(c tanh(a / c)) as a power of exp(c).
         torch.pow(math.exp(SOFT_CAP), place.logits.div_(SOFT_CAP).tanh_(), out=place.weights)
         if valid is not None:
             place.weights.mul_(valid.unsqueeze(-1))
-        memory.total.addcmul_(place.weights_column, place.values)
-        denominator = memory.denominator.add_(place.weights_column)
+        buffers.total.addcmul_(place.weights_column, place.values)
+        denominator = buffers.denominator.add_(place.weights_column)
         if valid is not None:
             # Else the token's own weight is in there.
             denominator = denominator.clamp_min(SMALLEST_DENOMINATOR)
-        mean = torch.div(memory.total, denominator, out=memory.mean)
+        mean = torch.div(buffers.total, denominator, out=buffers.mean)
 
         if options.mixer == "attention":
             # `read_mean`, without its views.
             bias, scale = parameters.mixer[0], 1 / math.sqrt(mean.shape[-1])
             bias = bias if bias.dtype is dtype else bias.to(dtype)
-            scores = torch.baddbmm(bias, place.queries, memory.mean_transposed, alpha=scale)
+            scores = torch.baddbmm(bias, place.queries, buffers.mean_transposed, alpha=scale)
             readout = torch.bmm(scores.softmax(-1), mean)
         else:
             readout = read_mean(mean, place.queries, options.mixer, parameters.mixer)

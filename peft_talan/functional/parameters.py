@@ -81,13 +81,24 @@ class SidePathOutput(NamedTuple):
 
     Args:
         hidden_states: h', [batch, tokens, hidden_size].
-        state: The memory after the last token, [batch, slots, width + 1] (N and, as the last channel, D); None where
-            it was not asked for.
+        state: The memory after the last token, [batch, slots, width + 1] (N and, as the last channel, D).
         weights: e, [batch, tokens, slots]: with the values, what each token added to the memory.
         values: z, [batch, tokens, width].
     """
 
     hidden_states: torch.Tensor
-    state: torch.Tensor | None
+    state: torch.Tensor
     weights: torch.Tensor
     values: torch.Tensor
+
+
+class RaggedOutput(NamedTuple):
+    """What one pass of many requests' tokens through a side path gives.
+
+    Args:
+        hidden_states: h', [tokens, hidden_size]; rows of padding hold finite numbers, and nothing that means anything.
+        states: The memories that were asked for, [leaves or requests, slots, width + 1], in the dtype of those before.
+    """
+
+    hidden_states: torch.Tensor
+    states: torch.Tensor

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import cast
-
 import torch
 from torch.utils.checkpoint import checkpoint
 
@@ -11,7 +9,7 @@ from . import reference
 from .chunked import relative_segments
 
 PIECE = 128
-"""Tokens that `recomputed_remix` takes at a time: so many [slots, width] memories exist at once."""
+"""Tokens that `recomputed_remix` takes at a time: this number of [slots, width] memories exists at once."""
 
 
 def recomputed_remix(
@@ -45,7 +43,7 @@ def recomputed_remix(
         if torch.is_grad_enabled():
             r, state = checkpoint(reference.remix, *arguments, use_reentrant=False, preserve_rng_state=False)
         else:
-            r, state = cast("tuple[torch.Tensor, torch.Tensor]", reference.remix(*arguments))
+            r, state = reference.remix(*arguments)
         # The memory is a view of those that each token saw: without a copy it would keep them all.
         state = state.clone()
         readouts.append(r)

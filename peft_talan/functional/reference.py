@@ -189,8 +189,7 @@ def remix(
     segment_ids: torch.Tensor | None = None,
     state: torch.Tensor | None = None,
     scope: str = "causal",
-    return_state: bool = True,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Compress the sequence into the latent memory and read it at every token.
 
     `mu[t, m] = N[t, m] / D[t, m]` (zero while nothing has entered the slot), then the mixer's rule.
@@ -204,7 +203,6 @@ def remix(
         segment_ids: As in `compress`.
         state: As in `compress`.
         scope: As in `compress`.
-        return_state: Whether the memory after the last token is wanted. Default True.
 
     Returns:
         r, [batch, tokens, width], and the memory after the last token, [batch, slots, width + 1].
@@ -213,7 +211,7 @@ def remix(
     total, denominator = memory[..., :-1], memory[..., -1:]
     # A state may be more precise than the tokens: a long sum needs it, its mean does not.
     mean = (total / denominator.clamp_min(SMALLEST_DENOMINATOR)).to(values.dtype)
-    return MIXER_RULES[mixer](mean, queries, parameters), final_state if return_state else None
+    return MIXER_RULES[mixer](mean, queries, parameters), final_state
 
 
 def scale_gradient(tensor: torch.Tensor, scale: float) -> torch.Tensor:
@@ -263,7 +261,6 @@ def side_path(
     segment_ids: torch.Tensor | None = None,
     state: torch.Tensor | None = None,
     training: bool = False,
-    return_state: bool = True,
 ) -> SidePathOutput:
     """Run a whole side path: read, compress, mix, write back.
 
@@ -276,7 +273,6 @@ def side_path(
         segment_ids: [batch, tokens], int; None: one segment.
         state: The memory of earlier tokens, [batch, slots, width + 1]; None: empty.
         training: Whether dropout is active. Default False.
-        return_state: Whether the memory after the last token is wanted. Default True.
 
     Returns:
         h' and what a cache needs to go on from here.
@@ -285,7 +281,7 @@ def side_path(
     values, queries, logits = read(hidden_states, parameters.read, slots)
     weights = slot_weights(logits, valid)
     readout, final_state = remix(
-        values, queries, weights, options.mixer, parameters.mixer, segment_ids, state, options.scope, return_state
+        values, queries, weights, options.mixer, parameters.mixer, segment_ids, state, options.scope
     )
     readout = F.dropout(readout, options.dropout, training)
     written = write_back(

@@ -1,4 +1,4 @@
-"""The latent memory of one side path during generation: what it holds, and how it follows its rows and its length."""
+"""The latent memory of one side path during generation: it runs the side path and takes its tokens in."""
 
 from __future__ import annotations
 
@@ -6,21 +6,22 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ..functional.fused import memory_after
-from ..functional.one_token import TokenMemory
-from ..functional.parameters import SidePathOutput
+from ..functional.fused import memory_after, side_path
+from ..functional.one_token import TokenBuffers, one_token
+from ..functional.parameters import SidePathOptions, SidePathParameters, working_dtype
+from .refusal import refuse_unless
 
 TOKENS_A_RECORD = 64
-"""So many decoded tokens are gathered into one record: few objects, and little to add up again after a crop."""
+"""The number of decoded tokens that become one record: few objects, and little to add up again after a crop."""
 
 
 class TokenRecord(NamedTuple):
-    """What the tokens of one or more calls in a row put into a memory.
+    """What consecutive tokens put into a memory.
 
     Args:
-        weights: e, [batch, tokens, slots].
+        weights: e, [batch, tokens, slots]; zero for padding.
         values: z, [batch, tokens, width].
-        segment_ids: [batch, tokens] or None.
+        segment_ids: [batch, tokens], int, where 0 is the segment of the token before the record; None: all 0.
     """
 
     weights: torch.Tensor
@@ -32,19 +33,30 @@ class TokenRecord(NamedTuple):
         segment_ids = None if self.segment_ids is None else self.segment_ids[:, tokens]
         return TokenRecord(self.weights[:, tokens], self.values[:, tokens], segment_ids)
 
-    def followed_by(self, other: TokenRecord) -> TokenRecord:
-        """The record of these tokens and those of another, whose segments count from these tokens' last one."""
-        weights = torch.cat([self.weights, other.weights], dim=1)
-        values = torch.cat([self.values, other.values], dim=1)
-        if self.segment_ids is None and other.segment_ids is None:
-            return TokenRecord(weights, values, None)
-        own, others = (
-            record.weights.new_zeros(record.weights.shape[:2], dtype=torch.long)
-            if record.segment_ids is None
-            else record.segment_ids
-            for record in (self, other)
-        )
-        return TokenRecord(weights, values, torch.cat([own, own[:, -1:] + others], dim=1))
+    def select_rows(self, rows: torch.Tensor) -> TokenRecord:
+        """The record of other rows: row i continues row `rows[i]`."""
+        segment_ids = None if self.segment_ids is None else self.segment_ids.index_select(0, rows)
+        return TokenRecord(self.weights.index_select(0, rows), self.values.index_select(0, rows), segment_ids)
+
+
+def _join(records: list[TokenRecord]) -> TokenRecord:
+    """One record of all the tokens of consecutive records."""
+    if len(records) == 1:
+        return records[0]
+    segment_ids = None
+    if any(record.segment_ids is not None for record in records):
+        parts: list[torch.Tensor] = []
+        for record in records:
+            ids = record.segment_ids
+            if ids is None:
+                ids = torch.zeros(record.weights.shape[:2], dtype=torch.long, device=record.weights.device)
+            parts.append(ids if not parts else ids + parts[-1][:, -1:])
+        segment_ids = torch.cat(parts, dim=1)
+    return TokenRecord(
+        torch.cat([record.weights for record in records], dim=1),
+        torch.cat([record.values for record in records], dim=1),
+        segment_ids,
+    )
 
 
 def _precise(state: torch.Tensor) -> torch.Tensor:
@@ -52,114 +64,193 @@ def _precise(state: torch.Tensor) -> torch.Tensor:
     return state if state.device.type == "mps" else state.to(torch.float64)
 
 
-def _add_up(entries: list[TokenRecord | torch.Tensor]) -> torch.Tensor | None:
-    """The memory that some entries make, from an empty one."""
-    state: torch.Tensor | None = None
-    for entry in entries:
-        if isinstance(entry, torch.Tensor):
-            state = None if state is None else state.index_select(0, entry)
-        else:
-            state = _precise(memory_after(entry.values, entry.weights, entry.segment_ids, state))
-    return state
-
-
 class LatentMemory:
     """The memory of one adapter's side path at one block, for one cache.
 
+    `append` is the only way in: it runs the side path on the next tokens and adds them to the memory.
+
     Args:
-        static: Whether the cache has a fixed size: the memory then keeps its storage, and no record.
-        recorded: Whether tokens are recorded so that the memory can be cropped.
+        static: Whether the cache has a fixed size. The memory then keeps its storage, so that compiled graphs and
+            CUDA graphs can update it in place, and can't be cropped.
+        recorded: Whether what each token puts in is recorded, so that the memory can be cropped. A static memory
+            keeps no records. Default True.
     """
 
-    def __init__(self, static: bool, recorded: bool) -> None:
-        self.state: torch.Tensor | None = None
-        self.length = 0
+    def __init__(self, static: bool, recorded: bool = True) -> None:
         self.static = static
-        self.recorded = recorded
-        self.behind = False
-        # In batches of mixed adapters: which rows this memory is kept up for, [batch], bool; None: all.
+        self.recorded = recorded and not static
+        # N and D, [batch, slots, width + 1]; None while nothing has been added.
+        self.state: torch.Tensor | None = None
+        # The number of tokens in the memory, padding included. On the device if static, as the cache's own length.
+        self.length: int | torch.Tensor = 0
+        # Set when tokens passed the side path by; the memory then belongs to an earlier point of the sequence.
+        self.stale = False
+        # In batches of mixed adapters: the rows that the adapter has run for so far, [batch], bool; None: all.
         self.rows: torch.Tensor | None = None
-        # What tokens put in, in their order, and the rows by index wherever they changed.
-        self._records: list[TokenRecord | torch.Tensor] = []
-        # Takes in tokens one by one, and keeps the last of them until they are recorded.
-        self._tokens: TokenMemory | None = None
+        self._records: list[TokenRecord] = []
+        # Views of `state` and space for tokens not yet in `_records`. It is derived: it may be dropped once drained.
+        self._buffers: TokenBuffers | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        self._record_tokens()
-        # Views would be copied apart from what they are views of.
-        return {**self.__dict__, "_tokens": None}
+        self._record_pending()
+        # A copy of a view is no view of the copy.
+        return {**self.__dict__, "_buffers": None}
 
-    def append(self, output: SidePathOutput, segment_ids: torch.Tensor | None) -> None:
-        """Take over the memory after a call, and the record of its tokens.
-
-        Args:
-            output: What the side path gave.
-            segment_ids: [batch, tokens] or None.
-        """
-        if output.state is None:
-            raise ValueError("output.state=None: a side path that runs with a cache must return its state")
-        if self.static:
-            if self.state is None:
-                self.state = _precise(output.state).clone()
-                if not torch.compiler.is_compiling():
-                    # As transformers marks the keys: CUDA graphs may then update it in place.
-                    torch._dynamo.mark_static_address(self.state)
-            else:
-                self.state.copy_(output.state)
-            return
-        self.state = _precise(output.state)
-        self._record(TokenRecord(output.weights, output.values, segment_ids))
-
-    def in_place(self, dtype: torch.dtype) -> TokenMemory | None:
-        """The memory in a form that one token of every row updates in place; None where it can't be.
+    def append(
+        self,
+        hidden_states: torch.Tensor,
+        parameters: SidePathParameters,
+        options: SidePathOptions,
+        *,
+        alpha: float = 1.0,
+        valid: torch.Tensor | None = None,
+        segment_ids: torch.Tensor | None = None,
+        training: bool = False,
+    ) -> torch.Tensor:
+        """Run a side path on the tokens that come next and add them to the memory.
 
         Args:
-            dtype: In which the memory is read.
+            hidden_states: h, [batch, tokens, hidden_size].
+            parameters: The side path's tensors.
+            options: The side path's axes.
+            alpha: The strength of the perturbation. Default 1.
+            valid: [batch, tokens], bool; False marks padding. None: no token is padding.
+            segment_ids: [batch, tokens], int, not falling, where 0 continues the memory's last segment; None: all 0.
+            training: Whether dropout is active. Default False.
 
         Returns:
-            The memory; whoever updates it calls `took_in`.
+            h', [batch, tokens, hidden_size].
         """
-        state, tokens = self.state, self._tokens
+        one = hidden_states.shape[1] == 1 and segment_ids is None and not (training and options.dropout)
+        buffers = self._buffers_for(hidden_states) if one and not torch.compiler.is_compiling() else None
+        if buffers is not None:
+            written = one_token(hidden_states, parameters, options, buffers, alpha=alpha, valid=valid)
+            self._advance(1)
+            if self.recorded and buffers.pending == buffers.capacity:
+                self._record_pending()
+            return written
+        output = side_path(
+            hidden_states,
+            parameters,
+            options,
+            alpha=alpha,
+            valid=valid,
+            segment_ids=segment_ids,
+            state=self.state,
+            training=training,
+        )
+        self._keep(_precise(output.state))
+        self._advance(hidden_states.shape[1])
+        if self.recorded:
+            self._record_pending()
+            self._record(TokenRecord(output.weights, output.values, segment_ids))
+        return output.hidden_states
+
+    def _buffers_for(self, hidden_states: torch.Tensor) -> TokenBuffers | None:
+        """Views and space to add one token to `state` in place; None if it can't be changed in place.
+
+        In place means without autograd, and `state` must be a tensor that this call may write to: a tensor made in
+        inference mode can't be written to outside of it. The views belong to one tensor object: whatever replaces
+        `state` (a longer call, other rows, a crop) leaves the buffers behind, and they are bound to the new one here.
+        """
+        state, buffers = self.state, self._buffers
         if state is None or torch.is_grad_enabled() or state.requires_grad:
             return None
-        frozen = False
         if not torch.is_inference_mode_enabled():
-            # What was made in inference mode can't be changed outside of it.
-            frozen = tokens is not None and tokens.mean.is_inference()
             if state.is_inference():
                 self.state = state = state.clone()
-        if tokens is None or frozen or tokens.dtype is not dtype or tokens.state.shape != state.shape:
-            self._record_tokens()
-            self._tokens = tokens = TokenMemory(state, dtype, TOKENS_A_RECORD if self.recorded else 1)
-        elif tokens.state is not state:
-            tokens.go_on_from(state)
-        return tokens
+            if buffers is not None and buffers.mean.is_inference():
+                self._record_pending()
+                buffers = None
+        dtype = working_dtype(hidden_states.dtype)
+        if buffers is None or buffers.dtype is not dtype or buffers.state.shape != state.shape:
+            self._record_pending()
+            self._buffers = buffers = TokenBuffers(state, dtype, TOKENS_A_RECORD if self.recorded else 1)
+        elif buffers.state is not state:
+            buffers.rebind(state)
+        return buffers
 
-    def took_in(self) -> None:
-        """Keep the token that was put in in place."""
-        if self.static:
-            return
-        self.length += 1
-        if self.recorded and self._tokens is not None:
-            self._tokens.kept += 1
-            if self._tokens.kept == self._tokens.room:
-                self._record_tokens()
+    def _keep(self, state: torch.Tensor) -> None:
+        """Make a new state the memory's; a static memory copies it into its own storage."""
+        if not self.static:
+            self.state = state
+        elif self.state is not None:
+            self.state.copy_(state)
+        else:
+            self.state = state.clone()
+            if not torch.compiler.is_compiling():
+                # As transformers marks the keys: CUDA graphs may then update it in place.
+                torch._dynamo.mark_static_address(self.state)
 
-    def _record_tokens(self) -> None:
-        if self._tokens is not None and self._tokens.kept:
-            self._records.append(TokenRecord(*self._tokens.take_out(), None))
+    def _advance(self, tokens: int) -> None:
+        if isinstance(self.length, torch.Tensor):
+            self.length.add_(tokens)
+        elif self.static and self.state is not None:
+            self.length = torch.full((), self.length + tokens, device=self.state.device)
+            if not torch.compiler.is_compiling():
+                torch._dynamo.mark_static_address(self.length)
+        else:
+            self.length += tokens
+
+    def _record_pending(self) -> None:
+        if self.recorded and self._buffers is not None and self._buffers.pending:
+            self._records.append(TokenRecord(*self._buffers.drain(), None))
 
     def _record(self, record: TokenRecord) -> None:
-        self.length += record.weights.shape[1]
-        if not self.recorded:
-            return
-        self._record_tokens()
-        last = self._records[-1] if self._records else None
-        if torch.compiler.is_compiling() and isinstance(last, TokenRecord):
+        if torch.compiler.is_compiling() and self._records:
             # One growing tensor, as the keys are: a growing list would be compiled anew at every token.
-            self._records[-1] = last.followed_by(record)
+            self._records = [_join([*self._records, record])]
         else:
             self._records.append(record)
+
+    def covers(self, rows: torch.Tensor | None) -> bool | torch.Tensor:
+        """Whether the adapter has run for all tokens of some rows.
+
+        Args:
+            rows: [batch], bool; None: all.
+
+        Returns:
+            A bool, or a scalar bool tensor.
+        """
+        if self.rows is None:
+            return True
+        return (self.rows if rows is None else self.rows | ~rows).all()
+
+    def restrict_to_rows(self, rows: torch.Tensor | None) -> None:
+        """Note that the next tokens enter for some rows only, so that the others' memory ends here.
+
+        Args:
+            rows: [batch], bool; None: all.
+        """
+        if rows is not None:
+            self.rows = rows if self.rows is None else self.rows & rows
+
+    def forget_masked(self, attended: torch.Tensor) -> None:
+        """Remove the tokens that a later mask takes away, such as the padding behind a row that ended early.
+
+        Args:
+            attended: Which tokens the mask lets through, [batch, tokens so far], bool.
+
+        Raises:
+            ValueError: The mask lets padding through that the memory did not take in.
+        """
+        if self.state is None or not self.recorded:
+            return
+        self._record_pending()
+        record = _join(self._records)
+        # The weight of a real token is at least exp(-c).
+        entered = record.weights[..., 0] > 0
+        refuse_unless(
+            (entered | ~attended).all(),
+            "attention_mask: it unmasks earlier tokens that were padding when they were read, so the latent memory "
+            "has not seen them; start from an empty cache",
+        )
+        removed = (entered & ~attended).unsqueeze(-1)
+        gone = torch.where(removed, record.weights, 0.0)
+        if record.segment_ids is not None:
+            gone = gone * (record.segment_ids == record.segment_ids[:, -1:]).unsqueeze(-1)
+        self.state = self.state - _precise(memory_after(record.values, gone, None, None))
+        self._records = [record._replace(weights=record.weights.masked_fill(removed, 0.0))]
 
     def every_row(self) -> torch.Tensor:
         """The indices of all rows."""
@@ -173,83 +264,70 @@ class LatentMemory:
         """
         if self.state is None:
             return
-        if self.rows is not None:
-            self.rows = self.rows.index_select(0, rows.to(self.rows.device))
         rows = rows.to(self.state.device)
+        if self.rows is not None:
+            self.rows = self.rows.index_select(0, rows)
         self.state = self.state.index_select(0, rows)
-        if self.recorded:
-            self._record_tokens()
-            self._records.append(rows)
+        self._record_pending()
+        if self._records:
+            # Joined, or beam search would keep one record a token and select the rows of each.
+            self._records = [_join(self._records).select_rows(rows)]
 
     def crop(self, tokens: int) -> None:
-        """Forget the last tokens: they are taken away, or those that stay are added up again, whichever are fewer.
+        """Forget the last tokens: they are subtracted, or those that stay are added up again, whichever are fewer.
 
         Args:
-            tokens: How many to forget.
+            tokens: The number of tokens to forget.
 
         Raises:
             ValueError: The memory holds fewer tokens, or has no record of them.
         """
         if tokens == 0 or self.state is None:
             return
-        if not self.recorded or tokens > self.length:
+        if not self.recorded or not isinstance(self.length, int) or tokens > self.length:
+            held = "of a static cache" if self.static else f"of {self.length} tokens"
             raise ValueError(
-                f"tokens={tokens}: this latent memory of {self.length} tokens can't be cropped by as much; "
-                "start again from an empty cache"
+                f"tokens={tokens}: this latent memory {held} can't be cropped by that number; start again from an "
+                "empty cache"
             )
-        self._record_tokens()
+        self._record_pending()
         dropped = self._drop(tokens)
         self.length -= tokens
-        segmented = any(isinstance(entry, TokenRecord) and entry.segment_ids is not None for entry in dropped)
-        if tokens < self.length and not segmented:
-            taken = _add_up(dropped)
-            self.state = self.state if taken is None else self.state - taken
+        if tokens < self.length and all(record.segment_ids is None for record in dropped):
+            for record in dropped:
+                self.state = self.state - _precise(memory_after(record.values, record.weights, None, None))
         else:
-            self.state = _add_up(self._records)
+            self.state = self._add_up()
 
-    def _drop(self, tokens: int) -> list[TokenRecord | torch.Tensor]:
-        """Take the last tokens out of the records, but leave there how the rows changed meanwhile."""
-        dropped: list[TokenRecord | torch.Tensor] = []
+    def _drop(self, tokens: int) -> list[TokenRecord]:
+        """Remove the last tokens from the records and return theirs."""
+        dropped: list[TokenRecord] = []
         while tokens:
-            entry = self._records.pop()
-            if isinstance(entry, TokenRecord):
-                recorded = entry.weights.shape[1]
-                if recorded > tokens:
-                    self._records.append(entry.part(slice(None, recorded - tokens)))
-                    entry = entry.part(slice(recorded - tokens, None))
-                tokens -= entry.weights.shape[1]
-            dropped.insert(0, entry)
-        self._records.extend(entry for entry in dropped if isinstance(entry, torch.Tensor))
+            record = self._records.pop()
+            recorded = record.weights.shape[1]
+            if recorded > tokens:
+                self._records.append(record.part(slice(None, recorded - tokens)))
+                record = record.part(slice(recorded - tokens, None))
+            tokens -= record.weights.shape[1]
+            dropped.append(record)
         return dropped
 
-    def is_kept_up_for(self, rows: torch.Tensor | None) -> bool:
-        """Whether the memory saw every token of some rows; from now on it is kept up for them only.
-
-        Args:
-            rows: [batch], bool; None: all.
-
-        Returns:
-            False where a row's tokens passed it by.
-        """
-        if self.rows is None and rows is None:
-            return True
-        if self.rows is None or rows is None or self.rows.shape != rows.shape:
-            kept_up = self.rows is None
-            self.rows = rows if kept_up else self.rows
-            return kept_up
-        kept_up = not bool((rows & ~self.rows).any())
-        self.rows = self.rows & rows
-        return kept_up
+    def _add_up(self) -> torch.Tensor | None:
+        """The state that the records make, from an empty one."""
+        state: torch.Tensor | None = None
+        for record in self._records:
+            state = _precise(memory_after(record.values, record.weights, record.segment_ids, state))
+        return state
 
     def reset(self) -> None:
         """Empty the memory; a static one keeps its storage."""
-        self.length = 0
-        self.behind = False
+        self.stale = False
         self.rows = None
         self._records.clear()
-        if self._tokens is not None:
-            self._tokens.kept = 0
-        if self.static and self.state is not None:
+        if self._buffers is not None:
+            self._buffers.pending = 0
+        if self.static and self.state is not None and isinstance(self.length, torch.Tensor):
             self.state.zero_()
+            self.length.zero_()
         else:
-            self.state = None
+            self.state, self.length = None, 0

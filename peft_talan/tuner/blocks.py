@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
+
 from peft.utils import PeftType
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 
 from ..checkpoint.names import CHILD_NAME
@@ -13,6 +15,14 @@ from ..functional.initialization import empty_parameters
 
 SMALLEST_LIMIT = 2**20
 """How many numbers a side path may hold beside any model, however small."""
+SINGLE_STREAM: dict[str, int] = {"altup_num_inputs": 1, "hc_mult": 1, "hc_count": 1, "ngram": 0}
+"""Fields of configurations that say how many hidden states a block hands on, and their value if it is one."""
+OTHER_STREAMS: dict[str, str] = {
+    "cpmant": "put the hidden states of a prompt before those of the tokens",
+    "fsmt": "hand on hidden states of shape [tokens, batch, hidden_size]",
+    "xlnet": "hand on hidden states of shape [tokens, batch, hidden_size]",
+}
+"""Model types whose blocks do not hand on [batch, tokens, hidden_size], and what they do."""
 
 
 def _text_config(model: nn.Module) -> object | None:
@@ -33,8 +43,21 @@ def find_blocks(model: nn.Module, config: TalanConfig) -> tuple[str, nn.ModuleLi
         The list's name and the list.
 
     Raises:
-        ValueError: `talan_blocks` names no `nn.ModuleList`, or no or more than one list fits.
+        ValueError: `talan_blocks` names no `nn.ModuleList`, or no or more than one list fits, or the blocks are called
+            in a way that runs no hooks.
     """
+    name, blocks = _named_or_found(model, config)
+    owner = model.get_submodule(name.rpartition(".")[0])
+    code = getattr(inspect.unwrap(type(owner).forward), "__code__", None)
+    if code is not None and "forward" in code.co_names and "super" not in code.co_names:
+        raise ValueError(
+            f"talan_blocks: {type(owner).__name__} calls modules by .forward(), which runs no hooks, so a side path "
+            f"on its blocks {name!r} would do nothing; use a plain LoraConfig, or call the blocks themselves"
+        )
+    return name, blocks
+
+
+def _named_or_found(model: nn.Module, config: TalanConfig) -> tuple[str, nn.ModuleList]:
     lists = {name: module for name, module in model.named_modules() if isinstance(module, nn.ModuleList) and module}
     if config.talan_blocks is not None:
         if config.talan_blocks not in lists:
@@ -43,21 +66,92 @@ def find_blocks(model: nn.Module, config: TalanConfig) -> tuple[str, nn.ModuleLi
                 f"{', '.join(map(repr, lists)) or 'none'}"
             )
         return config.talan_blocks, lists[config.talan_blocks]
-    depth = getattr(_text_config(model), "num_hidden_layers", None)
-    fitting = [name for name, module in lists.items() if len(module) == depth]
-    decoder = model.get_decoder() if isinstance(model, PreTrainedModel) else None
-    if len(fitting) > 1 and isinstance(decoder, nn.Module):
-        inside = {id(module) for module in decoder.modules()}
-        fitting = [name for name in fitting if id(lists[name]) in inside]
-    # A list inside a block (experts, say) can be as long as the list of blocks.
-    fitting = [name for name in fitting if not any(name.startswith(f"{other}.") for other in fitting)]
+    fitting, candidates = _fitting_lists(model, lists)
     if len(fitting) != 1:
         raise ValueError(
             f"talan_blocks=None: {'no' if not fitting else 'more than one'} list of decoder blocks was found in "
-            f"{type(model).__name__}{f' ({fitting})' if fitting else ''}; set talan_blocks to the name of the "
-            "nn.ModuleList that holds them, such as 'model.layers'"
+            f"{type(model).__name__}; set talan_blocks to the name of the nn.ModuleList whose modules each take the "
+            f"residual stream and return it, once in every forward pass; its lists are "
+            f"{', '.join(map(repr, fitting or candidates)) or 'none'}"
         )
     return fitting[0], lists[fitting[0]]
+
+
+def _fitting_lists(model: nn.Module, lists: dict[str, nn.ModuleList]) -> tuple[list[str], list[str]]:
+    """The lists that fit all that the model says about its blocks, and all lists of its text decoder."""
+    text_config = _text_config(model)
+    decoder = model
+    while isinstance(decoder, PreTrainedModel) and isinstance(inner := decoder.get_decoder(), nn.Module):
+        if inner is decoder:
+            break
+        decoder = inner
+    inside = {id(module) for module in decoder.modules()}
+    candidates = [name for name in lists if id(lists[name]) in inside] or list(lists)
+    # A vision tower inside the decoder has a configuration of its own.
+    candidates = [name for name in candidates if type(_config_of(model, name)) is type(text_config)] or candidates
+    # What transformers keeps on one device is a block.
+    classes = set(getattr(model, "_no_split_modules", None) or ())
+    of_blocks = [name for name in candidates if classes.issuperset(type(block).__name__ for block in lists[name])]
+    depth = getattr(text_config, "num_hidden_layers", None)
+    for names in (of_blocks, candidates):
+        fitting = _outermost([name for name in names if len(lists[name]) == depth])
+        if fitting:
+            return fitting, _outermost(candidates)
+    return _outermost(of_blocks), _outermost(candidates)
+
+
+def _config_of(model: nn.Module, name: str) -> object | None:
+    """The configuration of the innermost module with one that a module lies in."""
+    *path, _ = name.split(".")
+    owners = [model, *(model.get_submodule(".".join(path[: depth + 1])) for depth in range(len(path)))]
+    configs = (getattr(owner, "config", None) for owner in reversed(owners))
+    return next((config for config in configs if isinstance(config, PreTrainedConfig)), None)
+
+
+def _outermost(names: list[str]) -> list[str]:
+    """Without the lists inside a block of another, such as experts, which can be as many as the blocks."""
+    return [name for name in names if not any(name.startswith(f"{other}.") for other in names)]
+
+
+def find_decoder(model: nn.Module, block: nn.Module) -> nn.Module:
+    """Find the module whose forward pass runs a block, and which is called with the caller's masks and positions.
+
+    Args:
+        model: The model.
+        block: One of its blocks.
+
+    Returns:
+        The innermost `PreTrainedModel` around the block; without one, the module that owns the list of blocks.
+    """
+    path = next(name for name, module in model.named_modules() if module is block).split(".")
+    around = [model.get_submodule(".".join(path[:end])) for end in range(len(path) - 1, -1, -1)]
+    owners = [module for module in around if not isinstance(module, nn.ModuleList)]
+    return next((module for module in owners if isinstance(module, PreTrainedModel)), owners[0])
+
+
+def check_stream(model: nn.Module) -> None:
+    """Refuse models whose blocks hand on something else than one hidden state of each token.
+
+    Args:
+        model: The base model.
+
+    Raises:
+        ValueError: They do.
+    """
+    config = _text_config(model)
+    reasons = [
+        f"hand on several hidden states of each token ({field}={streams})"
+        for field, single in SINGLE_STREAM.items()
+        if isinstance(streams := getattr(config, field, None), int) and streams > single
+    ]
+    model_type = getattr(config, "model_type", None)
+    if model_type in OTHER_STREAMS:
+        reasons.append(OTHER_STREAMS[model_type])
+    if reasons:
+        raise ValueError(
+            f"model={type(model).__name__}: its blocks {reasons[0]}, and a side path reads and writes hidden states "
+            "of shape [batch, tokens, hidden_size]; use a plain LoraConfig"
+        )
 
 
 def find_hidden_size(model: nn.Module, config: TalanConfig) -> int:
@@ -134,7 +228,7 @@ def choose_targets(config: TalanConfig, name: str, blocks: nn.ModuleList) -> dic
         The chosen blocks by index.
 
     Raises:
-        ValueError: Indices can't be found, or a block can't take a child.
+        ValueError: Indices can't be found, or a block can't take a child or has more than one residual stream.
     """
     targets = {index: blocks[index] for index in resolve_layers(config, len(blocks))}
     for index, block in targets.items():
@@ -142,6 +236,12 @@ def choose_targets(config: TalanConfig, name: str, blocks: nn.ModuleList) -> dic
             raise ValueError(
                 f"talan_blocks: block {name}.{index} is a {type(block).__name__}, which would call the side path as "
                 "one of its steps; put it inside a module of its own class"
+            )
+        arguments = list(inspect.signature(block.forward).parameters)
+        if "hidden_states" in arguments[1:]:
+            raise ValueError(
+                f"talan_blocks: block {name}.{index} takes {arguments[0]} before its hidden_states: it hands on "
+                "several hidden states of each token, and a side path reads and writes one; use a plain LoraConfig"
             )
         child = getattr(block, CHILD_NAME, None)
         if child is not None and not hasattr(child, "talan_options"):

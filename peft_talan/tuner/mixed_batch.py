@@ -13,6 +13,12 @@ from torch import nn
 
 from .layer import TalanLayer
 
+NO_ROWS = (
+    "adapter_names=[...] names the adapter of each row, and continuous batching has no rows; call set_adapter(name) "
+    "and run the requests of one adapter at a time"
+)
+"""Why a batch of mixed adapters can't be served by continuous batching."""
+
 
 def low_rank_names(model: nn.Module, adapter_names: Sequence[str], known: Collection[str]) -> list[str]:
     """The adapter of each row as PEFT's layers take it: to them, an adapter without low-rank half does not exist.

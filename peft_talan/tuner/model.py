@@ -13,18 +13,18 @@ from peft.tuners.lora import LoraModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.integrations import init_empty_weights
 from torch import nn
+from transformers import PreTrainedModel
 
-from ..checkpoint.card import announce_save
-from ..checkpoint.checks import check_finite, check_whole_modules
-from ..checkpoint.loading import check_places, read_checkpoint
-from ..checkpoint.names import check_names, check_new_name, is_side_path_key, with_wrappers, without_wrappers
-from ..checkpoint.rollback import attributes_unchanged_on_error, unchanged_on_error
-from ..config import TalanConfig
+from ..checkpoint.checks import check_finite, check_places, check_side_path, check_whole_modules, read_header
+from ..checkpoint.names import ModuleNames, check_names, check_new_name, is_side_path_key, without_wrappers
+from ..checkpoint.rollback import Snapshot, attributes_unchanged_on_error
+from ..config import TalanConfig, TalanRuntimeConfig
 from . import tensor_parallel
 from .attachment import attach_side_path, attached_side_paths, detach_side_paths
-from .blocks import check_size, choose_targets, find_blocks, find_hidden_size, point_at_fused_experts
-from .merge import OUTCOMES, check_mergeable, keep_side_paths, side_path_config
-from .mixed_batch import rows_named
+from .blocks import check_size, check_stream, choose_targets, find_blocks, find_hidden_size, point_at_fused_experts
+from .kept import kept_side_paths
+from .merge import DROPPED, LIVE, check_mergeable, keep_once_loaded, keep_side_paths, side_path_config
+from .mixed_batch import NO_ROWS, rows_named
 from .trainability import declare_scope
 from .weighted import add_weighted_adapter
 
@@ -44,6 +44,9 @@ class TalanModel(LoraModel):
     prefix: str = LoraModel.prefix
     # Both kinds of layers are switched, frozen and deleted together.
     tuner_layer_cls = BaseTunerLayer  # type: ignore[assignment]
+    # The model before the adapter that PEFT is about to load, for as long as its tensors have not come.
+    _before_loading: Snapshot | None = None
+    _warned_of_live_side_path = False
 
     def __init__(self, model: nn.Module, peft_config: Any, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         taken = getattr(model, "peft_config", {})
@@ -52,6 +55,9 @@ class TalanModel(LoraModel):
                 f"adapter_name={adapter_name!r}: the model already has an adapter of this name; give another name, or "
                 "call unload() or delete_adapter() first"
             )
+        # From transformers' load_adapter: PEFT gives a dictionary, and add_adapter sets the mark beforehand.
+        loaded_by_itself = isinstance(peft_config, TalanConfig) and not getattr(model, "_hf_peft_config_loaded", True)
+        embedded = loaded_by_itself and peft_config.talan_kept and peft_config.inference_mode
         try:
             # `inject_adapter` looks after what lies inside.
             with attributes_unchanged_on_error(model):
@@ -61,6 +67,8 @@ class TalanModel(LoraModel):
                 # transformers' add_adapter sets it too early, and could not add another adapter afterwards.
                 vars(model).pop("_hf_peft_config_loaded", None)
             raise
+        if embedded and isinstance(model, PreTrainedModel):
+            keep_once_loaded(model, adapter_name)
 
     def inject_adapter(
         self,
@@ -89,13 +97,25 @@ class TalanModel(LoraModel):
             raise ValueError(
                 f"config={type(config).__name__}: a TALAN model takes a TalanConfig for adapter {adapter_name!r}"
             )
+        if config.talan_kept and any(kept_side_paths(model)):
+            raise ValueError(
+                "talan_kept=True: this side path is a part of a merged model, and the model has one already; "
+                "AutoModelForCausalLM.from_pretrained(FOLDER) alone gives the whole model"
+            )
+        check_stream(model)
         name, every_block = find_blocks(model, config)
         blocks = choose_targets(config, name, every_block)
         hidden_size = find_hidden_size(model, config)
         tensor_parallel.check_plan(model)
         check_size(config, model, hidden_size, len(blocks))
-        checkpoint = read_checkpoint(adapter_name, config, blocks, hidden_size)
-        with unchanged_on_error(self, config):
+        checkpoint = config.checkpoint_to_load()
+        header = {} if checkpoint is None else read_header(checkpoint)
+        if checkpoint is not None:
+            check_side_path(adapter_name, config, blocks, hidden_size, header)
+        # PEFT changes the model's configuration, too.
+        model_config = [model.config] if isinstance(model, PreTrainedModel) else []
+        before = Snapshot(self, config, *model_config)
+        try:
             point_at_fused_experts(model, config)
             if state_dict is not None:
                 state_dict = {key: tensor for key, tensor in state_dict.items() if not is_side_path_key(key)}
@@ -113,15 +133,20 @@ class TalanModel(LoraModel):
                 layer.has_low_rank_half = {name: other.has_low_rank_half for name, other in self.peft_config.items()}
             tensor_parallel.agree(model, adapter_name)
             declare_scope(model, adapter_name, config.talan_trainable)
-            if checkpoint:
-                # All but the side path has places to be checked against only now.
-                places = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, checkpoint)
-                check_places(model, adapter_name, places)
-                check_whole_modules(adapter_name, checkpoint, model)
-            config.checkpoint_source = None
+            if checkpoint is not None:
+                check_whole_modules(adapter_name, header, model)
+            config.talan_kept = False
+        except BaseException:
+            before.restore()
+            raise
+        if checkpoint is not None:
+            config.runtime_config = TalanRuntimeConfig(config.runtime_config.ephemeral_gpu_offload)
+            self._before_loading = before
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        if self._before_loading is not None:
+            self._before_loading = None  # A model that runs is not being loaded.
         adapter_names = kwargs.pop("adapter_names", None)
         tell = super()._enable_peft_forward_hooks
         if adapter_names is None:
@@ -176,8 +201,28 @@ class TalanModel(LoraModel):
                 )
         return self.model.generate(*args, **kwargs)
 
+    def generate_batch(self, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Any:
+        """Generate by continuous batching, with the base model's own method.
+
+        Args:
+            *args: Passed on.
+            adapter_names: Refused: transformers would ignore it and run the active adapters. Default None.
+            **kwargs: Passed on.
+
+        Returns:
+            What the base model's `generate_batch` returns.
+
+        Raises:
+            ValueError: `adapter_names` was given.
+        """
+        if adapter_names is not None:
+            raise ValueError(NO_ROWS)
+        return self.model.generate_batch(*args, **kwargs)
+
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         """Fold the low-rank half into the base weights; the side path stays live.
+
+        What exports the base weights then (TRL's weights for vLLM) has the low-rank half alone; the first call warns.
 
         Args:
             adapter_names: The adapters to fold; None: the active ones. Default None.
@@ -189,6 +234,10 @@ class TalanModel(LoraModel):
         if safe_merge:
             check_mergeable(self.model, self.active_adapters if adapter_names is None else adapter_names)
         super().merge_adapter(adapter_names, safe_merge)
+        live = any(layer.merged for _, layer in attached_side_paths(self.model))
+        if live and not self._warned_of_live_side_path:
+            self._warned_of_live_side_path = True
+            warnings.warn(LIVE, stacklevel=2)
 
     def merge_and_unload(
         self,
@@ -227,7 +276,7 @@ class TalanModel(LoraModel):
             keep_side_paths(model, kept)
         else:
             detach_side_paths(model)
-        warnings.warn(OUTCOMES[side_path], stacklevel=2)
+            warnings.warn(DROPPED, stacklevel=2)
         return model
 
     def unload(self) -> nn.Module:
@@ -288,21 +337,34 @@ class TalanModel(LoraModel):
         unwanted_adapter_names: list[str],
     ) -> dict[str, torch.Tensor]:
         check_names(model, adapter_name, unwanted_adapter_names)
-        found = super()._get_adapter_state_dict(
-            model, config, adapter_name, with_wrappers(model, state_dict), unwanted_adapter_names
-        )
-        tensors = {without_wrappers(name): tensor for name, tensor in found.items()}
-        if isinstance(config, TalanConfig):
-            announce_save(model, config, adapter_name, tensors)
-        return tensors
+        names = ModuleNames(model)
+        wrapped = {names.wrapped(name): tensor for name, tensor in state_dict.items()}
+        found = super()._get_adapter_state_dict(model, config, adapter_name, wrapped, unwanted_adapter_names)
+        return {names.plain(name): tensor for name, tensor in found.items()}
+
+    @classmethod
+    def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
+        # Also of what PEFT adds itself (modules_to_save, embeddings), and of the model's keys in loading.
+        return without_wrappers(super()._remove_adapter_name_from_key(key, adapter_name))
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, torch.Tensor]
     ) -> dict[str, torch.Tensor]:
-        check_finite(adapter_name, state_dict)
-        remapped: dict[str, torch.Tensor] = super()._remap_adapter_state_dict_for_load(
-            model, config, adapter_name, state_dict
-        )
-        check_places(model, adapter_name, remapped)
+        tuner: Any = getattr(model, "base_model", None)
+        before = tuner._before_loading if isinstance(tuner, TalanModel) else None
+        try:
+            check_finite(adapter_name, state_dict)
+            remapped: dict[str, torch.Tensor] = super()._remap_adapter_state_dict_for_load(
+                model, config, adapter_name, state_dict
+            )
+            check_places(model, adapter_name, remapped)
+        except BaseException:
+            if before is not None:
+                # PEFT injected the adapter to load it, and takes nothing back itself.
+                before.restore()
+                tuner.peft_config.pop(adapter_name)
+            raise
+        if before is not None:
+            tuner._before_loading = None
         return remapped

@@ -8,6 +8,7 @@ from peft.utils import PeftType, register_peft_method
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 from transformers.core_model_loading import WeightRenaming
 
+from ..checkpoint.card import write_cards_on_save
 from ..config import TalanConfig
 from .model import TalanModel
 
@@ -23,6 +24,7 @@ def register_talan() -> None:
     if PeftType("TALAN") not in PEFT_TYPE_TO_TUNER_MAPPING:
         register_peft_method(name="talan", config_cls=TalanConfig, model_cls=TalanModel, prefix=TalanModel.prefix)
         _let_transformers_load_magnitudes()
+        write_cards_on_save()
 
 
 def _let_transformers_load_magnitudes() -> None:

@@ -9,32 +9,47 @@ from contextlib import contextmanager
 from torch import nn
 
 from .attachment import attached_side_paths
-from .layer import TalanLayer
+from .kept import kept_side_paths
+from .layer import SidePaths
 
 
 def _side_paths_named(
     model: nn.Module, adapter_name: str | None, layers: Sequence[int] | None
-) -> list[tuple[TalanLayer, str]]:
+) -> list[tuple[SidePaths, str]]:
     """The side paths that adapter and blocks select; everything is checked before any of them changes."""
-    found = [(layer, name) for _, layer in attached_side_paths(model) for name in layer.talan_options]
-    if not found:
+    adapters = [(layer, name, name) for _, layer in attached_side_paths(model) for name in layer.talan_options]
+    kept = [(layer, key, name) for layer in kept_side_paths(model) for key, name in layer.adapter_names.items()]
+    if not adapters and not kept:
         raise ValueError(f"model={type(model).__name__}: it has no side path; give a model with a TALAN adapter")
-    if adapter_name is not None:
-        names = sorted({name for _, name in found})
-        found = [(layer, name) for layer, name in found if name == adapter_name]
-        if not found:
-            raise ValueError(
-                f"adapter_name={adapter_name!r}: no side path is named so; there are {', '.join(map(repr, names))}"
-            )
+    candidates: list[tuple[SidePaths, str, str]] = []
+    for group in (adapters, kept):  # An adapter comes before what was kept of an earlier one.
+        candidates = candidates or [found for found in group if adapter_name in (None, found[2])]
+    if not candidates:
+        names = sorted({name for _, _, name in (*adapters, *kept)})
+        raise ValueError(
+            f"adapter_name={adapter_name!r}: no side path is named so; there are {', '.join(map(repr, names))}"
+        )
+    selected = [(layer, key) for layer, key, _ in candidates]
     if layers is None:
-        return found
-    present = sorted({layer.block_index for layer, _ in found})
+        return selected
+    present = sorted({layer.block_index for layer, _ in selected})
     if isinstance(layers, (int, str)) or not set(layers) <= set(present) or len(layers) == 0:
         raise ValueError(f"layers={layers!r}: give a list of blocks that have this side path: {present}")
-    return [(layer, name) for layer, name in found if layer.block_index in layers]
+    return [(layer, key) for layer, key in selected if layer.block_index in layers]
 
 
-def _check_strength(strength: float) -> float:
+def check_strength(strength: float) -> float:
+    """Refuse what is no strength.
+
+    Args:
+        strength: What scales a perturbation.
+
+    Returns:
+        The same as a float.
+
+    Raises:
+        ValueError: It is no finite number.
+    """
     if isinstance(strength, bool) or not isinstance(strength, (int, float)) or not math.isfinite(strength):
         raise ValueError(f"strength={strength!r}: give a finite number; 1 is as trained, 0 the low-rank half alone")
     return float(strength)
@@ -57,7 +72,7 @@ def set_talan_strength(
     Raises:
         ValueError: The strength is no finite number, or there is no such side path; nothing has changed then.
     """
-    strength = _check_strength(strength)
+    strength = check_strength(strength)
     for layer, name in _side_paths_named(model, adapter_name, layers):
         layer.talan_strength[name] = strength
 
@@ -80,7 +95,7 @@ def talan_strength(
     Raises:
         ValueError: The strength is no finite number, or there is no such side path.
     """
-    strength = _check_strength(strength)
+    strength = check_strength(strength)
     chosen = _side_paths_named(model, adapter_name, layers)
     before = [layer.talan_strength.get(name, 1.0) for layer, name in chosen]
     for layer, name in chosen:

@@ -50,6 +50,8 @@ class AdapterTensors(nn.Module):
         "lora_talan_write",
         "lora_talan_gate",
     )
+    tensor_prefix: str = "lora_talan_"
+    """What the names of the containers add to those of the operators' parameters."""
     talan_options: dict[str, SidePathOptions]
 
     def __init__(self, hidden_size: int, block_index: int) -> None:
@@ -75,7 +77,7 @@ class AdapterTensors(nn.Module):
             options, self.in_features, config.talan_slots, config.talan_dim, zero_write=config.init_talan_weights
         )
         for name, tensor in tensors.items():
-            container = getattr(self, f"lora_talan_{name}")
+            container = getattr(self, f"{self.tensor_prefix}{name}")
             container[adapter_name] = AdapterTensor(tensor.to(self.placement.dtype))
         self.talan_options[adapter_name] = options
         self._move_adapter_to_device_of_base_layer(adapter_name)
@@ -110,7 +112,7 @@ class AdapterTensors(nn.Module):
 
     def _tensor(self, name: str, adapter_name: str) -> torch.Tensor:
         # Decoding asks for them at every token; `self.lora_talan_read[adapter_name]` takes several times as long.
-        container: Any = self._modules[f"lora_talan_{name}"]
+        container: Any = self._modules[f"{self.tensor_prefix}{name}"]
         holder = container._modules[adapter_name]
         tensor: torch.Tensor = holder.values
         if not tensor.is_meta:

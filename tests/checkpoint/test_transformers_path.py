@@ -32,6 +32,7 @@ from ..small_models import (
     CONFIGS,
     EXPERTS,
     VOCABULARY,
+    adapter_calls_of_transformers,
     logits,
     make_base,
     make_config,
@@ -172,6 +173,7 @@ def test_a_head_that_was_trained_comes_with_both_halves(tmp_path: Path) -> None:
         assert not torch.allclose(logits(model), logits(loaded))
 
 
+@adapter_calls_of_transformers
 def test_hotswap_is_refused_before_anything_is_touched(tmp_path: Path) -> None:
     save(tmp_path / "first")
     twin = save(tmp_path / "second", talan_layers=[0], talan_mixer="linear")
@@ -187,6 +189,7 @@ def test_hotswap_is_refused_before_anything_is_touched(tmp_path: Path) -> None:
     assert torch.equal(logits(model), logits(twin))
 
 
+@adapter_calls_of_transformers
 def test_adapters_are_active_at_once() -> None:
     kinds = {"first": {"talan_layers": [0, -1]}, "second": {"talan_layers": [1], "talan_mixer": "linear", "r": 2}}
     wrapped = make_several(kinds)
@@ -207,6 +210,7 @@ def test_adapters_are_active_at_once() -> None:
     assert torch.equal(logits(model), logits(make_base("qwen3")))
 
 
+@adapter_calls_of_transformers
 def test_deleting_an_active_adapter_leaves_one_whole_adapter_active() -> None:
     kinds = {"first": {"talan_layers": [0]}, "second": {"talan_layers": [1]}, "third": {"talan_layers": [1, 2]}}
     model = make_base("qwen3")
@@ -232,6 +236,7 @@ def assert_same(model: nn.Module, twin: PeftModel, name: str) -> None:
     torch.testing.assert_close(logits(model), logits(twin), **rounding(torch.float32))
 
 
+@adapter_calls_of_transformers
 def test_adapters_are_loaded_switched_and_deleted(architecture: str, tmp_path: Path) -> None:
     first = save(tmp_path / "first", architecture)
     second = save(tmp_path / "second", architecture, talan_layers=[0, 1], talan_mixer="mlp", talan_writeback="gated")
@@ -254,6 +259,7 @@ def test_adapters_are_loaded_switched_and_deleted(architecture: str, tmp_path: P
     assert torch.equal(logits(model), plain)
 
 
+@adapter_calls_of_transformers
 def test_added_adapter_trains_and_is_saved(architecture: str, tmp_path: Path) -> None:
     model = make_base(architecture, torch.float32)
     expected = logits(model)

@@ -216,10 +216,21 @@ def test_generate_stops_where_the_model_s_generation_config_says(
 
 
 @pytest.mark.parametrize("side_path", ["keep", "drop"])
-def test_merge_writes_a_model(side_path: str, saved: Path, tmp_path: Path, answers: Answers, fails: Fails) -> None:
+def test_merge_writes_a_model(
+    side_path: str,
+    saved: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    answers: Answers,
+    fails: Fails,
+) -> None:
     output = tmp_path / "merged"
-    shown = answers(["merge", saved / "adapter", output, "--side-path", side_path])
-    assert shown.strip() == str(output)
+    assert main(["merge", str(saved / "adapter"), str(output), "--side-path", side_path]) == 0
+    printed = capsys.readouterr()
+    assert printed.out.strip() == str(output)
+    *_, last = printed.err.strip().splitlines()
+    assert f"vllm serve {output}" in last
+    assert ("peft-talan" in last) == (side_path == "keep")
     merged = AutoModelForCausalLM.from_pretrained(output)
     adapted = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(saved / "model"), saved / "adapter")
     if side_path == "drop":

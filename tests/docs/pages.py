@@ -1,7 +1,8 @@
-"""Runs the Python blocks of Markdown pages: top to bottom, one namespace a page, in one process for all of them.
+"""Runs the Python and shell blocks of Markdown pages: top to bottom, one namespace a page, one process for all pages.
 
-`python -m tests.docs.pages REPORT FOLDER PAGE...`; FOLDER is where each page gets its working folder. The report says, for
-each page, how many blocks ran and what went wrong. `<!-- skip: next "reason" -->` leaves a block out.
+`python -m tests.docs.pages REPORT FOLDER PAGE...`; FOLDER is where each page gets its working folder. The report says,
+for each page, how many blocks ran and what went wrong. `<!-- skip: next "reason" -->` leaves a block out. Which shell
+commands run and which are only checked is decided in `shell.py`.
 """
 
 from __future__ import annotations
@@ -12,15 +13,22 @@ import sys
 import traceback
 from pathlib import Path
 
-from sybil import Sybil
-from sybil.parsers.markdown import PythonCodeBlockParser, SkipParser
+from sybil import Example, Sybil
+from sybil.parsers.markdown import CodeBlockParser, PythonCodeBlockParser, SkipParser
 
 from ..offline_hub import write_conversations
+from .shell import run_block
+
+
+def run_shell(example: Example) -> None:
+    """Run a shell block."""
+    run_block(example.parsed)
 
 
 def run_page(page: Path) -> dict[str, object]:
     """Run one page in the current folder."""
-    document = Sybil(parsers=[PythonCodeBlockParser(), SkipParser()], path=str(page.parent)).parse(page)
+    shell = [CodeBlockParser(language, run_shell) for language in ("sh", "bash")]
+    document = Sybil(parsers=[PythonCodeBlockParser(), *shell, SkipParser()], path=str(page.parent)).parse(page)
     ran = 0
     for example in document.examples():
         try:

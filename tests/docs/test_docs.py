@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 import peft_talan
+from peft_talan.version import INSTALL
 
 from ..offline_hub import make_hub_cache
 
@@ -24,7 +25,7 @@ PROGRAMS = ("cli", "demo", "autoload")
 """Folders of the package that are programs: their interface is the command line."""
 
 
-def test_every_python_block_runs(tmp_path: Path, subtests: pytest.Subtests) -> None:
+def test_every_python_and_shell_block_runs(tmp_path: Path, subtests: pytest.Subtests) -> None:
     make_hub_cache(tmp_path / "home")
     environment = {
         **os.environ,
@@ -44,7 +45,7 @@ def test_every_python_block_runs(tmp_path: Path, subtests: pytest.Subtests) -> N
         with subtests.test(page=Path(page).name):
             assert result["error"] is None, result["error"]
     # A parser that finds nothing would pass everything.
-    assert results[str(ROOT / "docs" / "index.md")]["ran"] == 3
+    assert results[str(ROOT / "docs" / "index.md")]["ran"] == 4
 
 
 def public_names() -> Iterator[str]:
@@ -94,3 +95,18 @@ def test_every_axis_is_in_the_reference() -> None:
     page = (ROOT / "docs" / "reference" / "axes.md").read_text()
     axes = {name for name in peft_talan.TalanConfig.__dataclass_fields__ if "talan" in name}
     assert {axis for axis in axes if f"`{axis}`" not in page and "version" not in axis} == set()
+
+
+def test_how_to_install_is_told_as_model_cards_tell_it() -> None:
+    assert f"\n{INSTALL} " in (ROOT / "docs" / "index.md").read_text()
+    for page in PAGES:
+        assert "pip install peft-talan" not in page.read_text(), page
+
+
+def test_code_fits_the_page() -> None:
+    """100 columns fit beside the navigation at 1440 pixels; `docs/extra.css` sets the width."""
+    long = []
+    for page in PAGES:
+        for block in re.findall(r"^```.*?^```", page.read_text(), re.MULTILINE | re.DOTALL):
+            long += [f"{page.name}: {line}" for line in block.splitlines() if len(line) > 100]
+    assert not long

@@ -8,17 +8,10 @@ import pytest
 import torch
 
 from peft_talan.functional import fused, reference
-from peft_talan.functional.one_token import TokenMemory, one_token
+from peft_talan.functional.one_token import TokenBuffers, one_token
 from peft_talan.functional.parameters import MIXERS, WRITEBACKS, SidePathOptions
 
 from .inputs import HIDDEN_SIZE, SLOTS, WIDTH, assert_equal_up_to_rounding, memory, side_path_tensors
-
-
-def step(memory: TokenMemory, *args: Any, **kwargs: Any) -> torch.Tensor:
-    """One token, kept by the memory."""
-    written = one_token(*args, memory, **kwargs)
-    memory.kept += 1
-    return written
 
 
 @torch.no_grad()
@@ -35,12 +28,12 @@ def test_tokens_one_by_one_equal_the_reference(mixer: Any, writeback: Any, paddi
         # Of three rows, the first is all padding.
         valid = torch.arange(9) >= padding * torch.arange(batch, 0, -1).unsqueeze(1)
     expected = reference.side_path(hidden, parameters, options, alpha=0.7, valid=valid, state=state.clone())
-    tokens = TokenMemory(state, torch.float64, room=9)
+    tokens = TokenBuffers(state, torch.float64, capacity=9)
     for index in range(9):
         now = None if valid is None else valid[:, index : index + 1]
-        written = step(tokens, hidden[:, index : index + 1], parameters, options, alpha=0.7, valid=now)
+        written = one_token(hidden[:, index : index + 1], parameters, options, tokens, alpha=0.7, valid=now)
         assert_equal_up_to_rounding(written, expected.hidden_states[:, index : index + 1])
-    weights, values = tokens.take_out()
+    weights, values = tokens.drain()
     assert_equal_up_to_rounding(weights, expected.weights)
     assert_equal_up_to_rounding(values, expected.values)
     assert expected.state is not None
@@ -52,7 +45,7 @@ def test_tensors_may_change_between_tokens() -> None:
     """In place, as by an optimizer; in other memory, as by `to`; and as other tensors, as by a load."""
     options, parameters = SidePathOptions(), side_path_tensors("attention", "add")
     hidden, state = torch.randn(2, 4, HIDDEN_SIZE, dtype=torch.float64), memory()
-    tokens, expected_state = TokenMemory(state, torch.float64), state.clone()
+    tokens, expected_state = TokenBuffers(state, torch.float64), state.clone()
     for index, token in enumerate(hidden.split(1, dim=1)):
         if index == 1:
             parameters.read.mul_(0.5)
@@ -74,7 +67,7 @@ def test_autocast_rounds_nothing() -> None:
     token, state, written = torch.randn(2, 1, HIDDEN_SIZE), memory(), []
     for enabled in (False, True):
         with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
-            written.append(one_token(token, parameters, options, TokenMemory(state.clone(), torch.float32)))
+            written.append(one_token(token, parameters, options, TokenBuffers(state.clone(), torch.float32)))
     assert torch.equal(*written)
 
 
@@ -90,7 +83,7 @@ def test_a_token_counts_after_a_hundred_million_others(in_place: bool) -> None:
     hidden = torch.randn(1, 300, HIDDEN_SIZE)
     expected = fused.side_path(hidden.double(), exact, options, state=full)
     state = full.clone()
-    tokens = TokenMemory(state, torch.float32)
+    tokens = TokenBuffers(state, torch.float32)
     for token in hidden.split(1, dim=1):
         if in_place:
             one_token(token, single, options, tokens)

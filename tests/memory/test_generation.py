@@ -84,8 +84,7 @@ def test_beams_with_a_static_cache() -> None:
 
 
 @torch.no_grad()
-def test_memories_are_one_more_layer_that_has_no_keys() -> None:
-    """So the cache's own questions about its layers are answered as without us."""
+def test_a_cache_looks_as_without_the_memories_that_it_carries() -> None:
     model = make_model("qwen3")
     for make in (DynamicCache, StaticCache):
         config = model.get_base_model().config
@@ -93,13 +92,13 @@ def test_memories_are_one_more_layer_that_has_no_keys() -> None:
         model(make_tokens(), past_key_values=caches[0], use_cache=True)
         make_base("qwen3")(make_tokens(), past_key_values=caches[1], use_cache=True)
         ours, plain = caches
-        for name in ("is_compileable", "is_initialized", "is_croppable"):
+        for name in ("is_compileable", "is_initialized", "is_croppable", "is_sliding", "batch_size"):
             assert getattr(ours, name) == getattr(plain, name)
         assert ours.get_seq_length() == plain.get_seq_length()
         assert ours.get_max_length() == plain.get_max_length()
-        assert [type(layer) for layer in ours.layers[:-1]] == [type(layer) for layer in plain.layers]
-        if hasattr(plain, "is_dummy"):  # since transformers 5.23
-            assert ours.is_dummy == [False] * len(plain.layers) + [True]
+        assert len(ours) == len(plain)
+        assert [type(layer) for layer in ours.layers] == [type(layer) for layer in plain.layers]
+        assert [layer.keys.shape for layer in ours.layers] == [layer.keys.shape for layer in plain.layers]
 
 
 @torch.no_grad()

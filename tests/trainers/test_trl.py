@@ -213,9 +213,15 @@ def test_dpo_copies_a_trained_adapter_into_its_reference(tmp_path: Path) -> None
         assert not torch.equal(model.get_parameter(name), parameter), name
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_grpo_rolls_out_what_the_model_says(checkpointing: bool, tmp_path: Path) -> None:
-    """Prompts of several lengths are padded on the left and continued with the cache, by the weights of each step."""
+PAGED = {
+    "use_transformers_continuous_batching": True,
+    "transformers_continuous_batching_config": {"page_size": 4, "num_blocks": 32, "max_batch_tokens": 16},
+}
+
+
+@pytest.mark.parametrize(("checkpointing", "rollout"), [(False, {}), (True, {}), (True, PAGED)])
+def test_grpo_rolls_out_what_the_model_says(checkpointing: bool, rollout: dict[str, Any], tmp_path: Path) -> None:
+    """Prompts of several lengths are padded on the left or paged, and continued by the weights of each step."""
     rollouts: list[tuple[list[int], list[int], list[int]]] = []
 
     def reward(prompts: list[str], completion_ids: list[list[int]], **kwargs: object) -> list[float]:
@@ -233,7 +239,7 @@ def test_grpo_rolls_out_what_the_model_says(checkpointing: bool, tmp_path: Path)
     tokenizer = make_chat_tokenizer()
     arguments = GRPOConfig(
         tmp_path,
-        **{**COMMON, "gradient_checkpointing": checkpointing},
+        **{**COMMON, "gradient_checkpointing": checkpointing, **rollout},
         max_steps=3,
         per_device_train_batch_size=4,
         num_generations=2,

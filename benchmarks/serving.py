@@ -1,0 +1,266 @@
+"""Serves a kept side path over loopback under load: every answer must be that of `generate`, at what speed.
+
+SmolLM2-135M-Instruct gets a side path with random weights and is written to two folders, whole and with the low-rank half
+alone. One server runs the first folder and two run the second, all at once; they are measured in turns, so the ratio of
+the last two says how much of the difference is chance. Then clients are killed in the middle of answers and prompts
+are sent that are too long, beside clients whose answers must stay what they are.
+
+    python -m benchmarks.serving --server transformers --clients 1 4 16 --requests 64
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import socket
+import statistics
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from http.client import HTTPConnection
+from pathlib import Path
+from typing import Any, NamedTuple
+
+RESULTS = Path(__file__).parent / "results" / "serving.jsonl"
+TOPICS = (
+    "the sea", "a bridge", "bread", "the moon", "a clock", "ants", "the violin", "rain",
+    "glass", "a lighthouse", "salt", "the desert", "a ladder", "owls", "paper", "iron",
+)  # fmt: skip
+PAGE, PAGES, BUDGET = 32, 512, 256
+
+
+def transformers_server(folder: str, port: int) -> list[str]:
+    """The command of `transformers serve` with continuous batching."""
+    options = {"port": port, "device": "cpu", "dtype": "float32", "attn-implementation": "sdpa"}
+    options |= {"cb-block-size": PAGE, "cb-num-blocks": PAGES, "cb-max-batch-tokens": BUDGET, "log-level": "error"}
+    flags = [part for name, value in options.items() for part in (f"--{name}", str(value))]
+    return [str(Path(sys.executable).parent / "transformers"), "serve", folder, "--continuous-batching", *flags]
+
+
+SERVERS: dict[str, Callable[[str, int], list[str]]] = {"transformers": transformers_server}
+"""By name: from a folder and a port to the command that serves it with the OpenAI routes."""
+
+
+class Server(NamedTuple):
+    """A running server.
+
+    Args:
+        name: What it serves.
+        folder: The folder, which is the model's name in requests.
+        port: Its port on the loopback.
+        process: The process.
+    """
+
+    name: str
+    folder: str
+    port: int
+    process: subprocess.Popen[bytes]
+
+    def memory(self) -> float:
+        """The resident memory of the server and its children, in MiB."""
+        import psutil
+
+        processes = [psutil.Process(self.process.pid)]
+        processes += processes[0].children(recursive=True)
+        return sum(process.memory_info().rss for process in processes) / 2**20
+
+
+def write_folders(parent: Path) -> dict[str, str]:
+    """Write the merged model with its side path, and without it; done once."""
+    import torch
+    from peft import get_peft_model
+
+    from peft_talan import TalanConfig
+    from peft_talan.demo.base_model import default_model_folder, load_base_model
+
+    folders = {name: str(parent / name) for name in ("talan", "lora")}
+    if not all((Path(folder) / "config.json").exists() for folder in folders.values()):
+        for name, folder in folders.items():
+            base, tokenizer = load_base_model(default_model_folder())
+            torch.manual_seed(0)
+            # Strong enough to change answers, and weak enough for them to stay language.
+            shared = {"r": 16, "target_modules": "all-linear", "task_type": "CAUSAL_LM", "talan_alpha": 0.3}
+            model = get_peft_model(base, TalanConfig(**shared, init_talan_weights=False))
+            with warnings.catch_warnings(action="ignore"):
+                merged = model.merge_and_unload(side_path="keep" if name == "talan" else "drop")
+            merged.save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
+    return folders
+
+
+def message(topic: str) -> list[dict[str, str]]:
+    """One prompt; the prompts share their beginning, as system prompts do."""
+    return [{"role": "user", "content": f"You are a patient teacher. Tell a child in two sentences about {topic}."}]
+
+
+def expected_answers(folder: str, tokens: int) -> dict[str, str]:
+    """What `generate` answers to each prompt."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    answers = {}
+    for topic in TOPICS:
+        inputs = tokenizer.apply_chat_template(
+            message(topic), add_generation_prompt=True, return_tensors="pt", return_dict=True
+        )
+        output = model.generate(**inputs, max_new_tokens=tokens, do_sample=False)
+        answers[topic] = tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    return answers
+
+
+@contextmanager
+def serving(kind: str, name: str, folder: str, threads: int) -> Iterator[Server]:
+    """Start a server, wait until it is ready, and end it afterwards."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
+    environment["HF_HUB_OFFLINE"] = "1"
+    process = subprocess.Popen(SERVERS[kind](folder, port), env=environment)
+    try:
+        for _ in range(600):
+            if process.poll() is not None:
+                raise RuntimeError(f"the server of {folder} ended with {process.returncode} before it was ready")
+            try:
+                connection = HTTPConnection("127.0.0.1", port, timeout=5)
+                connection.request("GET", "/health")
+                if connection.getresponse().status == 200:
+                    break
+            except OSError:
+                time.sleep(1)
+        yield Server(name, folder, port, process)
+    finally:
+        process.terminate()
+        process.wait(60)
+
+
+def ask(server: Server, messages: list[dict[str, str]], tokens: int, kill_after: int | None = None) -> tuple[int, Any]:
+    """Send one request.
+
+    Args:
+        server: The server.
+        messages: The chat.
+        tokens: The largest number of new tokens.
+        kill_after: Break the connection off after this many bytes of a streamed answer. None: read the answer.
+
+    Returns:
+        The status, and the answer as it was sent.
+    """
+    body = {"model": server.folder, "messages": messages, "temperature": 0, "max_tokens": tokens}
+    body["stream"] = kill_after is not None
+    connection = HTTPConnection("127.0.0.1", server.port, timeout=900)
+    connection.request("POST", "/v1/chat/completions", json.dumps(body), {"Content-Type": "application/json"})
+    response = connection.getresponse()
+    if kill_after is not None:
+        response.read(kill_after)
+        connection.close()
+        return response.status, None
+    sent = response.read()
+    return response.status, json.loads(sent) if response.status == 200 else sent.decode(errors="replace")
+
+
+def load(server: Server, requests: int, clients: int, tokens: int, expected: dict[str, str] | None) -> dict[str, Any]:
+    """Let some clients send requests side by side, and compare the answers.
+
+    Args:
+        server: The server.
+        requests: How many requests.
+        clients: How many at once.
+        tokens: New tokens a request, at most.
+        expected: The right answer by topic; None: not compared.
+
+    Returns:
+        What was counted.
+    """
+    topics = [TOPICS[number % len(TOPICS)] for number in range(requests)]
+    start = time.perf_counter()
+    with ThreadPoolExecutor(clients) as pool:
+        answers = list(pool.map(lambda topic: ask(server, message(topic), tokens), topics))
+    seconds = time.perf_counter() - start
+    given = [answer for status, answer in answers if status == 200]
+    new_tokens = sum(answer["usage"]["completion_tokens"] for answer in given)
+    counted = {"requests": requests, "lost": requests - len(given), "tokens_per_second": new_tokens / seconds}
+    if expected is not None:
+        texts = [answer["choices"][0]["message"]["content"] if status == 200 else None for status, answer in answers]
+        counted["wrong"] = sum(text != expected[topic] for text, topic in zip(texts, topics, strict=True))
+    return counted
+
+
+def disturb(server: Server, requests: int, clients: int, tokens: int, expected: dict[str, str]) -> dict[str, Any]:
+    """The same beside clients that are killed and prompts that are too long."""
+    too_long = [{"role": "user", "content": "word " * (PAGE * PAGES + 1)}]
+    with ThreadPoolExecutor(2) as pool:
+        killed = [pool.submit(ask, server, message(topic), tokens, 200) for topic in TOPICS[:requests]]
+        refused = pool.submit(ask, server, too_long, tokens)
+        counted = load(server, requests, clients, tokens, expected)
+        statuses = [future.result()[0] for future in killed]
+        status, answer = refused.result()
+    return {**counted, "killed": len(statuses), "too_long": f"{status}: {str(answer)[:120]}"}
+
+
+def report(out: Path, row: dict[str, Any]) -> None:
+    """Print a row and keep it."""
+    print(json.dumps(row), flush=True)
+    with out.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(row) + "\n")
+
+
+def main() -> None:
+    """Run the load."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--server", choices=SERVERS, default="transformers")
+    parser.add_argument("--folder", type=Path, default=Path("build/serving"), help="where the models are written")
+    parser.add_argument("--clients", type=int, nargs="+", default=[1, 4, 16])
+    parser.add_argument("--requests", type=int, default=64, help="in each turn")
+    parser.add_argument("--turns", type=int, default=3)
+    parser.add_argument("--tokens", type=int, default=48, help="new tokens a request, at most")
+    parser.add_argument("--threads", type=int, default=1, help="of each server")
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    options = parser.parse_args()
+    folders = write_folders(options.folder)
+    expected = expected_answers(folders["talan"], options.tokens)
+    served = {"talan": folders["talan"], "lora": folders["lora"], "lora again": folders["lora"]}
+    about = {"server": options.server, "threads": options.threads, "tokens": options.tokens}
+    about["machine"] = f"{platform.machine()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.0f}"
+    with all_serving(options.server, served, options.threads) as servers:
+        for server in servers:  # The first answer waits for what is made when it is first used.
+            load(server, 1, 1, 2, None)
+        before = servers[0].memory()
+        for clients in options.clients:
+            speeds: dict[str, list[float]] = {name: [] for name in served}
+            for _ in range(options.turns):
+                for server in servers:
+                    right = expected if server.name == "talan" else None
+                    counted = load(server, options.requests, clients, options.tokens, right)
+                    speeds[server.name].append(counted["tokens_per_second"])
+                    report(options.out, {**about, "served": server.name, "clients": clients, **counted})
+            ratios = {
+                name: statistics.median(a / b for a, b in zip(speeds[name], speeds["lora"], strict=True))
+                for name in ("talan", "lora again")
+            }
+            report(options.out, {**about, "clients": clients, "speed beside lora": ratios})
+        clients = max(options.clients)
+        counted = disturb(servers[0], options.requests, clients, options.tokens, expected)
+        report(options.out, {**about, "served": "talan", "disturbed": True, "clients": clients, **counted})
+        memory = {"MiB before": round(before), "MiB after": round(servers[0].memory())}
+        report(options.out, {**about, "served": "talan", **memory})
+
+
+@contextmanager
+def all_serving(kind: str, served: dict[str, str], threads: int) -> Iterator[list[Server]]:
+    """Start a server for each folder, one after the other."""
+
+    with ExitStack() as stack:
+        yield [stack.enter_context(serving(kind, name, folder, threads)) for name, folder in served.items()]
+
+
+if __name__ == "__main__":
+    main()

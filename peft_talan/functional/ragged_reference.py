@@ -1,0 +1,56 @@
+"""The side path on the flat tokens of many requests, one request after the other: what `ragged` is held against."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import torch
+
+from . import reference
+from .parameters import RaggedOutput, SidePathOptions, SidePathParameters
+
+
+def ragged_side_path(
+    hidden_states: torch.Tensor,
+    parameters: SidePathParameters,
+    options: SidePathOptions,
+    *,
+    query_start_loc: torch.Tensor,
+    state: torch.Tensor,
+    max_query_length: int,
+    leave_at: torch.Tensor | None = None,
+    alpha: float = 1.0,
+) -> RaggedOutput:
+    """Run a side path with a causal memory on requests of different lengths, laid end to end.
+
+    Args:
+        hidden_states: h, [tokens, hidden_size].
+        parameters: The side path's tensors.
+        options: The side path's axes.
+        query_start_loc: Where each request starts and the last one ends, [requests + 1], int, not falling and starting
+            at 0. Equal neighbours: a request without tokens. Tokens from the last number on are padding.
+        state: The memory before each request's first token, [requests, slots, width + 1].
+        max_query_length: The number of tokens of the longest request, or more; it is known without asking the device.
+        leave_at: The tokens after which the memory is wanted, [leaves], int64; a number that is no token's asks for
+            nothing in particular. None: after each request's last token. Default None.
+        alpha: The strength of the perturbation. Default 1.
+
+    Returns:
+        h' and the memories; where a request has no tokens, its memory is the one before.
+    """
+    written = hidden_states.clone()
+    memories = state.new_zeros(hidden_states.shape[0] + 1, *state.shape[1:])
+    after = state.clone()
+    bounds = query_start_loc.tolist()
+    for request, (start, end) in enumerate(pairwise(bounds)):
+        if start == end:
+            continue
+        before = state[request : request + 1]
+        output = reference.side_path(hidden_states[None, start:end], parameters, options, alpha=alpha, state=before)
+        written[start:end] = output.hidden_states[0]
+        memories[start:end] = reference.compress(output.values, output.weights, state=before)[0][0]
+        after[request] = memories[end - 1]
+    if leave_at is None:
+        return RaggedOutput(written, after)
+    tokens = torch.where((leave_at >= 0) & (leave_at < bounds[-1]), leave_at, hidden_states.shape[0])
+    return RaggedOutput(written, memories[tokens])

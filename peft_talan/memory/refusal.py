@@ -1,0 +1,30 @@
+"""Refuses a call by a condition that may be known on the device only, without waiting for the device."""
+
+from __future__ import annotations
+
+import torch
+
+
+def refuse_unless(condition: bool | torch.Tensor, message: str) -> None:
+    """Raise an error if a condition does not hold.
+
+    A condition on an accelerator is not read by the host, which would have to wait for it: the device checks it and
+    stops the program with an assertion, as it does for an index out of range.
+
+    Args:
+        condition: A bool, or a scalar bool tensor.
+        message: What is wrong and what to do.
+
+    Raises:
+        ValueError: The condition does not hold; `RuntimeError` if it is compiled or on an accelerator.
+    """
+    if isinstance(condition, bool):
+        if not condition:
+            raise ValueError(message)
+    elif torch.compiler.is_compiling() or condition.device.type != "cpu":
+        torch._assert_async(condition, message)
+    else:
+        try:
+            torch._assert_async(condition, message)
+        except RuntimeError as error:
+            raise ValueError(message) from error

@@ -1,0 +1,71 @@
+"""What transformers' continuous batching can't run exactly is refused before a request is taken."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+from transformers import ContinuousBatchingConfig, GenerationConfig
+from transformers.generation.continuous_batching import ContinuousBatchingManager
+
+from ..tuner.attachment import attached_side_paths
+from ..tuner.mixed_batch import NO_ROWS
+
+
+def check_continuous_batching(model: nn.Module, config: ContinuousBatchingConfig) -> None:
+    """Refuse what side paths can't run exactly under continuous batching.
+
+    Args:
+        model: The model that would be served.
+        config: The configuration that it would be served with.
+
+    Raises:
+        ValueError: Pages of the cache would be moved to the CPU, a memory is bidirectional, or rows of a batch were
+            given different adapters.
+    """
+    layers = [layer for _, layer in attached_side_paths(model) if not layer.disable_adapters]
+    if not layers:
+        return
+    if config.cpu_offload_space is None or config.cpu_offload_space > 0:
+        raise ValueError(
+            f"cpu_offload_space={config.cpu_offload_space}: the latent memory of a TALAN side path does not follow "
+            "pages that are moved to the CPU; set cpu_offload_space=0, and num_blocks or max_memory_percent higher"
+        )
+    for layer in layers:
+        for name in layer.active_adapters:
+            options = layer.talan_options.get(name)
+            if options is not None and options.scope != "causal":
+                raise ValueError(
+                    f"talan_memory_scope={options.scope!r} of adapter {name!r} can't generate: later tokens would "
+                    "change the memory of earlier ones; train an adapter with 'causal'"
+                )
+        if any("adapter_names" in getattr(hook, "keywords", {}) for hook in layer._forward_pre_hooks.values()):
+            raise ValueError(NO_ROWS)
+
+
+def _checked(initialize: Callable[..., None]) -> Callable[..., None]:
+    @functools.wraps(initialize)
+    def checked_initialize(
+        self: ContinuousBatchingManager,
+        model: nn.Module,
+        generation_config: GenerationConfig,
+        continuous_batching_config: ContinuousBatchingConfig,
+        *args: Any,
+        **kwargs: Any,
+    ) -> None:
+        check_continuous_batching(model, continuous_batching_config)
+        initialize(self, model, generation_config, continuous_batching_config, *args, **kwargs)
+
+    return checked_initialize
+
+
+def check_managers() -> None:
+    """Let every manager of continuous batching look at its model first; a second call does nothing.
+
+    A manager runs the model in a thread of its own and puts what that raises into each request's output, so the
+    constructor is the last place that can refuse; transformers offers no hook there.
+    """
+    if not hasattr(ContinuousBatchingManager.__init__, "__wrapped__"):
+        ContinuousBatchingManager.__init__ = _checked(ContinuousBatchingManager.__init__)  # type: ignore[method-assign]
