@@ -126,6 +126,7 @@ def test_resume_needs_a_checkpoint(saved: Path, tmp_path: Path, fails: Fails) ->
         (["--talan-slots", "0"], "talan_slots=0"),
         (["--learning-rate", "-1"], "--learning-rate -1.0"),
         (["--report-to", "x"], "--report-to x"),
+        (["--report-to", "none,wandb"], "pip install wandb"),
         (["--eval-steps", "5"], "--eval-steps 5"),
         (["--eval-rows", "5", "--eval-split", "test"], "give one of them"),
         (["--eval-rows", "24"], "24 of 24 rows can't be held out"),
