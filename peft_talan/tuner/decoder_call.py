@@ -215,7 +215,7 @@ class BlockCall:
             )
         if given.unknown_state is not None:
             raise ValueError(
-                f"{given.unknown_state}: it is no transformers Cache, so the side path can't carry its memory from "
+                f"{given.unknown_state}: it is not a transformers Cache, so the side path can't carry its memory from "
                 "call to call with it; pass use_cache=False (or no state), or a cache such as DynamicCache"
             )
         batch, tokens, _ = shape
