@@ -67,8 +67,9 @@ class TalanConfig(SidePathAxes, LoraConfig):
     `r=0`, or `target_modules=[]`, leaves the low-rank half out: the side path alone.
 
     Args:
-        talan_layers (None | "all" | list[int] | list[float]): The decoder blocks with a side path: indices (negative
-            ones count from the end), or fractions of the depth in [0, 1]. None: the measured default. Default None.
+        talan_layers (None | "all" | Sequence[int] | Sequence[float]): The decoder blocks with a side path: indices
+            (negative ones count from the end), or fractions of the depth in [0, 1]. None: the measured default.
+            Default None.
         talan_position ("output" | "input"): At which end of the block the side path reads and writes. Default
             `"output"`.
         talan_slots (int): M, the number of memory slots. Default 8.
@@ -87,8 +88,8 @@ class TalanConfig(SidePathAxes, LoraConfig):
         init_talan_weights (bool): True: the write-back starts at zero, so that a fresh adapter is its low-rank half.
             False: at random, for tests. Default True.
         talan_blocks (str | None): The name of the `nn.ModuleList` that holds the blocks, such as
-            `"model.layers"`, where it can't be found. Default None.
-        talan_hidden_size (int | None): H, the width of the residual stream, where it can't be found. Default None.
+            `"model.layers"`, if it can't be found. Default None.
+        talan_hidden_size (int | None): H, the width of the residual stream, if it can't be found. Default None.
         talan_kept (bool): Whether the side path belongs to the model in whose folder it lies; `merge_and_unload()`
             sets it, leave it at False. Default False.
         talan_version (str | None): The version of this package that made the adapter, filled in by itself.
@@ -96,6 +97,12 @@ class TalanConfig(SidePathAxes, LoraConfig):
 
     Raises:
         ValueError: A field's value, type or combination can't work; the message names field, value and remedy.
+
+    Example:
+        >>> from peft import get_peft_model
+        >>> from peft_talan import TalanConfig
+        >>> config = TalanConfig(r=16, target_modules="all-linear", task_type="CAUSAL_LM", talan_layers=[0.33, 0.66])
+        >>> model = get_peft_model(base_model, config)
     """
 
     init_talan_weights: bool = field(default=True, metadata={"help": "Whether the write-back starts at zero."})
@@ -115,17 +122,20 @@ class TalanConfig(SidePathAxes, LoraConfig):
 
         Args:
             lora: A LoRA configuration, or an adapter's folder or name on the hub.
-            **options: Fields of `TalanConfig`, such as `talan_layers`; they go before the LoRA adapter's.
+            **options: Fields of `TalanConfig`, such as `talan_layers`; they replace the LoRA adapter's.
 
         Returns:
             The configuration, to be trained.
 
         Raises:
-            ValueError: It is no LoRA adapter.
+            ValueError: The adapter is of another type than LoRA.
+
+        Example:
+            >>> config = TalanConfig.from_lora("path/to/lora", talan_layers=[0.5])
         """
         found = lora if isinstance(lora, PeftConfig) else PeftConfig.from_pretrained(str(lora))
         if not isinstance(found, LoraConfig) or found.peft_type != PeftType.LORA:
-            raise refusal("lora", lora, f"is no LoRA adapter but of type {found.peft_type}; give one of type LORA")
+            raise refusal("lora", lora, f"expected an adapter of type LORA, got one of type {found.peft_type}")
         taken = {option.name: getattr(found, option.name) for option in fields(LoraConfig) if option.init}
         return cls(**{**taken, "inference_mode": False, **options})
 
@@ -145,6 +155,9 @@ class TalanConfig(SidePathAxes, LoraConfig):
 
         Returns:
             The configuration.
+
+        Raises:
+            ValueError: There is no configuration, or a field can't be used.
         """
         config: TalanConfig = super().from_pretrained(pretrained_model_name_or_path, subfolder, **kwargs)
         options = {"subfolder": subfolder, **cls._split_kwargs(kwargs)[0]}
@@ -193,7 +206,9 @@ class TalanConfig(SidePathAxes, LoraConfig):
         try:
             newer = Version(self.talan_version).major > Version(__version__).major
         except (InvalidVersion, TypeError):
-            raise refusal("talan_version", self.talan_version, "is no version; leave the field at None") from None
+            raise refusal(
+                "talan_version", self.talan_version, "expected a version such as '0.1.0'; leave the field at None"
+            ) from None
         if newer:
             raise refusal(
                 "talan_version",

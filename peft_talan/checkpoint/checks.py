@@ -40,7 +40,7 @@ def is_finite(tensor: torch.Tensor) -> bool:
         tensor = torch.view_as_real(tensor)
     if tensor.element_size() == 1:
         tensor = tensor.float()  # torch has few operations for 8-bit floats
-    # One pass and no mask: both ends are NaN where any number is.
+    # One pass and no mask: both ends are NaN if any number is.
     return all(math.isfinite(end) for end in torch.aminmax(tensor.detach()))
 
 

@@ -52,12 +52,16 @@ def export_lora(
 
     Raises:
         ValueError: There is no such TALAN adapter, or it has no low-rank half.
+
+    Example:
+        >>> export_lora(model, "lora")  # of a model in memory
+        >>> export_lora("path/to/adapter", "lora")  # of a saved adapter, without its base model
     """
     saved = isinstance(model, (str, PathLike))
     config = PeftConfig.from_pretrained(str(model)) if saved else getattr(model, "peft_config", {}).get(adapter_name)
     if not isinstance(config, TalanConfig):
         raise ValueError(
-            f"model={str(model)!r}: is no TALAN adapter"
+            f"model={str(model)!r}: expected a TALAN adapter, got another type"
             if saved
             else f"adapter_name={adapter_name!r}: the model has no TALAN adapter of this name"
         )
@@ -102,7 +106,10 @@ def warm_start(
         The model with the adapter.
 
     Raises:
-        ValueError: The tensors of the LoRA adapter do not fit the model; it is left as it was.
+        ValueError: The tensors of the LoRA adapter do not fit the model, which is left unchanged.
+
+    Example:
+        >>> model = warm_start(base_model, "path/to/lora", talan_layers=[0.5])
     """
     config = TalanConfig.from_lora(lora, **options)
     tensors = load_peft_weights(str(lora), device="cpu")

@@ -59,7 +59,7 @@ class TalanModel(LoraModel):
         loaded_by_itself = isinstance(peft_config, TalanConfig) and not getattr(model, "_hf_peft_config_loaded", True)
         embedded = loaded_by_itself and peft_config.talan_kept and peft_config.inference_mode
         try:
-            # `inject_adapter` looks after what lies inside.
+            # `inject_adapter` restores what lies inside.
             with attributes_unchanged_on_error(model):
                 super().__init__(model, peft_config, adapter_name, *args, **kwargs)
         except BaseException:
