@@ -232,11 +232,11 @@ def continue_or_start_memory(cache: Cache, request: MemoryRequest) -> LatentMemo
     """
     carried, past, name = memories_of(cache), request.past, request.adapter_name
     memory = carried.memories.get(request.block_index, {}).get(name)
+    # Without their number: a compiled graph would be made anew for each.
     missing = (
-        f"the cache holds {past if isinstance(past, int) else 'other'} tokens that did not all pass through adapter "
-        f"{name!r} at block {request.block_index} (it was filled with the adapter off, by another adapter or by "
-        "another model), so the latent memory is missing; start from an empty cache and run the whole prompt with "
-        "this adapter active"
+        f"the cache holds tokens that did not all pass through adapter {name!r} at block {request.block_index} (it "
+        "was filled with the adapter off, by another adapter or by another model), so the latent memory is missing; "
+        "start from an empty cache and run the whole prompt with this adapter active"
     )
     if memory is None:
         refuse_unless(past is not None and past == 0, missing)

@@ -18,7 +18,7 @@ def refuse_unless(condition: bool | torch.Tensor, message: str) -> None:
     Raises:
         ValueError: The condition does not hold; `RuntimeError` if it is compiled or on an accelerator.
     """
-    if isinstance(condition, bool):
+    if not isinstance(condition, torch.Tensor):
         if not condition:
             raise ValueError(message)
     elif torch.compiler.is_compiling() or condition.device.type != "cpu":
