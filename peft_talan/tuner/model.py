@@ -131,7 +131,7 @@ class TalanModel(LoraModel):
                     attach_side_path(self, index, len(every_block), hidden_size, block, adapter_name)
             for _, layer in attached_side_paths(model):
                 layer.has_low_rank_half = {name: other.has_low_rank_half for name, other in self.peft_config.items()}
-            tensor_parallel.agree(model, adapter_name)
+            tensor_parallel.synchronize(model, adapter_name)
             declare_scope(model, adapter_name, config.talan_trainable)
             if checkpoint is not None:
                 check_whole_modules(adapter_name, header, model)

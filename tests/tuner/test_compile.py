@@ -10,7 +10,7 @@ from peft import PeftModel, get_peft_model
 from torch._dynamo.backends.debugging import aot_eager
 from transformers import Cache, DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCache
 
-from ..small_models import VOCABULARY, make_config, make_lora_config, make_tokens, rounding
+from ..small_models import VOCABULARY, make_config, make_lora_config, make_model, make_tokens, rounding
 
 NEW_TOKENS = 6
 
