@@ -45,6 +45,11 @@ class SidePaths(AdapterTensors):
         self._argument_names: tuple[str, ...] = ()
         self._decoder_call: DecoderCall | None = None
 
+    @property
+    def runs_side_paths(self) -> bool:
+        """Whether the layer may change the residual stream."""
+        return True
+
     def memory_name(self, name: str) -> str:
         """The name by which a cache carries the memory of one of the layer's side paths.
 
@@ -120,8 +125,7 @@ class SidePaths(AdapterTensors):
         return ((written, *args[1:]), kwargs) if args else (args, {**kwargs, name: written})
 
     def _after_block(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        received = args[0] if args else kwargs[self._argument_names[0]]
-        hidden_states = stream_of(output, received.shape)
+        hidden_states = stream_of(output)
         written = self._called(block)(hidden_states, "output", self._call(block, args, kwargs, after=True))
         return output if written is hidden_states else replace_stream(output, written)
 
@@ -230,6 +234,11 @@ class TalanLayer(SidePaths, BaseTunerLayer):
         self.merged_adapters: list[str] = []
         self._active_adapter: str | list[str] = []
         self._disable_adapters = False
+
+    @property
+    def runs_side_paths(self) -> bool:
+        """Whether the layer may change the residual stream."""
+        return not self._disable_adapters
 
     @property
     def bias(self) -> None:  # type: ignore[override]
