@@ -16,7 +16,7 @@ from torch import nn
 from ..tuner.attachment import attached_side_paths
 from ..tuner.layer import TalanLayer
 from ..tuner.strength import talan_strength
-from .streams import Inputs, TokenMeans, as_it_was, norm, record_streams, steered_blocks, without_adapters
+from .streams import Inputs, TokenMeans, evaluated, norm, record_streams, steered_blocks, without_adapters
 from .token_measures import SidePathStatistics, TokenMeasures, side_path_statistics, token_measures
 
 __all__ = [
@@ -36,7 +36,7 @@ __all__ = [
 
 @dataclass(frozen=True)
 class BlockMeasures:
-    """The residual stream behind one block: means over the real tokens.
+    """The residual stream after one block: means over the real tokens.
 
     Args:
         block: The block's index.
@@ -45,9 +45,9 @@ class BlockMeasures:
             the side path off in both.
         side_path_norm: |d|, d the change that the side path makes to the stream: with it minus without it, the
             low-rank half on in both.
-        ratio: `low_rank_norm / side_path_norm`; None where the side path has not written yet.
-        cosine: The mean cosine of u and d; None where one of them is zero everywhere.
-        written_norm: |delta|, what the block's own side path writes; None where it has none.
+        ratio: `low_rank_norm / side_path_norm`; None if the side path has not written yet.
+        cosine: The mean cosine of u and d; None if one of them is zero everywhere.
+        written_norm: |delta|, what the block's own side path writes; None if it has none.
         written_ratio: |u| / |delta| at the end of the block where it writes.
         written_cosine: The mean cosine of u and delta there.
     """
@@ -65,11 +65,11 @@ class BlockMeasures:
 
 @dataclass(frozen=True)
 class Propagation:
-    """What became of the perturbation of one block's side path behind another block, all other side paths off.
+    """The perturbation of one block's side path as it is after another block, with all other side paths off.
 
     Args:
         source: The block whose side path writes.
-        block: The block behind which the stream is compared.
+        block: The block after which the streams are compared.
         difference_norm: The mean |difference| of the streams with and without it.
         relative_norm: `difference_norm` divided by the mean |h|.
         amplification: `difference_norm` divided by the mean |delta| that was written.
@@ -133,7 +133,7 @@ def to_rows(
     """Turn measurements into a table: `pandas.DataFrame(to_rows(...))` takes it, as does `csv.DictWriter`.
 
     Args:
-        measures: What one of the functions of this file gave.
+        measures: What a function of this module returned.
 
     Returns:
         One dictionary a row.
@@ -154,8 +154,8 @@ def _batches(inputs: Inputs | Sequence[Inputs]) -> list[Inputs]:
 def measure_blocks(model: nn.Module, inputs: Inputs | Sequence[Inputs]) -> list[BlockMeasures]:
     """Compare what the low-rank half and the side path do to the residual stream, block by block.
 
-    Three forward passes a batch: with both, with the low-rank half alone, and the base model. The model is left as it
-    was.
+    Three forward passes a batch: with both, with the low-rank half alone, and the base model. The model is not
+    changed.
 
     Args:
         model: A model whose active adapters have a side path.
@@ -167,6 +167,10 @@ def measure_blocks(model: nn.Module, inputs: Inputs | Sequence[Inputs]) -> list[
 
     Raises:
         ValueError: The model has no side path, is disabled or merged, or there is no batch.
+
+    Example:
+        >>> blocks = measure_blocks(model, tokenizer("Why is the sky blue?", return_tensors="pt"))
+        >>> blocks[9].ratio  # how many times larger the low-rank update is than the side path's
     """
     means = TokenMeans()
     places = {
@@ -174,7 +178,7 @@ def measure_blocks(model: nn.Module, inputs: Inputs | Sequence[Inputs]) -> list[
         for _, layer in attached_side_paths(model)
     }
     depth = len(steered_blocks(model))
-    with as_it_was(model):
+    with evaluated(model):
         for batch in _batches(inputs):
             both = record_streams(model, batch)
             with talan_strength(model, 0):
@@ -182,9 +186,9 @@ def measure_blocks(model: nn.Module, inputs: Inputs | Sequence[Inputs]) -> list[
             with without_adapters(model):
                 base = record_streams(model, batch)
             for block in range(depth):
-                update = low_rank.behind[block] - base.behind[block]
-                change = both.behind[block] - low_rank.behind[block]
-                means.add(f"{block} hidden", norm(both.behind[block]))
+                update = low_rank.after[block] - base.after[block]
+                change = both.after[block] - low_rank.after[block]
+                means.add(f"{block} hidden", norm(both.after[block]))
                 means.add(f"{block} low rank", norm(update))
                 means.add(f"{block} side path", norm(change))
                 means.add_cosine(f"{block} cosine", update, change)
@@ -213,7 +217,7 @@ def measure_blocks(model: nn.Module, inputs: Inputs | Sequence[Inputs]) -> list[
 def measure_propagation(model: nn.Module, inputs: Inputs | Sequence[Inputs]) -> list[Propagation]:
     """Follow the perturbation of each side path through the later blocks: it alone on, against all side paths off.
 
-    The model is left as it was.
+    The model is not changed.
 
     Args:
         model: A model whose active adapters have a side path.
@@ -224,11 +228,15 @@ def measure_propagation(model: nn.Module, inputs: Inputs | Sequence[Inputs]) -> 
 
     Raises:
         ValueError: As in `measure_blocks`.
+
+    Example:
+        >>> for step in measure_propagation(model, tokenizer("Why is the sky blue?", return_tensors="pt")):
+        ...     print(step.source, step.block, step.amplification)
     """
     means = TokenMeans()
     sources = [layer.block_index for _, layer in attached_side_paths(model)]
     depth = len(steered_blocks(model))
-    with as_it_was(model):
+    with evaluated(model):
         for batch in _batches(inputs):
             with talan_strength(model, 0):
                 off = record_streams(model, batch)
@@ -239,9 +247,9 @@ def measure_propagation(model: nn.Module, inputs: Inputs | Sequence[Inputs]) -> 
                 delta = on.written[source]
                 means.add(f"{source}", norm(delta))
                 for block in range(source, depth):
-                    change = on.behind[block] - off.behind[block]
+                    change = on.after[block] - off.after[block]
                     means.add(f"{source} {block}", norm(change))
-                    means.add(f"{source} {block} hidden", norm(on.behind[block]))
+                    means.add(f"{source} {block} hidden", norm(on.after[block]))
                     means.add_cosine(f"{source} {block} cosine", change, delta)
     return [
         Propagation(
@@ -260,7 +268,7 @@ def measure_propagation(model: nn.Module, inputs: Inputs | Sequence[Inputs]) -> 
 def measure_reads(model: nn.Module, inputs: Inputs) -> list[SidePathReads]:
     """Measure, token by token, what each side path writes, through which gate, and from which slots it reads.
 
-    It uses the readable equations: O(tokens slots width) memory. The model is left as it was.
+    It uses the readable equations: O(tokens slots width) memory. The model is not changed.
 
     Args:
         model: A model whose active adapters have a side path.
@@ -271,6 +279,10 @@ def measure_reads(model: nn.Module, inputs: Inputs) -> list[SidePathReads]:
 
     Raises:
         ValueError: As in `measure_blocks`.
+
+    Example:
+        >>> reads = measure_reads(model, tokenizer("Why is the sky blue?", return_tensors="pt"))
+        >>> reads[0].slot_usage
     """
     found: list[SidePathReads] = []
 
@@ -293,7 +305,7 @@ def measure_reads(model: nn.Module, inputs: Inputs) -> list[SidePathReads]:
                 found.append(SidePathReads(layer.block_index, name, measures, valid))
 
     steered_blocks(model)  # Refuses a model without a side path.
-    with as_it_was(model), torch.no_grad(), ExitStack() as hooks:
+    with evaluated(model), torch.no_grad(), ExitStack() as hooks:
         for _, layer in attached_side_paths(model):
             hooks.callback(layer.register_forward_pre_hook(look).remove)
         model(**{"use_cache": False, **{name: part for name, part in inputs.items() if name != "labels"}})

@@ -16,7 +16,7 @@ from ..tuner.layer import TalanLayer
 from .measure import side_path_statistics
 
 TOKENS_MEASURED = 512
-"""So many tokens of each row are measured: the readable equations hold one memory a token."""
+"""The number of tokens of each row that are measured: the readable equations hold one memory a token."""
 
 
 def _is_logged(args: TrainingArguments, state: TrainerState, first_of_epoch: bool) -> bool:
@@ -37,7 +37,10 @@ class SidePathMonitor(TrainerCallback):
 
     Args:
         log: Where the numbers go: `trainer.log`, as in `trainer.add_callback(SidePathMonitor(trainer.log))`. Trainer
-            tells its loggers of a log before it tells callbacks of the user's, so a callback can't add to one.
+            calls its loggers before the user's callbacks, so a callback can't add to a log.
+
+    Example:
+        >>> trainer.add_callback(SidePathMonitor(trainer.log))
     """
 
     def __init__(self, log: Callable[[dict[str, float]], None]) -> None:
@@ -89,7 +92,7 @@ class SidePathMonitor(TrainerCallback):
             self._log(measured)
 
     def _measure(self, layer: nn.Module, args: tuple[Any, ...]) -> None:
-        # Without a gradient it is no training: a rollout, or a reference model's pass.
+        # Passes without gradients do not train: rollouts, or those of a reference model.
         trains = layer.training and torch.is_grad_enabled()
         if not isinstance(layer, TalanLayer) or not trains or layer.disable_adapters:
             return

@@ -27,7 +27,7 @@ def _axes(title: str, below: str, beside: str, width: float = 6.4) -> tuple[Figu
 
 
 def _finish(figure: Figure, axes: Axes) -> None:
-    """Put the legend where no data is, and number blocks and slots in whole numbers."""
+    """Place the legend off the data, and number blocks and slots by whole numbers."""
     from matplotlib.ticker import MaxNLocator
 
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
@@ -38,7 +38,7 @@ def plot_blocks(blocks: Sequence[BlockMeasures]) -> Figure:
     """Draw, block by block, the residual stream and the changes that both halves make to it.
 
     Args:
-        blocks: Of `measure_blocks`.
+        blocks: Returned by `measure_blocks`.
 
     Returns:
         The figure; `figure.savefig(file)` writes it.
@@ -65,7 +65,7 @@ def plot_propagation(propagations: Sequence[Propagation]) -> Figure:
     """Draw how the perturbation of each side path grows or fades through the later blocks.
 
     Args:
-        propagations: Of `measure_propagation`.
+        propagations: Returned by `measure_propagation`.
 
     Returns:
         The figure.
@@ -84,7 +84,7 @@ def plot_slot_usage(reads: Sequence[SidePathReads]) -> Figure:
     """Draw the mean share of each slot in what tokens read.
 
     Args:
-        reads: Of `measure_reads`.
+        reads: Returned by `measure_reads`.
 
     Returns:
         The figure.
@@ -111,7 +111,7 @@ def plot_token_slots(reads: SidePathReads, tokens: Sequence[str] | None = None, 
         The figure.
 
     Raises:
-        ValueError: There is no such row, or the texts are not as many as the row has tokens.
+        ValueError: There is no such row, or the number of texts is not the row's number of tokens.
     """
     rows, length = reads.valid.shape
     if not 0 <= row < rows:

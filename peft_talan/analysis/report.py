@@ -68,10 +68,10 @@ def analyze(
     Args:
         adapter: The adapter's folder or name on the hub.
         data_file: A file or a hub data set, as `peft_talan.sft.data.read_rows` takes it.
-        output_folder: Where the tables (CSV) and the pictures (PNG) go; it is made where it is missing.
+        output_folder: Where the tables (CSV) and the pictures (PNG) go; it is created if it does not exist.
         base_model: The base model's folder or name. None: what the adapter's configuration says. Default None.
         examples: How many rows are measured. Default 16.
-        max_tokens: Where longer rows are cut, in tokens. Default 512.
+        max_tokens: The number of tokens at which longer rows are cut. Default 512.
         batch_size: Rows of a forward pass. Default 4.
         device: Where the model runs. Default `"cpu"`.
         report: Called with a line about what is being done.
@@ -80,13 +80,13 @@ def analyze(
         The files that were written.
 
     Raises:
-        ValueError: A number is below 1, the adapter is no TALAN adapter, or the data can't be used.
+        ValueError: A number is below 1, the adapter is not a TALAN adapter, or the data can't be used.
         ModuleNotFoundError: matplotlib is missing; `pip install 'peft-talan[analysis]'`.
     """
     for name, value in (("examples", examples), ("max_tokens", max_tokens), ("batch_size", batch_size)):
         if value < 1:
             raise ValueError(f"{name}={value!r}: give a whole number of at least 1")
-    # Imported first: a missing package is told of before a model is loaded.
+    # Imported first, so that a missing package is reported before a model is loaded.
     import matplotlib
 
     from .plots import plot_blocks, plot_propagation, plot_slot_usage, plot_token_slots

@@ -21,7 +21,7 @@ class Streams(NamedTuple):
     """The residual stream at both ends of every block, [real tokens, hidden_size] each, and what was written."""
 
     before: list[torch.Tensor]
-    behind: list[torch.Tensor]
+    after: list[torch.Tensor]
     written: dict[int, torch.Tensor]
 
 
@@ -45,8 +45,8 @@ def steered_blocks(model: nn.Module) -> list[nn.Module]:
 
 
 @contextmanager
-def as_it_was(model: nn.Module) -> Iterator[None]:
-    """Evaluate inside, and give modes, adapters and gradients back afterwards.
+def evaluated(model: nn.Module) -> Iterator[None]:
+    """Put a model into evaluation mode; modes, adapters and gradients are restored afterwards.
 
     Args:
         model: A model with adapters.
@@ -64,7 +64,9 @@ def as_it_was(model: nn.Module) -> Iterator[None]:
     if any(disabled):
         raise ValueError("model: its adapters are disabled; enable them to measure what they do")
     if any(layer.merged for layer in switched):
-        raise ValueError("model: an adapter's low-rank half is merged, so it can't be told apart; unmerge it first")
+        raise ValueError(
+            "model: an adapter's low-rank half is merged, so it can't be measured by itself; unmerge it first"
+        )
     model.eval()
     try:
         yield
@@ -79,7 +81,7 @@ def as_it_was(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def without_adapters(model: nn.Module) -> Iterator[None]:
-    """Run the base model inside; only inside of `as_it_was`, which gives gradients back.
+    """Run the base model inside; only inside of `evaluated`, which gives gradients back.
 
     Args:
         model: A model with adapters.
@@ -109,13 +111,13 @@ def record_streams(model: nn.Module, inputs: Inputs) -> Streams:
         The stream, at least float32.
 
     Raises:
-        ValueError: The attention mask has not the shape [batch, tokens].
+        ValueError: The attention mask is not of shape [batch, tokens].
     """
     mask = inputs.get("attention_mask")
     if mask is not None and mask.dim() != 2:
         raise ValueError(f"inputs: attention_mask has {mask.dim()} dimensions; give one of [batch, tokens], or none")
     before: list[torch.Tensor] = []
-    behind: list[torch.Tensor] = []
+    after: list[torch.Tensor] = []
     written: dict[int, torch.Tensor] = {}
 
     def real(stream: torch.Tensor) -> torch.Tensor:
@@ -126,7 +128,7 @@ def record_streams(model: nn.Module, inputs: Inputs) -> Streams:
         before.append(real(args[0] if args else kwargs["hidden_states"]))
 
     def leave(_: nn.Module, __: tuple[Any, ...], output: Any) -> None:
-        behind.append(real(output[0] if isinstance(output, tuple) else output))
+        after.append(real(output[0] if isinstance(output, tuple) else output))
 
     def write(layer: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> None:
         if isinstance(layer, TalanLayer) and not layer.disable_adapters:
@@ -140,7 +142,7 @@ def record_streams(model: nn.Module, inputs: Inputs) -> Streams:
         for _, layer in attached_side_paths(model):
             hooks.callback(layer.register_forward_hook(write).remove)
         model(**{"use_cache": False, **{name: part for name, part in inputs.items() if name != "labels"}})
-    return Streams(before, behind, written)
+    return Streams(before, after, written)
 
 
 def norm(stream: torch.Tensor) -> torch.Tensor:

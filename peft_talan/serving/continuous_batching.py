@@ -11,6 +11,7 @@ from transformers import ContinuousBatchingConfig, GenerationConfig
 from transformers.generation.continuous_batching import ContinuousBatchingManager
 
 from ..tuner.attachment import attached_side_paths
+from ..tuner.kept import kept_side_paths
 from ..tuner.mixed_batch import NO_ROWS
 
 
@@ -26,21 +27,31 @@ def check_continuous_batching(model: nn.Module, config: ContinuousBatchingConfig
             given different adapters.
     """
     layers = [layer for _, layer in attached_side_paths(model) if not layer.disable_adapters]
-    if not layers:
+    if not layers and not any(kept_side_paths(model)):
         return
     if config.cpu_offload_space is None or config.cpu_offload_space > 0:
         raise ValueError(
             f"cpu_offload_space={config.cpu_offload_space}: the latent memory of a TALAN side path does not follow "
             "pages that are moved to the CPU; set cpu_offload_space=0, and num_blocks or max_memory_percent higher"
         )
+    scopes = {
+        name: layer.talan_options[name].scope
+        for layer in layers
+        for name in layer.active_adapters
+        if name in layer.talan_options
+    }
+    kept = {
+        name: layer.talan_options[key].scope
+        for layer in kept_side_paths(model)
+        for key, name in layer.adapter_names.items()
+    }
+    for name, scope in (*scopes.items(), *kept.items()):
+        if scope != "causal":
+            raise ValueError(
+                f"talan_memory_scope={scope!r} of adapter {name!r} can't generate: later tokens would "
+                "change the memory of earlier ones; train an adapter with 'causal'"
+            )
     for layer in layers:
-        for name in layer.active_adapters:
-            options = layer.talan_options.get(name)
-            if options is not None and options.scope != "causal":
-                raise ValueError(
-                    f"talan_memory_scope={options.scope!r} of adapter {name!r} can't generate: later tokens would "
-                    "change the memory of earlier ones; train an adapter with 'causal'"
-                )
         if any("adapter_names" in getattr(hook, "keywords", {}) for hook in layer._forward_pre_hooks.values()):
             raise ValueError(NO_ROWS)
 

@@ -41,16 +41,16 @@ def rows_named(
     adapter_names: Sequence[str],
     known: Collection[str],
     beams: int,
-    tell_low_rank: Callable[[list[str]], AbstractContextManager[None]],
+    apply_to_low_rank: Callable[[list[str]], AbstractContextManager[None]],
 ) -> Iterator[None]:
-    """Tell both halves each row's adapter: LoRA's layers as PEFT does, and the side paths in the same way.
+    """Pass each row's adapter to both halves: to LoRA's layers as PEFT does, and to the side paths in the same way.
 
     Args:
         model: The base model with its adapters.
         adapter_names: The adapter of each row, `__base__` for none.
         known: The names of all adapters.
         beams: The number of beams; beam search repeats every row, but not for an encoder.
-        tell_low_rank: PEFT's context that tells its own layers, given the names.
+        apply_to_low_rank: PEFT's context manager that passes the names to its own layers.
 
     Yields:
         Nothing; the names hold inside the context.
@@ -62,14 +62,14 @@ def rows_named(
     repeated = [name for name in adapter_names for _ in range(beams)]
     encoder = _get_encoder(model)
     once = set() if encoder is None else set(encoder.modules())
-    told_otherwise = low_rank != list(adapter_names)
+    differs = low_rank != list(adapter_names)
     with ExitStack() as stack:
-        told = tell_low_rank(low_rank)
-        told.__enter__()
-        # Without the error: PEFT removes its hooks after a plain `yield`, and would leave them behind if it saw one.
-        stack.callback(told.__exit__, None, None, None)
+        context = apply_to_low_rank(low_rank)
+        context.__enter__()
+        # Without the error: PEFT removes its hooks after a plain `yield`, and would not remove them if it saw one.
+        stack.callback(context.__exit__, None, None, None)
         for module in model.modules():
-            if isinstance(module, TalanLayer) or (told_otherwise and isinstance(module, AuxiliaryTrainingWrapper)):
+            if isinstance(module, TalanLayer) or (differs and isinstance(module, AuxiliaryTrainingWrapper)):
                 names = adapter_names if module in once else repeated
                 hook = partial(_adapter_names_pre_forward_hook, adapter_names=names)
                 stack.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)

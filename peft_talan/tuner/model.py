@@ -134,7 +134,7 @@ class TalanModel(LoraModel):
             places = ((block, getattr(block, CHILD_NAME)) for block in blocks.values())
             for _, layer in places if first else attached_side_paths(model):
                 layer.has_low_rank_half = {name: other.has_low_rank_half for name, other in self.peft_config.items()}
-            tensor_parallel.agree(model, adapter_name)
+            tensor_parallel.synchronize(model, adapter_name)
             if not first or config.talan_trainable != "joint":
                 declare_scope(model, adapter_name, config.talan_trainable)
             if checkpoint is not None:

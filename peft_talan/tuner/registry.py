@@ -10,6 +10,7 @@ from transformers.core_model_loading import WeightRenaming
 
 from ..checkpoint.card import write_cards_on_save
 from ..config import TalanConfig
+from .lorafa import let_lorafa_train_side_paths
 from .model import TalanModel
 
 
@@ -25,6 +26,7 @@ def register_talan() -> None:
         register_peft_method(name="talan", config_cls=TalanConfig, model_cls=TalanModel, prefix=TalanModel.prefix)
         _let_transformers_load_magnitudes()
         write_cards_on_save()
+        let_lorafa_train_side_paths()
 
 
 def _let_transformers_load_magnitudes() -> None:

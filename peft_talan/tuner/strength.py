@@ -39,7 +39,7 @@ def _side_paths_named(
 
 
 def check_strength(strength: float) -> float:
-    """Refuse what is no strength.
+    """Refuse a strength that is not a finite number.
 
     Args:
         strength: What scales a perturbation.
@@ -48,7 +48,7 @@ def check_strength(strength: float) -> float:
         The same as a float.
 
     Raises:
-        ValueError: It is no finite number.
+        ValueError: It is not a finite number.
     """
     if isinstance(strength, bool) or not isinstance(strength, (int, float)) or not math.isfinite(strength):
         raise ValueError(f"strength={strength!r}: give a finite number; 1 is as trained, 0 the low-rank half alone")
@@ -60,8 +60,8 @@ def set_talan_strength(
 ) -> None:
     """Scale the perturbations of side paths from now on: `delta = strength alpha r W_write`.
 
-    The strength belongs to this model in memory. It is never saved; what is saved is `talan_alpha`, which it
-    multiplies. Change it between generations: what a cache holds was computed with the strength of its time.
+    The strength belongs to this model in memory, for all threads. It is never saved; what is saved is `talan_alpha`,
+    which it multiplies. Change it between generations: what a cache holds was computed with the strength of its time.
 
     Args:
         model: A model with a TALAN adapter, wrapped by PEFT, loaded by transformers or merged.
@@ -70,7 +70,10 @@ def set_talan_strength(
         layers: Indices of blocks with a side path. None: all of them. Default None.
 
     Raises:
-        ValueError: The strength is no finite number, or there is no such side path; nothing has changed then.
+        ValueError: The strength is not a finite number, or there is no such side path; nothing has changed then.
+
+    Example:
+        >>> set_talan_strength(model, 0.5)
     """
     strength = check_strength(strength)
     for layer, name in _side_paths_named(model, adapter_name, layers):
@@ -93,7 +96,11 @@ def talan_strength(
         Nothing; the strengths of before are back afterwards, also after an error.
 
     Raises:
-        ValueError: The strength is no finite number, or there is no such side path.
+        ValueError: The strength is not a finite number, or there is no such side path.
+
+    Example:
+        >>> with talan_strength(model, 0.0):
+        ...     low_rank_alone = model(**inputs).logits
     """
     strength = check_strength(strength)
     chosen = _side_paths_named(model, adapter_name, layers)

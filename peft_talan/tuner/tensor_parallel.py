@@ -16,7 +16,7 @@ SPLITS_TOKENS = "sequence_parallel"
 
 
 def _tensor_parallel_mesh(model: nn.Module) -> Any:
-    """The processes that share the model's matrices out, or None where there is one process."""
+    """The processes that the model's matrices are split over, or None if there is one process."""
     mesh = getattr(model, "_device_mesh", None)
     if mesh is None or "tp" not in (mesh.mesh_dim_names or ("tp",)):
         return None
@@ -43,11 +43,11 @@ def check_plan(model: nn.Module) -> None:
         )
 
 
-def agree(model: nn.Module, adapter_name: str) -> None:
+def synchronize(model: nn.Module, adapter_name: str) -> None:
     """Make a new adapter fit a model that several processes share by tensor parallelism.
 
     Each process draws its own random weights, so the first one's side path is given to all; PEFT does it for LoRA.
-    A low-rank input matrix that is shared out is told its whole width, which transformers reads.
+    The `in_features` of a split low-rank input matrix become its own width, which transformers reads.
 
     Args:
         model: The base model, with the adapter.

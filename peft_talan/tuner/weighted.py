@@ -76,7 +76,7 @@ def weigh_side_paths(
 ) -> WeightedSidePaths:
     """Find the side paths whose perturbations are the weighted sums of those of several adapters.
 
-    A perturbation is linear in W_write, so a weight is a factor of it. The sum of two at one block is no side path,
+    A perturbation is linear in W_write, so a weight is a factor of it. The sum of two at one block is not a side path,
     as the softmax goes over the slots of one.
 
     Args:
@@ -89,7 +89,7 @@ def weigh_side_paths(
         The side paths.
 
     Raises:
-        ValueError: An adapter is unknown, the sum is no adapter, or would leave out what an adapter has trained.
+        ValueError: An adapter is unknown, the sum is not an adapter, or would leave out what an adapter has trained.
     """
     _check_summands(configs, adapters, weights)
     axes: dict[str, tuple[str, Any]] = {}
@@ -156,11 +156,13 @@ def add_weighted_adapter(
         adapter_name: The new adapter's name.
 
     Raises:
-        ValueError: The name is taken, an adapter is unknown, or their sum is no adapter.
+        ValueError: The name is taken, an adapter is unknown, or their sum is not an adapter.
     """
     configs: dict[str, Any] = tuner.peft_config
     if adapter_name in configs:
-        raise ValueError(f"adapter_name={adapter_name!r}: there is such an adapter; delete it, or choose another name")
+        raise ValueError(
+            f"adapter_name={adapter_name!r}: an adapter of this name exists; delete it, or choose another name"
+        )
     side_paths = weigh_side_paths(tuner.model, configs, adapters, weights)
     low_rank = {
         name: weight for name, weight in zip(adapters, weights, strict=True) if configs[name].has_low_rank_half

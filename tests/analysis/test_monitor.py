@@ -12,7 +12,9 @@ from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from trl import SFTConfig, SFTTrainer
 
+from peft_talan import TalanLayer
 from peft_talan.analysis import SidePathMonitor
+from peft_talan.analysis.token_measures import side_path_statistics
 
 from ..small_models import make_base, make_config, make_model, make_tokens
 from ..trainers.test_trl import COMMON, DATA, LAYOUTS, make_chat_tokenizer
@@ -146,3 +148,17 @@ def test_relative_norm_is_that_of_the_residual_stream(tmp_path: Path) -> None:
     monitor.on_train_end(arguments, state, TrainerControl())
     change = (streams["after"] - streams["before"]).norm(dim=-1) / streams["before"].norm(dim=-1)
     assert received[0]["talan/default/block_2/relative_norm"] == pytest.approx(float(change.mean()), rel=1e-9)
+
+
+@pytest.mark.parametrize("mixer", ["attention", "linear", "mlp"])
+def test_numbers_under_autocast_are_those_without(mixer: str) -> None:
+    layer = next(
+        module
+        for module in make_model("qwen3", make_config(talan_mixer=mixer)).modules()
+        if isinstance(module, TalanLayer)
+    )
+    layer.to(torch.float32)
+    given = (torch.randn(2, 30, 32), layer.parameters_of("default"), layer.talan_options["default"])
+    expected = side_path_statistics(*given, alpha=1e-3)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert side_path_statistics(*given, alpha=1e-3) == expected

@@ -33,6 +33,8 @@ def test_pages_that_move_to_the_cpu_are_refused(space: float | None) -> None:
     assert model.config._attn_implementation == attention
     with model.disable_adapter():
         start(model, cpu_offload_space=0.5)
+    with pytest.raises(ValueError, match=r"cpu_offload_space=.*set cpu_offload_space=0"):
+        start(model.merge_and_unload(), cpu_offload_space=space)
 
 
 def test_a_bidirectional_memory_is_refused() -> None:

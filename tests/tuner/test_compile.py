@@ -10,7 +10,7 @@ from peft import PeftModel, get_peft_model
 from torch._dynamo.backends.debugging import aot_eager
 from transformers import Cache, DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCache
 
-from ..small_models import VOCABULARY, make_config, make_lora_config, make_tokens, rounding
+from ..small_models import VOCABULARY, make_config, make_lora_config, make_model, make_tokens, rounding
 
 NEW_TOKENS = 6
 
@@ -176,3 +176,28 @@ def test_inductor_decodes_the_same() -> None:
         logits.append(compiled(token, past_key_values=cache, use_cache=True).logits)
     # Rotary embeddings are float32 in every model, and inductor's cosine rounds otherwise: as far for plain LoRA.
     torch.testing.assert_close(torch.cat(logits, dim=1), expected, **rounding(torch.float32))
+
+
+class Logits(torch.nn.Module):
+    """What `torch.export` takes: tensors in, a tensor out."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, tokens: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        return self.model(input_ids=tokens, attention_mask=mask, use_cache=False).logits
+
+
+@pytest.mark.parametrize("options", [{}, {"talan_position": "input", "talan_mixer": "mlp"}], ids=["output", "input"])
+def test_an_exported_graph_takes_any_length(options: dict[str, str]) -> None:
+    model = Logits(make_model("llama", make_config(**options)))
+    lengths = {1: torch.export.Dim("tokens", min=3, max=200)}
+    tokens = make_tokens(tokens=13)
+    mask = torch.ones_like(tokens)
+    mask[0, :4] = 0
+    exported = torch.export.export(model, (tokens, mask), dynamic_shapes=(lengths, lengths), strict=False).module()
+    for other in (tokens, make_tokens(tokens=70)):
+        mask = torch.ones_like(other)
+        mask[0, :4] = 0
+        torch.testing.assert_close(exported(other, mask), model(other, mask), **rounding())

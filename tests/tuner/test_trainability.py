@@ -8,12 +8,14 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import PeftModel
+from peft.helpers import rescale_adapter_scale
+from peft.optimizers import create_lorafa_optimizer
 from torch.nn import functional
 from transformers import Trainer, TrainingArguments
 
 from peft_talan import set_trainable, talan_param_groups
 
-from ..small_models import make_base, make_config, make_model, make_tokens, rounding
+from ..small_models import logits, make_base, make_config, make_model, make_tokens, rounding
 
 SCOPES = {
     "joint": lambda name: "lora_" in name,
@@ -206,3 +208,25 @@ def test_gradient_scale_lowers_the_side_paths_share_in_the_norm_that_is_clipped(
     assert above
     for name in above:
         assert clipped[0.1][name].norm() > clipped[1.0][name].norm()
+
+
+@pytest.mark.parametrize("mixer", ["attention", "mlp"])
+def test_lorafa_projects_the_low_rank_half_and_trains_the_side_path(mixer: str) -> None:
+    model = make_model("qwen3", make_config(talan_mixer=mixer), torch.float32).train()
+    optimizer = create_lorafa_optimizer(model, r=4, lora_alpha=8, lr=1e-2)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    tokens = make_tokens()
+    for _ in range(2):
+        model(tokens, labels=tokens).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    changed = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
+    assert changed == {name for name in before if ".talan." in name or "lora_B" in name}
+
+
+def test_peft_scales_the_low_rank_half_alone() -> None:
+    """`rescale_adapter_scale` is LoRA's scaling; the side path has `talan_strength`."""
+    model = make_model("qwen3")
+    expected = logits(make_model("qwen3", make_config(lora_alpha=4)))
+    with rescale_adapter_scale(model, 0.5):
+        torch.testing.assert_close(logits(model), expected, **rounding())
