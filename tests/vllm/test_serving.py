@@ -88,7 +88,7 @@ def test_answers_are_those_of_generate(
 
 
 def test_compiled_graphs_are_kept_apart(saved: Callable[..., Any], prompts: list[list[int]]) -> None:
-    """The base model of another test without a side path, and with another one: the cache on the disk tells them apart."""
+    """Without a side path, and with another one than elsewhere: the cache on the disk tells the graphs apart."""
     for options in ({"merged": False}, {"talan_layers": [2]}):
         folder, expected = saved("qwen3", **options)
         check(folder, prompts, expected)
