@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -141,10 +143,22 @@ def test_strength_of_a_server(strength: float, saved: Callable[..., Any], prompt
 def in_processes(folder: Path, prompts: list[list[int]], report: Path, options: Any, **environment: str) -> str:
     """Run an engine in processes of its own; gives what it printed."""
     command = [sys.executable, "-m", "tests.vllm.engines", folder, json.dumps(options), json.dumps(prompts), report]
-    ran = subprocess.run(
-        list(map(str, command)), env={**os.environ, **environment}, capture_output=True, text=True, timeout=900
-    )
-    return ran.stdout + ran.stderr
+    printed = report.with_suffix(".log")
+    with printed.open("w") as log:
+        process = subprocess.Popen(
+            list(map(str, command)),
+            env={**os.environ, **environment},
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        try:
+            process.wait(timeout=900)
+        finally:
+            # vLLM's workers outlive a process that is killed.
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+    return printed.read_text()
 
 
 @pytest.mark.parametrize("parallelism", ["tensor_parallel_size", "pipeline_parallel_size"])
