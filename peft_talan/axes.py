@@ -83,9 +83,7 @@ def plain_value(value: object) -> object:
     if hasattr(value, "tolist"):  # numpy, torch, array.array
         return value.tolist()
     if isinstance(value, dict):
-        return {plain_value(key): plain_value(one) for key, one in value.items()}
-    if isinstance(value, set):
-        return {plain_value(one) for one in value}
+        return {key: plain_value(one) for key, one in value.items()}
     return [plain_value(one) for one in value] if isinstance(value, Sequence) else value
 
 

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import pickle
+from array import array
+from collections import deque
+from enum import Enum
+from pathlib import Path
 
+import numpy
 import pytest
 import torch
-from peft import get_peft_model
+from peft import PeftConfig, get_peft_model
 from peft.utils import PeftType
 from torch import nn
 
@@ -15,7 +20,10 @@ from peft_talan import TalanConfig, TalanModel
 from .small_models import DEPTH, make_base, make_config
 
 WRONG: dict[str, list[object]] = {
-    "talan_layers": ["first", [], [0.5, 3], [1.5], [-0.1], [True], [None], 3, {"0"}, [float("nan")]],
+    "talan_layers": [
+        *("first", [], [0.5, 3], [1.5], [-0.1], [True], [None], 3, {"0"}, [float("nan")]),
+        *(b"ab", bytearray(b"ab"), {0, 1}, {0: 1}, [b"a"], [[0, 1]]),
+    ],
     "talan_position": ["middle", None, 0],
     "talan_slots": [0, -1, 2.0, "8", True, None],
     "talan_dim": [0, -4, 1.5, None],
@@ -40,6 +48,54 @@ def test_wrong_value_is_named_with_its_field(field: str, value: object) -> None:
     with pytest.raises(ValueError, match=field) as error:
         TalanConfig(**{field: value})
     assert repr(value) in str(error.value)
+
+
+class OfEnum(Enum):
+    SLOTS = 4
+    MIXER = "mlp"
+
+
+SAVED_AS: list[tuple[str, object, object]] = [
+    ("talan_layers", range(3), [0, 1, 2]),
+    ("talan_layers", (0.25, 0.5), [0.25, 0.5]),
+    ("talan_layers", numpy.arange(2), [0, 1]),
+    ("talan_layers", [numpy.int64(1), torch.tensor(2)], [1, 2]),
+    ("talan_layers", torch.tensor([0.25, 0.5]), [0.25, 0.5]),
+    ("talan_layers", array("i", [1, 2]), [1, 2]),
+    ("talan_layers", deque([1]), [1]),
+    ("talan_slots", numpy.int64(4), 4),
+    ("talan_slots", OfEnum.SLOTS, 4),
+    ("talan_mixer", OfEnum.MIXER, "mlp"),
+    ("talan_alpha", numpy.float32(0.5), 0.5),
+    ("talan_hidden_size", torch.tensor(32), 32),
+    ("init_talan_weights", numpy.bool_(False), False),
+    ("r", numpy.int32(2), 2),
+    ("lora_alpha", numpy.float64(2.5), 2.5),
+    ("rank_pattern", {"q_proj": numpy.int64(2)}, {"q_proj": 2}),
+    ("layers_to_transform", range(2), [0, 1]),
+    ("target_modules", ("q_proj", "v_proj"), {"q_proj", "v_proj"}),
+    ("modules_to_save", ("lm_head",), ["lm_head"]),
+    ("base_model_name_or_path", Path("base"), "base"),
+]
+
+
+@pytest.mark.parametrize(("field", "value", "plain"), SAVED_AS, ids=[f"{f}={v!r}" for f, v, _ in SAVED_AS])
+def test_numbers_and_sequences_of_other_libraries_are_saved_plain(
+    field: str, value: object, plain: object, tmp_path: Path
+) -> None:
+    config = TalanConfig(**{field: value})
+    assert getattr(config, field) == plain and type(getattr(config, field)) is type(plain)
+    config.save_pretrained(tmp_path)
+    again = PeftConfig.from_pretrained(tmp_path)
+    assert getattr(again, field) == plain and again.to_dict() == config.to_dict()
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("revision", b"main"), ("revision", object()), ("auto_mapping", {(1,): 2})]
+)
+def test_what_no_file_can_hold_is_refused(field: str, value: object) -> None:
+    with pytest.raises(ValueError, match=f"{field}=.*can't be saved"):
+        TalanConfig(**{field: value})
 
 
 @pytest.mark.parametrize("task_type", ["CAUSAL_LM", "SEQ_2_SEQ_LM"])

@@ -170,9 +170,11 @@ def kept_merge(model: PeftModel, subject: Subject) -> float:
 
 @_check()
 def training(model: PeftModel, subject: Subject) -> float:
-    """A plain training step gives every adapter tensor a gradient; 1 where one has none."""
+    """A plain training step gives every tensor of the side path a gradient (LoRA: any); 1 if not."""
     gradients = subject.gradients(model, checkpointing=False)
-    return max(float(gradient is None or not bool(gradient.any())) for gradient in gradients.values())
+    trained = {name for name, gradient in gradients.items() if gradient is not None and bool(gradient.any())}
+    side_path = {name for name in gradients if "lora_talan" in name}
+    return float(not trained or not side_path <= trained)
 
 
 @_check()

@@ -132,13 +132,9 @@ class Subject:
 def _targets(base: PreTrainedModel) -> list[str]:
     """The two kinds of linear layers that stand in most blocks: a low-rank half that runs fast."""
     layers = [name.split(".")[-1] for name, m in base.named_modules() if isinstance(m, (nn.Linear, Conv1D))]
-    # PEFT refuses the last layer of state-space blocks, and some routers return more than a tensor.
-    names = [
-        name
-        for name, _ in Counter(layers).most_common()
-        if not re.search("out_proj|lm_head|router|gate$|^[0-9]", name)
-    ]
-    return names[:2]
+    # PEFT refuses the last layer of state-space blocks and halves of fused experts; routers return more than a tensor.
+    unfit = re.compile(r"out_proj|lm_head|router|gate|up_proj|down_proj|^[0-9]")
+    return [name for name, _ in Counter(layers).most_common() if not unfit.search(name)][:2]
 
 
 def _logits(output: Any) -> torch.Tensor:

@@ -276,8 +276,7 @@ def measure_reads(model: nn.Module, inputs: Inputs) -> list[SidePathReads]:
 
     def look(layer: nn.Module, args: tuple[Any, ...]) -> None:
         hidden_states, position, call = args[:3]
-        batch, tokens = hidden_states.shape[:2]
-        layout = call.layout(batch, tokens, 0)
+        layout = call.layout(hidden_states)
         if not isinstance(layer, TalanLayer):
             return
         for name in layer.active_adapters:
@@ -290,7 +289,7 @@ def measure_reads(model: nn.Module, inputs: Inputs) -> list[SidePathReads]:
                     valid=layout.valid,
                     segment_ids=layout.segment_ids,
                 )
-                valid = torch.ones(batch, tokens, dtype=torch.bool) if layout.valid is None else layout.valid
+                valid = torch.ones(hidden_states.shape[:2], dtype=torch.bool) if layout.valid is None else layout.valid
                 found.append(SidePathReads(layer.block_index, name, measures, valid))
 
     steered_blocks(model)  # Refuses a model without a side path.

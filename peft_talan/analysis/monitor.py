@@ -94,9 +94,9 @@ class SidePathMonitor(TrainerCallback):
         if not isinstance(layer, TalanLayer) or not trains or layer.disable_adapters:
             return
         hidden_states, position, call = args[:3]
-        batch, tokens = hidden_states.shape[:2]
-        layout = call.layout(batch, tokens, 0)
-        measured = [None if part is None else part[:, :TOKENS_MEASURED] for part in layout]
+        layout = call.layout(hidden_states)
+        parts = (layout.valid, layout.segment_ids)
+        valid, segment_ids = (None if part is None else part[:, :TOKENS_MEASURED] for part in parts)
         for name in layer.active_adapters:
             if layer.talan_position.get(name) != position:
                 continue
@@ -105,8 +105,8 @@ class SidePathMonitor(TrainerCallback):
                 layer.parameters_of(name),
                 layer.talan_options[name],
                 alpha=layer.alpha_at_run_time(name),
-                valid=measured[0],
-                segment_ids=measured[1],
+                valid=valid,
+                segment_ids=segment_ids,
             )
             for field, value in statistics._asdict().items():
                 if value is not None:

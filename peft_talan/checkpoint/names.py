@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
-import torch
-from peft.tuners.tuners_utils import _get_tuner_state_dict_key_prefixes
 from torch import nn
+
+from ..private_names import _get_tuner_state_dict_key_prefixes
 
 CHILD_NAME = "talan"
 """The name under which a side path becomes a child of its block."""
 
-WRAPPERS: tuple[str, ...] = ("_fsdp_wrapped_module", "_checkpoint_wrapped_module")
-"""Parts of a module's name that torch leaves out of the names in a state dict."""
+WRAPPERS: tuple[str, ...] = ("_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_orig_mod")
+"""The names of modules inside of torch's wrappers: FSDP, activation checkpointing, `torch.compile`."""
+
+DATA_PARALLEL: tuple[type[nn.Module], ...] = (nn.DataParallel, nn.parallel.DistributedDataParallel)
+"""Wrappers whose inner module is called `module`, a name that a model may also give to a part of its own."""
 
 
 def is_side_path_key(name: str) -> bool:
@@ -24,7 +27,7 @@ def is_side_path_key(name: str) -> bool:
     Returns:
         True for a side path's tensor, False for every other.
     """
-    return f".{CHILD_NAME}.lora_talan_" in name
+    return f".{CHILD_NAME}.lora_talan_" in without_wrappers(name)
 
 
 def check_new_name(adapter_name: str) -> None:
@@ -50,28 +53,58 @@ def without_wrappers(name: str) -> str:
         name: The name of a module or a tensor.
 
     Returns:
-        The name that a state dict has for it.
+        The name in the model without wrappers.
     """
     return ".".join(part for part in name.split(".") if part not in WRAPPERS)
 
 
-def with_wrappers(model: nn.Module, state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Name the tensors of a state dict as the modules are named that hold them, by which PEFT finds an adapter's.
+class ModuleNames:
+    """The names of a model's modules with wrappers, as PEFT finds an adapter's tensors by them, and without.
 
-    PEFT itself looks for a wrapper around the whole model only.
+    PEFT itself knows FSDP's wrapper around the whole model only.
 
     Args:
         model: The model, perhaps with wrapped parts.
-        state_dict: Its tensors, by names without wrappers.
-
-    Returns:
-        The same tensors; as PEFT has it, the name of a wrapper around the whole model is left out.
     """
-    whole = f"{WRAPPERS[0]}."
-    # A wrapper comes before the module in it, which thus has the last word.
-    names = {without_wrappers(name): name.removeprefix(whole) for name, _ in model.named_modules()} | {"": ""}
-    places = ((name.rpartition("."), tensor) for name, tensor in state_dict.items())
-    return {f"{names.get(place, place)}{dot}{last}": tensor for (place, dot, last), tensor in places}
+
+    def __init__(self, model: nn.Module) -> None:
+        self._plain: dict[str, str] = {"": ""}
+        data_parallel = set()
+        for name, module in model.named_modules():
+            parent, _, last = name.rpartition(".")
+            wrapped = last in WRAPPERS or (last == "module" and parent in data_parallel)
+            before = self._plain.get(parent, parent)
+            self._plain[name] = before if wrapped or not name else f"{before}.{last}".removeprefix(".")
+            if isinstance(module, DATA_PARALLEL):
+                data_parallel.add(name)
+        # A wrapper comes before the module in it, which thus has the last word.
+        self._wrapped = {plain: name.removeprefix(f"{WRAPPERS[0]}.") for name, plain in self._plain.items()}
+
+    def plain(self, name: str) -> str:
+        """Take wrappers out of a tensor's name.
+
+        Args:
+            name: A name in a state dict, with all wrappers or with those that torch leaves in.
+
+        Returns:
+            The name without wrappers.
+        """
+        if "module" not in self._plain:
+            name = name.removeprefix("module.")  # from a wrapper around the whole model
+        place, dot, last = name.rpartition(".")
+        return f"{self._plain.get(place, without_wrappers(place))}{dot}{last}"
+
+    def wrapped(self, name: str) -> str:
+        """Put wrappers into a tensor's name.
+
+        Args:
+            name: A name in a state dict, with any of its wrappers or none.
+
+        Returns:
+            The name with all wrappers; as PEFT has it, without FSDP's wrapper around the whole model.
+        """
+        place, dot, last = self.plain(name).rpartition(".")
+        return f"{self._wrapped.get(place, place)}{dot}{last}"
 
 
 def check_names(model: nn.Module, adapter_name: str, others: Collection[str]) -> None:

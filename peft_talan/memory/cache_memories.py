@@ -9,14 +9,16 @@ from __future__ import annotations
 
 import copy
 import weakref
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from typing import Any, NamedTuple
 
 import torch
 from transformers.cache_utils import Cache, StaticLayer
 
 from .latent_memory import LatentMemory
+from .recurrent import recurrent_version
 from .refusal import refuse_unless
+from .token_layout import TokenLayout
 
 ATTRIBUTE = "latent_memories"
 OPERATIONS = ("reset", "crop", "reorder_cache", "batch_repeat_interleave", "batch_select_indices")
@@ -24,40 +26,104 @@ OPERATIONS = ("reset", "crop", "reorder_cache", "batch_repeat_interleave", "batc
 
 
 class CacheMemories:
-    """The latent memories that a cache carries, by block index and adapter name."""
+    """The latent memories that a cache carries, by block index and adapter name.
 
-    def __init__(self) -> None:
+    Args:
+        static: Whether the cache has a fixed size.
+    """
+
+    def __init__(self, static: bool) -> None:
+        self.static = static
         self.memories: dict[int, dict[str, LatentMemory]] = {}
+        # The number of real tokens that the memories hold, [batch]; None: all tokens of the cache.
+        self.entered: torch.Tensor | None = None
+        # False after a crop: how many of the tokens that went were padding is not known.
+        self.counted = True
+        # What a cache without keys looked like after the last call; see `recurrent_version`.
+        self.recurrent_version: tuple[Any, ...] | None = None
 
-    def __iter__(self) -> Any:
+    def __iter__(self) -> Iterator[LatentMemory]:
         for memories in self.memories.values():
             yield from memories.values()
 
+    def count(self, past: int | torch.Tensor, batch: int, tokens: int, layout: TokenLayout) -> None:
+        """Count the tokens of a call in, and refuse a mask that takes away earlier ones which can't be removed.
+
+        Args:
+            past: The number of tokens that the cache held before this layout.
+            batch: The number of rows.
+            tokens: The number of tokens of this layout.
+            layout: Which of the tokens are real.
+
+        Raises:
+            ValueError: Tokens in the memories are masked now.
+        """
+        after: int | torch.Tensor
+        if self.entered is None and layout.valid is None and layout.segment_ids is None and not self.static:
+            return
+        before = past if self.entered is None else self.entered
+        if layout.segment_ids is None:
+            after = before + (tokens if layout.valid is None else layout.valid.sum(-1))
+        else:
+            last = layout.segment_ids[:, -1:]
+            inside = layout.segment_ids == last
+            inside = inside if layout.valid is None else inside & layout.valid
+            after = inside.sum(-1) + before * (last[:, 0] == 0)
+        if layout.attended is not None:
+            if self.counted and (layout.attended_past is None or self.static):
+                refuse_unless(
+                    (layout.attended == after).all(),
+                    "attention_mask: it masks earlier tokens that are in the latent memory of this cache, or unmasks "
+                    "some that are not; they can be removed in a call of several tokens with a dynamic cache only; "
+                    "otherwise start from an empty cache",
+                )
+            after, self.counted = layout.attended, True
+        self._keep(after, batch)
+
+    def _keep(self, entered: int | torch.Tensor, batch: int) -> None:
+        if self.static and self.entered is not None:
+            self.entered.copy_(entered) if isinstance(entered, torch.Tensor) else self.entered.fill_(entered)
+            return
+        device = entered.device if isinstance(entered, torch.Tensor) else None
+        self.entered = torch.zeros(batch, dtype=torch.long, device=device) + entered
+        if self.static and not torch.compiler.is_compiling():
+            torch._dynamo.mark_static_address(self.entered)
+
+    def _select_rows(self, rows: torch.Tensor) -> None:
+        if self.entered is not None:
+            self.entered = self.entered.index_select(0, rows.to(self.entered.device))
+        for memory in self:
+            memory.select_rows(rows)
+
     def reset(self) -> None:
         """Empty every memory."""
+        self.counted = True
+        if self.static and self.entered is not None:
+            self.entered.zero_()
+        else:
+            self.entered = None
         for memory in self:
             memory.reset()
 
     def crop(self, tokens_to_remove: int) -> None:
         """Let every memory forget the last tokens; their number is negative, as in transformers."""
+        self.counted = self.counted and (tokens_to_remove == 0 or self.entered is None)
         for memory in self:
             memory.crop(abs(tokens_to_remove))
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         """Let every memory's rows follow the beams."""
-        for memory in self:
-            memory.select_rows(beam_idx)
+        self._select_rows(beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every row."""
-        for memory in self:
-            memory.select_rows(memory.every_row().repeat_interleave(repeats))
+        every_row = next((memory.every_row() for memory in self), torch.arange(0))
+        self._select_rows(every_row.repeat_interleave(repeats))
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         """Select rows by index or by mask."""
-        for memory in self:
-            every_row = memory.every_row()
-            memory.select_rows(every_row[indices.to(every_row.device)])
+        every_row = next((memory.every_row() for memory in self), torch.arange(0))
+        self._select_rows(every_row[indices.to(every_row.device)])
 
 
 class FollowedOperation:
@@ -87,6 +153,7 @@ class FollowedOperation:
         cache = self._own_cache()
         result = getattr(type(cache), self.name)(cache, *args, **kwargs)
         getattr(getattr(cache, ATTRIBUTE), self.name)(*args, **kwargs)
+        note_recurrent_state(cache)
         return result
 
     def _own_cache(self) -> Cache:
@@ -109,23 +176,44 @@ class MemoryRequest(NamedTuple):
     Args:
         block_index: The block's index.
         adapter_name: The adapter's name.
-        past: The number of tokens that the cache held before this call; a scalar tensor if it is on the device.
+        past: The number of tokens that the cache held before this call; a scalar tensor if it is on the device; None
+            if the cache does not count tokens.
         batch: The number of rows of this call.
         scope: The adapter's memory scope.
         rows: The rows that the adapter runs for, [batch], bool; None: all.
+        attended_past: Which earlier tokens the call's mask lets through, [batch, past], bool; None: not known.
     """
 
     block_index: int
     adapter_name: str
-    past: int | torch.Tensor
+    past: int | torch.Tensor | None
     batch: int
     scope: str
     rows: torch.Tensor | None = None
+    attended_past: torch.Tensor | None = None
 
 
 def _carried(cache: Cache) -> CacheMemories | None:
     memories: CacheMemories | None = getattr(cache, ATTRIBUTE, None)
     return memories
+
+
+def memories_of(cache: Cache) -> CacheMemories:
+    """The memories that a cache carries; a cache that has none yet gets an empty set of them.
+
+    Args:
+        cache: The cache.
+
+    Returns:
+        The memories, which follow what is done to the cache.
+    """
+    carried = _carried(cache)
+    if carried is None:
+        carried = CacheMemories(static=any(isinstance(layer, StaticLayer) for layer in cache.layers))
+        setattr(cache, ATTRIBUTE, carried)
+        for name in OPERATIONS:
+            setattr(cache, name, FollowedOperation(cache, name))
+    return carried
 
 
 def continue_or_start_memory(cache: Cache, request: MemoryRequest) -> LatentMemory:
@@ -142,8 +230,8 @@ def continue_or_start_memory(cache: Cache, request: MemoryRequest) -> LatentMemo
         ValueError: The cache holds tokens that did not pass through this side path, its rows are not the batch's, or
             a bidirectional memory would have to continue from a cache.
     """
-    carried, past, name = _carried(cache), request.past, request.adapter_name
-    memory = None if carried is None else carried.memories.get(request.block_index, {}).get(name)
+    carried, past, name = memories_of(cache), request.past, request.adapter_name
+    memory = carried.memories.get(request.block_index, {}).get(name)
     missing = (
         f"the cache holds {past if isinstance(past, int) else 'other'} tokens that did not all pass through adapter "
         f"{name!r} at block {request.block_index} (it was filled with the adapter off, by another adapter or by "
@@ -151,11 +239,13 @@ def continue_or_start_memory(cache: Cache, request: MemoryRequest) -> LatentMemo
         "this adapter active"
     )
     if memory is None:
-        refuse_unless(past == 0, missing)
-        memory = _start_memory(cache, request)
+        refuse_unless(past is not None and past == 0, missing)
+        memory = LatentMemory(static=carried.static)
+        carried.memories.setdefault(request.block_index, {})[name] = memory
     else:
         refuse_unless(not memory.stale, missing)
-        refuse_unless(memory.length == past, missing)
+        if past is not None:
+            refuse_unless(memory.length == past, missing)
         refuse_unless(memory.covers(request.rows), missing)
     if memory.state is not None and memory.state.shape[0] != request.batch:
         raise ValueError(
@@ -167,19 +257,9 @@ def continue_or_start_memory(cache: Cache, request: MemoryRequest) -> LatentMemo
             f"adapter {name!r} has talan_memory_scope='bidirectional', which can't continue from a cache: later "
             "tokens would change the memory of earlier ones; train with 'causal', or pass use_cache=False for features"
         )
+    if request.attended_past is not None:
+        memory.forget_masked(request.attended_past)
     memory.restrict_to_rows(request.rows)
-    return memory
-
-
-def _start_memory(cache: Cache, request: MemoryRequest) -> LatentMemory:
-    carried = _carried(cache)
-    if carried is None:
-        carried = CacheMemories()
-        setattr(cache, ATTRIBUTE, carried)
-        for name in OPERATIONS:
-            setattr(cache, name, FollowedOperation(cache, name))
-    memory = LatentMemory(static=any(isinstance(layer, StaticLayer) for layer in cache.layers))
-    carried.memories.setdefault(request.block_index, {})[request.adapter_name] = memory
     return memory
 
 
@@ -197,3 +277,31 @@ def mark_stale(cache: Cache, block_index: int, running: Collection[str]) -> None
         # A name with a dot is that of a side path that belongs to the base model and always runs.
         if name not in running and "." not in name:
             memory.stale = True
+
+
+def recurrent_state_is_new(cache: Cache) -> bool:
+    """Whether a cache without keys is empty; one that went on without its memories makes them stale.
+
+    Args:
+        cache: The cache.
+
+    Returns:
+        True if no layer has a state yet.
+    """
+    carried, version = _carried(cache), recurrent_version(cache)
+    if carried is not None and None not in (carried.recurrent_version, version):
+        for memory in carried:
+            memory.stale = memory.stale or carried.recurrent_version != version
+    states = [getattr(layer, "has_previous_state", False) for layer in cache.layers]
+    return not any(any(state.values()) if isinstance(state, dict) else bool(state) for state in states)
+
+
+def note_recurrent_state(cache: Cache) -> None:
+    """Note what a cache without keys looks like after a call, so that calls without the side paths are noticed.
+
+    Args:
+        cache: The cache.
+    """
+    carried = _carried(cache)
+    if carried is not None:
+        carried.recurrent_version = recurrent_version(cache)

@@ -9,6 +9,7 @@ import torch
 from ..functional.fused import memory_after, side_path
 from ..functional.one_token import TokenBuffers, one_token
 from ..functional.parameters import SidePathOptions, SidePathParameters, working_dtype
+from .refusal import refuse_unless
 
 TOKENS_A_RECORD = 64
 """The number of decoded tokens that become one record: few objects, and little to add up again after a crop."""
@@ -59,8 +60,11 @@ def _join(records: list[TokenRecord]) -> TokenRecord:
 
 
 def _precise(state: torch.Tensor) -> torch.Tensor:
-    """In float64 where the device has it: a sum of a million tokens would round each of them in float32."""
-    return state if state.device.type == "mps" else state.to(torch.float64)
+    """In float64 if the device has it: a sum of a million tokens would round each of them in float32."""
+    try:
+        return state.to(torch.float64)
+    except (TypeError, RuntimeError):  # what devices without it raise
+        return state
 
 
 class LatentMemory:
@@ -223,6 +227,33 @@ class LatentMemory:
         """
         if rows is not None:
             self.rows = rows if self.rows is None else self.rows & rows
+
+    def forget_masked(self, attended: torch.Tensor) -> None:
+        """Remove the tokens that a later mask takes away, such as the padding behind a row that ended early.
+
+        Args:
+            attended: Which tokens the mask lets through, [batch, tokens so far], bool.
+
+        Raises:
+            ValueError: The mask lets padding through that the memory did not take in.
+        """
+        if self.state is None or not self.recorded:
+            return
+        self._record_pending()
+        record = _join(self._records)
+        # The weight of a real token is at least exp(-c).
+        entered = record.weights[..., 0] > 0
+        refuse_unless(
+            (entered | ~attended).all(),
+            "attention_mask: it unmasks earlier tokens that were padding when they were read, so the latent memory "
+            "has not seen them; start from an empty cache",
+        )
+        removed = (entered & ~attended).unsqueeze(-1)
+        gone = torch.where(removed, record.weights, 0.0)
+        if record.segment_ids is not None:
+            gone = gone * (record.segment_ids == record.segment_ids[:, -1:]).unsqueeze(-1)
+        self.state = self.state - _precise(memory_after(record.values, gone, None, None))
+        self._records = [record._replace(weights=record.weights.masked_fill(removed, 0.0))]
 
     def every_row(self) -> torch.Tensor:
         """The indices of all rows."""

@@ -7,9 +7,10 @@ from typing import Any
 
 from peft.tuners.lora import LoraModel
 from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils.other import _set_layer_requires_grad
 from torch import nn
 
+from ..private_names import _set_layer_requires_grad
+from .blocks import find_decoder
 from .layer import TalanLayer
 
 
@@ -34,7 +35,7 @@ def attach_side_path(
         # A first adapter is on.
         modules = tuner.model.modules() if len(tuner.peft_config) > 1 else ()
         others = [module for module in modules if isinstance(module, BaseTunerLayer)]
-        layer.attach(block)
+        layer.attach(block, find_decoder(tuner.model, block))
         layer.set_adapter(tuner.active_adapters)
         layer.enable_adapters(not any(other.disable_adapters for other in others))
     layer.update_layer(adapter_name, config)

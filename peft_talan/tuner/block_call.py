@@ -1,113 +1,147 @@
-"""What a decoder block was called with, as far as a side path needs it, whatever the model calls its arguments."""
+"""What a decoder or one of its blocks was called with, by standard names, whatever the model calls its arguments."""
 
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
+from packaging.version import Version
 from torch import nn
-from transformers.cache_utils import Cache, CacheLayerMixin, EncoderDecoderCache
+from transformers import __version__ as transformers_version
+from transformers.cache_utils import Cache, EncoderDecoderCache
 from transformers.utils import output_capturing
 
-from .paged_call import PagedCall, find_paged_call
-from .segments import TokenLayout, token_layout
+STATE = {"past", "cache", "caches", "mems", "state", "states", "buckets"}
+"""Words in the names of arguments that carry a state from one call to the next."""
+
+NO_STATE = {"hidden", "position", "ids", "mask", "length", "encoder", "attention", "use", "output", "return"}
+"""Words in the names of other arguments."""
+
+KEEPS_CACHE_WITHOUT_GRADIENTS = Version(transformers_version).release >= (5, 24)
+"""Whether a block with gradient checkpointing keeps its cache if gradients are off."""
 
 
-class BlockCall(NamedTuple):
-    """The arguments of one call of a block.
+class CallArguments(NamedTuple):
+    """The arguments of one call, as far as a side path needs them.
 
     Args:
         attention_mask: In any of the forms that attention implementations take.
-        position_ids: [batch or 1, tokens], or None.
-        cache: The cache of the block's self-attention, or None.
-        paged: The arguments under continuous batching, which has none of the others; or None.
+        position_ids: Positions of any rank, or None.
+        cu_seq_lens: [samples + 1]: where packed samples start, or None.
+        seq_idx: [batch, tokens]: the sample of each token, or None.
+        cache: The cache of the self-attention, or None.
+        shape: (batch, tokens) of the model's input, if it is known.
+        unknown_state: The name of an argument with a state that is no transformers cache, or None.
     """
 
-    attention_mask: object
-    position_ids: torch.Tensor | None
-    cache: Cache | None
-    paged: PagedCall | None = None
-
-    def tokens_before(self, block_index: int, tokens: int, counted: bool) -> int | torch.Tensor:
-        """How many tokens the cache held before this call.
-
-        Args:
-            block_index: The block's index.
-            tokens: The number of tokens of this call.
-            counted: Whether the block's cache layer counts this call's tokens already, as it does after the block.
-
-        Returns:
-            The number; a scalar tensor where the cache keeps its length on the device.
-        """
-        if self.cache is None:
-            return 0
-        layers = self.cache.layers
-        if block_index >= len(layers) or not isinstance(layers[block_index], CacheLayerMixin):
-            # A block without keys of its own: the first block's are as many, and it ran earlier in this call.
-            counted = counted or block_index > 0
-            block_index = 0
-        length = self.cache.get_seq_length(block_index)
-        return length - tokens if counted else length + 0
-
-    def layout(self, batch: int, tokens: int, past: int | torch.Tensor) -> TokenLayout:
-        """Which tokens of the call are real, and where packed samples start; see `token_layout`."""
-        return token_layout(self.attention_mask, self.position_ids, batch, tokens, past)
+    attention_mask: object = None
+    position_ids: torch.Tensor | None = None
+    cu_seq_lens: torch.Tensor | None = None
+    seq_idx: torch.Tensor | None = None
+    cache: Cache | None = None
+    shape: tuple[int, int] | None = None
+    unknown_state: str | None = None
 
 
-def mask_argument_place(block: nn.Module) -> int | None:
-    """Where the attention mask stands among the block's positional arguments.
+def argument_names(module: nn.Module) -> tuple[str, ...]:
+    """The names of a module's positional arguments.
 
     Args:
-        block: The decoder block.
+        module: The module.
 
     Returns:
-        The place, or None where the block takes no mask.
+        The names in their order; one in place of `*args` and `**kwargs`, too.
     """
-    names = list(inspect.signature(block.forward).parameters)
-    return names.index("attention_mask") if "attention_mask" in names else None
+    return tuple(inspect.signature(module.forward).parameters)
 
 
-def describe_call(
-    block: nn.Module, mask_place: int | None, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> BlockCall:
-    """Gather what a side path needs from a block's arguments.
+def read_arguments(names: tuple[str, ...], args: tuple[Any, ...], kwargs: dict[str, Any]) -> CallArguments:
+    """Gather what a side path needs from a call.
 
     Args:
-        block: The decoder block.
-        mask_place: Of `mask_argument_place`.
-        args: The block's positional arguments.
-        kwargs: The block's keyword arguments.
+        names: Those returned by `argument_names`.
+        args: The positional arguments.
+        kwargs: The keyword arguments.
 
     Returns:
-        The call's arguments by their standard names.
+        The arguments by standard names.
     """
-    paged = find_paged_call(kwargs)
-    if paged is not None:
-        return BlockCall(None, None, None, paged)
-    attention_mask = kwargs.get("attention_mask")
-    if attention_mask is None and mask_place is not None and mask_place < len(args):
-        attention_mask = args[mask_place]
-    cache = None
-    # transformers checkpoints a block's `forward` and withholds the cache there; the hooks around it still see it.
-    if not (block.training and getattr(block, "gradient_checkpointing", False)):
-        cache = kwargs.get("past_key_values")
-        if not isinstance(cache, Cache) or isinstance(cache, EncoderDecoderCache):
-            cache = _find_cache((*kwargs.values(), *args))
-    return BlockCall(attention_mask, kwargs.get("position_ids"), cache)
-
-
-def _find_cache(values: tuple[Any, ...]) -> Cache | None:
-    for value in values:
+    given = {**dict(zip(names, args, strict=False)), **kwargs}
+    cache: Cache | None = None
+    unknown: str | None = None
+    for name, value in given.items():
         if isinstance(value, EncoderDecoderCache):
-            return value.self_attention_cache
-        if isinstance(value, Cache):
-            return value
-    return None
+            cache = value.self_attention_cache
+        elif isinstance(value, Cache):
+            cache = cache or value
+        elif _names_state(name) and _holds_state(value):
+            unknown = name
+    tokens, embeddings = given.get("input_ids"), given.get("inputs_embeds")
+    shape = None
+    if isinstance(tokens, torch.Tensor) and tokens.dim() == 2:
+        shape = (tokens.shape[0], tokens.shape[1])
+    elif isinstance(embeddings, torch.Tensor) and embeddings.dim() == 3:
+        shape = (embeddings.shape[0], embeddings.shape[1])
+    positions = given.get("position_ids")
+    return CallArguments(
+        given.get("attention_mask"),
+        positions if isinstance(positions, torch.Tensor) else None,
+        given.get("cu_seq_lens_q"),
+        given.get("seq_idx"),
+        cache,
+        shape,
+        unknown,
+    )
+
+
+def _names_state(name: str) -> bool:
+    words = name.split("_")
+    return any(word in STATE for word in words) and not any(word in NO_STATE for word in words)
+
+
+def _holds_state(value: object) -> bool:
+    if isinstance(value, torch.Tensor):
+        return value.numel() > 0
+    if isinstance(value, (list, tuple, dict)):
+        return any(_holds_state(part) for part in (value.values() if isinstance(value, dict) else value))
+    return value is not None and not isinstance(value, (bool, int, float, str, Cache))
+
+
+def withholds_cache(block: nn.Module) -> bool:
+    """Whether transformers hides the cache from a block, which it recomputes in the backward pass.
+
+    Hooks outside of the checkpoint still see the cache.
+
+    Args:
+        block: The decoder block.
+
+    Returns:
+        True if it does in a call that is made now.
+    """
+    checkpoints = block.training and bool(getattr(block, "gradient_checkpointing", False))
+    return checkpoints and (torch.is_grad_enabled() or not KEEPS_CACHE_WITHOUT_GRADIENTS)
+
+
+def tensors_of_call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[torch.Tensor]:
+    """The tensors beside the hidden states that a block is called with; a recomputed call gets the same ones.
+
+    Args:
+        args: The block's positional arguments.
+        kwargs: Its keyword arguments.
+
+    Yields:
+        Masks, positions and position embeddings.
+    """
+    for value in (*args[1:], *(value for name, value in kwargs.items() if name != "hidden_states")):
+        for tensor in value if isinstance(value, tuple) else (value,):
+            if isinstance(tensor, torch.Tensor):
+                yield tensor
 
 
 def replace_recorded_state(before: torch.Tensor, after: torch.Tensor) -> None:
-    """Let `output_hidden_states=True` show what a block receives where a side path wrote at its input.
+    """Let `output_hidden_states=True` show what a block receives if a side path wrote at its input.
 
     transformers records a block's output before the next block's input is changed.
 
@@ -119,3 +153,56 @@ def replace_recorded_state(before: torch.Tensor, after: torch.Tensor) -> None:
     states = recorded.get("hidden_states") if recorded else None
     if states and states[-1] is before:
         states[-1] = after
+
+
+def replace_stream(output: Any, written: torch.Tensor) -> Any:
+    """Put the changed residual stream into a block's output.
+
+    Args:
+        output: What the block returned: the hidden states, or a sequence or named tuple that starts with them.
+        written: The changed hidden states.
+
+    Returns:
+        An output of the same type.
+    """
+    if isinstance(output, torch.Tensor):
+        return written
+    if isinstance(output, dict):
+        return type(output)(**{**output, next(iter(output)): written})
+    parts = (written, *output[1:])
+    return output._make(parts) if hasattr(output, "_make") else type(output)(parts)
+
+
+def stream_of(output: Any) -> Any:
+    """The first part of a block's output, which should be its hidden states.
+
+    Args:
+        output: What the block returned.
+
+    Returns:
+        The part, of whatever type it is.
+    """
+    if isinstance(output, dict):
+        return next(iter(output.values()), None)
+    if isinstance(output, (list, tuple)):
+        return output[0] if output else None
+    return output
+
+
+def check_stream(stream: Any, received: torch.Tensor | None) -> None:
+    """Refuse to write into what is not the residual stream that a block received.
+
+    Args:
+        stream: As returned by `stream_of`, or what the block received.
+        received: What the block received; None: not known.
+
+    Raises:
+        TypeError: The stream is not a tensor, or has another shape.
+    """
+    expected = getattr(received, "shape", None)
+    if not isinstance(stream, torch.Tensor) or (expected is not None and stream.shape != expected):
+        got = f"shape {list(stream.shape)}" if isinstance(stream, torch.Tensor) else type(stream).__name__
+        raise TypeError(
+            f"talan_position='output': expected a block to return hidden states {list(expected or [])} first, "
+            f"got {got}; use talan_position='input', or choose other blocks by talan_blocks"
+        )

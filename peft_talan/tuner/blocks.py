@@ -16,7 +16,13 @@ from ..functional.initialization import empty_parameters
 SMALLEST_LIMIT = 2**20
 """How many numbers a side path may hold beside any model, however small."""
 SINGLE_STREAM: dict[str, int] = {"altup_num_inputs": 1, "hc_mult": 1, "hc_count": 1, "ngram": 0}
-"""Fields of configurations that say how many hidden states a block hands on, and their value where it is one."""
+"""Fields of configurations that say how many hidden states a block hands on, and their value if it is one."""
+OTHER_STREAMS: dict[str, str] = {
+    "cpmant": "put the hidden states of a prompt before those of the tokens",
+    "fsmt": "hand on hidden states of shape [tokens, batch, hidden_size]",
+    "xlnet": "hand on hidden states of shape [tokens, batch, hidden_size]",
+}
+"""Model types whose blocks do not hand on [batch, tokens, hidden_size], and what they do."""
 
 
 def _text_config(model: nn.Module) -> object | None:
@@ -42,8 +48,8 @@ def find_blocks(model: nn.Module, config: TalanConfig) -> tuple[str, nn.ModuleLi
     """
     name, blocks = _named_or_found(model, config)
     owner = model.get_submodule(name.rpartition(".")[0])
-    names = inspect.unwrap(type(owner).forward).__code__.co_names
-    if "forward" in names and "super" not in names:
+    code = getattr(inspect.unwrap(type(owner).forward), "__code__", None)
+    if code is not None and "forward" in code.co_names and "super" not in code.co_names:
         raise ValueError(
             f"talan_blocks: {type(owner).__name__} calls modules by .forward(), which runs no hooks, so a side path "
             f"on its blocks {name!r} would do nothing; use a plain LoraConfig, or call the blocks themselves"
@@ -107,6 +113,47 @@ def _outermost(names: list[str]) -> list[str]:
     return [name for name in names if not any(name.startswith(f"{other}.") for other in names)]
 
 
+def find_decoder(model: nn.Module, block: nn.Module) -> nn.Module:
+    """Find the module whose forward pass runs a block, and which is called with the caller's masks and positions.
+
+    Args:
+        model: The model.
+        block: One of its blocks.
+
+    Returns:
+        The innermost `PreTrainedModel` around the block; without one, the module that owns the list of blocks.
+    """
+    path = next(name for name, module in model.named_modules() if module is block).split(".")
+    around = [model.get_submodule(".".join(path[:end])) for end in range(len(path) - 1, -1, -1)]
+    owners = [module for module in around if not isinstance(module, nn.ModuleList)]
+    return next((module for module in owners if isinstance(module, PreTrainedModel)), owners[0])
+
+
+def check_stream(model: nn.Module) -> None:
+    """Refuse models whose blocks hand on something else than one hidden state of each token.
+
+    Args:
+        model: The base model.
+
+    Raises:
+        ValueError: They do.
+    """
+    config = _text_config(model)
+    reasons = [
+        f"hand on several hidden states of each token ({field}={streams})"
+        for field, single in SINGLE_STREAM.items()
+        if isinstance(streams := getattr(config, field, None), int) and streams > single
+    ]
+    model_type = getattr(config, "model_type", None)
+    if model_type in OTHER_STREAMS:
+        reasons.append(OTHER_STREAMS[model_type])
+    if reasons:
+        raise ValueError(
+            f"model={type(model).__name__}: its blocks {reasons[0]}, and a side path reads and writes hidden states "
+            "of shape [batch, tokens, hidden_size]; use a plain LoraConfig"
+        )
+
+
 def find_hidden_size(model: nn.Module, config: TalanConfig) -> int:
     """Find the width of the residual stream.
 
@@ -118,15 +165,8 @@ def find_hidden_size(model: nn.Module, config: TalanConfig) -> int:
         H.
 
     Raises:
-        ValueError: The width can't be found, or is another one than the field says, or there is more than one stream.
+        ValueError: The width can't be found, or is another one than the field says.
     """
-    for field, single in SINGLE_STREAM.items():
-        streams = getattr(_text_config(model), field, None)
-        if isinstance(streams, int) and streams > single:
-            raise ValueError(
-                f"{field}={streams!r} of {type(model).__name__}: its blocks hand on several hidden states of each "
-                "token, and a side path reads and writes one; use a plain LoraConfig"
-            )
     hidden_size = getattr(_text_config(model), "hidden_size", None)
     if config.talan_hidden_size is not None:
         if isinstance(hidden_size, int) and hidden_size != config.talan_hidden_size:
@@ -214,6 +254,8 @@ def choose_targets(config: TalanConfig, name: str, blocks: nn.ModuleList) -> dic
 def check_size(config: TalanConfig, model: nn.Module, hidden_size: int, blocks: int) -> None:
     """Refuse halves that would hold more numbers than the model itself, before any memory is asked for.
 
+    Linux grants memory that it does not have, and ends the process without an error when the memory is filled.
+
     Args:
         config: The adapter's configuration.
         model: The base model.
@@ -223,17 +265,19 @@ def check_size(config: TalanConfig, model: nn.Module, hidden_size: int, blocks: 
     Raises:
         ValueError: A half would be larger than the model.
     """
-    limit = max(SMALLEST_LIMIT, sum(parameter.numel() for parameter in model.parameters()))
     tensors = empty_parameters(config.side_path_options, hidden_size, config.talan_slots, config.talan_dim)
-    numbers = blocks * sum(tensor.numel() for tensor in tensors.values())
-    if numbers > limit:
+    side_path = blocks * sum(tensor.numel() for tensor in tensors.values())
+    rank = max([config.r, *(config.rank_pattern or {}).values()]) if config.has_low_rank_half else 0
+    if max(side_path, rank * hidden_size) <= SMALLEST_LIMIT:
+        return
+    limit = max(SMALLEST_LIMIT, sum(parameter.numel() for parameter in model.parameters()))
+    if side_path > limit:
         raise ValueError(
-            f"talan_dim={config.talan_dim}, talan_slots={config.talan_slots}: the side path would hold {numbers:,} "
+            f"talan_dim={config.talan_dim}, talan_slots={config.talan_slots}: the side path would hold {side_path:,} "
             f"numbers, more than the model and than {SMALLEST_LIMIT:,}; it is meant to be small: the defaults are "
             "talan_dim=32, talan_slots=8"
         )
-    rank = max([config.r, *(config.rank_pattern or {}).values()])
-    if config.has_low_rank_half and rank * hidden_size > limit:
+    if rank * hidden_size > limit:
         raise ValueError(
             f"r={config.r}, rank_pattern={config.rank_pattern}: one matrix of rank {rank} would hold "
             f"{rank * hidden_size:,} numbers, more than the model and than {SMALLEST_LIMIT:,}; give a rank such as 8"

@@ -11,7 +11,8 @@ from torch import nn
 from ..checkpoint.names import CHILD_NAME
 from ..config import TalanConfig
 from .attachment import attached_side_paths
-from .block_call import BlockCall
+from .blocks import find_decoder
+from .decoder_call import BlockCall
 from .layer import SidePaths, TalanLayer
 
 KEPT_TENSOR = re.compile(r"(.*\.)?kept_side_path_\d+\.(\w+)\.\d+\.values")
@@ -110,7 +111,7 @@ def move_to_base(model: nn.Module, configs: Mapping[str, TalanConfig]) -> None:
         kept = KeptSidePaths(layer, configs, stage)
         if not kept.talan_options:
             continue
-        kept.attach(block)
+        kept.attach(block, find_decoder(model, block))
         kept.requires_grad_(False)
         kept.to(kept.placement.dtype)  # the type that a model has which is loaded with an embedded adapter
 

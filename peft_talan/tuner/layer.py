@@ -9,15 +9,14 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import nn
 from torch.utils.hooks import RemovableHandle
-from transformers.cache_utils import Cache
 
 from ..checkpoint.names import CHILD_NAME
 from ..config import TalanConfig
 from ..functional import fused
 from ..memory.cache_memories import MemoryRequest, continue_or_start_memory, mark_stale
-from .block_call import BlockCall, describe_call, mask_argument_place, replace_recorded_state
+from .block_call import argument_names, replace_recorded_state, replace_stream, stream_of
+from .decoder_call import BlockCall, DecoderCall
 from .paged_call import SidePath, run_paged
-from .segments import TokenLayout
 from .tensors import AdapterTensors
 
 
@@ -43,7 +42,13 @@ class SidePaths(AdapterTensors):
         # Set at run time (peft_talan.tuner.strength) and never saved; a side path that is missing here has 1.
         self.talan_strength: dict[str, float] = {}
         self._handles: list[RemovableHandle] = []
-        self._mask_place: int | None = None
+        self._argument_names: tuple[str, ...] = ()
+        self._decoder_call: DecoderCall | None = None
+
+    @property
+    def runs_side_paths(self) -> bool:
+        """Whether the layer may change the residual stream."""
+        return True
 
     def memory_name(self, name: str) -> str:
         """The name by which a cache carries the memory of one of the layer's side paths.
@@ -67,11 +72,12 @@ class SidePaths(AdapterTensors):
         """
         return self.talan_alpha[adapter_name] * self.talan_strength.get(adapter_name, 1.0)
 
-    def attach(self, block: nn.Module) -> None:
+    def attach(self, block: nn.Module, decoder: nn.Module) -> None:
         """Become the block's child and act around its calls.
 
         Args:
             block: The decoder block.
+            decoder: The module whose forward pass runs the blocks.
         """
         parameter = next(block.parameters(), None)
         if parameter is not None and not parameter.is_meta:
@@ -79,7 +85,8 @@ class SidePaths(AdapterTensors):
             computes_in: Any = next((m.compute_dtype for m in block.modules() if hasattr(m, "compute_dtype")), None)
             dtype = parameter.dtype if parameter.is_floating_point() else computes_in or torch.float32
             self.placement = torch.empty(0, device=parameter.device, dtype=dtype)
-        self._mask_place = mask_argument_place(block)
+        self._argument_names = argument_names(block)
+        self._decoder_call = DecoderCall.of(decoder)
         earlier = [child for child in block.children() if isinstance(child, SidePaths)]
         block.add_module(self.child_name, self)
         # Before hooks that were there earlier: what they see (recorded hidden states, say) is after the write-back.
@@ -101,6 +108,9 @@ class SidePaths(AdapterTensors):
         for handle in self._handles:
             handle.remove()
         self._handles = []
+        if self._decoder_call is not None:
+            self._decoder_call.release()
+            self._decoder_call = None
         delattr(block, self.child_name)
 
     def _before_block(
@@ -108,16 +118,21 @@ class SidePaths(AdapterTensors):
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         if "input" not in self.talan_position.values():
             return None
-        hidden_states = args[0] if args else kwargs["hidden_states"]
-        written = self._called(block)(hidden_states, "input", describe_call(block, self._mask_place, args, kwargs))
+        name = self._argument_names[0]
+        hidden_states = args[0] if args else kwargs[name]
+        written = self._called(block)(hidden_states, "input", self._call(block, args, kwargs, after=False))
         replace_recorded_state(hidden_states, written)
-        return ((written, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": written})
+        return ((written, *args[1:]), kwargs) if args else (args, {**kwargs, name: written})
 
     def _after_block(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        call = describe_call(block, self._mask_place, args, kwargs)
-        if isinstance(output, tuple):
-            return (self._called(block)(output[0], "output", call), *output[1:])
-        return self._called(block)(output, "output", call)
+        hidden_states = stream_of(output)
+        written = self._called(block)(hidden_states, "output", self._call(block, args, kwargs, after=True))
+        return output if written is hidden_states else replace_stream(output, written)
+
+    def _call(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, after: bool) -> BlockCall:
+        if self._decoder_call is None:
+            raise RuntimeError("the side path is not attached to a block; attach it first")
+        return BlockCall(self._decoder_call, block, self.block_index, self._argument_names, args, kwargs, after)
 
     def _called(self, block: nn.Module) -> nn.Module:
         """The block's child: this layer, or what a sharding library has wrapped it in to gather its parameters."""
@@ -143,19 +158,17 @@ class SidePaths(AdapterTensors):
             h', [batch, tokens, hidden_size].
 
         Raises:
-            ValueError: The cache holds tokens that a side path has not seen.
+            ValueError: The cache holds tokens that did not pass through a side path, or the call is of a form that a
+                side path can't follow.
         """
-        batch, tokens = hidden_states.shape[:2]
         written = hidden_states
         here = [name for name in running if self.talan_position[name] == position]
         if call.paged is not None:
             return run_paged(hidden_states, [self._side_path(name) for name in here], self.block_index, call.paged)
-        if here:
-            past = call.tokens_before(self.block_index, tokens, counted=position == "output")
-            layout = call.layout(batch, tokens, past)
         for count, name in enumerate(here):
             rows = running[name]
-            changed = self._run(name, hidden_states, layout, call.cache, past, rows)
+            changed = self._run(name, hidden_states, call, rows)
+            hidden_states = hidden_states.to(changed.device)
             if rows is not None:
                 changed = torch.where(rows.to(changed.device)[:, None, None], changed, hidden_states)
             written = changed if count == 0 else written + (changed - hidden_states)
@@ -165,28 +178,34 @@ class SidePaths(AdapterTensors):
         options, parameters = self.talan_options[name], self.parameters_of(name)
         return SidePath(self.memory_name(name), parameters, options, self.alpha_at_run_time(name))
 
-    def _run(
-        self,
-        adapter_name: str,
-        hidden_states: torch.Tensor,
-        layout: TokenLayout,
-        cache: Cache | None,
-        past: int | torch.Tensor,
-        rows: torch.Tensor | None,
-    ) -> torch.Tensor:
-        options = self.talan_options[adapter_name]
-        parameters, alpha = self.parameters_of(adapter_name), self.alpha_at_run_time(adapter_name)
+    def _run(self, name: str, hidden_states: torch.Tensor, call: BlockCall, rows: torch.Tensor | None) -> torch.Tensor:
+        options, layout = self.talan_options[name], call.layout(hidden_states)
+        parameters = self.parameters_of(name)
+        # accelerate moves what a block is called with to the block's device, but after the hooks that run side paths.
+        device = hidden_states.device if hidden_states.is_meta else parameters.read.device
+        hidden_states, layout = hidden_states.to(device), layout.to(device)
+        if parameters.read.device != device:
+            parameters = parameters.to(device)
         passed: dict[str, Any] = {
-            "alpha": alpha,
+            "alpha": self.alpha_at_run_time(name),
             "valid": layout.valid,
             "segment_ids": layout.segment_ids,
             "training": self.training,
         }
-        if cache is None:
+        if call.cache is None:
             return fused.side_path(hidden_states, parameters, options, **passed).hidden_states
-        name, batch = self.memory_name(adapter_name), hidden_states.shape[0]
-        request = MemoryRequest(self.block_index, name, past, batch, options.scope, rows)
-        return continue_or_start_memory(cache, request).append(hidden_states, parameters, options, **passed)
+        batch, tokens = hidden_states.shape[:2]
+        past = call.tokens_before(tokens)
+        request = MemoryRequest(
+            self.block_index,
+            self.memory_name(name),
+            past.to(device) if isinstance(past, torch.Tensor) else past,
+            batch,
+            options.scope,
+            None if rows is None else rows.to(device),
+            layout.attended_past,
+        )
+        return continue_or_start_memory(call.cache, request).append(hidden_states, parameters, options, **passed)
 
 
 class TalanLayer(SidePaths, BaseTunerLayer):
@@ -215,6 +234,11 @@ class TalanLayer(SidePaths, BaseTunerLayer):
         self.merged_adapters: list[str] = []
         self._active_adapter: str | list[str] = []
         self._disable_adapters = False
+
+    @property
+    def runs_side_paths(self) -> bool:
+        """Whether the layer may change the residual stream."""
+        return not self._disable_adapters
 
     @property
     def bias(self) -> None:  # type: ignore[override]
@@ -261,28 +285,30 @@ class TalanLayer(SidePaths, BaseTunerLayer):
             h', [batch, tokens, hidden_size].
 
         Raises:
-            ValueError: The cache holds tokens that a side path has not seen.
+            ValueError: The cache holds tokens that did not pass through a side path, or the call is of a form that a
+                side path can't follow.
         """
         if self._disable_adapters and self.merged:
             self.unmerge()  # As LoRA's layers do: they give the base weights back when they run disabled.
-        running = self._running(adapter_names, hidden_states.shape[0])
+        running = self._running(adapter_names, hidden_states)
         written = self.apply_side_paths(hidden_states, position, call, running)
         if position == "output" and call.cache is not None:
             mark_stale(call.cache, self.block_index, running)
         return written
 
-    def _running(self, adapter_names: list[str] | None, batch: int) -> dict[str, torch.Tensor | None]:
+    def _running(self, adapter_names: list[str] | None, hidden_states: torch.Tensor) -> dict[str, torch.Tensor | None]:
         """The adapters that run at this block, each with its rows as [batch], bool; None: all rows."""
         if self._disable_adapters:
             return {}
         if adapter_names is None:
             return {name: None for name in self.active_adapters if name in self.talan_options}
+        batch = hidden_states.shape[0]
         if len(adapter_names) != batch:
             raise ValueError(
                 f"adapter_names={adapter_names!r}: {len(adapter_names)} names for {batch} rows; give one a row"
             )
         return {
-            name: torch.tensor([row_name == name for row_name in adapter_names])
+            name: torch.tensor([row_name == name for row_name in adapter_names], device=hidden_states.device)
             for name in dict.fromkeys(adapter_names)
             if name in self.talan_options
         }

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
+from copy import copy
 from dataclasses import fields
 from functools import partial
+from inspect import signature
 from os import PathLike
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -16,9 +19,11 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import save_file
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.utils.hub import create_and_tag_model_card
 
-from ..checkpoint.card import write_cards
+from ..checkpoint.card import CARD_NAME, write_cards
 from ..checkpoint.checks import is_finite
+from ..checkpoint.names import ModuleNames
 from ..config import TalanConfig
 from .kept import kept_side_paths, kept_tensor_name, move_to_base
 
@@ -135,16 +140,20 @@ def save_kept_model(
     state_dict: dict[str, torch.Tensor] | None = None,
     push_to_hub: bool = False,
     **kwargs: Any,
-) -> None:
+) -> object:
     """Write one folder with the merged weights in standard form and the side path as an embedded adapter.
 
     Args:
         model: The model that `merge_and_unload(side_path="keep")` gave.
         save_directory: The folder; `AutoModelForCausalLM.from_pretrained` restores the model from it.
         is_main_process: Whether this process writes. Default True.
-        state_dict: The model's state dict, where it has to be gathered. Default: the model's own.
-        push_to_hub: Whether to push the model, too, to `kwargs["repo_id"]`. Default False.
-        **kwargs: Passed on to transformers' `save_pretrained`.
+        state_dict: The model's state dict, if it has to be gathered. Default: the model's own.
+        push_to_hub: Whether to push the folder, too. Default False.
+        **kwargs: As in transformers' `save_pretrained` and `push_to_hub`; what neither knows goes to
+            `huggingface_hub.create_repo`, with `repo_id` (the folder's name by default), `private` and `token`.
+
+    Returns:
+        The commit, if the folder was pushed, and None otherwise.
 
     Raises:
         ValueError: The model keeps more than one side path: a folder embeds one adapter.
@@ -153,51 +162,61 @@ def save_kept_model(
     if model._hf_peft_config_loaded:
         # Of a model with an adapter, transformers saves the adapter alone.
         plain_save(save_directory, state_dict=state_dict, push_to_hub=push_to_hub, **kwargs)
-        return
-    config = _kept_config(model)
-    repo_id = kwargs.pop("repo_id", None)
-    state_dict = model.state_dict() if state_dict is None else state_dict
-    kept = {key: kept_tensor_name(key) for key in state_dict}
-    plain_save(save_directory, state_dict={key: t for key, t in state_dict.items() if kept[key] is None}, **kwargs)
+        return None
+    config, folder = _kept_config(model), Path(save_directory)
+    known = set(signature(type(model).save_pretrained).parameters) - {"token"}
+    options = {name: kwargs.pop(name) for name in known & kwargs.keys()}
+    base, upload = str(folder), None
+    if push_to_hub and is_main_process:
+        base, upload = _prepare_upload(model, folder, kwargs)
+    names = ModuleNames(model)
+    tensors = {names.plain(key): t for key, t in (model.state_dict() if state_dict is None else state_dict).items()}
+    kept = {key: kept_tensor_name(key) for key in tensors}
+    plain_save(folder, state_dict={key: tensor for key, tensor in tensors.items() if kept[key] is None}, **options)
     if is_main_process:
-        tensors = {f"base_model.model.{kept[key]}": t.contiguous() for key, t in state_dict.items() if kept[key]}
-        save_file(tensors, Path(save_directory) / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
-        _save_config(config, Path(save_directory))
-        write_cards(model, save_directory)
-    if push_to_hub:
-        push_kept_model(model, repo_id or Path(save_directory).name, token=kwargs.get("token"))
-
-
-def _save_config(config: TalanConfig, folder: Path) -> None:
-    pushed_to = config.base_model_name_or_path
-    # The merged weights beside it, and no other model's, are what this side path belongs to.
-    config.base_model_name_or_path = pushed_to or str(folder)
-    try:
+        side_path = {f"base_model.model.{kept[key]}": t.contiguous() for key, t in tensors.items() if kept[key]}
+        save_file(side_path, folder / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
+        config = copy(config)
+        # The weights beside it are its base: transformers takes them from where this field says, on the hub at least.
+        config.base_model_name_or_path = base
         config.save_pretrained(str(folder))
-    finally:
-        config.base_model_name_or_path = pushed_to
+        write_cards(model, folder)
+    return None if upload is None else upload()
 
 
-def push_kept_model(model: PreTrainedModel, repo_id: str, **kwargs: Any) -> str:
+def _prepare_upload(
+    model: PreTrainedModel, folder: Path, arguments: dict[str, Any]
+) -> tuple[str, Callable[[], object]]:
+    """Create the repository; the second result uploads what is new in the folder by then."""
+    token = arguments.get("token")
+    known = set(signature(model._upload_modified_files).parameters) - {"token", "repo_id"}
+    commit = {name: arguments.pop(name) for name in known & arguments.keys()}
+    tags = arguments.pop("tags", None) or []
+    tags = [*(model.model_tags or []), *([tags] if isinstance(tags, str) else tags)]
+    folder.mkdir(parents=True, exist_ok=True)
+    name = arguments.pop("repo_id", None) or folder.resolve().name
+    repo_id = HfApi().create_repo(name, exist_ok=True, **arguments).repo_id
+    files = model._get_files_timestamps(folder)
+
+    def upload() -> object:
+        create_and_tag_model_card(repo_id, tags, token=token).save(folder / CARD_NAME)
+        return model._upload_modified_files(folder, repo_id, files, token=token, **commit)
+
+    return repo_id, upload
+
+
+def push_kept_model(model: PreTrainedModel, repo_id: str, **kwargs: Any) -> object:
     """Push the merged weights and the embedded side path to the hub as one repository.
 
     Args:
         model: The model that `merge_and_unload(side_path="keep")` gave.
         repo_id: The repository.
-        **kwargs: Passed on to transformers' `push_to_hub`.
+        **kwargs: As in transformers' `push_to_hub`; what it does not know goes to `huggingface_hub.create_repo`.
 
     Returns:
-        The address of the commit.
+        The commit.
     """
-    options = {name: kwargs[name] for name in ("private", "token") if name in kwargs}
-    repo_id = HfApi().create_repo(repo_id, exist_ok=True, **options).repo_id
-    configs = [config for layer in kept_side_paths(model) for config in layer.configs.values()]
-    bases = [config.base_model_name_or_path for config in configs]
-    try:
-        for config in configs:
-            # From the hub, transformers takes the weights from where the adapter's configuration says.
-            config.base_model_name_or_path = repo_id
+    if model._hf_peft_config_loaded:
         return type(model).push_to_hub(model, repo_id, **kwargs)
-    finally:
-        for config, base in zip(configs, bases, strict=True):
-            config.base_model_name_or_path = base
+    with TemporaryDirectory() as folder:
+        return save_kept_model(model, folder, push_to_hub=True, repo_id=repo_id, **kwargs)

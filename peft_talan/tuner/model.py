@@ -16,12 +16,12 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..checkpoint.checks import check_finite, check_places, check_side_path, check_whole_modules, read_header
-from ..checkpoint.names import check_names, check_new_name, is_side_path_key, with_wrappers, without_wrappers
+from ..checkpoint.names import CHILD_NAME, ModuleNames, check_names, check_new_name, is_side_path_key, without_wrappers
 from ..checkpoint.rollback import Snapshot, attributes_unchanged_on_error
 from ..config import TalanConfig, TalanRuntimeConfig
 from . import tensor_parallel
 from .attachment import attach_side_path, attached_side_paths, detach_side_paths
-from .blocks import check_size, choose_targets, find_blocks, find_hidden_size, point_at_fused_experts
+from .blocks import check_size, check_stream, choose_targets, find_blocks, find_hidden_size, point_at_fused_experts
 from .kept import kept_side_paths
 from .merge import DROPPED, LIVE, check_mergeable, keep_once_loaded, keep_side_paths, side_path_config
 from .mixed_batch import NO_ROWS, rows_named
@@ -102,6 +102,7 @@ class TalanModel(LoraModel):
                 "talan_kept=True: this side path is a part of a merged model, and the model has one already; "
                 "AutoModelForCausalLM.from_pretrained(FOLDER) alone gives the whole model"
             )
+        check_stream(model)
         name, every_block = find_blocks(model, config)
         blocks = choose_targets(config, name, every_block)
         hidden_size = find_hidden_size(model, config)
@@ -114,6 +115,8 @@ class TalanModel(LoraModel):
         # PEFT changes the model's configuration, too.
         model_config = [model.config] if isinstance(model, PreTrainedModel) else []
         before = Snapshot(self, config, *model_config)
+        # Walks through the adapted model cost more than all else here, and a first adapter needs none.
+        first = not any(isinstance(module, BaseTunerLayer) for module in model.modules())
         try:
             point_at_fused_experts(model, config)
             if state_dict is not None:
@@ -128,10 +131,12 @@ class TalanModel(LoraModel):
             for index, block in blocks.items():
                 with init_empty_weights() if low_cpu_mem_usage else nullcontext():
                     attach_side_path(self, index, len(every_block), hidden_size, block, adapter_name)
-            for _, layer in attached_side_paths(model):
+            places = ((block, getattr(block, CHILD_NAME)) for block in blocks.values())
+            for _, layer in places if first else attached_side_paths(model):
                 layer.has_low_rank_half = {name: other.has_low_rank_half for name, other in self.peft_config.items()}
             tensor_parallel.agree(model, adapter_name)
-            declare_scope(model, adapter_name, config.talan_trainable)
+            if not first or config.talan_trainable != "joint":
+                declare_scope(model, adapter_name, config.talan_trainable)
             if checkpoint is not None:
                 check_whole_modules(adapter_name, header, model)
             config.talan_kept = False
@@ -336,10 +341,15 @@ class TalanModel(LoraModel):
         unwanted_adapter_names: list[str],
     ) -> dict[str, torch.Tensor]:
         check_names(model, adapter_name, unwanted_adapter_names)
-        found = super()._get_adapter_state_dict(
-            model, config, adapter_name, with_wrappers(model, state_dict), unwanted_adapter_names
-        )
-        return {without_wrappers(name): tensor for name, tensor in found.items()}
+        names = ModuleNames(model)
+        wrapped = {names.wrapped(name): tensor for name, tensor in state_dict.items()}
+        found = super()._get_adapter_state_dict(model, config, adapter_name, wrapped, unwanted_adapter_names)
+        return {names.plain(name): tensor for name, tensor in found.items()}
+
+    @classmethod
+    def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
+        # Also of what PEFT adds itself (modules_to_save, embeddings), and of the model's keys in loading.
+        return without_wrappers(super()._remove_adapter_name_from_key(key, adapter_name))
 
     @classmethod
     def _remap_adapter_state_dict_for_load(

@@ -38,7 +38,18 @@ def _side_paths_named(
     return [(layer, key) for layer, key in selected if layer.block_index in layers]
 
 
-def _check_strength(strength: float) -> float:
+def check_strength(strength: float) -> float:
+    """Refuse what is no strength.
+
+    Args:
+        strength: What scales a perturbation.
+
+    Returns:
+        The same as a float.
+
+    Raises:
+        ValueError: It is no finite number.
+    """
     if isinstance(strength, bool) or not isinstance(strength, (int, float)) or not math.isfinite(strength):
         raise ValueError(f"strength={strength!r}: give a finite number; 1 is as trained, 0 the low-rank half alone")
     return float(strength)
@@ -61,7 +72,7 @@ def set_talan_strength(
     Raises:
         ValueError: The strength is no finite number, or there is no such side path; nothing has changed then.
     """
-    strength = _check_strength(strength)
+    strength = check_strength(strength)
     for layer, name in _side_paths_named(model, adapter_name, layers):
         layer.talan_strength[name] = strength
 
@@ -84,7 +95,7 @@ def talan_strength(
     Raises:
         ValueError: The strength is no finite number, or there is no such side path.
     """
-    strength = _check_strength(strength)
+    strength = check_strength(strength)
     chosen = _side_paths_named(model, adapter_name, layers)
     before = [layer.talan_strength.get(name, 1.0) for layer, name in chosen]
     for layer, name in chosen:

@@ -17,7 +17,7 @@ from peft import PeftModel, get_peft_model_state_dict
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from ..small_models import make_base, make_config, make_model, make_tokens
+from ..small_models import make_base, make_config, make_lora_config, make_model, make_tokens
 
 BASE = "user/base"
 
@@ -59,11 +59,23 @@ def push_injected(folder: str, repo: str, token: str) -> None:
     model.push_to_hub(repo, token=token)
 
 
-def push_kept(folder: str, repo: str, token: str) -> None:
+def push_lora_after_talan(repo: str, token: str) -> None:
+    model = make_base("qwen3", torch.float32)
+    model.add_adapter(make_config())
+    get_peft_model_state_dict(model)
+    model.delete_adapter("default")
+    model.add_adapter(make_lora_config())
+    model.push_to_hub(repo, token=token)
+
+
+def push_kept(folder: str, repo: str, by: str = "push_to_hub", **kwargs: Any) -> None:
     kept = make().merge_and_unload()
     kept.name_or_path = BASE
     result_of(kept, folder, "pushed")
-    kept.push_to_hub(repo, token=token)
+    if by == "push_to_hub":
+        kept.push_to_hub(repo, **kwargs)
+    else:
+        kept.save_pretrained(Path(folder, "kept"), push_to_hub=True, repo_id=repo, **kwargs)
 
 
 def pull(folder: str, repo: str, name: str = "pulled", **kwargs: Any) -> None:

@@ -27,6 +27,7 @@ class Repository:
         self.private = private
         self.commits: dict[str, Files] = {"0" * 40: {}}
         self.branches = {"main": "0" * 40}
+        self.messages: list[dict[str, Any]] = []
 
     def find(self, revision: str) -> tuple[str, Files] | None:
         commit = self.branches.get(revision, revision)
@@ -89,7 +90,8 @@ class _Handler(BaseHTTPRequestHandler):
             return self.answer(403, {"error": "forbidden"}, X_Error_Message="forbidden")
         if self.command == "POST" and token != "writer":
             return self.answer(403, {"error": "forbidden"}, X_Error_Message="forbidden")
-        return self.route(found[1], repository, found[2] or "", body)
+        rest = (found[2] or "") + ("/pull_request" if "create_pr=1" in urlsplit(self.path).query else "")
+        return self.route(found[1], repository, rest, body)
 
     do_GET = do_HEAD = do_POST = do_PUT = handle_request
 
@@ -112,7 +114,10 @@ class _Handler(BaseHTTPRequestHandler):
             return self.answer(409 if exists else 200, {"error": "exists"})
         if kind == "info":
             return self.answer(200, {"objects": [self.upload(one) for one in json.loads(body)["objects"]]})
-        found = repository.find(argument or "main")
+        branch = argument.removesuffix("/pull_request")
+        pull_request = branch != argument
+        found = repository.find(branch or "main")
+        branch = "refs/pr/1" if pull_request else branch
         if found is None:
             return self.answer(404, {"error": "revision"}, X_Error_Code="RevisionNotFound")
         commit, files = found
@@ -122,8 +127,11 @@ class _Handler(BaseHTTPRequestHandler):
         if kind == "preupload":
             return self.answer(200, {"files": [self.mode(one, files) for one in json.loads(body)["files"]]})
         if kind == "commit":
-            commit = repository.commit(argument, self.changed(files, body))
-            return self.answer(200, {"commitUrl": f"{self.server.url}/{name}/commit/{commit}", "commitOid": commit})
+            repository.messages.append(json.loads(body.splitlines()[0])["value"])
+            commit = repository.commit(branch, self.changed(files, body))
+            url = f"{self.server.url}/{name}"
+            answer = {"commitUrl": f"{url}/commit/{commit}", "commitOid": commit}
+            return self.answer(200, {**answer, "pullRequestUrl": f"{url}/discussions/1"} if pull_request else answer)
         return self.answer(404, {"error": rest})
 
     def resolve(self, repository: Repository, revision: str, file: str) -> None:

@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 from peft_talan import TalanConfig
 from peft_talan.checkpoint.card import write_card
+from peft_talan.version import INSTALL
 
 from ..small_models import make_base, make_config, make_model, make_tokens
 from .loopback_hub import Hub, running_hub
@@ -105,7 +106,7 @@ def test_card_that_was_pushed(client: Client, hub: Hub, tmp_path: Path) -> None:
     assert (card.data.base_model, card.data["base_model_relation"]) == ("user/base", "adapter")
     assert card.data.pipeline_tag == "text-generation"
     for part in (
-        "pip install peft-talan",
+        INSTALL,
         '"user/card"',
         '"user/base"',
         '| `talan_mixer` | `"mlp"` |',
@@ -138,7 +139,7 @@ def test_what_is_written_into_the_card_on_the_hub_stays(client: Client, hub: Hub
     client("push", folder=str(tmp_path), repo="user/edited", options={"talan_slots": 2}, token="writer")
     after = card_of(hub, "user/edited")
     assert "Trained on sums." in after.text and "mine" in after.data.tags and after.data.license == "mit"
-    assert "| `talan_slots` | `2` |" in after.text and after.text.count("pip install peft-talan") == 1
+    assert "| `talan_slots` | `2` |" in after.text and after.text.count(INSTALL) == 1
 
 
 def test_revisions(client: Client, hub: Hub, tmp_path: Path) -> None:
@@ -183,7 +184,7 @@ def test_transformers_own_path(client: Client, hub: Hub, tmp_path: Path) -> None
     client("pull_auto", folder=str(tmp_path), repo="user/injected")
     assert same(tmp_path, "pushed", "pulled", "auto")
     card = card_of(hub, "user/injected")
-    assert "pip install peft-talan" in card.text and "| side path |" in card.text and "talan" in card.data.tags
+    assert INSTALL in card.text and "| side path |" in card.text and "talan" in card.data.tags
 
 
 def test_kept_model(client: Client, hub: Hub, tmp_path: Path) -> None:
@@ -194,6 +195,41 @@ def test_kept_model(client: Client, hub: Hub, tmp_path: Path) -> None:
     assert 'AutoModelForCausalLM.from_pretrained("user/kept")' in card.text and "PeftModel" not in card.text
     assert (card.data.base_model, card.data["base_model_relation"]) == ("user/base", "finetune")
     assert "talan" in card.data.tags
+
+
+def test_plain_lora_on_a_model_that_had_talan(client: Client, hub: Hub) -> None:
+    client("push_lora_after_talan", repo="user/lora", token="writer")
+    assert "talan" not in str(card_of(hub, "user/lora"))
+
+
+PUSHES = [("push", {"options": {}}), ("push_kept", {"by": "push_to_hub"}), ("push_kept", {"by": "save_pretrained"})]
+
+
+@pytest.mark.parametrize(("call", "how"), PUSHES, ids=["adapter", "kept model", "kept model as it is saved"])
+def test_every_argument_of_a_push_reaches_the_hub(
+    call: str, how: dict[str, Any], client: Client, hub: Hub, tmp_path: Path
+) -> None:
+    words = {"commit_message": "Sums", "commit_description": "Of two numbers"}
+    repo = f"user/arguments-{PUSHES.index((call, how))}"
+    arguments = {"folder": str(tmp_path), "repo": repo, "private": True, **words}
+    assert "error" in client.ask(call, **how, **arguments, token="stranger")
+    assert repo not in hub.repositories
+    client(call, **how, **arguments, token="writer", revision="draft")
+    client(call, **how, **arguments, token="writer", create_pr=True)
+    repository = hub.repositories[repo]
+    assert repository.private
+    assert repository.branches.keys() == {"main", "draft", "refs/pr/1"} and repository.find("main")[1] == {}
+    texts = [{name: message[name] for name in ("summary", "description")} for message in repository.messages]
+    assert texts == 2 * [{"summary": "Sums", "description": "Of two numbers"}]
+
+
+def test_variant_and_tags_of_a_kept_model_reach_the_hub(client: Client, hub: Hub, tmp_path: Path) -> None:
+    client("push_kept", folder=str(tmp_path), repo="user/kept-variant", by="save_pretrained", variant="v1",
+           tags=["mine"], token="writer")  # fmt: skip
+    assert "model.v1.safetensors" in hub.repositories["user/kept-variant"].find("main")[1]
+    assert {"mine", "talan"} <= set(card_of(hub, "user/kept-variant").data.tags)
+    client("pull_auto", folder=str(tmp_path), repo="user/kept-variant", variant="v1")
+    assert same(tmp_path, "pushed", "auto")
 
 
 def test_offline_from_the_cache(client: Client, hub: Hub, home: Path, tmp_path: Path) -> None:
@@ -237,9 +273,9 @@ def test_what_the_user_wrote_stays(tmp_path: Path) -> None:
     (tmp_path / "README.md").write_text(written)
     model = adapter(tmp_path)
     text = (tmp_path / "README.md").read_text()
-    assert "# My adapter\n\nIt adds numbers.\n\n| a | b |\n| - | - |\n" in text and "pip install peft-talan" in text
+    assert "# My adapter\n\nIt adds numbers.\n\n| a | b |\n| - | - |\n" in text and INSTALL in text
     assert ModelCard(text).data.license == "mit" and ModelCard(text).data.language == "en"
-    card = ModelCard(text.replace("pip install peft-talan", "pip install peft-talan trl"))
+    card = ModelCard(text.replace(INSTALL, f"{INSTALL} trl"))
     card.data.tags.append("mine")
     card.save(tmp_path / "README.md")
     model.peft_config["default"].talan_alpha = 0.5
@@ -284,7 +320,7 @@ def test_card_of_trainer(tmp_path: Path) -> None:
     assert "| steps | 2 |" in text and "| last loss |" in text
     trainer.create_model_card()
     card = ModelCard.load(tmp_path / "README.md")
-    assert "Training hyperparameters" in card.text and card.text.count("pip install peft-talan") == 1
+    assert "Training hyperparameters" in card.text and card.text.count(INSTALL) == 1
     assert {"peft", "talan"} <= set(card.data.tags)
 
 
@@ -297,6 +333,6 @@ def test_card_of_trl(tmp_path: Path) -> None:
     written = ModelCard.load(tmp_path / "README.md").text
     write_card(tmp_path)
     card = ModelCard.load(tmp_path / "README.md")
-    assert card.text.startswith(written.rstrip()) and "pip install peft-talan" in card.text
+    assert card.text.startswith(written.rstrip()) and INSTALL in card.text
     assert {"trl", "sft", "peft", "talan"} <= set(card.data.tags)
     assert card.data["base_model_relation"] == "adapter"

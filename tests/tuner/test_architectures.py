@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 from peft import get_peft_model
@@ -46,11 +48,20 @@ def test_the_text_decoders_list_of_blocks_is_found_among_several(family: str, mo
     assert find_blocks(make_base(family, model_type), TalanConfig())[0] == name
 
 
-@pytest.mark.parametrize("model_type", ["deepseek_v4", "gemma3n_text", "prophetnet", "reformer"])
-def test_blocks_that_hand_on_several_hidden_states_are_refused(model_type: str) -> None:
+@pytest.mark.parametrize(
+    ("model_type", "reason"),
+    [
+        ("deepseek_v4", "several hidden states of each token"),
+        ("gemma3n_text", "several hidden states of each token"),
+        ("prophetnet", "several hidden states of each token"),
+        ("reformer", "several hidden states of each token"),
+        ("xlnet", "hidden states of shape [tokens, batch, hidden_size]"),
+    ],
+)
+def test_blocks_that_hand_on_something_else_than_one_hidden_state_are_refused(model_type: str, reason: str) -> None:
     base = make_base("causal", model_type)
     names = list(base.state_dict())
-    with pytest.raises(ValueError, match=r"several hidden states of each token.*use a plain LoraConfig"):
+    with pytest.raises(ValueError, match=rf"{re.escape(reason)}.*use a plain LoraConfig"):
         get_peft_model(base, TalanConfig(r=0))
     assert list(base.state_dict()) == names
 

@@ -1,20 +1,25 @@
-"""Models whose parts others wrap or move: FSDP, and accelerate's offloading."""
+"""Models whose parts others wrap or move: FSDP, torch.compile and the like, and accelerate's offloading."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from accelerate import cpu_offload, disk_offload
-from peft import PeftModel, get_peft_model_state_dict
-from torch import distributed
+from accelerate.utils import compile_regions
+from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors.torch import load_file
+from torch import distributed, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
 from transformers import AutoModelForCausalLM
 from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer
+
+from peft_talan import export_lora
 
 from ..small_models import DEPTH, logits, make_base, make_config, make_lora_config, make_model, make_tokens
 
@@ -58,6 +63,79 @@ def test_state_dict_of_a_model_whose_blocks_fsdp_wraps(given: bool, one_process:
     model.save_pretrained(tmp_path, state_dict=wrapped.state_dict(), selected_adapters=["default"])
     loaded = PeftModel.from_pretrained(make_base("qwen3", torch.float32), tmp_path)
     assert torch.equal(logits(loaded), expected)
+
+
+def compile_blocks(model: nn.Module) -> nn.Module:
+    blocks = next(module for module in model.modules() if isinstance(module, nn.ModuleList))
+    for index, block in enumerate(blocks):
+        blocks[index] = torch.compile(block)
+    return model
+
+
+def checkpoint_blocks(model: nn.Module) -> nn.Module:
+    apply_activation_checkpointing(model, check_fn=lambda module: isinstance(module, Qwen3DecoderLayer))
+    return model
+
+
+def share_blocks(model: nn.Module) -> nn.Module:
+    blocks = next(module for module in model.modules() if isinstance(module, nn.ModuleList))
+    for index, block in enumerate(blocks):
+        blocks[index] = nn.parallel.DistributedDataParallel(block)
+    return model
+
+
+# They wrap modules, and nothing runs: their names in a state dict are what matters here.
+WRAPS: dict[str, Callable[[nn.Module], nn.Module]] = {
+    "regions": compile_regions,
+    "compiled blocks": compile_blocks,
+    "whole and blocks": lambda model: torch.compile(compile_blocks(model)),
+    "checkpointed blocks": checkpoint_blocks,
+    "data-parallel blocks": share_blocks,
+    "compiled and checkpointed": lambda model: compile_blocks(checkpoint_blocks(model)),
+}
+
+
+@pytest.mark.parametrize("wrap", WRAPS)
+def test_names_of_wrappers_are_in_no_file(wrap: str, one_process: None, tmp_path: Path) -> None:
+    whole = [] if "checkpointed" in wrap else ["lm_head"]  # PEFT itself can't save these under a checkpointed block
+    model = make_model("qwen3", make_config(modules_to_save=whole, use_dora=True), torch.float32)
+    expected, names = logits(model), set(get_peft_model_state_dict(model))
+    export_lora(model, tmp_path / "exported before")
+    wrapped = WRAPS[wrap](model)
+    wrapped.save_pretrained(tmp_path / "adapter")
+    assert set(load_file(tmp_path / "adapter" / "adapter_model.safetensors")) == names
+    export_lora(wrapped, tmp_path / "exported")
+    files = [load_file(tmp_path / folder / "adapter_model.safetensors") for folder in ("exported before", "exported")]
+    assert files[0].keys() == files[1].keys()
+    loaded = PeftModel.from_pretrained(make_base("qwen3", torch.float32), tmp_path / "adapter")
+    assert torch.equal(logits(loaded), expected)
+
+
+@pytest.mark.parametrize("wrap", WRAPS)
+def test_names_of_wrappers_are_in_no_file_of_a_kept_model(wrap: str, one_process: None, tmp_path: Path) -> None:
+    kept = make_model("qwen3", dtype=torch.float32).merge_and_unload()
+    expected = logits(kept)
+    kept.requires_grad_(True)  # DistributedDataParallel wraps what trains
+    WRAPS[wrap](kept).save_pretrained(tmp_path)
+    again, report = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert not report["missing_keys"] and not report["unexpected_keys"]
+    assert torch.equal(logits(again.eval()), expected)
+
+
+def test_a_state_dict_of_the_wrapper_around_the_whole_model(one_process: None, tmp_path: Path) -> None:
+    model = make_model("qwen3", dtype=torch.float32)
+    whole = nn.parallel.DistributedDataParallel(model)
+    model.save_pretrained(tmp_path, state_dict=whole.state_dict())
+    assert set(load_file(tmp_path / "adapter_model.safetensors")) == set(get_peft_model_state_dict(model))
+
+
+def test_an_adapter_is_loaded_into_compiled_blocks(tmp_path: Path) -> None:
+    model = make_model("qwen3", dtype=torch.float32)
+    model.save_pretrained(tmp_path)
+    other = compile_blocks(make_model("qwen3", make_config(init_talan_weights=True), torch.float32))
+    assert not set_peft_model_state_dict(other, load_file(tmp_path / "adapter_model.safetensors")).unexpected_keys
+    state, loaded = get_peft_model_state_dict(model), get_peft_model_state_dict(other)
+    assert all(torch.equal(state[name], loaded[name]) for name in state)
 
 
 @pytest.mark.parametrize("kind", ["cpu", "disk"])

@@ -1,0 +1,93 @@
+"""Lets vLLM serve models with an embedded TALAN adapter: the entry point of the group `vllm.general_plugins`.
+
+vLLM calls `register` in each of its processes. It only wraps two methods of vLLM's; what serves the side paths is
+imported where a model has one.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+_MARK = "_looks_for_talan"
+
+
+def register() -> None:
+    """Look for embedded TALAN adapters when vLLM configures an engine and when it builds a model.
+
+    Where this vLLM lacks a method, a warning says so; such models are then refused by vLLM itself.
+    """
+    # Where engines are configured, vLLM has imported this module by now; other processes have no use for it.
+    arguments = sys.modules.get("vllm.engine.arg_utils")
+    try:
+        from vllm.model_executor.model_loader.base_loader import BaseModelLoader
+
+        _wrap(BaseModelLoader, "create_model", _create_model)
+        if arguments is not None:
+            _wrap(arguments.EngineArgs, "create_engine_config", _create_engine_config)
+    except (ImportError, AttributeError) as error:
+        warnings.warn(
+            f"peft_talan does not know this version of vLLM ({error}); models with a TALAN adapter will not load. "
+            "Install a version of vLLM that the documentation of peft_talan names",
+            stacklevel=2,
+        )
+
+
+def _wrap(owner: type, name: str, wrapper: Callable[..., Any]) -> None:
+    original = getattr(owner, name)
+    if hasattr(original, _MARK):
+        return  # vLLM may load its plugins more than once in a process.
+
+    @functools.wraps(original)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        return wrapper(original, *args, **kwargs)
+
+    setattr(wrapped, _MARK, True)
+    setattr(owner, name, wrapped)
+
+
+def has_embedded_adapter(model: str, revision: str | None) -> bool:
+    """Whether a model folder or a repository on the hub holds a TALAN adapter.
+
+    Args:
+        model: The folder, or the repository's name.
+        revision: The repository's branch, tag or commit. None: the main one.
+
+    Returns:
+        True where its `adapter_config.json` is one of TALAN.
+    """
+    from vllm.transformers_utils.repo_utils import get_hf_file_to_dict
+
+    config = get_hf_file_to_dict("adapter_config.json", model, revision)
+    return config is not None and config.get("peft_type") == "TALAN"
+
+
+def _create_engine_config(original: Callable[..., Any], self: Any, *args: Any, **kwargs: Any) -> Any:
+    vllm_config = original(self, *args, **kwargs)
+    model = vllm_config.model_config
+    if has_embedded_adapter(model.model, model.revision):
+        from peft_talan.serving.vllm.checks import check_engine, choose_scheduler
+
+        check_engine(vllm_config)
+        choose_scheduler(vllm_config)
+    return vllm_config
+
+
+def _create_model(
+    original: Callable[..., Any], self: Any, vllm_config: Any, model_config: Any, *args: Any, **kwargs: Any
+) -> Any:
+    if not has_embedded_adapter(model_config.model, model_config.revision):
+        return original(self, vllm_config, model_config, *args, **kwargs)
+    try:
+        from peft_talan.serving.vllm.models import model_with_side_paths
+    except (ImportError, AttributeError) as error:
+        raise RuntimeError(
+            f"model={model_config.model!r}: this version of vLLM lacks what its TALAN side path needs ({error}); "
+            "install a version of vLLM that the documentation of peft_talan names"
+        ) from error
+
+    create = functools.partial(original, self, vllm_config, model_config, *args, **kwargs)
+    return model_with_side_paths(create, vllm_config, model_config)

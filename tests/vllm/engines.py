@@ -1,0 +1,173 @@
+"""Tiny models whose folders embed a side path, the tokens that `generate` gives for them, and vLLM engines.
+
+`python -m tests.vllm.engines FOLDER OPTIONS PROMPTS ANSWERS` runs an engine in processes of its own; options and
+prompts are JSON, the answers go to a file.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import get_peft_model
+from transformers import (
+    AutoModelForCausalLM,
+    CohereConfig,
+    Gemma3TextConfig,
+    GPT2Config,
+    LlamaConfig,
+    MistralConfig,
+    PreTrainedConfig,
+    Qwen2Config,
+    Qwen3Config,
+    Qwen3MoeConfig,
+)
+
+from peft_talan import TalanConfig, set_talan_strength
+
+VOCABULARY = 128
+NEW_TOKENS = 32
+WINDOW = 32
+PAGE = 32
+"""Tokens a page: vLLM's attention on processors takes multiples of it."""
+
+_TOKENS = {"vocab_size": VOCABULARY, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+_SHAPE = {
+    **_TOKENS,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+}
+_WITH_HEADS = {**_SHAPE, "head_dim": 32, "num_attention_heads": 4}
+
+CONFIGS: dict[str, PreTrainedConfig] = {
+    "qwen2": Qwen2Config(**_SHAPE),
+    "qwen3": Qwen3Config(**_WITH_HEADS),
+    "qwen3_moe": Qwen3MoeConfig(**_WITH_HEADS, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32),
+    "llama": LlamaConfig(**_WITH_HEADS),
+    "mistral": MistralConfig(**_WITH_HEADS, sliding_window=WINDOW),
+    "gemma3": Gemma3TextConfig(
+        **_WITH_HEADS, sliding_window=WINDOW, layer_types=["sliding_attention", "full_attention"] * 2
+    ),
+    "cohere": CohereConfig(**_SHAPE),
+    "gpt2": GPT2Config(**_TOKENS, n_embd=64, n_layer=4, n_head=2, n_positions=512),
+}
+ENVIRONMENT = {
+    "HF_HUB_OFFLINE": "1",
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_LOGGING_LEVEL": "WARNING",
+}
+"""One process for all engines of a test run: each would import vLLM anew."""
+
+
+def save_model(folder: Path, architecture: str, merged: bool = True, seed: int = 0, **options: object) -> None:
+    """Write a folder with a random side path that changes what the model says."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        base = AutoModelForCausalLM.from_config(CONFIGS[architecture], dtype=torch.float32)
+        with torch.no_grad():
+            for parameter in base.parameters():
+                # Small random weights hardly tell one token from another.
+                if parameter.dim() > 1:
+                    parameter.mul_(4.0)
+        shared = {"task_type": "CAUSAL_LM", "r": 4, "target_modules": "all-linear", "init_lora_weights": False}
+        side_path = {"talan_layers": [1, -1], "init_talan_weights": False}
+        model = get_peft_model(base, TalanConfig(**{**shared, **side_path, **options}))
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if "talan_write" in name:
+                    parameter.mul_(4.0)
+    kept = model.merge_and_unload(side_path="keep" if merged else "drop")
+    kept.save_pretrained(folder)
+
+
+def make_prompts() -> list[list[int]]:
+    """Prompts of several lengths; every second one begins as the others of these do, with more than a page."""
+    generator = torch.Generator().manual_seed(5)
+
+    def draw(tokens: int) -> list[int]:
+        return torch.randint(3, VOCABULARY, (tokens,), generator=generator).tolist()
+
+    shared = draw(PAGE + 8)
+    return [(shared if number % 2 else []) + draw(5 + 13 * number) for number in range(8)]
+
+
+def generate(folder: Path, prompts: list[list[int]], strength: float = 1.0) -> list[list[int]]:
+    """What transformers gives, one prompt at a time."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    if (folder / "adapter_config.json").exists():
+        set_talan_strength(model, strength)
+    answers = []
+    for prompt in prompts:
+        tokens = torch.tensor([prompt])
+        mask = torch.ones_like(tokens)
+        answer = model.generate(tokens, attention_mask=mask, max_new_tokens=NEW_TOKENS, do_sample=False)
+        answers.append(answer[0, len(prompt) :].tolist())
+    return answers
+
+
+def engine_options(folder: Path, **options: Any) -> dict[str, Any]:
+    """An engine of a few pages, without tokenizer."""
+    return {
+        "model": str(folder),
+        "dtype": "float32",
+        "skip_tokenizer_init": True,
+        "block_size": PAGE,
+        "max_model_len": 256,
+        "max_num_seqs": 8,
+        "num_gpu_blocks_override": 64,
+        "disable_log_stats": False,
+        **options,
+    }
+
+
+@contextmanager
+def engine(folder: Path, **options: Any) -> Iterator[Any]:
+    """An engine in this process, gone afterwards."""
+    from vllm import LLM
+    from vllm.distributed import cleanup_dist_env_and_memory
+
+    served = LLM(**engine_options(folder, distributed_executor_backend="uni", **options))
+    try:
+        yield served
+    finally:
+        served.llm_engine.engine_core.shutdown()
+        del served
+        gc.collect()
+        cleanup_dist_env_and_memory()
+
+
+def ask(served: Any, prompts: list[list[int]]) -> tuple[list[list[int]], list[int]]:
+    """The answers of an engine, and how many tokens of each prompt it had in its cache."""
+    from vllm import SamplingParams
+
+    parameters = SamplingParams(temperature=0.0, max_tokens=NEW_TOKENS, stop_token_ids=[_TOKENS["eos_token_id"]])
+    outputs = served.generate([{"prompt_token_ids": prompt} for prompt in prompts], parameters, use_tqdm=False)
+    return [list(output.outputs[0].token_ids) for output in outputs], [output.num_cached_tokens for output in outputs]
+
+
+def preemptions(served: Any) -> int:
+    """How often an engine took a running request's pages away."""
+    return sum(metric.value for metric in served.get_metrics() if metric.name == "vllm:num_preemptions")
+
+
+if __name__ == "__main__":
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    from vllm import LLM
+
+    folder, options, prompts, answers = sys.argv[1:]
+    llm = LLM(**engine_options(Path(folder), **json.loads(options)))
+    Path(answers).write_text(json.dumps([ask(llm, json.loads(prompts))[0] for _ in range(2)]))

@@ -1,0 +1,168 @@
+"""vLLM serves a folder with an embedded side path and gives the tokens of `generate`."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from . import engines
+
+pytest.importorskip("vllm", reason="vLLM is installed in an environment of its own: make test-vllm")
+
+KINDS: dict[str, dict[str, Any]] = {
+    "qwen3": {},
+    "gemma3": {"talan_position": "input", "talan_mixer": "mlp", "talan_writeback": "gated"},
+}
+SETTINGS: dict[str, dict[str, Any]] = {
+    "eager, 64 tokens a step": {"enforce_eager": True, "max_num_batched_tokens": 64},
+    "eager, 24 pages": {"enforce_eager": True, "num_gpu_blocks_override": 24},
+    "compiled": {},
+}
+OTHERS: dict[str, dict[str, Any]] = {
+    "qwen2": {"talan_position": "input", "talan_mixer": "linear"},
+    "qwen3_moe": {"talan_writeback": "capped"},
+    "llama": {"talan_writeback": "orthogonal", "talan_layers": [0, 2]},
+    "mistral": {"talan_position": "input", "talan_layers": [0]},
+    "cohere": {},
+    "gpt2": {"talan_mixer": "mlp"},
+}
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _environment(tmp_path_factory: pytest.TempPathFactory) -> None:
+    os.environ.update(engines.ENVIRONMENT, VLLM_CACHE_ROOT=str(tmp_path_factory.mktemp("vllm")))
+
+
+@pytest.fixture(scope="session")
+def prompts() -> list[list[int]]:
+    return engines.make_prompts()
+
+
+@pytest.fixture(scope="session")
+def saved(tmp_path_factory: pytest.TempPathFactory, prompts: list[list[int]]) -> Callable[..., Any]:
+    """Folders by architecture and options, each with the answers of `generate`."""
+    known: dict[str, tuple[Path, list[list[int]]]] = {}
+
+    def save(architecture: str, **options: Any) -> tuple[Path, list[list[int]]]:
+        key = json.dumps([architecture, options])
+        if key not in known:
+            folder = tmp_path_factory.mktemp(architecture)
+            engines.save_model(folder, architecture, **options)
+            answers = engines.generate(folder, prompts)
+            # Else an engine without the side path would do as well.
+            if options.get("merged", True):
+                without = engines.generate(folder, prompts, strength=0.0)
+                assert sum(one != other for one, other in zip(answers, without, strict=True)) >= 6
+            known[key] = folder, answers
+        return known[key]
+
+    return save
+
+
+def check(folder: Path, prompts: list[list[int]], expected: list[list[int]], **options: Any) -> int:
+    """Two passes, the second with a warm prefix cache; gives how often a request was preempted."""
+    with engines.engine(folder, **options) as served:
+        answers, _ = engines.ask(served, prompts)
+        assert answers == expected
+        answers, cached = engines.ask(served, prompts)
+        assert answers == expected
+        assert sum(cached) >= engines.PAGE * len(prompts) // 2
+        return engines.preemptions(served)
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+@pytest.mark.parametrize("architecture", KINDS)
+def test_answers_are_those_of_generate(
+    architecture: str, setting: str, saved: Callable[..., Any], prompts: list[list[int]]
+) -> None:
+    folder, expected = saved(architecture, **KINDS[architecture])
+    preempted = check(folder, prompts, expected, **SETTINGS[setting])
+    assert (preempted > 0) == ("24 pages" in setting)
+
+
+def test_compiled_graphs_are_kept_apart(saved: Callable[..., Any], prompts: list[list[int]]) -> None:
+    """The same base model with, without and with another side path: vLLM's cache on the disk must not mix them up."""
+    for options in ({"merged": False}, {}, {"talan_layers": [2]}):
+        folder, expected = saved("qwen3", **options)
+        check(folder, prompts, expected)
+
+
+@pytest.mark.parametrize("architecture", OTHERS)
+def test_other_architectures(architecture: str, saved: Callable[..., Any], prompts: list[list[int]]) -> None:
+    folder, expected = saved(architecture, **OTHERS[architecture])
+    check(folder, prompts, expected, enforce_eager=True)
+
+
+@pytest.mark.parametrize("position", ["input", "output"])
+def test_transformers_backend(position: str, saved: Callable[..., Any], prompts: list[list[int]]) -> None:
+    folder, expected = saved("llama", talan_position=position)
+    check(folder, prompts, expected, enforce_eager=True, model_impl="transformers")
+
+
+def test_requests_one_by_one_are_those_side_by_side(saved: Callable[..., Any], prompts: list[list[int]]) -> None:
+    """No request sees another's memory: not in its batch, and not in the pages that it left."""
+    folder, expected = saved("qwen3")
+    with engines.engine(folder, enforce_eager=True, num_gpu_blocks_override=10) as served:
+        for prompt, answer in [*zip(prompts, expected, strict=True)][::-1]:
+            assert engines.ask(served, [prompt])[0] == [answer]
+
+
+def test_reloaded_weights(saved: Callable[..., Any], prompts: list[list[int]], tmp_path: Path) -> None:
+    """vLLM reads a folder again that has changed since: both halves follow."""
+    (first, before), (second, after) = saved("qwen3"), saved("qwen3", seed=1)
+    assert before != after
+    for file in first.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    with engines.engine(tmp_path, enforce_eager=True) as served:
+        assert engines.ask(served, prompts)[0] == before
+        for file in second.glob("*.safetensors"):
+            (tmp_path / file.name).write_bytes(file.read_bytes())
+        served.collective_rpc("reload_weights")
+        served.reset_prefix_cache()
+        assert engines.ask(served, prompts)[0] == after
+
+
+@pytest.mark.parametrize("strength", [0.0, 0.5])
+def test_strength_of_a_server(strength: float, saved: Callable[..., Any], prompts: list[list[int]]) -> None:
+    folder, trained = saved("qwen3")
+    expected = engines.generate(folder, prompts, strength)
+    assert expected != trained
+    options = {"talan_strength": strength}
+    check(folder, prompts, expected, enforce_eager=True, async_scheduling=False, additional_config=options)
+
+
+def in_processes(folder: Path, prompts: list[list[int]], report: Path, options: Any, **environment: str) -> str:
+    """Run an engine in processes of its own; gives what it printed."""
+    command = [sys.executable, "-m", "tests.vllm.engines", folder, json.dumps(options), json.dumps(prompts), report]
+    ran = subprocess.run(
+        list(map(str, command)), env={**os.environ, **environment}, capture_output=True, text=True, timeout=900
+    )
+    return ran.stdout + ran.stderr
+
+
+@pytest.mark.parametrize("parallelism", ["tensor_parallel_size", "pipeline_parallel_size"])
+def test_two_processes_share_the_model(
+    parallelism: str, saved: Callable[..., Any], prompts: list[list[int]], tmp_path: Path
+) -> None:
+    """With the engine and its scheduler in a process of their own, too."""
+    folder, expected = saved("qwen3")
+    options = {"enforce_eager": True, parallelism: 2}
+    printed = in_processes(folder, prompts, tmp_path / "answers", options, VLLM_ENABLE_V1_MULTIPROCESSING="1")
+    assert (tmp_path / "answers").exists(), printed[-4000:]
+    assert json.loads((tmp_path / "answers").read_text()) == [expected, expected]
+
+
+def test_without_the_plugin_the_folder_is_refused(
+    saved: Callable[..., Any], prompts: list[list[int]], tmp_path: Path
+) -> None:
+    folder, _ = saved("qwen3")
+    printed = in_processes(folder, prompts, tmp_path / "answers", {"enforce_eager": True}, VLLM_PLUGINS="none")
+    assert not (tmp_path / "answers").exists()
+    assert "no module or parameter named 'base_model'" in printed
