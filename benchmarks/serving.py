@@ -75,14 +75,16 @@ def write_folders(parent: Path) -> dict[str, str]:
     """Write the merged model with its side path, and without it; done once."""
     import torch
     from peft import get_peft_model
+    from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from peft_talan import TalanConfig
-    from peft_talan.demo.base_model import default_model_folder, load_base_model
+    from peft_talan.demo.base_model import default_model_folder
 
     folders = {name: str(parent / name) for name in ("talan", "lora")}
     if not all((Path(folder) / "config.json").exists() for folder in folders.values()):
         for name, folder in folders.items():
-            base, tokenizer = load_base_model(default_model_folder())
+            source = default_model_folder()
+            base = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
             torch.manual_seed(0)
             # Strong enough to change answers, and weak enough for them to stay language.
             shared = {"r": 16, "target_modules": "all-linear", "task_type": "CAUSAL_LM", "talan_alpha": 0.3}
@@ -90,7 +92,7 @@ def write_folders(parent: Path) -> dict[str, str]:
             with warnings.catch_warnings(action="ignore"):  # of the side path that is dropped
                 merged = model.merge_and_unload(side_path="keep" if name == "talan" else "drop")
             merged.save_pretrained(folder)
-            tokenizer.save_pretrained(folder)
+            AutoTokenizer.from_pretrained(source).save_pretrained(folder)
     return folders
 
 
