@@ -198,8 +198,8 @@ class TalanConfig(SidePathAxes, LoraConfig):
             raise refusal(
                 "talan_version",
                 self.talan_version,
-                f"the adapter was made by a newer major version of peft_talan than the installed {__version__}; run "
-                "`pip install -U peft-talan`",
+                f"the adapter was made by a newer major version of peft_talan than the installed {__version__}; "
+                "update the package",
             )
 
     def _check_side_path(self) -> None:

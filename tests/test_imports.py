@@ -10,7 +10,7 @@ import peft_talan
 
 ROOT = Path(peft_talan.__file__).parent
 ROOMS: tuple[tuple[str, ...], ...] = (
-    ("version",),
+    ("version", "private_names"),
     ("axes",),
     ("functional",),
     ("memory",),

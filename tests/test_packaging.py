@@ -62,7 +62,7 @@ def test_every_file_of_the_package_is_in_the_wheel(wheel: Path) -> None:
     expected = set()
     for file in (ROOT / "peft_talan").rglob("*"):
         first, *rest = file.relative_to(ROOT / "peft_talan").parts
-        if file.suffix == ".py" or file.name == "py.typed":
+        if file.is_file() and "__pycache__" not in file.parts:
             expected.add("/".join([MOVED[first], *rest] if first in MOVED else ["peft_talan", first, *rest]))
     with ZipFile(wheel) as opened:
         names = {name for name in opened.namelist() if ".dist-info/" not in name}

@@ -26,6 +26,14 @@ def _axes(title: str, below: str, beside: str, width: float = 6.4) -> tuple[Figu
     return figure, axes
 
 
+def _finish(figure: Figure, axes: Axes) -> None:
+    """Put the legend where no data is, and number blocks and slots in whole numbers."""
+    from matplotlib.ticker import MaxNLocator
+
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    figure.legend(loc="outside lower center", ncols=2)
+
+
 def plot_blocks(blocks: Sequence[BlockMeasures]) -> Figure:
     """Draw, block by block, the residual stream and the changes that both halves make to it.
 
@@ -49,7 +57,7 @@ def plot_blocks(blocks: Sequence[BlockMeasures]) -> Figure:
     written = [(measure.block, measure.written_norm) for measure in blocks if measure.written_norm]
     axes.plot([block for block, _ in written], [length for _, length in written], "k*", ms=12, label="written there")
     axes.set_yscale("log")
-    axes.legend()
+    _finish(figure, axes)
     return figure
 
 
@@ -68,7 +76,7 @@ def plot_propagation(propagations: Sequence[Propagation]) -> Figure:
         places, values = [item.block for item in own], [item.amplification or 0.0 for item in own]
         axes.plot(places, values, "o-", label=f"written at block {source}")
     axes.axhline(1.0, color="grey", linewidth=0.8)
-    axes.legend()
+    _finish(figure, axes)
     return figure
 
 
@@ -87,7 +95,7 @@ def plot_slot_usage(reads: Sequence[SidePathReads]) -> Figure:
         usage = item.slot_usage.tolist()
         places = [slot + place * width for slot in range(len(usage))]
         axes.bar(places, usage, width=width, label=f"block {item.block}, {item.adapter_name}")
-    axes.legend()
+    _finish(figure, axes)
     return figure
 
 

@@ -25,6 +25,7 @@ from transformers.utils import CONFIG_NAME as MODEL_CONFIG_NAME
 from transformers.utils.hub import PushToHubMixin
 
 from ..config import TalanConfig
+from ..version import INSTALL
 from .names import is_side_path_key
 
 CARD_NAME = "README.md"
@@ -109,6 +110,7 @@ def _section(config: Mapping[str, Any], folder: Path, repo_id: str | None, subfo
         auto_class=AUTO_CLASSES.get(str(config.get("task_type") or ""), "AutoModel"),
         place=json.dumps(repo_id or "path/to/this/folder"),
         subfolder=subfolder and json.dumps(subfolder),
+        install=INSTALL,
         counts=_count_halves(folder),
         axes=[(name, json.dumps(value).replace("|", "\\|"), meaning) for name, value, meaning in rows],
         training=_training(folder),

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
-from peft.tuners.tuners_utils import _get_tuner_state_dict_key_prefixes
 from torch import nn
+
+from ..private_names import _get_tuner_state_dict_key_prefixes
 
 CHILD_NAME = "talan"
 """The name under which a side path becomes a child of its block."""

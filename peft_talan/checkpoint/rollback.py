@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
+
+CONTAINERS: tuple[type, ...] = (dict, OrderedDict, list, set)
+"""What modules and configurations keep other things in."""
 
 
 class _Remembered:
@@ -16,11 +20,9 @@ class _Remembered:
         self.owner = owner
         self.owner_class = type(owner)
         self.attributes = dict(vars(owner))
-        self.contents = [
-            (container, container.copy())
-            for container in self.attributes.values()
-            if isinstance(container, (dict, list, set))
-        ]
+        containers = [value for value in self.attributes.values() if type(value) in CONTAINERS]
+        # Most are empty dictionaries of hooks.
+        self.contents = [(container, container.copy() if container else None) for container in containers]
 
     def restore(self) -> None:
         self.owner.__class__ = self.owner_class
@@ -30,8 +32,8 @@ class _Remembered:
         for container, content in self.contents:
             container.clear()
             if isinstance(container, list):
-                container.extend(content)
-            else:
+                container.extend(content or [])
+            elif content:
                 container.update(content)
 
 

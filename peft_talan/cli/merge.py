@@ -55,7 +55,7 @@ def serve_command(folder: Path, side_path: str) -> str:
         The command.
     """
     command = f"vllm serve {shlex.quote(str(folder))}"
-    return command if side_path == "drop" else f"{command}  (pip install peft-talan where vLLM is installed)"
+    return command if side_path == "drop" else f"{command}  (with peft-talan installed beside vLLM)"
 
 
 def merge(

@@ -1,4 +1,4 @@
-"""Compares LoRA, LoRA of a matched size and TALAN on one set of rows: each arm and seed in a process of its own."""
+"""Compares LoRA, LoRA of a matched size and TALAN on one set of rows, one after the other or in several processes."""
 
 from __future__ import annotations
 
@@ -7,9 +7,11 @@ import multiprocessing
 import statistics
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from queue import Empty
 from typing import Any
@@ -36,9 +38,6 @@ from .training import make_trainer, save
 
 BASE, LORA, MATCHED, TALAN = "base model", "LoRA", "LoRA-matched", "LoRA+TALAN"
 ARMS = (LORA, MATCHED, TALAN)
-T_QUANTILES = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
-"""Of Student's distribution at 97.5%, by degrees of freedom from 1 on."""
-NORMAL_QUANTILE = 1.96
 DONE = "done"
 
 
@@ -102,101 +101,6 @@ class Outcome:
         measured = {"loss": self.scores.loss, "exact_match": self.scores.exact_match, "text_loss": self.text_loss}
         trained = {"trainable": self.trainable, "seconds_a_step": self.seconds, "losses": list(self.losses)}
         return {"arm": self.arm, "seed": self.seed, **measured, **trained, "adapter": self.folder}
-
-
-@dataclass(frozen=True)
-class Interval:
-    """A mean and its 95% interval.
-
-    Args:
-        mean: The mean.
-        low: The lower end; the mean itself if it can't be known.
-        high: The upper end.
-    """
-
-    mean: float
-    low: float
-    high: float
-
-    @classmethod
-    def of_mean(cls, values: Sequence[float]) -> Interval:
-        """Student's interval of a mean.
-
-        Args:
-            values: What the mean is of.
-
-        Returns:
-            The interval.
-        """
-        mean, count = statistics.mean(values), len(values)
-        if count == 1:
-            return cls(mean, mean, mean)
-        quantile = T_QUANTILES[count - 2] if count <= len(T_QUANTILES) + 1 else NORMAL_QUANTILE
-        half = quantile * statistics.stdev(values) / math.sqrt(count)
-        return cls(mean, mean - half, mean + half)
-
-    @classmethod
-    def of_share(cls, right: int, count: int) -> Interval:
-        """Wilson's interval of a share, which has a width for 0% and 100%, too.
-
-        Args:
-            right: How many.
-            count: Of how many.
-
-        Returns:
-            The interval.
-        """
-        share, square = right / count, NORMAL_QUANTILE**2
-        middle = (share + square / (2 * count)) / (1 + square / count)
-        half = math.sqrt(share * (1 - share) * square / count + square**2 / (4 * count**2)) / (1 + square / count)
-        return cls(share, middle - half, middle + half)
-
-    @property
-    def excludes_zero(self) -> bool:
-        """Whether the whole interval lies on one side of zero."""
-        return self.low > 0 or self.high < 0
-
-    def text(self, digits: int = 4, factor: float = 1.0, sign: str = "") -> str:
-        """The mean with both ends.
-
-        Args:
-            digits: After the point. Default 4.
-            factor: Times each number, such as 100 for percent. Default 1.
-            sign: `"+"` shows the sign of positive numbers, too. Default none.
-
-        Returns:
-            The text.
-        """
-        mean, low, high = (f"{factor * value:{sign}.{digits}f}" for value in (self.mean, self.low, self.high))
-        return mean if self.low == self.high else f"{mean} [{low}, {high}]"
-
-
-def paired_difference(outcomes: Sequence[Outcome], arm: str, other: str, measure: str) -> Interval:
-    """The difference of two arms: over the seeds, or over the held-out rows if there is one seed.
-
-    Args:
-        outcomes: All outcomes.
-        arm: The one arm.
-        other: The arm that is subtracted.
-        measure: `loss` or `exact_match`.
-
-    Returns:
-        The mean difference with its interval.
-    """
-    pairs = [
-        (mine.scores, its.scores)
-        for mine in outcomes
-        for its in outcomes
-        if (mine.arm, its.arm) == (arm, other) and mine.seed == its.seed
-    ]
-    if len(pairs) > 1:
-        return Interval.of_mean([getattr(mine, measure) - getattr(its, measure) for mine, its in pairs])
-    mine, its = pairs[0]
-    if measure == "exact_match":
-        return Interval.of_mean([float(a) - float(b) for a, b in zip(mine.exact, its.exact, strict=True)])
-    # The mean over tokens is a mean over rows, each weighted by its tokens.
-    scale = len(mine.tokens) / sum(mine.tokens)
-    return Interval.of_mean([scale * (a - b) for a, b in zip(mine.losses, its.losses, strict=True)])
 
 
 def _low_rank(rank: int) -> dict[str, Any]:
@@ -303,12 +207,21 @@ def run_arm(job: Job, arm: str, seed: int, name: str, report: Callable[[str], No
     return Outcome(arm, seed, scores, text_loss(model, tokenizer, job.text), **trained)
 
 
+@contextmanager
+def _without_bars() -> Iterator[None]:
+    """Keep what libraries show from running through the bars of the comparison."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        datasets.disable_progress_bars()
+        logging.disable_progress_bar()
+        yield
+        datasets.enable_progress_bars()
+        logging.enable_progress_bar()
+
+
 def _run_reporting(job: Job, arm: str, seed: int, name: str, reports: Any) -> Outcome:
-    # What they print would run through the bars of the main process.
-    warnings.simplefilter("ignore", FutureWarning)
-    datasets.disable_progress_bars()
-    logging.disable_progress_bar()
-    return run_arm(job, arm, seed, name, lambda note: reports.put((arm, seed, note)))
+    with _without_bars():
+        return run_arm(job, arm, seed, name, lambda note: reports.put((arm, seed, note)))
 
 
 def compare(
@@ -325,22 +238,25 @@ def compare(
         job: What all arms share.
         arms: Of `ARMS`. Default all.
         seeds: Of initialization and order. Default one.
-        processes: How many run at a time. Default 1.
+        processes: How many run at a time, each in a process of its own. Default 1: in this process.
         report: Called with arm, seed and what is being done.
 
     Returns:
         The outcomes: the base model's, then those of each seed in the order of the arms.
     """
-    context = multiprocessing.get_context("spawn")
     wanted = [(BASE, 0), *((arm, seed) for seed in seeds for arm in arms)]
+    names = {(arm, seed): arm if len(seeds) == 1 else f"{arm}-seed-{seed}" for arm, seed in wanted}
+    if processes == 1:
+        outcomes = []
+        with _without_bars():
+            for arm, seed in wanted:
+                outcomes.append(run_arm(job, arm, seed, names[arm, seed], partial(report, arm, seed)))
+                report(arm, seed, DONE)
+        return outcomes
+    context = multiprocessing.get_context("spawn")
     with context.Manager() as manager, ProcessPoolExecutor(processes, context) as pool:
         reports = manager.Queue()
-        waiting = {
-            (arm, seed): pool.submit(
-                _run_reporting, job, arm, seed, arm if len(seeds) == 1 else f"{arm}-seed-{seed}", reports
-            )
-            for arm, seed in wanted
-        }
+        waiting = {key: pool.submit(_run_reporting, job, *key, name, reports) for key, name in names.items()}
         finished: set[tuple[str, int]] = set()
         while len(finished) < len(waiting):
             try:

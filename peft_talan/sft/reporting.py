@@ -11,7 +11,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from .comparison import BASE, DONE, LORA, Interval, Job, Outcome, compare, paired_difference
+from .comparison import BASE, DONE, LORA, Job, Outcome, compare
+from .intervals import Interval
 
 SMOOTHING = 10
 """Steps in the running mean of a loss."""
@@ -68,6 +69,34 @@ def compare_with_bars(
                 progress.update(bar, advance=1 if note.startswith("loss") else 0, note=note)
 
         return compare(job, arms, seeds, processes=processes, report=report)
+
+
+def paired_difference(outcomes: Sequence[Outcome], arm: str, other: str, measure: str) -> Interval:
+    """The difference of two arms: over the seeds, or over the held-out rows if there is one seed.
+
+    Args:
+        outcomes: All outcomes.
+        arm: The one arm.
+        other: The arm that is subtracted.
+        measure: `loss` or `exact_match`.
+
+    Returns:
+        The mean difference with its interval.
+    """
+    pairs = [
+        (mine.scores, its.scores)
+        for mine in outcomes
+        for its in outcomes
+        if (mine.arm, its.arm) == (arm, other) and mine.seed == its.seed
+    ]
+    if len(pairs) > 1:
+        return Interval.of_mean([getattr(mine, measure) - getattr(its, measure) for mine, its in pairs])
+    mine, its = pairs[0]
+    if measure == "exact_match":
+        return Interval.of_mean([float(a) - float(b) for a, b in zip(mine.exact, its.exact, strict=True)])
+    # The mean over tokens is a mean over rows, each weighted by its tokens.
+    scale = len(mine.tokens) / sum(mine.tokens)
+    return Interval.of_mean([scale * (a - b) for a, b in zip(mine.losses, its.losses, strict=True)])
 
 
 def _of(outcomes: Sequence[Outcome], arm: str) -> list[Outcome]:
@@ -149,7 +178,7 @@ def draw_comparison(outcomes: Sequence[Outcome], file: Path) -> None:
     # Figure and not pyplot: nothing global is set, and no window is opened.
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(11, 3.6), layout="constrained")
+    figure = Figure(figsize=(11, 4.0), layout="constrained")
     curves, apart, scores = figure.subplots(1, 3)
     arms = [arm for arm in arms_of(outcomes) if arm != BASE]
     reference = _of(outcomes, LORA)[0].losses
@@ -159,10 +188,10 @@ def draw_comparison(outcomes: Sequence[Outcome], file: Path) -> None:
         curves.plot(steps, _running_mean(losses), color=colour, linestyle=line, label=arm)
         if arm != LORA:
             difference = [mine - its for mine, its in zip(losses, reference, strict=True)]
-            apart.plot(steps, _running_mean(difference), color=colour, linestyle=line, label=f"{arm} minus {LORA}")
+            apart.plot(steps, _running_mean(difference), color=colour, linestyle=line)
     apart.axhline(0.0, color="grey", linewidth=0.8)
     curves.set(title="Training loss", xlabel="step", ylabel="nats a token")
-    apart.set(title="Its difference (below 0: better)", xlabel="step", ylabel="nats a token")
+    apart.set(title=f"Difference from {LORA}", xlabel="step", ylabel="nats a token (below 0: better)")
     shown = arms_of(outcomes)
     for place, arm in enumerate(shown):
         interval = _exact_interval(_of(outcomes, arm))
@@ -172,8 +201,5 @@ def draw_comparison(outcomes: Sequence[Outcome], file: Path) -> None:
     scores.set_yticks(range(len(shown)), shown)
     scores.set_ylim(len(shown) - 0.5, -0.5)
     scores.set(title="Exact match, held out", xlabel="%, with the 95% interval")
-    for axes in (curves, apart):
-        # Beside the curves is no room; above them there is.
-        axes.set_ymargin(0.3)
-        axes.legend(fontsize=8, loc="upper right")
+    figure.legend(*curves.get_legend_handles_labels(), loc="outside lower center", ncols=len(arms))
     figure.savefig(file, dpi=150)

@@ -7,9 +7,9 @@ from typing import Any
 
 from peft.tuners.lora import LoraModel
 from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils.other import _set_layer_requires_grad
 from torch import nn
 
+from ..private_names import _set_layer_requires_grad
 from .blocks import find_decoder
 from .layer import TalanLayer
 

@@ -189,19 +189,20 @@ def stream_of(output: Any) -> Any:
     return output
 
 
-def check_stream(stream: Any, received: torch.Tensor) -> None:
+def check_stream(stream: Any, received: torch.Tensor | None) -> None:
     """Refuse to write into what is not the residual stream that a block received.
 
     Args:
         stream: As returned by `stream_of`, or what the block received.
-        received: What the block received.
+        received: What the block received; None: not known.
 
     Raises:
-        TypeError: The stream is no tensor, or has another shape.
+        TypeError: The stream is not a tensor, or has another shape.
     """
-    if not isinstance(stream, torch.Tensor) or stream.shape != received.shape:
+    expected = getattr(received, "shape", None)
+    if not isinstance(stream, torch.Tensor) or (expected is not None and stream.shape != expected):
         got = f"shape {list(stream.shape)}" if isinstance(stream, torch.Tensor) else type(stream).__name__
         raise TypeError(
-            f"talan_position='output': expected a block to return hidden states {list(received.shape)} first, "
+            f"talan_position='output': expected a block to return hidden states {list(expected or [])} first, "
             f"got {got}; use talan_position='input', or choose other blocks by talan_blocks"
         )

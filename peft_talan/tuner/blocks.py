@@ -254,6 +254,8 @@ def choose_targets(config: TalanConfig, name: str, blocks: nn.ModuleList) -> dic
 def check_size(config: TalanConfig, model: nn.Module, hidden_size: int, blocks: int) -> None:
     """Refuse halves that would hold more numbers than the model itself, before any memory is asked for.
 
+    Linux grants memory that it does not have, and ends the process without an error when the memory is filled.
+
     Args:
         config: The adapter's configuration.
         model: The base model.
@@ -263,17 +265,19 @@ def check_size(config: TalanConfig, model: nn.Module, hidden_size: int, blocks: 
     Raises:
         ValueError: A half would be larger than the model.
     """
-    limit = max(SMALLEST_LIMIT, sum(parameter.numel() for parameter in model.parameters()))
     tensors = empty_parameters(config.side_path_options, hidden_size, config.talan_slots, config.talan_dim)
-    numbers = blocks * sum(tensor.numel() for tensor in tensors.values())
-    if numbers > limit:
+    side_path = blocks * sum(tensor.numel() for tensor in tensors.values())
+    rank = max([config.r, *(config.rank_pattern or {}).values()]) if config.has_low_rank_half else 0
+    if max(side_path, rank * hidden_size) <= SMALLEST_LIMIT:
+        return
+    limit = max(SMALLEST_LIMIT, sum(parameter.numel() for parameter in model.parameters()))
+    if side_path > limit:
         raise ValueError(
-            f"talan_dim={config.talan_dim}, talan_slots={config.talan_slots}: the side path would hold {numbers:,} "
+            f"talan_dim={config.talan_dim}, talan_slots={config.talan_slots}: the side path would hold {side_path:,} "
             f"numbers, more than the model and than {SMALLEST_LIMIT:,}; it is meant to be small: the defaults are "
             "talan_dim=32, talan_slots=8"
         )
-    rank = max([config.r, *(config.rank_pattern or {}).values()])
-    if config.has_low_rank_half and rank * hidden_size > limit:
+    if rank * hidden_size > limit:
         raise ValueError(
             f"r={config.r}, rank_pattern={config.rank_pattern}: one matrix of rank {rank} would hold "
             f"{rank * hidden_size:,} numbers, more than the model and than {SMALLEST_LIMIT:,}; give a rank such as 8"

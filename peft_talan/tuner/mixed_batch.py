@@ -7,10 +7,10 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
 
 from peft.tuners.lora import LoraLayer
-from peft.tuners.lora.model import _adapter_names_pre_forward_hook, _get_encoder
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
 
+from ..private_names import _adapter_names_pre_forward_hook, _get_encoder
 from .layer import TalanLayer
 
 NO_ROWS = (

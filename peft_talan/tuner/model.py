@@ -16,7 +16,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..checkpoint.checks import check_finite, check_places, check_side_path, check_whole_modules, read_header
-from ..checkpoint.names import ModuleNames, check_names, check_new_name, is_side_path_key, without_wrappers
+from ..checkpoint.names import CHILD_NAME, ModuleNames, check_names, check_new_name, is_side_path_key, without_wrappers
 from ..checkpoint.rollback import Snapshot, attributes_unchanged_on_error
 from ..config import TalanConfig, TalanRuntimeConfig
 from . import tensor_parallel
@@ -115,6 +115,8 @@ class TalanModel(LoraModel):
         # PEFT changes the model's configuration, too.
         model_config = [model.config] if isinstance(model, PreTrainedModel) else []
         before = Snapshot(self, config, *model_config)
+        # Walks through the adapted model cost more than all else here, and a first adapter needs none.
+        first = not any(isinstance(module, BaseTunerLayer) for module in model.modules())
         try:
             point_at_fused_experts(model, config)
             if state_dict is not None:
@@ -129,10 +131,12 @@ class TalanModel(LoraModel):
             for index, block in blocks.items():
                 with init_empty_weights() if low_cpu_mem_usage else nullcontext():
                     attach_side_path(self, index, len(every_block), hidden_size, block, adapter_name)
-            for _, layer in attached_side_paths(model):
+            places = ((block, getattr(block, CHILD_NAME)) for block in blocks.values())
+            for _, layer in places if first else attached_side_paths(model):
                 layer.has_low_rank_half = {name: other.has_low_rank_half for name, other in self.peft_config.items()}
             tensor_parallel.agree(model, adapter_name)
-            declare_scope(model, adapter_name, config.talan_trainable)
+            if not first or config.talan_trainable != "joint":
+                declare_scope(model, adapter_name, config.talan_trainable)
             if checkpoint is not None:
                 check_whole_modules(adapter_name, header, model)
             config.talan_kept = False

@@ -54,7 +54,7 @@ def token_layout(
     Args:
         attention_mask: None, [batch, keys], [batch, tokens, keys], [batch, heads or 1, tokens or 1, keys], boolean or
             additive, or a dictionary of such masks by kind of block.
-        positions: What else tells of samples.
+        positions: What else separates samples.
         batch: The number of rows.
         tokens: The number of tokens of this call.
         past: The number of tokens that a cache held before this call. Default 0.
@@ -71,7 +71,7 @@ def token_layout(
     """
     mask = _choose_mask(attention_mask)
     starts_here = isinstance(past, int) and past == 0
-    starts = _told_starts(positions, batch, tokens)
+    starts = _starts_by_lengths(positions, batch, tokens)
     if mask is None:
         starts = _either(starts, _starts_by_positions(positions, None, has_cache, starts_here, batch, tokens))
         return TokenLayout(None, _segments(starts, None))
@@ -148,7 +148,7 @@ def _segments(starts: torch.Tensor | None, valid: torch.Tensor | None) -> torch.
     return None if starts is None else (starts if valid is None else starts & valid).cumsum(1)
 
 
-def _told_starts(positions: Positions, batch: int, tokens: int) -> torch.Tensor | None:
+def _starts_by_lengths(positions: Positions, batch: int, tokens: int) -> torch.Tensor | None:
     """Starts by sequence lengths or sample numbers, [batch, tokens]; the call's first tokens are none."""
     if tokens == 1:
         return None

@@ -13,6 +13,7 @@ from peft import get_peft_model, get_peft_model_state_dict
 from torch import nn
 
 from peft_talan.checkpoint.card import write_card
+from peft_talan.version import INSTALL
 
 from ..bad_input.entrances import adapted, assert_unchanged, picture
 from ..small_models import make_base, make_config, make_lora_config, make_model, make_several
@@ -79,7 +80,7 @@ def test_another_process_than_the_main_one_writes_no_card(tmp_path: Path) -> Non
 def test_a_pickle_gets_a_card_without_numbers(tmp_path: Path) -> None:
     make_model("qwen3", dtype=torch.float32).save_pretrained(tmp_path, safe_serialization=False)
     card = ModelCard.load(tmp_path / "README.md")
-    assert "pip install peft-talan" in card.text and "### Parameters" not in card.text
+    assert INSTALL in card.text and "### Parameters" not in card.text
 
 
 def test_a_folder_without_a_talan_adapter_is_refused(tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 from peft_talan import TalanConfig
 from peft_talan.checkpoint.card import write_card
+from peft_talan.version import INSTALL
 
 from ..small_models import make_base, make_config, make_model, make_tokens
 from .loopback_hub import Hub, running_hub
@@ -105,7 +106,7 @@ def test_card_that_was_pushed(client: Client, hub: Hub, tmp_path: Path) -> None:
     assert (card.data.base_model, card.data["base_model_relation"]) == ("user/base", "adapter")
     assert card.data.pipeline_tag == "text-generation"
     for part in (
-        "pip install peft-talan",
+        INSTALL,
         '"user/card"',
         '"user/base"',
         '| `talan_mixer` | `"mlp"` |',
@@ -138,7 +139,7 @@ def test_what_is_written_into_the_card_on_the_hub_stays(client: Client, hub: Hub
     client("push", folder=str(tmp_path), repo="user/edited", options={"talan_slots": 2}, token="writer")
     after = card_of(hub, "user/edited")
     assert "Trained on sums." in after.text and "mine" in after.data.tags and after.data.license == "mit"
-    assert "| `talan_slots` | `2` |" in after.text and after.text.count("pip install peft-talan") == 1
+    assert "| `talan_slots` | `2` |" in after.text and after.text.count(INSTALL) == 1
 
 
 def test_revisions(client: Client, hub: Hub, tmp_path: Path) -> None:
@@ -183,7 +184,7 @@ def test_transformers_own_path(client: Client, hub: Hub, tmp_path: Path) -> None
     client("pull_auto", folder=str(tmp_path), repo="user/injected")
     assert same(tmp_path, "pushed", "pulled", "auto")
     card = card_of(hub, "user/injected")
-    assert "pip install peft-talan" in card.text and "| side path |" in card.text and "talan" in card.data.tags
+    assert INSTALL in card.text and "| side path |" in card.text and "talan" in card.data.tags
 
 
 def test_kept_model(client: Client, hub: Hub, tmp_path: Path) -> None:
@@ -272,9 +273,9 @@ def test_what_the_user_wrote_stays(tmp_path: Path) -> None:
     (tmp_path / "README.md").write_text(written)
     model = adapter(tmp_path)
     text = (tmp_path / "README.md").read_text()
-    assert "# My adapter\n\nIt adds numbers.\n\n| a | b |\n| - | - |\n" in text and "pip install peft-talan" in text
+    assert "# My adapter\n\nIt adds numbers.\n\n| a | b |\n| - | - |\n" in text and INSTALL in text
     assert ModelCard(text).data.license == "mit" and ModelCard(text).data.language == "en"
-    card = ModelCard(text.replace("pip install peft-talan", "pip install peft-talan trl"))
+    card = ModelCard(text.replace(INSTALL, f"{INSTALL} trl"))
     card.data.tags.append("mine")
     card.save(tmp_path / "README.md")
     model.peft_config["default"].talan_alpha = 0.5
@@ -319,7 +320,7 @@ def test_card_of_trainer(tmp_path: Path) -> None:
     assert "| steps | 2 |" in text and "| last loss |" in text
     trainer.create_model_card()
     card = ModelCard.load(tmp_path / "README.md")
-    assert "Training hyperparameters" in card.text and card.text.count("pip install peft-talan") == 1
+    assert "Training hyperparameters" in card.text and card.text.count(INSTALL) == 1
     assert {"peft", "talan"} <= set(card.data.tags)
 
 
@@ -332,6 +333,6 @@ def test_card_of_trl(tmp_path: Path) -> None:
     written = ModelCard.load(tmp_path / "README.md").text
     write_card(tmp_path)
     card = ModelCard.load(tmp_path / "README.md")
-    assert card.text.startswith(written.rstrip()) and "pip install peft-talan" in card.text
+    assert card.text.startswith(written.rstrip()) and INSTALL in card.text
     assert {"trl", "sft", "peft", "talan"} <= set(card.data.tags)
     assert card.data["base_model_relation"] == "adapter"

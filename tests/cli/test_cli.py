@@ -2,84 +2,41 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
+import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+import typer
 from peft import PEFT_TYPE_TO_TUNER_MAPPING, LoraConfig, PeftConfig, PeftModel, PeftType, get_peft_model
-from peft_talan_cli import main
+from peft_talan_cli import app, main
 from peft_talan_cli.console import FAILED, MISUSED
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from peft_talan import TalanConfig, __version__, set_talan_strength
+from peft_talan.sft.prompts import PromptForm
 
-from ..offline_hub import make_tokenizer, save_tiny_model, write_conversations
+from ..offline_hub import make_tokenizer, write_conversations
 from ..small_models import rounding
 
-GOOD = json.dumps({"prompt": "1 + 1?", "completion": "2"})
 PROMPT = "What is 2 + 3?"
 
-BAD_FILES: dict[str, tuple[bytes, int, str]] = {
-    "empty": (b"", 1, "0 examples"),
-    "blank lines only": (b"\n \n\n", 1, "0 examples"),
-    "one example": (GOOD.encode(), 1, "1 examples"),
-    "not JSON": (f"{GOOD}\nhello\n".encode(), 2, "not JSON"),
-    "an array": (f"{GOOD}\n\n[1, 2]\n".encode(), 3, "JSON object"),
-    "missing key": (f'{GOOD}\n{{"prompt": "a"}}\n'.encode(), 2, "'completion' missing"),
-    "both keys missing": (b'{"question": "a"}\n', 1, "'prompt' and 'completion' missing"),
-    "wrong type": (f'{GOOD}\n{{"prompt": 3, "completion": "b"}}\n'.encode(), 2, "'prompt' must be a text"),
-    "empty answer": (f'{GOOD}\n{{"prompt": "a", "completion": " "}}\n'.encode(), 2, "'completion' must be a text"),
-    "Latin-1": (f"{GOOD}\n".encode() + '{"prompt": "é", "completion": "b"}'.encode("latin-1"), 2, "not UTF-8"),
-    "messages no list": (b'{"messages": "hi"}\n', 1, "'messages' must be a list"),
-    "message no object": (b'{"messages": ["a", "b"]}\n', 1, "each of 'messages'"),
-    "message without role": (b'{"messages": [{"content": "a"}, {"content": "b"}]}\n', 1, "each of 'messages'"),
-    "user speaks last": (
-        b'{"messages": [{"role": "assistant", "content": "a"}, {"role": "user", "content": "b"}]}\n',
-        1,
-        "last of 'messages'",
-    ),
-}
 
-
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with `model`, `adapter` and `lora` (a plain one), all with random weights."""
-    folder = tmp_path_factory.mktemp("saved")
-    save_tiny_model(folder / "model", depth=4)
-    shared = {"task_type": "CAUSAL_LM", "r": 4, "target_modules": "all-linear", "init_lora_weights": False}
-    talan = TalanConfig(**shared, talan_layers=[1, -1], talan_slots=3, talan_dim=5, init_talan_weights=False)
-    for name, config in (("adapter", talan), ("lora", LoraConfig(**shared))):
-        get_peft_model(AutoModelForCausalLM.from_pretrained(folder / "model"), config).save_pretrained(folder / name)
-    return folder
+Answers = Callable[[list[str | Path]], str]
+Fails = Callable[..., str]
 
 
 def logits(model: torch.nn.Module) -> torch.Tensor:
     tokens = make_tokenizer()(PROMPT, return_tensors="pt")["input_ids"]
     with torch.no_grad():
         return model.eval()(tokens).logits
-
-
-def answers(arguments: list[str | Path], capsys: pytest.CaptureFixture[str]) -> str:
-    capsys.readouterr()
-    code = main([str(argument) for argument in arguments])
-    printed = capsys.readouterr()
-    assert code == 0, printed.err
-    return printed.out
-
-
-def fails_with_one_line(arguments: list[str | Path], capsys: pytest.CaptureFixture[str], code: int = MISUSED) -> str:
-    capsys.readouterr()
-    assert main([str(argument) for argument in arguments]) == code
-    printed = capsys.readouterr()
-    assert printed.out == ""
-    assert printed.err.count("\n") == 1
-    assert printed.err.startswith("peft-talan")
-    return printed.err
 
 
 def test_help_answers_within_a_second() -> None:
@@ -96,15 +53,37 @@ def test_help_answers_within_a_second() -> None:
     assert min(seconds) < 1.0
 
 
-def test_every_command_has_help_with_an_example(capsys: pytest.CaptureFixture[str]) -> None:
-    listed = answers(["--help"], capsys)
-    for command in ("inspect", "train", "generate", "analyze", "export-lora", "merge", "doctor", "demo"):
+def test_every_command_has_help_with_an_example(answers: Answers) -> None:
+    listed = answers(["--help"])
+    for command in typer.main.get_command(app).commands:
         assert command in listed
-        assert f"peft-talan {command}" in answers([command, "--help"], capsys).split("Example", 1)[1]
+        assert f"peft-talan {command}" in answers([command, "--help"]).split("Example", 1)[1]
 
 
-def test_version(capsys: pytest.CaptureFixture[str]) -> None:
-    assert answers(["--version"], capsys).strip() == f"peft-talan {__version__}"
+def test_no_option_is_without_help_and_no_hint_is_swallowed(answers: Answers) -> None:
+    for name, command in typer.main.get_command(app).commands.items():
+        shown = " ".join(answers([name, "--help"]).split())
+        # A line may be broken after a hyphen.
+        shown = shown.replace("- ", "-")
+        for option in command.params:
+            assert option.help, f"{name} {option.name}"
+            assert " ".join(option.help.split()).replace("- ", "-") in shown, f"{name} {option.name}"
+            assert all(spelling in shown for spelling in option.opts if spelling.startswith("-"))
+    training = " ".join(answers(["train", "--help"]).split())
+    for hint in ("twice the rank", "Number of memory slots. [default: 8]", "a third of the depth"):
+        assert hint in training
+
+
+def test_an_axis_has_the_help_of_the_configuration(answers: Answers) -> None:
+    shown = " ".join(answers(["train", "--help"]).split())
+    for name, field in TalanConfig.__dataclass_fields__.items():
+        if name.startswith("talan_") and f"--{name.replace('_', '-')}" in shown:
+            assert field.metadata["help"] in shown
+    assert "--talan-grad-scale" in shown
+
+
+def test_version(answers: Answers) -> None:
+    assert answers(["--version"]).strip() == f"peft-talan {__version__}"
 
 
 def test_module_is_the_same_program() -> None:
@@ -113,8 +92,8 @@ def test_module_is_the_same_program() -> None:
 
 
 @pytest.mark.parametrize("arguments", [["nothing"], ["inspect"], ["demo", "--steps", "x"], ["merge", "--nothing"]])
-def test_words_that_are_no_command_line(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    fails_with_one_line(arguments, capsys)
+def test_words_that_are_no_command_line(arguments: list[str], fails: Fails) -> None:
+    fails(arguments)
 
 
 def test_traceback_on_demand() -> None:
@@ -122,8 +101,8 @@ def test_traceback_on_demand() -> None:
         main(["--traceback", "inspect", "/nowhere/at all"])
 
 
-def test_inspect_counts_what_was_saved(saved: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    found = json.loads(answers(["inspect", saved / "adapter", "--json"], capsys))
+def test_inspect_counts_what_was_saved(saved: Path, answers: Answers) -> None:
+    found = json.loads(answers(["inspect", saved / "adapter", "--json"]))
     tensors = load_file(saved / "adapter" / "adapter_model.safetensors")
     side_path = {key: tensor for key, tensor in tensors.items() if "lora_talan" in key}
     low_rank = {key: tensor for key, tensor in tensors.items() if key not in side_path}
@@ -156,20 +135,18 @@ def test_inspect_reads_no_base_model_and_is_quick(saved: Path, tmp_path: Path) -
     assert "\x1b" not in shown.stdout
 
 
-def test_inspect_refuses_what_is_no_talan_adapter(
-    saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert "'LORA'" in fails_with_one_line(["inspect", saved / "lora"], capsys)
-    assert "adapter_config.json" in fails_with_one_line(["inspect", saved / "model"], capsys)
-    assert "no hub id" in fails_with_one_line(["inspect", tmp_path / "no" / "where"], capsys)
+def test_inspect_refuses_what_is_no_talan_adapter(saved: Path, tmp_path: Path, fails: Fails) -> None:
+    assert "'LORA'" in fails(["inspect", saved / "lora"])
+    assert "adapter_config.json" in fails(["inspect", saved / "model"])
+    assert "no such file or folder" in fails(["inspect", tmp_path / "no" / "where"])
     (tmp_path / "adapter_config.json").write_text("{")
-    assert "not JSON" in fails_with_one_line(["inspect", tmp_path], capsys)
+    assert "not JSON" in fails(["inspect", tmp_path])
     (tmp_path / "adapter_config.json").write_bytes((saved / "adapter" / "adapter_config.json").read_bytes())
     (tmp_path / "adapter_model.safetensors").write_bytes(b"nothing")
-    assert "safetensors" in fails_with_one_line(["inspect", tmp_path], capsys)
+    assert "safetensors" in fails(["inspect", tmp_path])
 
 
-def test_generate_answers_as_the_model_does(saved: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_generate_answers_as_the_model_does(saved: Path, answers: Answers) -> None:
     model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(saved / "model"), saved / "adapter").eval()
     tokenizer = make_tokenizer()
     expected = []
@@ -179,27 +156,74 @@ def test_generate_answers_as_the_model_does(saved: Path, capsys: pytest.CaptureF
         whole = model.generate(**tokens, max_new_tokens=9, do_sample=False)[0, tokens["input_ids"].shape[1] :]
         expected.append(tokenizer.decode(whole, skip_special_tokens=True))
     command = ["generate", saved / "adapter", PROMPT, "--plain", "--max-new-tokens", "9", "--json"]
-    shown = answers(command, capsys)
+    shown = answers(command)
     assert json.loads(shown) == {"prompt": PROMPT, "completion": expected[0]}
-    assert json.loads(answers([*command, "--strength", "0"], capsys))["completion"] == expected[1]
+    assert json.loads(answers([*command, "--strength", "0"]))["completion"] == expected[1]
     assert expected[0] != expected[1]
 
 
-def test_generate_reads_prompts_from_a_pipe_and_uses_the_chat_template(saved: Path) -> None:
-    command = [sys.executable, "-m", "peft_talan", "generate", saved / "adapter", "--max-new-tokens", "3", "--json"]
-    ran = subprocess.run(command, input="one\n\ntwo\n", check=True, capture_output=True, text=True)
-    assert [json.loads(line)["prompt"] for line in ran.stdout.splitlines()] == ["one", "two"]
+def test_generate_reads_prompts_from_a_pipe(saved: Path, monkeypatch: pytest.MonkeyPatch, answers: Answers) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO("one\n\ntwo\r\n"))
+    shown = answers(["generate", saved / "adapter", "--max-new-tokens", "3", "--json"])
+    assert [json.loads(line)["prompt"] for line in shown.splitlines()] == ["one", "two"]
 
 
-def test_generate_refuses_before_it_loads(saved: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_generate_refuses_before_it_loads(saved: Path, fails: Fails) -> None:
     adapter = saved / "adapter"
-    assert "--strength inf" in fails_with_one_line(["generate", adapter, "a", "--strength", "inf"], capsys)
-    assert "--dtype int8" in fails_with_one_line(["generate", adapter, "a", "--dtype", "int8"], capsys)
-    fails_with_one_line(["generate", adapter, "a", "--max-new-tokens", "0"], capsys)
+    assert "--strength inf" in fails(["generate", adapter, "a", "--strength", "inf"])
+    assert "--dtype int8" in fails(["generate", adapter, "a", "--dtype", "int8"])
+    fails(["generate", adapter, "a", "--max-new-tokens", "0"])
+    assert "cuda:99" in fails(["generate", adapter, "a", "--device", "cuda:99"])
+    assert "no such file" in fails(["generate", adapter, "a", "--model", "/no/such/model"])
+    assert "has no side path" in fails(["generate", saved / "lora", "a", "--strength", "0.5"])
+    assert "--system" in fails(["generate", adapter, "a", "--plain", "--system", "b"])
+
+
+@pytest.mark.parametrize("adapter", ["/no/where", "./adaptor", "no/such/adapter", "adaptor", "user/adaptor"])
+def test_a_name_that_is_nothing_is_told_at_once(adapter: str, fails: Fails) -> None:
+    before = os.times()
+    assert "no such file or folder" in fails(["generate", adapter, "a"])
+    assert os.times().user - before.user < 2.0
+
+
+@pytest.mark.parametrize("adapter", ["adapter", "lora"])
+@pytest.mark.parametrize("chat", [True, False])
+def test_generate_asks_in_the_form_of_the_training(
+    chat: bool, adapter: str, saved: Path, tmp_path: Path, answers: Answers
+) -> None:
+    folder = tmp_path / "trained"
+    shutil.copytree(saved / adapter, folder)
+    PromptForm(chat=chat, system="Add." if chat else None).save(folder)
+    command = ["generate", folder, PROMPT, "--max-new-tokens", "8"]
+    explicit = ["--chat", "--system", "Add."] if chat else ["--plain"]
+    assert answers(command) == answers([*command, *explicit])
+    assert answers(command) != answers([*command, "--plain" if chat else "--chat"])
+
+
+def test_generate_stops_where_the_model_s_generation_config_says(
+    saved: Path, tmp_path: Path, answers: Answers
+) -> None:
+    shutil.copytree(saved / "model", tmp_path / "model")
+    command = ["generate", saved / "adapter", PROMPT, "--plain", "--model", tmp_path / "model"]
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(saved / "model"), saved / "adapter").eval()
+    tokens = make_tokenizer()(PROMPT, return_tensors="pt")
+    said = model.generate(**tokens, max_new_tokens=6, do_sample=False)[0, tokens["input_ids"].shape[1] :].tolist()
+    stop = said[2]
+    config = json.loads((tmp_path / "model" / "generation_config.json").read_text())
+    (tmp_path / "model" / "generation_config.json").write_text(json.dumps({**config, "eos_token_id": [stop]}))
+    expected = make_tokenizer().decode(said[: said.index(stop) + 1], skip_special_tokens=True)
+    assert answers([*command, "--max-new-tokens", "6"]) == expected + "\n"
 
 
 @pytest.mark.parametrize("side_path", ["keep", "drop"])
-def test_merge_writes_a_model(side_path: str, saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_merge_writes_a_model(
+    side_path: str,
+    saved: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    answers: Answers,
+    fails: Fails,
+) -> None:
     output = tmp_path / "merged"
     assert main(["merge", str(saved / "adapter"), str(output), "--side-path", side_path]) == 0
     printed = capsys.readouterr()
@@ -213,24 +237,22 @@ def test_merge_writes_a_model(side_path: str, saved: Path, tmp_path: Path, capsy
         set_talan_strength(adapted, 0.0)
     torch.testing.assert_close(logits(merged), logits(adapted), **rounding(torch.float32))
     assert (output / "adapter_config.json").exists() == (side_path == "keep")
-    assert "not empty" in fails_with_one_line(["merge", saved / "adapter", output], capsys)
+    assert "not empty" in fails(["merge", saved / "adapter", output])
     if side_path == "keep":
-        again = fails_with_one_line(["merge", output, tmp_path / "again"], capsys)
+        again = fails(["merge", output, tmp_path / "again"])
         assert "merged already" in again
-        text = answers(["generate", output, PROMPT, "--plain", "--max-new-tokens", "5"], capsys)
-        assert text == answers(["generate", saved / "adapter", PROMPT, "--plain", "--max-new-tokens", "5"], capsys)
+        text = answers(["generate", output, PROMPT, "--plain", "--max-new-tokens", "5"])
+        assert text == answers(["generate", saved / "adapter", PROMPT, "--plain", "--max-new-tokens", "5"])
 
 
-def test_export_is_the_low_rank_half_and_needs_no_base_model(
-    saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_export_is_the_low_rank_half_and_needs_no_base_model(saved: Path, tmp_path: Path, answers: Answers) -> None:
     alone = tmp_path / "alone"
     alone.mkdir()
     for file in (saved / "adapter").iterdir():
         (alone / file.name).write_bytes(file.read_bytes())
     config = json.loads((alone / "adapter_config.json").read_text())
     (alone / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": "no/where"}))
-    answers(["export-lora", alone, tmp_path / "lora"], capsys)
+    answers(["export-lora", alone, tmp_path / "lora"])
     assert type(PeftConfig.from_pretrained(tmp_path / "lora")) is LoraConfig
     plain = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(saved / "model"), tmp_path / "lora")
     adapted = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(saved / "model"), saved / "adapter")
@@ -238,49 +260,22 @@ def test_export_is_the_low_rank_half_and_needs_no_base_model(
     assert torch.equal(logits(plain), logits(adapted))
 
 
-def test_export_refuses_what_has_no_low_rank_half(
-    saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_export_refuses_what_has_no_low_rank_half(saved: Path, tmp_path: Path, fails: Fails) -> None:
     config = TalanConfig(task_type="CAUSAL_LM", r=0)
     get_peft_model(AutoModelForCausalLM.from_pretrained(saved / "model"), config).save_pretrained(tmp_path / "a")
-    assert "no low-rank half" in fails_with_one_line(["export-lora", tmp_path / "a", tmp_path / "b"], capsys)
+    assert "no low-rank half" in fails(["export-lora", tmp_path / "a", tmp_path / "b"])
     assert not (tmp_path / "b").exists()
 
 
-def test_train_learns_and_saves(saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    write_conversations(tmp_path / "data.jsonl")
-    output = tmp_path / "adapter"
-    words = ["--data", tmp_path / "data.jsonl", "--output", output, "--steps", "2", "--batch-size", "2", "--rank", "2"]
-    axes = ["--talan-layers", "0.5", "--talan-slots", "3", "--talan-mixer", "linear"]
-    shown = answers(["train", "--model", saved / "model", *words, "--json", *axes], capsys)
-    assert json.loads(shown)["steps"] == 2
-    assert 0 < json.loads(shown)["loss"] < 20
-    config = PeftConfig.from_pretrained(output)
-    assert isinstance(config, TalanConfig)
-    assert (config.r, config.talan_layers, config.talan_slots, config.talan_mixer) == (2, [0.5], 3, "linear")
-    writes = [tensor for key, tensor in load_file(output / "adapter_model.safetensors").items() if "_write" in key]
-    assert writes
-    assert all(tensor.any() for tensor in writes)
-
-
-@pytest.mark.parametrize(
-    ("axes", "named"), [(["--talan-layers", "x"], "--talan-layers"), (["--talan-mixer", "x"], "talan_mixer='x'")]
-)
-def test_train_names_bad_axes(
-    axes: list[str], named: str, saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    words = ["--model", saved / "model", "--data", tmp_path / "no", "--output", tmp_path / "out"]
-    assert named in fails_with_one_line(["train", *words, *axes], capsys)
-
-
-def test_analyze_writes_tables_and_pictures(saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_analyze_writes_tables_and_pictures(saved: Path, tmp_path: Path, answers: Answers, fails: Fails) -> None:
     write_conversations(tmp_path / "data.jsonl", 2)
     words = [saved / "adapter", tmp_path / "data.jsonl", tmp_path / "out", "--examples", "2", "--max-tokens", "12"]
-    written = json.loads(answers(["analyze", *words, "--json"], capsys))
+    written = json.loads(answers(["analyze", *words, "--json"]))
     assert {Path(file).name for file in written["tables"]} == {"blocks.csv", "propagation.csv", "tokens.csv"}
     assert written["pictures"]
     assert all(Path(file).stat().st_size > 0 for files in written.values() for file in files)
-    assert "no such file" in fails_with_one_line(["analyze", saved / "adapter", "no.jsonl", tmp_path], capsys)
+    assert "no such file" in fails(["analyze", saved / "adapter", "no.jsonl", tmp_path])
+    assert "this is no TALAN adapter" in fails(["analyze", saved / "lora", tmp_path / "data.jsonl", tmp_path])
 
 
 def test_doctor_finds_nothing_wrong() -> None:
@@ -293,9 +288,11 @@ def test_doctor_finds_nothing_wrong() -> None:
     )
 
 
-def test_doctor_sees_what_is_broken(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_doctor_sees_what_is_broken(
+    monkeypatch: pytest.MonkeyPatch, answers: Answers, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setenv("PEFT_TALAN_AUTOLOAD", "0")
-    assert "switched off" in answers(["doctor"], capsys)
+    assert "switched off" in answers(["doctor"])
     monkeypatch.delitem(PEFT_TYPE_TO_TUNER_MAPPING, PeftType("TALAN"))
     assert main(["doctor", "--json"]) == FAILED
     report = json.loads(capsys.readouterr().out)
@@ -303,27 +300,12 @@ def test_doctor_sees_what_is_broken(monkeypatch: pytest.MonkeyPatch, capsys: pyt
     assert not report["passed"]
 
 
-@pytest.mark.parametrize("kind", BAD_FILES)
-def test_bad_data_is_named_by_file_and_line(kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    content, line, message = BAD_FILES[kind]
-    file = tmp_path / "data.jsonl"
-    file.write_bytes(content)
-    error = fails_with_one_line(["demo", "--data", str(file)], capsys)
-    assert f"{file}:{line}: " in error
-    assert message in error
-
-
-def test_missing_file_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    file = tmp_path / "nowhere.jsonl"
-    assert str(file) in fails_with_one_line(["demo", "--data", str(file)], capsys)
-    assert str(tmp_path) in fails_with_one_line(["demo", "--data", str(tmp_path)], capsys)
-
-
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
-        (["--steps", "0"], "--steps 0"),
-        (["--batch-size", "-1"], "--batch-size -1"),
+        (["--steps", "0"], "--steps"),
+        (["--batch-size", "-1"], "--batch-size"),
+        (["--model", "/no/such/model"], "no such file"),
         (["--learning-rate", "0"], "--learning-rate 0.0"),
         (["--talan-slots", "0"], "talan_slots=0"),
         (["--talan-layers", "0.5,1.5"], "talan_layers=[0.5, 1.5]"),
@@ -332,5 +314,16 @@ def test_missing_file_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str
         (["--talan-mixer", "x"], "talan_mixer='x'"),
     ],
 )
-def test_bad_option_is_named(arguments: list[str], named: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert named in fails_with_one_line(["demo", *arguments], capsys)
+def test_bad_option_is_named(arguments: list[str], named: str, fails: Fails) -> None:
+    assert named in fails(["demo", *arguments])
+
+
+def test_options_are_checked_before_anything_heavy_is_imported(saved: Path, tmp_path: Path) -> None:
+    lines = (
+        "import sys; from peft_talan_cli import main; code = main(sys.argv[1:]);"
+        "sys.exit(code if 'torch' not in sys.modules and 'peft' not in sys.modules else 99)"
+    )
+    words = ["--model", saved / "model", "--data", saved / "model" / "config.json", "--output", tmp_path / "out"]
+    for wrong in (["--talan-mixer", "x"], ["--report-to", "x"], ["--learning-rate", "0"], ["--resume"]):
+        command = [sys.executable, "-c", lines, "train", *words, *wrong]
+        assert subprocess.run(command, check=False, capture_output=True).returncode == MISUSED

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 import peft_talan
+from peft_talan.version import INSTALL
 
 from ..offline_hub import make_hub_cache
 
@@ -94,6 +95,12 @@ def test_every_axis_is_in_the_reference() -> None:
     page = (ROOT / "docs" / "reference" / "axes.md").read_text()
     axes = {name for name in peft_talan.TalanConfig.__dataclass_fields__ if "talan" in name}
     assert {axis for axis in axes if f"`{axis}`" not in page and "version" not in axis} == set()
+
+
+def test_how_to_install_is_told_as_model_cards_tell_it() -> None:
+    assert f"\n{INSTALL} " in (ROOT / "docs" / "index.md").read_text()
+    for page in PAGES:
+        assert "pip install peft-talan" not in page.read_text(), page
 
 
 def test_code_fits_the_page() -> None:

@@ -1,0 +1,81 @@
+"""The private names of PEFT, transformers and torch that the package needs, each with the reason.
+
+Private functions are imported here and from here alone. Methods and attributes are listed. A test looks for each name
+in the installed versions and says which is gone.
+"""
+
+from __future__ import annotations
+
+from peft.tuners.lora.model import _adapter_names_pre_forward_hook, _get_encoder
+from peft.tuners.tuners_utils import _get_tuner_state_dict_key_prefixes
+from peft.utils.other import _set_layer_requires_grad
+
+__all__ = [
+    "ATTRIBUTES",
+    "FUNCTIONS",
+    "METHODS",
+    "UNDOCUMENTED",
+    "_adapter_names_pre_forward_hook",
+    "_get_encoder",
+    "_get_tuner_state_dict_key_prefixes",
+    "_set_layer_requires_grad",
+]
+
+FUNCTIONS: dict[str, str] = {
+    "peft.tuners.lora.model._adapter_names_pre_forward_hook": "Gives a layer the adapter of each row of a batch.",
+    "peft.tuners.lora.model._get_encoder": "Beam search repeats the rows of the decoder, not those of the encoder.",
+    "peft.tuners.tuners_utils._get_tuner_state_dict_key_prefixes": "The names by which PEFT finds its tensors.",
+    "peft.utils.other._set_layer_requires_grad": "Switches training on and off as PEFT does.",
+}
+"""Functions, imported above."""
+
+METHODS: dict[str, str] = {
+    "peft.config.PeftConfigMixin._split_kwargs": "Called: tells the arguments for the hub from those for the fields.",
+    "peft.tuners.lora.LoraModel._convert_state_dict_for_initial_model": "Overridden: it would lose the side path.",
+    "peft.tuners.lora.LoraModel._enable_peft_forward_hooks": "Overridden: the adapter of each row of a batch.",
+    "peft.tuners.lora.LoraModel._get_adapter_state_dict": "Overridden: finds tensors inside of torch's wrappers.",
+    "peft.tuners.lora.LoraModel._remap_adapter_state_dict_for_load": "Overridden: checks what is loaded.",
+    "peft.tuners.lora.LoraModel._remove_adapter_name_from_key": "Overridden: no wrapper's name in a file.",
+    "peft.tuners.tuners_utils.BaseTunerLayer._active_adapter": "Set: where PEFT keeps the active adapters of a layer.",
+    "peft.tuners.tuners_utils.BaseTunerLayer._disable_adapters": "Set and read: whether a layer's adapters are off.",
+    "peft.tuners.tuners_utils.BaseTunerLayer._freeze_non_trainable_peft_weights": "Called: the trainability scope.",
+    "peft.tuners.tuners_utils.BaseTunerLayer._get_available_adapters": "Called: which adapters a layer has.",
+    "peft.tuners.tuners_utils.BaseTunerLayer._move_adapter_to_device_of_base_layer": "Overridden: a side path has no "
+    "base layer.",
+    "torch._assert_async": "Called: a check on the device, without waiting for it.",
+    "torch._dynamo": "Called: what runs while a forward pass is traced.",
+    "torch.Tensor._version": "Read: whether somebody else has written into a tensor.",
+    "transformers.PreTrainedConfig._attn_implementation": "Read: the form in which a model hands masks to its blocks.",
+    "transformers.utils.output_capturing._active_collector": "Read: whether hidden states are being recorded.",
+    "transformers.PreTrainedModel._hf_peft_config_loaded": "Read and reset: whether a model has an adapter.",
+    "transformers.PreTrainedModel._load_pretrained_model": "Extended on one model: an embedded side path is loaded.",
+    "transformers.PreTrainedModel._no_split_modules": "Read: the classes of a model's decoder blocks.",
+    "transformers.utils.hub.PushToHubMixin._get_files_timestamps": "Called: what a folder held before a save.",
+    "transformers.utils.hub.PushToHubMixin._upload_modified_files": "Extended: the model card's last writer.",
+}
+"""Methods and class attributes: those that are overridden, and those that are called or read on instances."""
+
+ATTRIBUTES: dict[str, str] = {
+    "torch.nn.modules.module._forward_pre_hooks": "Read: whether a decoder has its hook.",
+    "torch.nn.modules.module._modules": "Read: a wrapper shows the attributes of the module inside, not its children.",
+    "torch._dynamo.eval_frame._orig_mod": "A part of the names in a state dict: the module inside of torch.compile.",
+    "torch.distributed.fsdp._common_utils._fsdp_wrapped_module": "The same for FSDP.",
+    "torch.distributed.algorithms._checkpoint.checkpoint_wrapper._checkpoint_wrapped_module": "The same for "
+    "activation checkpointing.",
+    "transformers.core_model_loading._weight_conversions": "Put back: how the base model's names are saved.",
+    "transformers._device_mesh": "Read: the processes of tensor parallelism.",
+}
+"""Attributes that only instances have, with the module or package that sets them."""
+
+UNDOCUMENTED: dict[str, str] = {
+    "peft.utils.AuxiliaryTrainingWrapper": "Modules and tokens that are trained beside an adapter and saved.",
+    "peft.utils.constants.DUMMY_TARGET_MODULES": "PEFT's name for an adapter whose low-rank half matches no module.",
+    "peft.utils.integrations.init_empty_weights": "Creates an adapter on the meta device.",
+    "peft.utils.transformers_weight_conversion.convert_peft_config_for_transformers": "Experts that are fused.",
+    "transformers.conversion_mapping.get_checkpoint_conversion_mapping": "The place of DoRA's magnitudes.",
+    "transformers.conversion_mapping.get_model_conversion_mapping": "Experts that transformers fuses.",
+    "transformers.conversion_mapping.register_checkpoint_conversion_mapping": "The place of DoRA's magnitudes.",
+    "transformers.core_model_loading.WeightRenaming": "The place of DoRA's magnitudes.",
+    "transformers.utils.hub.create_and_tag_model_card": "The card of a kept model that is pushed as it is saved.",
+}
+"""Names without an underscore that no documentation page promises."""
