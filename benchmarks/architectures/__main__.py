@@ -109,7 +109,8 @@ def main() -> None:
     parser.add_argument("--report", action="store_true", help="write the page of the documentation from the results")
     options = parser.parse_args()
     if options.report:
-        PAGE.write_text(page(read_results(options.results)), encoding="utf-8")
+        types = sum(len(types) for _, types in FAMILIES.values())
+        PAGE.write_text(page(read_results(options.results), types), encoding="utf-8")
         return
     versions = {"transformers": transformers.__version__, "peft": peft.__version__, "torch": torch.__version__}
     done = {(row["family"], row["type"]) for row in read_results(options.results)}

@@ -10,9 +10,9 @@ from typing import Any
 OUTCOMES = ("right", "refused", "wrong", "crash", "LoRA fails", "not built")
 HEAD = """# Model types
 
-Every causal, image-text, sequence-to-sequence and encoder model type of transformers {transformers}, at tiny size
-with random weights: plain LoRA, and a side path on the default block and on the first and last one. The table is made
-by
+Causal, image-text, sequence-to-sequence and encoder model types of transformers {transformers}, at tiny size with
+random weights: plain LoRA, and a side path on the default block and on the first and last one. {results} of {types}
+types have a result so far; the others are not listed. The table is made by
 
 ```bash
 python -m benchmarks.architectures           # runs what has no result yet
@@ -26,10 +26,9 @@ step and padded, gives what a whole forward pass gives; save and load, unload, a
 tensor gets a gradient, and the same one with gradient checkpointing. Encoders have a bidirectional memory; cache and
 packing are left out there.
 
-- **right**: in all checks in which plain LoRA is right. Those in which it is not are named.
+- **right**: in all checks in which plain LoRA is right. Those in which it is not, and those not run, are named.
 - **refused**: `get_peft_model` says why.
 - **wrong**, **crash**: a fault of this package, with the checks that show it.
-- Types that are not listed have no result yet; checks that were left out are named, too.
 - **LoRA fails**, **not built**: there is nothing to compare with: plain LoRA, or the tiny model, does not run.
 
 """
@@ -78,11 +77,12 @@ def _first_sentence(message: str) -> str:
     return text if len(text) <= 160 else f"{text[:157]}..."
 
 
-def page(rows: list[dict[str, Any]]) -> str:
+def page(rows: list[dict[str, Any]], types: int) -> str:
     """The page of the documentation.
 
     Args:
         rows: Of `read_results`.
+        types: The number of all types.
 
     Returns:
         Its text.
@@ -93,13 +93,13 @@ def page(rows: list[dict[str, Any]]) -> str:
         own = sorted((row for row in rows if row["family"] == family), key=lambda row: row["type"])
         wanted = {name for row in own for name in row.get("checks", ())}
         summaries[family] = [(row["type"], *summary(row, wanted)) for row in own]
-    text = HEAD.format(transformers=rows[-1]["transformers"])
+    text = HEAD.format(transformers=rows[-1]["transformers"], results=len(rows), types=types)
     text += f"| family | {' | '.join(OUTCOMES)} |\n|---|{'---:|' * len(OUTCOMES)}\n"
-    for family, types in summaries.items():
-        counts = Counter(outcome for _, outcome, _ in types)
+    for family, found in summaries.items():
+        counts = Counter(outcome for _, outcome, _ in found)
         text += f"| {family} | {' | '.join(str(counts[outcome]) for outcome in OUTCOMES)} |\n"
-    for family, types in summaries.items():
+    for family, found in summaries.items():
         text += f"\n## {family.capitalize()} models\n\n| type | outcome | detail |\n|---|---|---|\n"
-        for model_type, outcome, detail in types:
+        for model_type, outcome, detail in found:
             text += f"| `{model_type}` | {outcome} | {detail.replace('_', ' ') if outcome == 'right' else detail} |\n"
     return text
