@@ -285,8 +285,16 @@ def side_path(
     """Run a whole side path: read, compress, mix, write back; see `reference.side_path`."""
     with full_precision(hidden_states.device.type):
         if _needs_the_reference(hidden_states):
-            given = {"valid": valid, "segment_ids": segment_ids, "state": state, "training": training}
-            return reference.side_path(hidden_states, parameters, options, alpha=alpha, **given)
+            return reference.side_path(
+                hidden_states,
+                parameters,
+                options,
+                alpha=alpha,
+                valid=valid,
+                segment_ids=segment_ids,
+                state=state,
+                training=training,
+            )
         slots = parameters.read.shape[0] - 2 * parameters.write.shape[1]
         stream = hidden_states.to(working_dtype(hidden_states.dtype))
         values, queries, logits = read(stream, parameters.read, slots)
