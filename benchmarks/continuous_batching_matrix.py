@@ -97,7 +97,9 @@ def main() -> None:
     """Run every setting."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, help="where to write the results as JSON lines")
-    out = parser.parse_args().out
+    parser.add_argument("--architectures", nargs="+", choices=ARCHITECTURES, default=list(ARCHITECTURES))
+    options = parser.parse_args()
+    out = options.out
     logging.set_verbosity_error()
     torch.set_num_threads(1)
     prompts, equal, settings = make_prompts(), {"LoRA": 0, "TALAN": 0}, {"LoRA": 0, "TALAN": 0}
@@ -106,11 +108,11 @@ def main() -> None:
     for name, axes in AXES.items():
         sizes = {"talan_layers": [1, -1], "talan_slots": 3, "talan_dim": 5, "init_talan_weights": False}
         kinds[name] = TalanConfig(**shared, **sizes, **axes)
-    for architecture, attention, (name, config) in product(ARCHITECTURES, ("sdpa", "eager"), kinds.items()):
+    for architecture, attention, (name, config) in product(options.architectures, ("sdpa", "eager"), kinds.items()):
         model = make_model(architecture, attention, copy.deepcopy(config))
         expected = expected_answers(model, prompts)
-        for pages, options in PAGES.items():
-            found = answers(model, prompts, options)
+        for pages, settings_of_pages in PAGES.items():
+            found = answers(model, prompts, settings_of_pages)
             right = sum(one == other for one, other in zip(found, expected, strict=False))
             kind = name if name == "LoRA" else "TALAN"
             settings[kind] += 1

@@ -1,7 +1,7 @@
 """Serves a kept side path over loopback under load: every answer must be that of `generate`, at what speed.
 
-SmolLM2-135M-Instruct gets a side path with random weights and is written to two folders, whole and with the low-rank half
-alone. One server runs the first folder and two run the second, all at once; they are measured in turns, so the ratio of
+SmolLM2-135M-Instruct gets a side path with random weights and is written to two folders, whole and with the low-rank
+half alone. One server runs the first folder and two run the second, all at once; measured in turns, so the ratio of
 the last two says how much of the difference is chance. Then clients are killed in the middle of answers and prompts
 are sent that are too long, beside clients whose answers must stay what they are.
 
@@ -20,7 +20,7 @@ import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from http.client import HTTPConnection
@@ -87,7 +87,7 @@ def write_folders(parent: Path) -> dict[str, str]:
             # Strong enough to change answers, and weak enough for them to stay language.
             shared = {"r": 16, "target_modules": "all-linear", "task_type": "CAUSAL_LM", "talan_alpha": 0.3}
             model = get_peft_model(base, TalanConfig(**shared, init_talan_weights=False))
-            with warnings.catch_warnings(action="ignore"):
+            with warnings.catch_warnings(action="ignore"):  # of the side path that is dropped
                 merged = model.merge_and_unload(side_path="keep" if name == "talan" else "drop")
             merged.save_pretrained(folder)
             tokenizer.save_pretrained(folder)
@@ -99,7 +99,7 @@ def message(topic: str) -> list[dict[str, str]]:
     return [{"role": "user", "content": f"You are a patient teacher. Tell a child in two sentences about {topic}."}]
 
 
-def expected_answers(folder: str, tokens: int) -> dict[str, str]:
+def expected_answers(folder: str, topics: Sequence[str], tokens: int) -> dict[str, str]:
     """What `generate` answers to each prompt."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -107,7 +107,7 @@ def expected_answers(folder: str, tokens: int) -> dict[str, str]:
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     answers = {}
-    for topic in TOPICS:
+    for topic in topics:
         inputs = tokenizer.apply_chat_template(
             message(topic), add_generation_prompt=True, return_tensors="pt", return_dict=True
         )
@@ -167,12 +167,14 @@ def ask(server: Server, messages: list[dict[str, str]], tokens: int, kill_after:
     return response.status, json.loads(sent) if response.status == 200 else sent.decode(errors="replace")
 
 
-def load(server: Server, requests: int, clients: int, tokens: int, expected: dict[str, str] | None) -> dict[str, Any]:
+def load(
+    server: Server, topics: Sequence[str], clients: int, tokens: int, expected: dict[str, str] | None
+) -> dict[str, Any]:
     """Let some clients send requests side by side, and compare the answers.
 
     Args:
         server: The server.
-        requests: How many requests.
+        topics: One for each request.
         clients: How many at once.
         tokens: New tokens a request, at most.
         expected: The right answer by topic; None: not compared.
@@ -180,27 +182,28 @@ def load(server: Server, requests: int, clients: int, tokens: int, expected: dic
     Returns:
         What was counted.
     """
-    topics = [TOPICS[number % len(TOPICS)] for number in range(requests)]
     start = time.perf_counter()
     with ThreadPoolExecutor(clients) as pool:
         answers = list(pool.map(lambda topic: ask(server, message(topic), tokens), topics))
     seconds = time.perf_counter() - start
     given = [answer for status, answer in answers if status == 200]
     new_tokens = sum(answer["usage"]["completion_tokens"] for answer in given)
-    counted = {"requests": requests, "lost": requests - len(given), "tokens_per_second": new_tokens / seconds}
+    counted = {"requests": len(topics), "lost": len(topics) - len(given), "tokens_per_second": new_tokens / seconds}
     if expected is not None:
         texts = [answer["choices"][0]["message"]["content"] if status == 200 else None for status, answer in answers]
         counted["wrong"] = sum(text != expected[topic] for text, topic in zip(texts, topics, strict=True))
     return counted
 
 
-def disturb(server: Server, requests: int, clients: int, tokens: int, expected: dict[str, str]) -> dict[str, Any]:
+def disturb(
+    server: Server, topics: Sequence[str], clients: int, tokens: int, expected: dict[str, str]
+) -> dict[str, Any]:
     """The same beside clients that are killed and prompts that are too long."""
     too_long = [{"role": "user", "content": "word " * (PAGE * PAGES + 1)}]
     with ThreadPoolExecutor(2) as pool:
-        killed = [pool.submit(ask, server, message(topic), tokens, 200) for topic in TOPICS[:requests]]
+        killed = [pool.submit(ask, server, message(topic), tokens, 200) for topic in topics[: len(TOPICS)]]
         refused = pool.submit(ask, server, too_long, tokens)
-        counted = load(server, requests, clients, tokens, expected)
+        counted = load(server, topics, clients, tokens, expected)
         statuses = [future.result()[0] for future in killed]
         status, answer = refused.result()
     return {**counted, "killed": len(statuses), "too_long": f"{status}: {str(answer)[:120]}"}
@@ -220,26 +223,28 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path("build/serving"), help="where the models are written")
     parser.add_argument("--clients", type=int, nargs="+", default=[1, 4, 16])
     parser.add_argument("--requests", type=int, default=64, help="in each turn")
+    parser.add_argument("--prompts", type=int, default=len(TOPICS), help="that differ")
     parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--tokens", type=int, default=48, help="new tokens a request, at most")
     parser.add_argument("--threads", type=int, default=1, help="of each server")
     parser.add_argument("--out", type=Path, default=RESULTS)
     options = parser.parse_args()
     folders = write_folders(options.folder)
-    expected = expected_answers(folders["talan"], options.tokens)
+    expected = expected_answers(folders["talan"], TOPICS[: options.prompts], options.tokens)
+    topics = [TOPICS[number % options.prompts] for number in range(options.requests)]
     served = {"talan": folders["talan"], "lora": folders["lora"], "lora again": folders["lora"]}
     about = {"server": options.server, "threads": options.threads, "tokens": options.tokens}
     about["machine"] = f"{platform.machine()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.0f}"
     with all_serving(options.server, served, options.threads) as servers:
         for server in servers:  # The first answer waits for what is made when it is first used.
-            load(server, 1, 1, 2, None)
+            load(server, topics[:1], 1, 2, None)
         before = servers[0].memory()
         for clients in options.clients:
             speeds: dict[str, list[float]] = {name: [] for name in served}
             for _ in range(options.turns):
                 for server in servers:
                     right = expected if server.name == "talan" else None
-                    counted = load(server, options.requests, clients, options.tokens, right)
+                    counted = load(server, topics, clients, options.tokens, right)
                     speeds[server.name].append(counted["tokens_per_second"])
                     report(options.out, {**about, "served": server.name, "clients": clients, **counted})
             ratios = {
@@ -248,7 +253,7 @@ def main() -> None:
             }
             report(options.out, {**about, "clients": clients, "speed beside lora": ratios})
         clients = max(options.clients)
-        counted = disturb(servers[0], options.requests, clients, options.tokens, expected)
+        counted = disturb(servers[0], topics, clients, options.tokens, expected)
         report(options.out, {**about, "served": "talan", "disturbed": True, "clients": clients, **counted})
         memory = {"MiB before": round(before), "MiB after": round(servers[0].memory())}
         report(options.out, {**about, "served": "talan", **memory})

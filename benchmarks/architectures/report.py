@@ -29,6 +29,7 @@ packing are left out there.
 - **right**: in all checks in which plain LoRA is right. Those in which it is not are named.
 - **refused**: `get_peft_model` says why.
 - **wrong**, **crash**: a fault of this package, with the checks that show it.
+- Types that are not listed have no result yet; checks that were left out are named, too.
 - **LoRA fails**, **not built**: there is nothing to compare with: plain LoRA, or the tiny model, does not run.
 
 """
@@ -46,8 +47,16 @@ def read_results(path: Path) -> list[dict[str, Any]]:
     return list(rows.values())
 
 
-def summary(row: dict[str, Any]) -> tuple[str, str]:
-    """A type's outcome, and the detail that the page shows with it."""
+def summary(row: dict[str, Any], wanted: set[str]) -> tuple[str, str]:
+    """A type's outcome, and the detail that the page shows with it.
+
+    Args:
+        row: The type's result.
+        wanted: The checks that its family has.
+
+    Returns:
+        Both.
+    """
     if "base" in row:
         return row["base"], _first_sentence(row["message"])
     checks = row["checks"]
@@ -59,7 +68,9 @@ def summary(row: dict[str, Any]) -> tuple[str, str]:
         if names:
             return ("crash" if outcome == "refused" else outcome), ", ".join(names)
     failing = [name for name, cells in checks.items() if "lora" in cells]
-    return "right", f"LoRA is not right in: {', '.join(failing)}" if failing else ""
+    details = [f"LoRA is not right in: {', '.join(failing)}"] if failing else []
+    left_out = sorted(wanted - checks.keys())
+    return "right", "; ".join([*details, f"not run: {', '.join(left_out)}"] if left_out else details)
 
 
 def _first_sentence(message: str) -> str:
@@ -77,14 +88,18 @@ def page(rows: list[dict[str, Any]]) -> str:
         Its text.
     """
     families = list(dict.fromkeys(row["family"] for row in rows))
+    summaries: dict[str, list[tuple[str, str, str]]] = {}
+    for family in families:
+        own = sorted((row for row in rows if row["family"] == family), key=lambda row: row["type"])
+        wanted = {name for row in own for name in row.get("checks", ())}
+        summaries[family] = [(row["type"], *summary(row, wanted)) for row in own]
     text = HEAD.format(transformers=rows[-1]["transformers"])
     text += f"| family | {' | '.join(OUTCOMES)} |\n|---|{'---:|' * len(OUTCOMES)}\n"
-    for family in families:
-        counts = Counter(summary(row)[0] for row in rows if row["family"] == family)
+    for family, types in summaries.items():
+        counts = Counter(outcome for _, outcome, _ in types)
         text += f"| {family} | {' | '.join(str(counts[outcome]) for outcome in OUTCOMES)} |\n"
-    for family in families:
+    for family, types in summaries.items():
         text += f"\n## {family.capitalize()} models\n\n| type | outcome | detail |\n|---|---|---|\n"
-        for row in sorted((row for row in rows if row["family"] == family), key=lambda row: row["type"]):
-            outcome, detail = summary(row)
-            text += f"| `{row['type']}` | {outcome} | {detail.replace('_', ' ') if outcome == 'right' else detail} |\n"
+        for model_type, outcome, detail in types:
+            text += f"| `{model_type}` | {outcome} | {detail.replace('_', ' ') if outcome == 'right' else detail} |\n"
     return text

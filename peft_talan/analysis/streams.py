@@ -87,12 +87,14 @@ def without_adapters(model: nn.Module) -> Iterator[None]:
     Yields:
         Nothing.
     """
-    for enabled in (False, True):
-        if enabled:
-            yield
-        for module in model.modules():
-            if isinstance(module, BaseTunerLayer):
-                module.enable_adapters(enabled)
+    layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+    for layer in layers:
+        layer.enable_adapters(False)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.enable_adapters(True)
 
 
 @torch.no_grad()

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 
 from ..functional import reference
+from ..functional.fused import full_precision
 from ..functional.parameters import SMALLEST_DENOMINATOR, SidePathOptions, SidePathParameters
 from ..functional.writeback import gate_openings
 
@@ -95,6 +96,8 @@ def token_measures(
 ) -> TokenMeasures:
     """Measure what a side path does to each token; the readable equations, so O(tokens slots width) memory.
 
+    Autocast is off inside: in half precision, a small change rounds to another one.
+
     Args:
         hidden_states: h, [batch, tokens, hidden_size].
         parameters: The side path's tensors.
@@ -106,26 +109,27 @@ def token_measures(
     Returns:
         One number a token, padding included.
     """
-    slots = parameters.read.shape[0] - 2 * parameters.write.shape[1]
-    values, queries, logits = reference.read(hidden_states, parameters.read, slots)
-    weights = reference.slot_weights(logits, valid)
-    memory, _ = reference.compress(values, weights, segment_ids, scope=options.scope)
-    mean = memory[..., :-1] / memory[..., -1:].clamp_min(SMALLEST_DENOMINATOR)
-    readout = reference.MIXER_RULES[options.mixer](mean, queries, parameters.mixer)
-    stream = hidden_states.to(readout.dtype)
-    written = reference.write_back(
-        stream,
-        readout,
-        parameters.write,
-        options.writeback,
-        alpha=alpha,
-        gate=parameters.gate,
-        cap=options.cap,
-    )
-    norm = torch.linalg.vector_norm
-    relative = norm(written - stream, dim=-1) / norm(stream, dim=-1).clamp_min(torch.finfo(stream.dtype).tiny)
-    gates = gate_openings(stream, parameters.gate) if options.writeback == "gated" else None
-    return TokenMeasures(relative, gates, slot_shares(mean, queries, options, parameters))
+    with full_precision(hidden_states.device.type):
+        slots = parameters.read.shape[0] - 2 * parameters.write.shape[1]
+        values, queries, logits = reference.read(hidden_states, parameters.read, slots)
+        weights = reference.slot_weights(logits, valid)
+        memory, _ = reference.compress(values, weights, segment_ids, scope=options.scope)
+        mean = memory[..., :-1] / memory[..., -1:].clamp_min(SMALLEST_DENOMINATOR)
+        readout = reference.MIXER_RULES[options.mixer](mean, queries, parameters.mixer)
+        stream = hidden_states.to(readout.dtype)
+        written = reference.write_back(
+            stream,
+            readout,
+            parameters.write,
+            options.writeback,
+            alpha=alpha,
+            gate=parameters.gate,
+            cap=options.cap,
+        )
+        norm = torch.linalg.vector_norm
+        relative = norm(written - stream, dim=-1) / norm(stream, dim=-1).clamp_min(torch.finfo(stream.dtype).tiny)
+        gates = gate_openings(stream, parameters.gate) if options.writeback == "gated" else None
+        return TokenMeasures(relative, gates, slot_shares(mean, queries, options, parameters))
 
 
 def side_path_statistics(

@@ -19,7 +19,8 @@ app = typer.Typer(
     name="peft-talan",
     help="TALAN adapters for Hugging Face PEFT: train them, compare them, look into them, use them, take them apart.",
     epilog="Results go to stdout, progress and errors to stderr. Exit codes: 0, 1 where a run or a check failed, "
-    "2 where options, files or packages are not usable. --traceback before the command shows where an error arose.",
+    "2 where options, files or packages are not usable, 130 for Ctrl-C. "
+    "--traceback before the command shows where an error arose.",
     no_args_is_help=True,
     # Rich would cut long option names and take what stands in brackets for markup.
     rich_markup_mode=None,

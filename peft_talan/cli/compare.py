@@ -92,7 +92,8 @@ def compare(
     from peft_talan.sft.scores import default_text
     from peft_talan.sft.training import describe_lengths
 
-    for line in describe_lengths(load_tokenizer(model), rows, max_length):
+    tokenizer = load_tokenizer(model)
+    for line in (line for part in (rows, held_out) for line in describe_lengths(tokenizer, part, max_length)):
         note(line)
     planned = steps or math.ceil(epochs * math.ceil(len(rows) / (batch_size * accumulate)))
     job = Job(

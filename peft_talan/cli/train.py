@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -98,17 +99,17 @@ def train(
     For several GPUs and 4-bit bases use the recipe of the docs' page on training.
     """
     trackers = [name.strip() for name in report_to.split(",")]
-    for name in trackers:
-        if name not in TRACKERS:
-            raise Misuse(f"--report-to {name}: choose of {', '.join(TRACKERS)}")
+    check_trackers(trackers)
     if eval_steps is not None and not (eval_data or eval_split or eval_rows):
         raise Misuse(f"--eval-steps {eval_steps}: there is nothing to evaluate on; give --eval-data or --eval-rows")
     options.check_training(model, data, learning_rate, epochs, eval_data)
     last = last_checkpoint(output)
     if resume and last is None:
         raise Misuse(f"--resume: {output} has no checkpoint; leave --resume out to begin")
+    if last is not None and not resume and not overwrite:
+        raise Misuse(f"{output} has {last.name}; --resume goes on from it, --overwrite begins anew")
     check_output(output, overwrite or resume)
-    need("train", "datasets", "trl", *(name for name in trackers if name != "none"))
+    need("train", "datasets", "trl")
     with stdout_kept_clean():
         rows, held_out = options.load_rows(data, dataset_config, split, eval_data, eval_split, eval_rows, seed)
         result = _train(
@@ -158,6 +159,22 @@ def train(
         print(output)
     if not result["finished"]:
         raise typer.Exit(INTERRUPTED)
+
+
+def check_trackers(names: list[str]) -> None:
+    """Refuse trackers that are unknown or not installed.
+
+    Args:
+        names: What `--report-to` lists.
+
+    Raises:
+        Misuse: One can't be used.
+    """
+    for name in names:
+        if name not in TRACKERS:
+            raise Misuse(f"--report-to {name}: choose of {', '.join(TRACKERS)}")
+        if name != "none" and find_spec(name) is None:
+            raise Misuse(f"--report-to {name}: the package is missing; pip install {name}")
 
 
 def _modules(text: str) -> str | list[str]:

@@ -103,8 +103,8 @@ def load_rows(
     """
     if sum((eval_data is not None, eval_split is not None, eval_rows > 0)) > 1:
         raise Misuse("--eval-data, --eval-split and --eval-rows: give one of them")
-    needs_datasets = any(Path(name).suffix.lower() not in (".jsonl", ".json") for name in (data, eval_data or data))
-    if needs_datasets:
+    own = (".jsonl", ".json", ".csv", ".tsv")
+    if any(Path(name).suffix.lower() not in own for name in (data, eval_data or data)):
         need("train", "datasets")
     # The reader alone: what is wrong with a file is told before a trainer is imported.
     from peft_talan.sft.data import read_rows

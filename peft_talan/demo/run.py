@@ -139,7 +139,7 @@ def run_demo(options: DemoOptions) -> None:
     )
     seconds = estimate_seconds(model, train, options.steps, options.batch_size)
     minutes = max(1, round(seconds / 60))
-    console.print(f"takes about {minutes} min if two cores are free: one for each adapter")
+    console.print(f"takes about {minutes} min at the present speed of two cores, one for each adapter")
     output.mkdir(parents=True, exist_ok=True)
     job = Job(
         model=model,

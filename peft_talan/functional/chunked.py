@@ -11,9 +11,9 @@ import math
 from typing import Any, NamedTuple, cast
 
 import torch
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from . import reference
 from .parameters import SMALLEST_DENOMINATOR
 
 CHUNK = 32
@@ -253,6 +253,17 @@ def _put(part: torch.Tensor, piece: slice, whole: torch.Tensor | None) -> torch.
     return whole
 
 
+def _differentiable_backward(ctx: Any, grad_outputs: tuple[Any, ...]) -> tuple[torch.Tensor | None, ...]:
+    """The gradients as functions that autograd differentiates again: those of the readable equations."""
+    values, queries, weights, segment_ids, parameter, state, *_ = ctx.saved_tensors
+    inputs = (values, queries, weights, state, parameter)
+    outputs = reference.remix(values, queries, weights, ctx.mixer, (parameter,), segment_ids, state)
+    asked = [tensor for tensor in inputs if tensor.requires_grad]
+    found = iter(torch.autograd.grad(outputs, asked, grad_outputs, create_graph=True, materialize_grads=True))
+    *gradients, grad_parameter = (next(found) if tensor.requires_grad else None for tensor in inputs)
+    return *gradients, None, None, grad_parameter
+
+
 class ChunkwiseRemix(torch.autograd.Function):
     """`reference.remix` with a causal scope for the mixers that are linear in N: `attention` and `linear`."""
 
@@ -302,9 +313,10 @@ class ChunkwiseRemix(torch.autograd.Function):
         return cast("torch.Tensor", readouts), states[-1].clone()
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *grad_outputs: Any) -> tuple[torch.Tensor | None, ...]:
         """Walk the slabs backwards; each is computed again from the memory at its start."""
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            return _differentiable_backward(ctx, grad_outputs)  # create_graph=True
         values, queries, weights, segment_ids, parameter, *states = ctx.saved_tensors
         grad_readouts, grad_state = grad_outputs
         sequences, tokens, _ = values.shape

@@ -12,6 +12,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
+from torch.autograd import forward_ad
 from torch.nn import functional as F
 
 from . import reference
@@ -39,7 +40,7 @@ def full_precision(device_type: str) -> AbstractContextManager[None]:
     Returns:
         The context.
     """
-    autocast = torch.is_autocast_enabled(device_type)
+    autocast = device_type != "meta" and torch.is_autocast_enabled(device_type)
     return torch.autocast(device_type, enabled=False) if autocast else nullcontext()
 
 
@@ -257,6 +258,19 @@ def write_back(
     return (stream + scale_gradient(change, grad_scale)).to(hidden_states.dtype)
 
 
+def _needs_the_reference(hidden_states: torch.Tensor) -> bool:
+    """Whether only the readable equations can do it: the backward pass of the fused ones is written by hand.
+
+    That is the case under `torch.func` (vmap, grad, jvp), in forward mode, for a graph that `torch.export` makes for
+    any length, and where there is nothing to compute.
+    """
+    if torch.compiler.is_compiling():
+        return bool(getattr(torch.compiler, "is_exporting", bool)())  # PyTorch 2.6 can't tell
+    # No public function says whether a transform is active.
+    transformed = torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+    return transformed or hidden_states.numel() == 0
+
+
 def side_path(
     hidden_states: torch.Tensor,
     parameters: SidePathParameters,
@@ -270,6 +284,9 @@ def side_path(
 ) -> SidePathOutput:
     """Run a whole side path: read, compress, mix, write back; see `reference.side_path`."""
     with full_precision(hidden_states.device.type):
+        if _needs_the_reference(hidden_states):
+            given = {"valid": valid, "segment_ids": segment_ids, "state": state, "training": training}
+            return reference.side_path(hidden_states, parameters, options, alpha=alpha, **given)
         slots = parameters.read.shape[0] - 2 * parameters.write.shape[1]
         stream = hidden_states.to(working_dtype(hidden_states.dtype))
         values, queries, logits = read(stream, parameters.read, slots)

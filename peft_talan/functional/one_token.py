@@ -95,7 +95,8 @@ class TokenBuffers:
         """
         read, write = parameters.read, parameters.write
         # Views see what an optimizer or a load writes into the tensors, but not that other memory takes their place.
-        if self._read.data_ptr() != read.data_ptr() or self._write.data_ptr() != write.data_ptr():
+        moved = self._read.data_ptr() != read.data_ptr() or self._write.data_ptr() != write.data_ptr()
+        if moved or read.is_meta:
             self._read, self._write = (matrix.to(self.dtype).T.unsqueeze(0) for matrix in (read, write))
             self.norm_floor = self.mean.new_tensor(math.sqrt(NORM_EPSILON * read.shape[1]))
         return self._read, self._write

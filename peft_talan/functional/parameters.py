@@ -54,6 +54,19 @@ class SidePathParameters(NamedTuple):
     write: torch.Tensor
     gate: torch.Tensor | None = None
 
+    def to(self, device: torch.device) -> SidePathParameters:
+        """The same tensors on a device.
+
+        Args:
+            device: The device.
+
+        Returns:
+            The tensors; those that are there already are not copied.
+        """
+        gate = None if self.gate is None else self.gate.to(device)
+        mixer = tuple(tensor.to(device) for tensor in self.mixer)
+        return SidePathParameters(self.read.to(device), mixer, self.write.to(device), gate)
+
 
 @dataclass(frozen=True)
 class SidePathOptions:

@@ -103,6 +103,9 @@ def compress(
         if segment_ids is not None:
             carried = carried * (segment_ids == 0)[..., None, None].to(values.dtype)
         memory = memory + carried
+    if tokens == 0:
+        empty = values.new_zeros(batch, weights.shape[2], values.shape[2] + 1)
+        return memory, empty if state is None else state
     # With a causal scope, the last token has seen the whole of its segment; with the other one, every token has.
     return memory, memory[:, -1]
 

@@ -60,8 +60,11 @@ def _join(records: list[TokenRecord]) -> TokenRecord:
 
 
 def _precise(state: torch.Tensor) -> torch.Tensor:
-    """In float64 where the device has it: a sum of a million tokens would round each of them in float32."""
-    return state if state.device.type == "mps" else state.to(torch.float64)
+    """In float64 if the device has it: a sum of a million tokens would round each of them in float32."""
+    try:
+        return state.to(torch.float64)
+    except (TypeError, RuntimeError):  # what devices without it raise
+        return state
 
 
 class LatentMemory:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from transformers.cache_utils import Cache
+from transformers.cache_utils import Cache, CacheLayerMixin
 
 
 def recurrent_version(cache: Cache) -> tuple[Any, ...] | None:
@@ -15,9 +15,9 @@ def recurrent_version(cache: Cache) -> tuple[Any, ...] | None:
         cache: The cache.
 
     Returns:
-        Something to compare, None if it can't be told.
+        Something to compare; None if the cache has keys, or in a compiled graph or inference mode.
     """
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or any(isinstance(layer, CacheLayerMixin) for layer in cache.layers):
         return None
     found: list[tuple[int, int]] = []
     for layer in cache.layers:

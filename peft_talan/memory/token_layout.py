@@ -21,3 +21,16 @@ class TokenLayout(NamedTuple):
     segment_ids: torch.Tensor | None = None
     attended_past: torch.Tensor | None = None
     attended: torch.Tensor | None = None
+
+    def to(self, device: torch.device) -> TokenLayout:
+        """The same layout on a device.
+
+        Args:
+            device: The device.
+
+        Returns:
+            The layout; itself if all of it is there already.
+        """
+        if all(part is None or part.device == device for part in self):
+            return self
+        return TokenLayout(*(None if part is None else part.to(device) for part in self))

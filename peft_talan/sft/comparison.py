@@ -1,4 +1,4 @@
-"""Compares LoRA, LoRA of a matched size and TALAN on one set of rows: each arm and seed in a process of its own."""
+"""Compares LoRA, LoRA of a matched size and TALAN on one set of rows, one after the other or in several processes."""
 
 from __future__ import annotations
 
@@ -7,9 +7,11 @@ import multiprocessing
 import statistics
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from queue import Empty
 from typing import Any
@@ -205,12 +207,21 @@ def run_arm(job: Job, arm: str, seed: int, name: str, report: Callable[[str], No
     return Outcome(arm, seed, scores, text_loss(model, tokenizer, job.text), **trained)
 
 
+@contextmanager
+def _without_bars() -> Iterator[None]:
+    """Keep what libraries show from running through the bars of the comparison."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        datasets.disable_progress_bars()
+        logging.disable_progress_bar()
+        yield
+        datasets.enable_progress_bars()
+        logging.enable_progress_bar()
+
+
 def _run_reporting(job: Job, arm: str, seed: int, name: str, reports: Any) -> Outcome:
-    # What they print would run through the bars of the main process.
-    warnings.simplefilter("ignore", FutureWarning)
-    datasets.disable_progress_bars()
-    logging.disable_progress_bar()
-    return run_arm(job, arm, seed, name, lambda note: reports.put((arm, seed, note)))
+    with _without_bars():
+        return run_arm(job, arm, seed, name, lambda note: reports.put((arm, seed, note)))
 
 
 def compare(
@@ -227,22 +238,25 @@ def compare(
         job: What all arms share.
         arms: Of `ARMS`. Default all.
         seeds: Of initialization and order. Default one.
-        processes: How many run at a time. Default 1.
+        processes: How many run at a time, each in a process of its own. Default 1: in this process.
         report: Called with arm, seed and what is being done.
 
     Returns:
         The outcomes: the base model's, then those of each seed in the order of the arms.
     """
-    context = multiprocessing.get_context("spawn")
     wanted = [(BASE, 0), *((arm, seed) for seed in seeds for arm in arms)]
+    names = {(arm, seed): arm if len(seeds) == 1 else f"{arm}-seed-{seed}" for arm, seed in wanted}
+    if processes == 1:
+        outcomes = []
+        with _without_bars():
+            for arm, seed in wanted:
+                outcomes.append(run_arm(job, arm, seed, names[arm, seed], partial(report, arm, seed)))
+                report(arm, seed, DONE)
+        return outcomes
+    context = multiprocessing.get_context("spawn")
     with context.Manager() as manager, ProcessPoolExecutor(processes, context) as pool:
         reports = manager.Queue()
-        waiting = {
-            (arm, seed): pool.submit(
-                _run_reporting, job, arm, seed, arm if len(seeds) == 1 else f"{arm}-seed-{seed}", reports
-            )
-            for arm, seed in wanted
-        }
+        waiting = {key: pool.submit(_run_reporting, job, *key, name, reports) for key, name in names.items()}
         finished: set[tuple[str, int]] = set()
         while len(finished) < len(waiting):
             try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -12,8 +13,9 @@ from typing import Any
 
 from .formats import REMEDY, Form, Tally, checked, form_of, is_conversational
 
-BUILDERS = {".csv": "csv", ".tsv": "csv", ".parquet": "parquet", ".arrow": "arrow"}
-"""The loaders of the `datasets` library by the file's ending; all other files are read as JSON."""
+TABLES = {".csv": ",", ".tsv": "\t"}
+LOADERS = {".parquet": "parquet", ".arrow": "arrow"}
+"""The loaders of the `datasets` library by the file's ending; files of other endings are read as JSON."""
 
 
 class DataError(ValueError):
@@ -111,6 +113,18 @@ def _array_rows(path: Path) -> Iterator[tuple[str, Any]]:
     yield from ((f"{path}, item {number}", row) for number, row in enumerate(rows, start=1))
 
 
+def _table_rows(path: Path) -> Iterator[tuple[str, Any]]:
+    # Not with the `datasets` library: the cells are texts, and it would make numbers of "75" and nothing of "NA".
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        reader = csv.DictReader(file, delimiter=TABLES[path.suffix.lower()])
+        try:
+            yield from ((f"{path}:{reader.line_num}", row) for row in reader)
+        except UnicodeDecodeError as error:
+            raise DataError(f"{path}: not UTF-8 text ({error.reason}); save the file as UTF-8") from None
+        except csv.Error as error:
+            raise DataError(f"{path}:{reader.line_num}: {error}") from None
+
+
 def _loaded_rows(source: str, config: str | None, split: str) -> Iterator[tuple[str, Any]]:
     """Rows that the `datasets` library reads."""
     from datasets import load_dataset, load_from_disk
@@ -119,11 +133,7 @@ def _loaded_rows(source: str, config: str | None, split: str) -> Iterator[tuple[
     path = Path(source)
     try:
         if path.is_file():
-            # Cells of a table are texts: a sum's answer must not become a number, nor "NA" a missing value.
-            options = {"dtype": str, "keep_default_na": False} if BUILDERS[path.suffix.lower()] == "csv" else {}
-            if path.suffix.lower() == ".tsv":
-                options["sep"] = "\t"
-            found = load_dataset(BUILDERS[path.suffix.lower()], data_files=source, split="train", **options)
+            found = load_dataset(LOADERS[path.suffix.lower()], data_files=source, split="train")
         elif (path / "state.json").is_file():
             found = load_from_disk(source)
         else:
@@ -159,8 +169,11 @@ def read_rows(
         ('prompt-completion', 600, 'sums.jsonl:1')
     """
     path = Path(source)
-    as_json = path.is_file() and path.suffix.lower() not in BUILDERS
-    found = _json_rows(path) if as_json else _loaded_rows(str(source), config, split)
+    ending = path.suffix.lower()
+    if not path.is_file() or ending in LOADERS:
+        found = _loaded_rows(str(source), config, split)
+    else:
+        found = _table_rows(path) if ending in TABLES else _json_rows(path)
     form: Form | None = None
     conversational = False
     rows: list[dict[str, Any]] = []

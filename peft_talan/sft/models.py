@@ -84,7 +84,9 @@ def is_embedded(adapter: str) -> bool:
     Returns:
         True if loading the model loads the adapter, too.
     """
-    return (Path(adapter) / "config.json").is_file() or base_model_of(adapter, None) == adapter
+    if (Path(adapter) / "config.json").is_file():
+        return True
+    return bool(PeftConfig.from_pretrained(adapter).base_model_name_or_path == adapter)
 
 
 def load_adapter(

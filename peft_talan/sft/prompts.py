@@ -87,7 +87,7 @@ def _from_template(
 
 
 def _with_end(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
-    end = str(tokenizer.eos_token)
+    end = tokenizer.eos_token or ""  # analysis takes tokenizers without one; `train` refuses them
     return text if text.endswith(end) else text + end
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import re
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -14,10 +13,11 @@ from transformers import __version__ as transformers_version
 from transformers.cache_utils import Cache, EncoderDecoderCache
 from transformers.utils import output_capturing
 
-STATE = re.compile(r"(.*_)?(past|cache|caches|mems|state|states|buckets)(_.*)?")
-"""Names of arguments that carry a state from one call to the next, as far as they are not a transformers `Cache`."""
+STATE = {"past", "cache", "caches", "mems", "state", "states", "buckets"}
+"""Words in the names of arguments that carry a state from one call to the next."""
 
-NO_STATE = re.compile(r".*(hidden|position|use_|output_|return_|encoder|attention).*|.*_(ids|mask|embeds|length|lens)")
+NO_STATE = {"hidden", "position", "ids", "mask", "length", "encoder", "attention", "use", "output", "return"}
+"""Words in the names of other arguments."""
 
 KEEPS_CACHE_WITHOUT_GRADIENTS = Version(transformers_version).release >= (5, 24)
 """Whether a block with gradient checkpointing keeps its cache if gradients are off."""
@@ -76,7 +76,7 @@ def read_arguments(names: tuple[str, ...], args: tuple[Any, ...], kwargs: dict[s
             cache = value.self_attention_cache
         elif isinstance(value, Cache):
             cache = cache or value
-        elif _holds_state(value) and STATE.fullmatch(name) and not NO_STATE.fullmatch(name):
+        elif _names_state(name) and _holds_state(value):
             unknown = name
     tokens, embeddings = given.get("input_ids"), given.get("inputs_embeds")
     shape = None
@@ -94,6 +94,11 @@ def read_arguments(names: tuple[str, ...], args: tuple[Any, ...], kwargs: dict[s
         shape,
         unknown,
     )
+
+
+def _names_state(name: str) -> bool:
+    words = name.split("_")
+    return any(word in STATE for word in words) and not any(word in NO_STATE for word in words)
 
 
 def _holds_state(value: object) -> bool:
@@ -168,28 +173,36 @@ def replace_stream(output: Any, written: torch.Tensor) -> Any:
     return output._make(parts) if hasattr(output, "_make") else type(output)(parts)
 
 
-def stream_of(output: Any, like: torch.Size) -> torch.Tensor:
-    """The residual stream in a block's output.
+def stream_of(output: Any) -> Any:
+    """The first part of a block's output, which should be its hidden states.
 
     Args:
         output: What the block returned.
-        like: The shape of what the block received.
 
     Returns:
-        The hidden states, [batch, tokens, hidden_size].
+        The part, of whatever type it is.
+    """
+    if isinstance(output, dict):
+        return next(iter(output.values()), None)
+    if isinstance(output, (list, tuple)):
+        return output[0] if output else None
+    return output
+
+
+def check_stream(stream: Any, received: torch.Tensor | None) -> None:
+    """Refuse to write into what is not the residual stream that a block received.
+
+    Args:
+        stream: As returned by `stream_of`, or what the block received.
+        received: What the block received; None: not known.
 
     Raises:
-        TypeError: The output does not start with hidden states of that shape.
+        TypeError: The stream is not a tensor, or has another shape.
     """
-    first = output
-    if isinstance(output, dict):
-        first = next(iter(output.values()), None)
-    elif isinstance(output, (list, tuple)):
-        first = output[0] if output else None
-    if not isinstance(first, torch.Tensor) or first.shape != like:
-        got = f"shape {tuple(first.shape)}" if isinstance(first, torch.Tensor) else type(first).__name__
+    expected = getattr(received, "shape", None)
+    if not isinstance(stream, torch.Tensor) or (expected is not None and stream.shape != expected):
+        got = f"shape {list(stream.shape)}" if isinstance(stream, torch.Tensor) else type(stream).__name__
         raise TypeError(
-            f"talan_position='output': expected the block to return hidden states of shape {tuple(like)} first, got "
-            f"{type(output).__name__} with {got}; use talan_position='input', or other blocks by talan_blocks"
+            f"talan_position='output': expected a block to return hidden states {list(expected or [])} first, "
+            f"got {got}; use talan_position='input', or choose other blocks by talan_blocks"
         )
-    return first

@@ -1,7 +1,7 @@
 """What the whole decoder was called with: read once a forward pass, before its first block, for every side path in it.
 
-A block's own arguments tell less: its mask may be None though others have padding, be of one kind of attention, mean
-the contrary (True for masked), and its cache layer may hold other keys than the text's, or none.
+A block's own arguments say less: its mask may be of one kind of attention only, or use True for masked; its cache
+layer may hold the keys of an image, or none.
 """
 
 from __future__ import annotations
@@ -17,7 +17,14 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 from ..memory.cache_memories import memories_of, note_recurrent_state, recurrent_state_is_new
 from ..memory.token_layout import TokenLayout
-from .block_call import CallArguments, argument_names, read_arguments, tensors_of_call, withholds_cache
+from .block_call import (
+    CallArguments,
+    argument_names,
+    check_stream,
+    read_arguments,
+    tensors_of_call,
+    withholds_cache,
+)
 from .paged_call import PagedCall, find_paged_call
 from .segments import Positions, token_layout
 
@@ -64,6 +71,8 @@ class DecoderCall:
         # The masks of their blocks may show only a window or a chunk of the past.
         self.windowed = any(getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size"))
         self.chunked = bool(getattr(config, "attention_chunk_size", None))
+        # Gemma 4 gives its blocks with shared keys the last tokens only.
+        self.slices = hasattr(decoder, "_maybe_slice_kv_shared_inputs")
 
     @classmethod
     def of(cls, decoder: nn.Module) -> DecoderCall:
@@ -104,8 +113,8 @@ class DecoderCall:
         if past is None and arguments.cache is not None and recurrent_state_is_new(arguments.cache):
             past = 0
         self._calls[self._thread()] = ModelCall(arguments, past)
-        # Blocks with shared keys (Gemma 4) would get the last tokens only; the model's head cuts the rest off anyway.
-        if isinstance(kwargs.get("logits_to_keep"), int) and kwargs["logits_to_keep"]:
+        # A memory needs all tokens. What the decoder returns too much of, the model's head cuts off.
+        if self.slices and any(getattr(module, "runs_side_paths", False) for module in decoder.modules()):
             return args, {**kwargs, "logits_to_keep": 0}
         return None
 
@@ -149,6 +158,7 @@ class BlockCall:
         self._block_index = block_index
         self._after = after
         self._args, self._kwargs = args, kwargs
+        self._received = args[0] if args else kwargs.get(names[0])
         self._training = block.training
         self._has_cache = self._arguments.cache is not None
         self.cache = None if withholds_cache(block) else self._arguments.cache
@@ -189,9 +199,11 @@ class BlockCall:
             The layout, worked out once for all blocks of a forward pass.
 
         Raises:
+            TypeError: The block did not return hidden states of the shape that it received.
             ValueError: The hidden states are not [batch, tokens, hidden_size] of the model's input, or the model
                 carries a state from call to call that is no transformers cache.
         """
+        check_stream(hidden_states, self._received)
         shape, call = tuple(hidden_states.shape), self._model_call
         given = self._arguments if call is None else call.arguments
         if len(shape) != 3 or (given.shape is not None and shape[:2] != given.shape):
@@ -203,7 +215,7 @@ class BlockCall:
             )
         if given.unknown_state is not None:
             raise ValueError(
-                f"{given.unknown_state}: it is no transformers Cache, so the side path can't carry its memory from "
+                f"{given.unknown_state}: it is not a transformers Cache, so the side path can't carry its memory from "
                 "call to call with it; pass use_cache=False (or no state), or a cache such as DynamicCache"
             )
         batch, tokens, _ = shape
@@ -235,9 +247,12 @@ class BlockCall:
         """Read the block's own arguments, where no decoder's call is under way."""
         own, rule = self._arguments, self._decoder_call.rule
         past = self.tokens_before(tokens)
+        if self.cache is not None:
+            # Tokens are counted once a forward pass, which these calls are not known to be part of.
+            memories_of(self.cache).counted = False
         return token_layout(
             own.attention_mask,
-            # transformers makes a mask of positions that tell of samples, except for flash attention.
+            # transformers has made a mask of positions that separate samples, except for flash attention.
             Positions(own.position_ids, own.cu_seq_lens, own.seq_idx, None if rule == "steps" else rule),
             batch,
             tokens,

@@ -45,6 +45,11 @@ class SidePaths(AdapterTensors):
         self._argument_names: tuple[str, ...] = ()
         self._decoder_call: DecoderCall | None = None
 
+    @property
+    def runs_side_paths(self) -> bool:
+        """Whether the layer may change the residual stream."""
+        return True
+
     def memory_name(self, name: str) -> str:
         """The name by which a cache carries the memory of one of the layer's side paths.
 
@@ -120,8 +125,7 @@ class SidePaths(AdapterTensors):
         return ((written, *args[1:]), kwargs) if args else (args, {**kwargs, name: written})
 
     def _after_block(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        received = args[0] if args else kwargs[self._argument_names[0]]
-        hidden_states = stream_of(output, received.shape)
+        hidden_states = stream_of(output)
         written = self._called(block)(hidden_states, "output", self._call(block, args, kwargs, after=True))
         return output if written is hidden_states else replace_stream(output, written)
 
@@ -164,8 +168,9 @@ class SidePaths(AdapterTensors):
         for count, name in enumerate(here):
             rows = running[name]
             changed = self._run(name, hidden_states, call, rows)
+            hidden_states = hidden_states.to(changed.device)
             if rows is not None:
-                changed = torch.where(rows[:, None, None], changed, hidden_states)
+                changed = torch.where(rows.to(changed.device)[:, None, None], changed, hidden_states)
             written = changed if count == 0 else written + (changed - hidden_states)
         return written
 
@@ -176,6 +181,11 @@ class SidePaths(AdapterTensors):
     def _run(self, name: str, hidden_states: torch.Tensor, call: BlockCall, rows: torch.Tensor | None) -> torch.Tensor:
         options, layout = self.talan_options[name], call.layout(hidden_states)
         parameters = self.parameters_of(name)
+        # accelerate moves what a block is called with to the block's device, but after the hooks that run side paths.
+        device = hidden_states.device if hidden_states.is_meta else parameters.read.device
+        hidden_states, layout = hidden_states.to(device), layout.to(device)
+        if parameters.read.device != device:
+            parameters = parameters.to(device)
         passed: dict[str, Any] = {
             "alpha": self.alpha_at_run_time(name),
             "valid": layout.valid,
@@ -185,13 +195,14 @@ class SidePaths(AdapterTensors):
         if call.cache is None:
             return fused.side_path(hidden_states, parameters, options, **passed).hidden_states
         batch, tokens = hidden_states.shape[:2]
+        past = call.tokens_before(tokens)
         request = MemoryRequest(
             self.block_index,
             self.memory_name(name),
-            call.tokens_before(tokens),
+            past.to(device) if isinstance(past, torch.Tensor) else past,
             batch,
             options.scope,
-            rows,
+            None if rows is None else rows.to(device),
             layout.attended_past,
         )
         return continue_or_start_memory(call.cache, request).append(hidden_states, parameters, options, **passed)
@@ -223,6 +234,11 @@ class TalanLayer(SidePaths, BaseTunerLayer):
         self.merged_adapters: list[str] = []
         self._active_adapter: str | list[str] = []
         self._disable_adapters = False
+
+    @property
+    def runs_side_paths(self) -> bool:
+        """Whether the layer may change the residual stream."""
+        return not self._disable_adapters
 
     @property
     def bias(self) -> None:  # type: ignore[override]

@@ -5,7 +5,6 @@ Everything is computed on the device: nothing here is read by the host.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
@@ -28,7 +27,8 @@ class Positions(NamedTuple):
         cu_seq_lens: [samples + 1], int: where each sample starts among the tokens of all rows, and their number.
         seq_idx: [batch, tokens], int: the sample of each token.
         rule: Which positions start a sample. `"steps"`: those that are not the previous one plus 1, if there is no
-            mask and no cache (transformers' rule for masks that it makes). `"zeros"`: those of a single row that are
+            mask and no cache (transformers' rule for masks that it makes); with an empty cache, for which it
+            separates nothing, those that do not rise. `"zeros"`: those of a single row that are
             0, if no token is masked (flash attention). `"real"`: those that are not the previous real token's plus
             1. None: none.
     """
@@ -54,7 +54,7 @@ def token_layout(
     Args:
         attention_mask: None, [batch, keys], [batch, tokens, keys], [batch, heads or 1, tokens or 1, keys], boolean or
             additive, or a dictionary of such masks by kind of block.
-        positions: What else tells of samples.
+        positions: What else separates samples.
         batch: The number of rows.
         tokens: The number of tokens of this call.
         past: The number of tokens that a cache held before this call. Default 0.
@@ -70,9 +70,10 @@ def token_layout(
         ValueError: A token sees earlier tokens, but not all of those between them and itself.
     """
     mask = _choose_mask(attention_mask)
-    starts = _told_starts(positions, batch, tokens)
+    starts_here = isinstance(past, int) and past == 0
+    starts = _starts_by_lengths(positions, batch, tokens)
     if mask is None:
-        starts = _either(starts, _starts_by_positions(positions, None, has_cache, batch, tokens))
+        starts = _either(starts, _starts_by_positions(positions, None, has_cache, starts_here, batch, tokens))
         return TokenLayout(None, _segments(starts, None))
     if mask.dim() == 4 and not (tokens > 1 and mask.shape[2] == 1):
         layout = _layout_of_square(mask, batch, tokens, past, positions if chunked else None)
@@ -81,7 +82,7 @@ def token_layout(
         return layout._replace(segment_ids=_segments(starts, layout.valid), attended=None)
     flat = _attended(mask) if mask.dim() == 2 else _attended(mask).any(1)[:, 0]
     valid = _columns_of_call(flat, tokens, past).expand(batch, tokens)
-    starts = _either(starts, _starts_by_positions(positions, valid, has_cache, batch, tokens))
+    starts = _either(starts, _starts_by_positions(positions, valid, has_cache, starts_here, batch, tokens))
     attended_past = attended = None
     if not isinstance(past, int):
         seen = torch.arange(flat.shape[1], device=flat.device) < past.to(flat.device) + tokens
@@ -96,7 +97,7 @@ def token_layout(
 
 def _choose_mask(attention_mask: object) -> torch.Tensor | None:
     """One tensor of 2 or 4 dimensions; of a dictionary, the mask that sees most."""
-    if isinstance(attention_mask, Mapping):
+    if isinstance(attention_mask, dict):
         kinds = [kind for kind in PLAIN_MASKS if kind in attention_mask] or list(attention_mask)
         masks = [attention_mask[kind] for kind in kinds]
         attention_mask = next((mask for mask in masks if mask is not None), None)
@@ -147,7 +148,7 @@ def _segments(starts: torch.Tensor | None, valid: torch.Tensor | None) -> torch.
     return None if starts is None else (starts if valid is None else starts & valid).cumsum(1)
 
 
-def _told_starts(positions: Positions, batch: int, tokens: int) -> torch.Tensor | None:
+def _starts_by_lengths(positions: Positions, batch: int, tokens: int) -> torch.Tensor | None:
     """Starts by sequence lengths or sample numbers, [batch, tokens]; the call's first tokens are none."""
     if tokens == 1:
         return None
@@ -162,7 +163,7 @@ def _told_starts(positions: Positions, batch: int, tokens: int) -> torch.Tensor 
 
 
 def _starts_by_positions(
-    positions: Positions, valid: torch.Tensor | None, has_cache: bool, batch: int, tokens: int
+    positions: Positions, valid: torch.Tensor | None, has_cache: bool, starts_here: bool, batch: int, tokens: int
 ) -> torch.Tensor | None:
     """Starts by position ids, [batch, tokens]; the call's first real tokens are none."""
     ids, rule = positions.position_ids, positions.rule
@@ -173,10 +174,10 @@ def _starts_by_positions(
             return None
         starts = torch.nn.functional.pad(ids[:, 1:] == 0, (1, 0))
         return starts if valid is None else starts & valid.all()
-    if rule == "steps":
-        if valid is not None or has_cache:
-            return None
-        return torch.nn.functional.pad(ids[:, 1:] != ids[:, :-1] + 1, (1, 0)).expand(batch, tokens)
+    if rule == "steps" and (valid is not None or not starts_here):
+        return None
+    if rule == "steps" and has_cache:
+        return torch.nn.functional.pad(ids[:, 1:] <= ids[:, :-1], (1, 0)).expand(batch, tokens)
     if valid is None:
         return torch.nn.functional.pad(ids[:, 1:] != ids[:, :-1] + 1, (1, 0)).expand(batch, tokens)
     before = _last_before(valid)

@@ -207,12 +207,8 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model = make_model("qwen3", dtype=torch.float32)
     model.peft_config["default"].base_model_name_or_path = str(folder / "base")
     model.save_pretrained(folder / "adapter")
-    kinds = [
-        {"text": "w3 w4 w5"},
-        {"prompt": "w7 w8", "completion": "w9"},
-        {"messages": [{"role": "user", "content": "w2 w3"}, {"role": "assistant", "content": "w4"}]},
-    ]
-    (folder / "data.jsonl").write_text("\n".join(map(json.dumps, kinds)) + "\n\n")
+    rows = [{"text": "w3 w4 w5"}, {"text": "w7 w8 w9"}, {"text": "w2 w3"}]
+    (folder / "data.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n\n")
     return folder
 
 
@@ -239,8 +235,8 @@ def test_analyze_writes_tables_and_pictures(saved: Path, tmp_path: Path) -> None
     ("options", "message"),
     [
         ({"examples": 0}, "examples=0"),
-        ({"data_file": "missing.jsonl"}, "can't be read"),
-        ({"data_file": "empty.jsonl"}, "no lines"),
+        ({"data_file": "missing.jsonl"}, "can't be loaded"),
+        ({"data_file": "empty.jsonl"}, "no rows"),
         ({"data_file": "wrong.jsonl"}, "wrong.jsonl:2"),
         ({"adapter": "lora"}, "give a TALAN adapter"),
     ],

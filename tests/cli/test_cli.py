@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shutil
@@ -161,10 +162,10 @@ def test_generate_answers_as_the_model_does(saved: Path, answers: Answers) -> No
     assert expected[0] != expected[1]
 
 
-def test_generate_reads_prompts_from_a_pipe_and_uses_the_chat_template(saved: Path) -> None:
-    command = [sys.executable, "-m", "peft_talan", "generate", saved / "adapter", "--max-new-tokens", "3", "--json"]
-    ran = subprocess.run(command, input="one\n\ntwo\n", check=True, capture_output=True, text=True)
-    assert [json.loads(line)["prompt"] for line in ran.stdout.splitlines()] == ["one", "two"]
+def test_generate_reads_prompts_from_a_pipe(saved: Path, monkeypatch: pytest.MonkeyPatch, answers: Answers) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO("one\n\ntwo\r\n"))
+    shown = answers(["generate", saved / "adapter", "--max-new-tokens", "3", "--json"])
+    assert [json.loads(line)["prompt"] for line in shown.splitlines()] == ["one", "two"]
 
 
 def test_generate_refuses_before_it_loads(saved: Path, fails: Fails) -> None:

@@ -27,7 +27,7 @@ PROGRAMS = {
     "accelerate": ["-m", "accelerate.commands.accelerate_cli"],
 }
 """Programs of other packages, as Python runs them."""
-UNCHECKED = {"jq"}
+UNCHECKED = {"jq", "vllm"}
 """Programs that are not there in every environment."""
 
 

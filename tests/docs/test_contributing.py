@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Literal, get_args
 
 import pytest
 import torch
 from peft import PeftModel
 
-from peft_talan import TalanConfig, config
+from peft_talan import TalanConfig, axes
 from peft_talan.functional import fused, writeback
 
 from ..small_models import make_base, make_config, make_model, make_tokens, rounding
@@ -29,7 +30,7 @@ def rule(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """The rule's rows in the tables, for one test."""
     monkeypatch.setitem(writeback.WRITEBACK_RULES, "squashed", change_squashed)
     monkeypatch.setitem(fused.WRITEBACK_RULES, "squashed", change_squashed)
-    monkeypatch.setattr(config, "WRITEBACKS", (*config.WRITEBACKS, "squashed"))
+    monkeypatch.setattr(axes, "Writeback", Literal[(*get_args(axes.Writeback), "squashed")])
     yield "squashed"
 
 

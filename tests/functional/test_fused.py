@@ -219,12 +219,3 @@ def test_memory_after_is_the_memory_of_a_pass() -> None:
         found = fused.memory_after(output.values, output.weights, given.get("segment_ids"), given.get("state"))
         assert found.shape == (BATCH, SLOTS, WIDTH + 1)
         assert_equal_up_to_rounding(found, output.state)
-
-
-@pytest.mark.parametrize("mixer", ["attention", "linear"])
-def test_second_derivatives_are_refused_rather_than_wrong(mixer: Any) -> None:
-    hidden = torch.randn(BATCH, 70, HIDDEN_SIZE, dtype=torch.float64, requires_grad=True)
-    output = fused.side_path(hidden, side_path_tensors(mixer, "add"), SidePathOptions(mixer))
-    (gradient,) = torch.autograd.grad(output.hidden_states.square().sum(), hidden, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        gradient.sum().backward()

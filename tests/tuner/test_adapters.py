@@ -54,7 +54,7 @@ def test_a_deleted_adapter_leaves_no_trace_and_its_name_is_free() -> None:
     assert blocks_with_side_path(model) == [0, 3]
     assert list(model.state_dict()) == list(without.state_dict())
     hooks = {name: len(m._forward_hooks) + len(m._forward_pre_hooks) for name, m in model.named_modules()}
-    assert sum(hooks.values()) == 4, "two hooks at each block that has a side path"
+    assert sum(hooks.values()) == 6, "two hooks at each block that has a side path, and two at the decoder"
     model.add_adapter("linear", make_config(**KINDS["mixing"]))
     model.set_adapter("linear")
     assert model.get_model_status().active_adapters == ["linear"]

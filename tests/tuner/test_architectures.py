@@ -15,10 +15,10 @@ from peft_talan.tuner.blocks import find_blocks
 
 CHECKS = ["effect", "causal", "neighbour", "left_padding", "cached", "checkpointing"]
 POPULAR = {
-    "causal": ("bloom", "deepseek_v3", "falcon", "gemma2", "gpt_oss", "llama4_text", "mpt", "phi3", "qwen3_5_text"),
-    "image-text": ("llava", "mllama", "qwen2_5_vl"),
+    "causal": ("bloom", "falcon", "gemma2", "gpt_oss", "llama4_text", "mpt", "qwen3_5_text"),
+    "image-text": ("llava", "mllama"),
     "sequence-to-sequence": ("bart", "t5"),
-    "encoder": ("bert", "modernbert"),
+    "encoder": ("bert",),
 }
 
 

@@ -160,7 +160,7 @@ def test_compiled_decoding_refuses_a_cache_that_it_has_not_seen() -> None:
     with model.disable_adapter():
         model(tokens, past_key_values=cache, use_cache=True)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    with pytest.raises(RuntimeError, match="empty one"):
+    with pytest.raises(RuntimeError, match="start from an empty cache"):
         compiled(tokens[:, :1], past_key_values=cache, use_cache=True)
 
 

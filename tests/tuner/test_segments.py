@@ -66,9 +66,11 @@ def test_lengths_and_sample_numbers_start_samples() -> None:
     assert both_rows.tolist() == [[0, 0, 1], [0, 0, 1]]
 
 
-def test_with_a_cache_transformers_separates_nothing_by_positions() -> None:
-    positions = Positions(torch.tensor([[0, 1, 0, 1]]), rule="steps")
-    assert token_layout(None, positions, 1, 4, has_cache=True).segment_ids is None
+def test_with_a_cache_only_positions_that_fall_separate() -> None:
+    """Attention separates nothing there, but two samples are never one sequence."""
+    positions = Positions(torch.tensor([[0, 1, 5, 0, 1]]), rule="steps")
+    assert token_layout(None, positions, 1, 5, has_cache=True).segment_ids.tolist() == [[0, 0, 0, 1, 1]]
+    assert token_layout(None, positions, 1, 5, 3, has_cache=True).segment_ids is None
 
 
 @pytest.mark.parametrize("past", [4, torch.tensor(4)])

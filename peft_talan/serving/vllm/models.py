@@ -44,7 +44,7 @@ def model_with_side_paths(create: Callable[[], nn.Module], vllm_config: Any, mod
     depth = model_config.hf_text_config.num_hidden_layers
     indices = resolve_layers(config, depth)
     _keep_graphs_apart(vllm_config, config, indices)
-    model = create()
+    model: Any = create()
     name, blocks = find_blocks(model, depth, config.talan_blocks)
     hidden_size, strength = model_config.get_hidden_size(), read_strength(vllm_config)
     layers = {}

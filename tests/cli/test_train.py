@@ -1,0 +1,176 @@
+"""Training and comparing from the command line, on a tiny model: what is learned, told, saved and continued."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig, PeftConfig
+from peft_talan_cli import main
+from peft_talan_cli.console import INTERRUPTED
+from safetensors.torch import load_file
+
+from peft_talan import TalanConfig
+from peft_talan.sft.intervals import Interval
+
+from ..offline_hub import write_conversations
+
+Answers = Callable[[list[str | Path]], str]
+Fails = Callable[..., str]
+
+SMALL = ["--batch-size", "2", "--rank", "2"]
+
+
+def write_sums(file: Path, count: int = 24) -> None:
+    lines = [json.dumps({"prompt": f"{n} + {n} = ", "completion": str(2 * n)}) for n in range(count)]
+    file.write_text("\n".join(lines))
+
+
+def adapter_tensors(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "adapter_model.safetensors")
+
+
+def test_train_learns_and_saves(saved: Path, tmp_path: Path, answers: Answers) -> None:
+    write_conversations(tmp_path / "data.jsonl")
+    output = tmp_path / "adapter"
+    words = ["--data", tmp_path / "data.jsonl", "--output", output, "--max-steps", "2", *SMALL, "--packing"]
+    axes = ["--talan-layers", "0.5", "--talan-slots", "3", "--talan-mixer", "linear"]
+    shown = answers(["train", "--model", saved / "model", *words, "--json", *axes])
+    assert json.loads(shown)["steps"] == 2
+    assert 0 < json.loads(shown)["loss"] < 20
+    config = PeftConfig.from_pretrained(output)
+    assert isinstance(config, TalanConfig)
+    assert (config.r, config.talan_layers, config.talan_slots, config.talan_mixer) == (2, [0.5], 3, "linear")
+    writes = [tensor for key, tensor in adapter_tensors(output).items() if "_write" in key]
+    assert writes
+    assert all(tensor.any() for tensor in writes)
+    assert json.loads((output / "prompt_form.json").read_text()) == {"chat": True, "system": None}
+
+
+def test_train_tells_of_long_rows_and_evaluates(
+    saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_sums(tmp_path / "data.jsonl")
+    long_prompt, long_answer = {"prompt": "a" * 70, "completion": "b"}, {"prompt": "a", "completion": "b" * 70}
+    with (tmp_path / "data.jsonl").open("a") as file:
+        file.write(f"\n{json.dumps(long_prompt)}\n{json.dumps(long_answer)}")
+    write_sums(tmp_path / "eval.jsonl", 4)
+    words = ["--data", tmp_path / "data.jsonl", "--eval-data", tmp_path / "eval.jsonl", "--max-length", "64"]
+    run = [*words, "--output", tmp_path / "out", "--epochs", "0.2", "--eval-steps", "2", *SMALL, "--json"]
+    assert main([str(word) for word in ["train", "--model", saved / "model", *run]]) == 0
+    printed = capsys.readouterr()
+    result = json.loads(printed.out)
+    assert result["steps"] == 3
+    assert 0 < result["eval_loss"] < 20
+    place = tmp_path / "data.jsonl"
+    assert "2 of 26 rows are longer than max_length=64 and are cut there (the longest: 72 tokens" in printed.err
+    assert f"1 of these have no token of the completion left and are left out (first: {place}:25)" in printed.err
+    assert "loss=" in printed.err
+    assert "lr=" in printed.err
+    assert json.loads((tmp_path / "out" / "prompt_form.json").read_text())["chat"] is False
+
+
+def test_an_interrupted_run_goes_on_to_the_same_weights(
+    saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_sums(tmp_path / "data.jsonl")
+    common = ["--model", saved / "model", "--data", tmp_path / "data.jsonl", "--steps", "40", *SMALL]
+
+    def run(output: str, *more: str) -> int:
+        capsys.readouterr()
+        return main([str(word) for word in ["train", *common, "--output", tmp_path / output, *more]])
+
+    def interrupt() -> None:
+        deadline = time.monotonic() + 300
+        while time.monotonic() < deadline:
+            if list((tmp_path / "stopped").glob("checkpoint-*/trainer_state.json")):
+                os.kill(os.getpid(), signal.SIGINT)
+                return
+            time.sleep(0.01)
+
+    watcher = threading.Thread(target=interrupt)
+    watcher.start()
+    assert run("stopped", "--save-steps", "1") == INTERRUPTED
+    watcher.join()
+    told = capsys.readouterr().err
+    assert "--resume" in told
+    assert "checkpoint-" in told
+    assert not (tmp_path / "stopped" / "adapter_model.safetensors").exists()
+    assert main([str(word) for word in ["train", *common, "--output", tmp_path / "stopped"]]) == 2
+    assert "--resume" in capsys.readouterr().err
+    assert run("stopped", "--resume") == 0
+    assert run("whole") == 0
+    whole = adapter_tensors(tmp_path / "whole")
+    for name, tensor in adapter_tensors(tmp_path / "stopped").items():
+        assert torch.equal(tensor, whole[name]), name
+
+
+def test_resume_needs_a_checkpoint(saved: Path, tmp_path: Path, fails: Fails) -> None:
+    write_sums(tmp_path / "data.jsonl")
+    words = ["--model", saved / "model", "--data", tmp_path / "data.jsonl", "--output", tmp_path / "out"]
+    assert "no checkpoint" in fails(["train", *words, "--resume"])
+
+
+@pytest.mark.parametrize(
+    ("wrong", "named"),
+    [
+        (["--talan-layers", "x"], "--talan-layers"),
+        (["--talan-mixer", "x"], "talan_mixer='x'"),
+        (["--talan-slots", "0"], "talan_slots=0"),
+        (["--learning-rate", "-1"], "--learning-rate -1.0"),
+        (["--report-to", "x"], "--report-to x"),
+        (["--report-to", "none,wandb"], "pip install wandb"),
+        (["--eval-steps", "5"], "--eval-steps 5"),
+        (["--eval-rows", "5", "--eval-split", "test"], "give one of them"),
+        (["--eval-rows", "24"], "24 of 24 rows can't be held out"),
+    ],
+)
+def test_train_names_bad_options(wrong: list[str], named: str, saved: Path, tmp_path: Path, fails: Fails) -> None:
+    write_sums(tmp_path / "data.jsonl")
+    words = ["--model", saved / "model", "--data", tmp_path / "data.jsonl", "--output", tmp_path / "out"]
+    assert named in fails(["train", *words, *wrong])
+
+
+def test_compare_writes_table_picture_and_adapters(saved: Path, tmp_path: Path, answers: Answers) -> None:
+    write_sums(tmp_path / "data.jsonl")
+    output = tmp_path / "out"
+    words = ["--model", saved / "model", "--data", tmp_path / "data.jsonl", "--output", output, "--steps", "2", *SMALL]
+    shown = answers(
+        ["compare", *words, "--seeds", "2", "--eval-rows", "4", "--talan-layers", "all", "--device", "cpu"]
+    )
+    for word in ("LoRA-matched", "LoRA+TALAN", "exact match", "plain text loss", "LoRA+TALAN minus LoRA: loss"):
+        assert word in shown
+    assert (output / "comparison.png").read_bytes().startswith(b"\x89PNG")
+    found = json.loads((output / "comparison.json").read_text())
+    assert (found["train_rows"], found["held_out_rows"], found["steps"]) == (20, 4, 2)
+    arms = {(outcome["arm"], outcome["seed"]): outcome for outcome in found["outcomes"]}
+    assert len(arms) == 7
+    for seed in (0, 1):
+        lora, matched, talan = (arms[arm, seed] for arm in ("LoRA", "LoRA-matched", "LoRA+TALAN"))
+        # The same first batch through a fresh adapter: neither half adds anything yet.
+        assert lora["losses"][0] == matched["losses"][0] == talan["losses"][0]
+        assert lora["trainable"] < talan["trainable"] <= matched["trainable"]
+        assert matched["trainable"] - talan["trainable"] < lora["trainable"] / 2
+    assert arms["LoRA", 0]["losses"][0] != arms["LoRA", 1]["losses"][0]
+    assert type(PeftConfig.from_pretrained(output / "LoRA-seed-1")) is LoraConfig
+    assert answers(["generate", output / "LoRA-seed-1", "1 + 1 = ", "--max-new-tokens", "3"])
+
+
+def test_intervals_hold_the_truth_as_often_as_they_say() -> None:
+    draw = torch.Generator().manual_seed(0)
+    trials, hits, share_hits = 2000, 0, 0
+    for _ in range(trials):
+        interval = Interval.of_mean(torch.randn(4, generator=draw).tolist())
+        hits += interval.low <= 0.0 <= interval.high
+        share = Interval.of_share(int((torch.rand(50, generator=draw) < 0.1).sum()), 50)
+        share_hits += share.low <= 0.1 <= share.high
+    assert 0.94 < hits / trials < 0.96
+    assert 0.92 < share_hits / trials < 0.99
+    assert Interval.of_share(0, 20).high > 0.1
