@@ -42,6 +42,9 @@ METHODS: dict[str, str] = {
     "peft.tuners.tuners_utils.BaseTunerLayer._get_available_adapters": "Called: which adapters a layer has.",
     "peft.tuners.tuners_utils.BaseTunerLayer._move_adapter_to_device_of_base_layer": "Overridden: a side path has no "
     "base layer.",
+    "torch._C": "The module of the next name.",
+    "torch._C._are_functorch_transforms_active": "Called: whether `torch.func` is transforming the operator.",
+    "torch.autograd.forward_ad._current_level": "Read: whether forward-mode derivatives are being taken.",
     "torch._assert_async": "Called: a check on the device, without waiting for it.",
     "torch._dynamo": "Called: what runs while a forward pass is traced.",
     "torch.Tensor._version": "Read: whether somebody else has written into a tensor.",
