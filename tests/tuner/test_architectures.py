@@ -15,10 +15,10 @@ from peft_talan.tuner.blocks import find_blocks
 
 CHECKS = ["effect", "causal", "neighbour", "left_padding", "cached", "checkpointing"]
 POPULAR = {
-    "causal": ("bloom", "falcon", "gemma2", "gpt_oss", "llama4_text", "mpt", "qwen3_5_text"),
-    "image-text": ("llava", "mllama"),
-    "sequence-to-sequence": ("bart", "t5"),
-    "encoder": ("bert",),
+    "causal": ("bamba", "falcon", "gemma4_text", "mamba2", "mpt", "qwen3_next"),
+    "image-text": ("gemma4", "mllama"),
+    "sequence-to-sequence": ("bart", "m2m_100"),
+    "encoder": ("bert", "layoutlm"),
 }
 
 
