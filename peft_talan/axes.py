@@ -94,7 +94,7 @@ def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
 
 
 def check_number(name: str, value: object, lowest: float, highest: float, remedy: str) -> None:
-    """Raise `ValueError` if a field's value is no finite number between two others."""
+    """Raise `ValueError` if a field's value is not a finite number between two others."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise refusal(name, value, remedy)
     if not math.isfinite(value) or not lowest <= value <= highest:
@@ -102,7 +102,7 @@ def check_number(name: str, value: object, lowest: float, highest: float, remedy
 
 
 def check_count(name: str, value: object) -> None:
-    """Raise `ValueError` if a field's value is no whole number of at least 1."""
+    """Raise `ValueError` if a field's value is not a whole number of at least 1."""
     if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= LARGEST_COUNT:
         raise refusal(name, value, f"give a whole number of at least 1 and at most {LARGEST_COUNT}")
 

@@ -21,7 +21,7 @@ from .streams import Inputs
 
 TABLES = ("blocks", "propagation", "tokens")
 MAPS = 4
-"""So many examples get a map of tokens by slots."""
+"""The number of examples with a map of tokens by slots."""
 
 
 @dataclass(frozen=True)

@@ -95,7 +95,7 @@ def stdout_kept_clean() -> Iterator[None]:
 
 
 def note(message: str) -> None:
-    """Tell the user something that is no result.
+    """Print a message that is not a result.
 
     Args:
         message: One line, on stderr.

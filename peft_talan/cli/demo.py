@@ -43,7 +43,7 @@ def demo(
     if model is not None:
         check_source("--model", model, "model")
     try:
-        # Imported here: bad options are told of before the demo's own packages load.
+        # Imported here: bad options are reported before the demo's own packages load.
         from peft_talan.demo.run import DemoOptions, run_demo
 
         run_demo(

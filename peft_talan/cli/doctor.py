@@ -22,7 +22,7 @@ class Check(NamedTuple):
 
     Args:
         name: What was checked.
-        passed: Whether it works; None: it could not be told.
+        passed: Whether it works; None: unknown.
         note: One line.
     """
 
@@ -91,7 +91,7 @@ def check_ranges(versions: dict[str, str | None]) -> Check:
 
 
 def check_autoload() -> Check:
-    """See whether `import peft` alone makes PEFT know TALAN; told only if this package was not imported before.
+    """See whether `import peft` alone makes PEFT know TALAN; unknown if this package was imported before.
 
     Returns:
         The check.
@@ -104,7 +104,7 @@ def check_autoload() -> Check:
     if os.environ.get("TORCH_DEVICE_BACKEND_AUTOLOAD") == "0":
         return Check(name, None, "switched off by TORCH_DEVICE_BACKEND_AUTOLOAD=0; programs must import peft_talan")
     if "peft_talan" in sys.modules:
-        return Check(name, None, "can't be told from inside python -m peft_talan; run peft-talan doctor")
+        return Check(name, None, "unknown inside python -m peft_talan; run peft-talan doctor")
     import peft  # noqa: F401 - what its import does is what is asked
 
     worked = "peft_talan" in sys.modules

@@ -109,7 +109,7 @@ def read_config(adapter: str, revision: str | None = None, kind: str | None = "T
         The configuration.
 
     Raises:
-        Misuse: It is no adapter's of this type.
+        Misuse: It is not the file of an adapter of this type.
     """
     file = find_file(adapter, CONFIG_FILE, revision)
     try:
@@ -118,7 +118,7 @@ def read_config(adapter: str, revision: str | None = None, kind: str | None = "T
         raise Misuse(f"{file}: not JSON: {error}") from error
     found = config.get("peft_type") if isinstance(config, dict) else None
     if found is None or kind not in (None, found):
-        raise Misuse(f"{adapter}: peft_type={found!r} in {CONFIG_FILE}; this is no {kind or 'PEFT'} adapter")
+        raise Misuse(f"{adapter}: peft_type={found!r} in {CONFIG_FILE}; this is not a {kind or 'PEFT'} adapter")
     return dict(config)
 
 
@@ -133,7 +133,7 @@ def describe(adapter: str, revision: str | None = None) -> dict[str, Any]:
         Axes, both halves, layers, base model and versions, as JSON can hold them.
 
     Raises:
-        Misuse: It is no TALAN adapter, or its files can't be read.
+        Misuse: It is not a TALAN adapter, or its files can't be read.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -142,7 +142,7 @@ def describe(adapter: str, revision: str | None = None) -> dict[str, Any]:
     tensors: dict[str, tuple[list[int], str]] = {}
     try:
         with safe_open(file, framework="numpy") as opened:
-            for key in opened.keys():  # noqa: SIM118 - it is no dict
+            for key in opened.keys():  # noqa: SIM118 - it is not a dict
                 head = opened.get_slice(key)
                 tensors[key] = (head.get_shape(), head.get_dtype())
     except SafetensorError as error:

@@ -39,7 +39,7 @@ def check_output(output: Path, overwrite: bool) -> None:
         Misuse: The folder has files, or is none.
     """
     if output.exists() and not output.is_dir():
-        raise Misuse(f"{output}: is no folder")
+        raise Misuse(f"{output}: expected a folder")
     if not overwrite and output.is_dir() and any(output.iterdir()):
         raise Misuse(f"{output}: the folder is not empty; give another one, or --overwrite")
 

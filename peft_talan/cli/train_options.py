@@ -106,7 +106,7 @@ def load_rows(
     own = (".jsonl", ".json", ".csv", ".tsv")
     if any(Path(name).suffix.lower() not in own for name in (data, eval_data or data)):
         need("train", "datasets")
-    # The reader alone: what is wrong with a file is told before a trainer is imported.
+    # The reader alone: faults of a file are reported before a trainer is imported.
     from peft_talan.sft.data import read_rows
 
     rows, held_out = read_rows(data, config=config, split=split), None

@@ -96,7 +96,7 @@ class LatentMemory:
 
     def __getstate__(self) -> dict[str, Any]:
         self._record_pending()
-        # A copy of a view is no view of the copy.
+        # A copied view would not be a view of the copied tensor.
         return {**self.__dict__, "_buffers": None}
 
     def append(
@@ -154,7 +154,7 @@ class LatentMemory:
 
         In place means without autograd, and `state` must be a tensor that this call may write to: a tensor made in
         inference mode can't be written to outside of it. The views belong to one tensor object: whatever replaces
-        `state` (a longer call, other rows, a crop) leaves the buffers behind, and they are bound to the new one here.
+        `state` (a longer call, other rows, a crop) makes the buffers stale, and they are bound to the new one here.
         """
         state, buffers = self.state, self._buffers
         if state is None or torch.is_grad_enabled() or state.requires_grad:
@@ -229,7 +229,7 @@ class LatentMemory:
             self.rows = rows if self.rows is None else self.rows & rows
 
     def forget_masked(self, attended: torch.Tensor) -> None:
-        """Remove the tokens that a later mask takes away, such as the padding behind a row that ended early.
+        """Remove the tokens that a later mask takes away, such as the padding after a row that ended early.
 
         Args:
             attended: Which tokens the mask lets through, [batch, tokens so far], bool.

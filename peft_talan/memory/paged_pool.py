@@ -22,7 +22,7 @@ def page_ends(
         page_of_token: The page that each token is written to, [tokens], int64.
         query_start_loc: Where each request starts and the last one ends, [requests + 1], int, not falling.
         page_size: Tokens a page.
-        unused_page: A page that is no request's.
+        unused_page: A page that belongs to no request.
 
     Returns:
         The tokens and their pages, [leaves], int64, as `ragged_side_path` and `write_states` take them; there are more
@@ -49,7 +49,7 @@ def request_ends(page_of_token: torch.Tensor, query_start_loc: torch.Tensor, unu
     Args:
         page_of_token: [tokens], int64.
         query_start_loc: [requests + 1], int.
-        unused_page: A page that is no request's.
+        unused_page: A page that belongs to no request.
 
     Returns:
         [requests], int64; the unused page for requests without tokens.

@@ -33,7 +33,7 @@ class CallArguments(NamedTuple):
         seq_idx: [batch, tokens]: the sample of each token, or None.
         cache: The cache of the self-attention, or None.
         shape: (batch, tokens) of the model's input, if it is known.
-        unknown_state: The name of an argument with a state that is no transformers cache, or None.
+        unknown_state: The name of an argument with a state that is not a transformers cache, or None.
     """
 
     attention_mask: object = None

@@ -201,7 +201,7 @@ class BlockCall:
         Raises:
             TypeError: The block did not return hidden states of the shape that it received.
             ValueError: The hidden states are not [batch, tokens, hidden_size] of the model's input, or the model
-                carries a state from call to call that is no transformers cache.
+                carries a state from call to call that is not a transformers cache.
         """
         check_stream(hidden_states, self._received)
         shape, call = tuple(hidden_states.shape), self._model_call

@@ -331,7 +331,7 @@ class TalanLayer(SidePaths, BaseTunerLayer):
         self.merged_adapters.clear()
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        """A side path is no weight update, so it has no LoRA form."""
+        """A side path is not a weight update, so it has no LoRA form."""
         return False
 
     def extra_repr(self) -> str:

@@ -306,7 +306,7 @@ class TalanModel(LoraModel):
             **kwargs: The same.
 
         Raises:
-            ValueError: The name is taken, an adapter is unknown, or their sum is no adapter.
+            ValueError: The name is taken, an adapter is unknown, or their sum is not an adapter.
         """
         combine = super().add_weighted_adapter
         add_weighted_adapter(

@@ -35,7 +35,7 @@ class Pages(NamedTuple):
     """The pages that one call reads and writes, for all blocks of one attention type.
 
     Args:
-        number: The number of pages, those included that are no request's.
+        number: The number of pages, including those that belong to no request.
         before: The page of each request's previous token, [requests], int64.
         is_new: Whether the request begins with this call, [requests], bool.
         leave_at: The tokens after which a page is left, [leaves], int64; None: each request's last.
@@ -83,7 +83,7 @@ class PagedCall(NamedTuple):
         """
         allocator = self.cache.layer_to_allocator[block_index]
         unused = allocator.write_trash_index // allocator.block_physical_stride
-        number = allocator.num_blocks + 2 * allocator.blocks_per_sector  # two sectors are no request's
+        number = allocator.num_blocks + 2 * allocator.blocks_per_sector  # two sectors belong to no request
         positions = self.position_ids[0]
         first = self.query_start_loc[:-1].clamp(max=positions.shape[0] - 1)
         past = positions.index_select(0, first)

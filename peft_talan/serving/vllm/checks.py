@@ -65,7 +65,7 @@ def read_config(model_config: Any) -> TalanConfig:
         The adapter's configuration, which knows where its tensors are.
 
     Raises:
-        ValueError: It is no TALAN adapter, or its low-rank half is not merged into the model.
+        ValueError: It is not a TALAN adapter, or its low-rank half is not merged into the model.
     """
     options = {} if model_config.revision is None else {"revision": model_config.revision}
     config = TalanConfig.from_pretrained(model_config.model, **options)
@@ -89,7 +89,7 @@ def read_strength(vllm_config: Any) -> float:
         What scales the perturbations; 1 where nothing was said.
 
     Raises:
-        ValueError: It is no finite number.
+        ValueError: It is not a finite number.
     """
     # It asks for the tuner, which needs a model's worth of imports.
     from ...tuner.strength import check_strength
