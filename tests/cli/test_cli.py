@@ -275,7 +275,7 @@ def test_analyze_writes_tables_and_pictures(saved: Path, tmp_path: Path, answers
     assert written["pictures"]
     assert all(Path(file).stat().st_size > 0 for files in written.values() for file in files)
     assert "no such file" in fails(["analyze", saved / "adapter", "no.jsonl", tmp_path])
-    assert "this is no TALAN adapter" in fails(["analyze", saved / "lora", tmp_path / "data.jsonl", tmp_path])
+    assert "this is not a TALAN adapter" in fails(["analyze", saved / "lora", tmp_path / "data.jsonl", tmp_path])
 
 
 def test_doctor_finds_nothing_wrong() -> None:
