@@ -100,7 +100,7 @@ def test_config_takes_over_the_options_of_lora() -> None:
 
 @pytest.mark.parametrize("other", [IA3Config(target_modules=["k_proj"]), make_config()])
 def test_config_from_another_type_is_refused(other: PeftConfig) -> None:
-    with pytest.raises(ValueError, match="no LoRA adapter"):
+    with pytest.raises(ValueError, match="expected an adapter of type LORA"):
         TalanConfig.from_lora(other)
 
 
