@@ -20,6 +20,7 @@ SINGLE_STREAM: dict[str, int] = {"altup_num_inputs": 1, "hc_mult": 1, "hc_count"
 OTHER_STREAMS: dict[str, str] = {
     "cpmant": "put the hidden states of a prompt before those of the tokens",
     "fsmt": "hand on hidden states of shape [tokens, batch, hidden_size]",
+    "longformer": "hand on hidden states that are padded to a multiple of the attention window",
     "xlnet": "hand on hidden states of shape [tokens, batch, hidden_size]",
 }
 """Model types whose blocks do not hand on [batch, tokens, hidden_size], and what they do."""

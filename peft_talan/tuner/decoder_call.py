@@ -35,6 +35,15 @@ BEFORE_ALL = 2**40
 """In place of an unknown number of earlier tokens: more than any mask has columns, so the call's are its last ones."""
 
 
+def _is_set(config: object, name: str) -> bool:
+    """Whether a field is set, be it for some blocks only."""
+    try:
+        return bool(getattr(config, name, None))
+    except RuntimeError:
+        # transformers refuses to read a field that differs from block to block.
+        return True
+
+
 class ModelCall:
     """One forward pass of a decoder.
 
@@ -69,8 +78,8 @@ class DecoderCall:
         known = isinstance(decoder, PreTrainedModel)
         self.rule = ("zeros" if "flash" in attention else "steps") if known else "real"
         # The masks of their blocks may show only a window or a chunk of the past.
-        self.windowed = any(getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size"))
-        self.chunked = bool(getattr(config, "attention_chunk_size", None))
+        self.windowed = any(_is_set(config, name) for name in ("sliding_window", "attention_chunk_size"))
+        self.chunked = _is_set(config, "attention_chunk_size")
         # Gemma 4 gives its blocks with shared keys the last tokens only.
         self.slices = hasattr(decoder, "_maybe_slice_kv_shared_inputs")
 
