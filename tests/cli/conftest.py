@@ -29,9 +29,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def answers(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> Callable[[list[str | Path]], str]:
+def answers(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[[list[str | Path]], str]:
     """Runs a command that must work, and gives its stdout."""
     # Set by what runs the tests: tables would be as narrow as its terminal.
     monkeypatch.delenv("COLUMNS", raising=False)
