@@ -32,6 +32,7 @@ OPTIONS: dict[str, tuple[dict[str, Any], str]] = {
         "scheduler_cls=.* leave the option out",
     ),
     "a loader of its own": ({"load_format": "tensorizer"}, "load_format='tensorizer': .* use 'auto'"),
+    "pipeline stages": ({"pipeline_parallel_size": 2}, "pipeline_parallel_size=2: .* use tensor_parallel_size"),
     "no strength": ({"additional_config": {"talan_strength": "much"}}, "strength='much': give a finite number"),
 }
 

@@ -138,6 +138,11 @@ def _reasons(vllm_config: Any, config: TalanConfig) -> Iterator[str]:
     for name in ("decode_context_parallel_size", "prefill_context_parallel_size"):
         if getattr(parallel, name, 1) > 1:
             yield f"{name}={getattr(parallel, name)}: a process would see a part of each sequence only; leave it at 1"
+    if parallel.pipeline_parallel_size > 1:
+        yield (
+            f"pipeline_parallel_size={parallel.pipeline_parallel_size}: several steps would be under way at once, "
+            "and their answers were not shown to be those of generate; use tensor_parallel_size"
+        )
     if getattr(parallel, "enable_dbo", False) or getattr(parallel, "ubatch_size", 0) > 1:
         yield "enable_dbo: batches are not split between two streams here; start vLLM without it"
     if cache.kv_sharing_fast_prefill:
