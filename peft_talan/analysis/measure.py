@@ -137,6 +137,9 @@ def to_rows(
 
     Returns:
         One dictionary a row.
+
+    Example:
+        >>> table = pandas.DataFrame(to_rows(measure_blocks(model, inputs)))
     """
     rows: list[dict[str, Any]] = []
     for measure in measures:

@@ -42,6 +42,9 @@ def plot_blocks(blocks: Sequence[BlockMeasures]) -> Figure:
 
     Returns:
         The figure; `figure.savefig(file)` writes it.
+
+    Example:
+        >>> plot_blocks(measure_blocks(model, inputs)).savefig("blocks.png")
     """
     figure, axes = _axes("Changes of the residual stream", "block", "mean norm")
     indices = [measure.block for measure in blocks]
@@ -69,6 +72,9 @@ def plot_propagation(propagations: Sequence[Propagation]) -> Figure:
 
     Returns:
         The figure.
+
+    Example:
+        >>> plot_propagation(measure_propagation(model, inputs)).savefig("propagation.png")
     """
     figure, axes = _axes("Amplification of a perturbation", "block", "|difference| / |written|")
     for source in sorted({item.source for item in propagations}):
@@ -88,6 +94,9 @@ def plot_slot_usage(reads: Sequence[SidePathReads]) -> Figure:
 
     Returns:
         The figure.
+
+    Example:
+        >>> plot_slot_usage(measure_reads(model, inputs)).savefig("slots.png")
     """
     figure, axes = _axes("Slot usage", "slot", "mean share")
     width = 0.8 / max(1, len(reads))
@@ -112,6 +121,9 @@ def plot_token_slots(reads: SidePathReads, tokens: Sequence[str] | None = None, 
 
     Raises:
         ValueError: There is no such row, or the number of texts is not the row's number of tokens.
+
+    Example:
+        >>> plot_token_slots(measure_reads(model, inputs)[0], tokens).savefig("tokens.png")
     """
     rows, length = reads.valid.shape
     if not 0 <= row < rows:

@@ -82,6 +82,10 @@ def analyze(
     Raises:
         ValueError: A number is below 1, the adapter is not a TALAN adapter, or the data can't be used.
         ModuleNotFoundError: matplotlib is missing; `pip install 'peft-talan[analysis]'`.
+
+    Example:
+        >>> files = analyze("user/adapter", "data.jsonl", "analysis")
+        >>> files.pictures
     """
     for name, value in (("examples", examples), ("max_tokens", max_tokens), ("batch_size", batch_size)):
         if value < 1:

@@ -215,6 +215,10 @@ class TalanLayer(SidePaths, BaseTunerLayer):
         hidden_size: H, the width of the residual stream.
         block_index: The block's index, by which the cache carries the memory.
         depth: The number of the model's blocks.
+
+    Example:
+        >>> layers = [module for module in model.modules() if isinstance(module, TalanLayer)]
+        >>> [layer.block_index for layer in layers]
     """
 
     child_name: str = CHILD_NAME

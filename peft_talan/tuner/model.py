@@ -37,6 +37,11 @@ class TalanModel(LoraModel):
         config (TalanConfig): The configuration of the adapter.
         adapter_name (str): The name of the adapter. Default `"default"`.
         low_cpu_mem_usage (bool): Whether to create empty adapter weights on the meta device. Default False.
+
+    Example:
+        >>> model = get_peft_model(base_model, TalanConfig(task_type="CAUSAL_LM"))
+        >>> isinstance(model.base_model, TalanModel)
+        True
     """
 
     # The ignores: LoraModel has the types of LoRA alone.
@@ -174,6 +179,9 @@ class TalanModel(LoraModel):
 
         Raises:
             ValueError: There is no such adapter, or its low-rank half is merged.
+
+        Example:
+            >>> model.delete_adapter("default")
         """
         super().delete_adapter(adapter_name)
         for block, layer in attached_side_paths(self.model):
@@ -195,6 +203,9 @@ class TalanModel(LoraModel):
 
         Raises:
             ValueError: An active adapter has a bidirectional memory.
+
+        Example:
+            >>> model.generate(**tokenizer("What is 27 + 48?", return_tensors="pt"), max_new_tokens=16)
         """
         for name in self.active_adapters:
             scope = getattr(self.peft_config[name], "talan_memory_scope", "causal")
@@ -234,6 +245,10 @@ class TalanModel(LoraModel):
 
         Raises:
             ValueError: `safe_merge` found a NaN or an infinity.
+
+        Example:
+            >>> model.merge_adapter()
+            >>> model.unmerge_adapter()
         """
         if safe_merge:
             check_mergeable(self.model, self.active_adapters if adapter_names is None else adapter_names)
@@ -267,6 +282,10 @@ class TalanModel(LoraModel):
 
         Raises:
             ValueError: `side_path` is neither, or `safe_merge` found a NaN or an infinity.
+
+        Example:
+            >>> merged = model.merge_and_unload()
+            >>> merged.save_pretrained("merged")  # AutoModelForCausalLM.from_pretrained("merged") gives it back
         """
         if side_path not in ("keep", "drop"):
             raise ValueError(f"side_path={side_path!r}: choose 'keep' or 'drop'")
@@ -288,6 +307,9 @@ class TalanModel(LoraModel):
 
         Returns:
             The base model.
+
+        Example:
+            >>> base_model = model.unload()
         """
         model = super().unload()
         detach_side_paths(model)
@@ -307,6 +329,9 @@ class TalanModel(LoraModel):
 
         Raises:
             ValueError: The name is taken, an adapter is unknown, or their sum is not an adapter.
+
+        Example:
+            >>> model.add_weighted_adapter(["sums", "proofs"], [0.7, 0.3], "both", combination_type="cat")
         """
         combine = super().add_weighted_adapter
         add_weighted_adapter(
