@@ -8,6 +8,7 @@ narrow models of two and four blocks, since each further block adds the same. Th
 
 from __future__ import annotations
 
+import argparse
 import copy
 import json
 from pathlib import Path
@@ -149,6 +150,7 @@ def describe(config: PreTrainedConfig) -> dict[str, Any]:
 
 def main() -> None:
     """Compute, print and store."""
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     torch.set_num_threads(1)
     models = {"smollm2": SMOLLM2, **SHAPES, **ON_PAPER}
     result: dict[str, Any] = {"machine": machine(), "code": code_version(), "slots": SLOTS, "width": WIDTH}
