@@ -124,7 +124,7 @@ def read_header(location: CheckpointLocation) -> dict[str, torch.Tensor]:
         else:
             with safe_open(file, framework="pt") as saved:
                 # Values are mapped from the file and read when they are used, which they are not here.
-                tensors = {name: saved.get_tensor(name).to("meta") for name in saved.keys()}  # noqa: SIM118
+                tensors = {name: saved.get_tensor(name).to("meta") for name in saved.keys()}  # noqa: SIM118 - not a dictionary
     except (SafetensorError, pickle.UnpicklingError, EOFError, RuntimeError) as error:
         raise ValueError(
             f"the checkpoint in {location.model_id!r} can't be read ({type(error).__name__}: {error}); it is "
