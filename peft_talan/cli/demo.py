@@ -1,4 +1,4 @@
-"""`peft-talan demo`: LoRA and LoRA+TALAN side by side."""
+"""`peft-talan demo`: recall beyond the window, then LoRA and LoRA+TALAN side by side."""
 
 from __future__ import annotations
 
@@ -26,7 +26,10 @@ def demo(
         str | None, Option(help="Hub id or folder of a causal LM", show_default="SmolLM2-135M-Instruct from PyPI")
     ] = None,
     task: Annotated[str, Option(help="reasoning-gym task")] = "chain_sum",
-    steps: Annotated[int, Option(min=1, help="Optimizer steps of each adapter")] = 60,
+    recall_steps: Annotated[
+        int, Option(min=0, help="Optimizer steps of each adapter of the recall beyond the window; 0: leave it out")
+    ] = 80,
+    steps: Annotated[int, Option(min=1, help="Optimizer steps of each adapter of the task")] = 40,
     batch_size: Annotated[int, Option(min=1, help="Examples of a step")] = 8,
     learning_rate: Annotated[float, Option(help="Highest learning rate")] = 1e-3,
     rank: Annotated[int, Option(min=1, help="Rank of the low-rank half")] = 16,
@@ -37,7 +40,10 @@ def demo(
     *,
     axes: dict[str, Any],
 ) -> None:
-    """Train LoRA and LoRA+TALAN side by side on a small real model and compare them; `compare` takes your own data."""
+    """Compare LoRA and LoRA+TALAN: recall beyond the attention window, then a small real model side by side.
+
+    `compare` takes your own data.
+    """
     if not learning_rate > 0:
         raise Misuse(f"--learning-rate {learning_rate}: give a positive number such as 1e-3")
     if model is not None:
@@ -50,6 +56,7 @@ def demo(
             DemoOptions(
                 model=model,
                 task=task,
+                recall_steps=recall_steps,
                 steps=steps,
                 batch_size=batch_size,
                 learning_rate=learning_rate,

@@ -1,4 +1,4 @@
-"""Runs the demo: two adapters side by side, a table, a picture, and what to type next."""
+"""Runs the demo: recall beyond the window, then two adapters of a real model side by side, and what to type next."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from typing import Any
 import peft
 import torch
 import transformers
+from rich.console import Console
 from transformers import AutoConfig
 
 from ..sft.comparison import LORA, TALAN, Job
@@ -25,6 +26,7 @@ from ..sft.reporting import compare_with_bars, difference_lines, draw_comparison
 from ..sft.scores import default_text
 from ..version import __version__
 from .base_model import default_model_folder
+from .recall_run import draw_recall, recall_difference, recall_table, run_recall
 from .tasks import make_rows
 
 LONGEST_ANSWER = 32
@@ -33,6 +35,8 @@ OVERHEAD = 1.6
 """Seconds of a training step, divided by those of its matrix products alone: measured on SmolLM2-135M."""
 STARTING = 30.0
 """Seconds to import, load, score and save."""
+RECALL_SCORES, RECALL_STEP = 4.0e11, 1.0e10
+"""Operations of a matrix product that take as long as all scores of the recall, and as one step of all its models."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +46,8 @@ class DemoOptions:
     Args:
         model: A hub id or a folder; None: SmolLM2-135M-Instruct from its package.
         task: The reasoning-gym task.
-        steps: Optimizer steps an adapter.
+        recall_steps: Optimizer steps an adapter of the recall; 0 leaves it out.
+        steps: Optimizer steps an adapter of the task.
         batch_size: Examples a step.
         learning_rate: The highest learning rate.
         rank: The rank of the low-rank half.
@@ -55,6 +60,7 @@ class DemoOptions:
 
     model: str | None
     task: str
+    recall_steps: int
     steps: int
     batch_size: int
     learning_rate: float
@@ -72,22 +78,12 @@ def _parameters(model: str) -> int:
         return int(transformers.AutoModelForCausalLM.from_config(config).num_parameters())
 
 
-def estimate_seconds(model: str, rows: Rows, steps: int, batch_size: int) -> float:
-    """Estimate how long two trainings side by side take on this machine, from the speed of a matrix product.
-
-    Args:
-        model: The base model's folder or hub id.
-        rows: What is trained on.
-        steps: Optimizer steps.
-        batch_size: Rows a step.
+def matrix_speed() -> float:
+    """Measure the speed of a matrix product on one thread, as it is now.
 
     Returns:
-        Seconds.
+        Operations a second.
     """
-    tokenizer = load_tokenizer(model)
-    lengths = [len(prompt) + len(completion) for prompt, completion in (encode(tokenizer, r) for r in rows.rows[:50])]
-    # Two operations a weight and token forward, two backward: the base model's own gradients are not computed.
-    operations = 4.0 * _parameters(model) * max(lengths) * batch_size * steps
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     side = torch.rand(512, 512)
@@ -95,9 +91,28 @@ def estimate_seconds(model: str, rows: Rows, steps: int, batch_size: int) -> flo
     while time.perf_counter() - started < 0.5:
         side @ side
         products += 1
-    speed = products * 2 * 512**3 / (time.perf_counter() - started)
     torch.set_num_threads(threads)
-    return STARTING + OVERHEAD * operations / speed
+    return products * 2 * 512**3 / (time.perf_counter() - started)
+
+
+def estimate_seconds(model: str, rows: Rows, options: DemoOptions) -> float:
+    """Estimate how long the demo takes on this machine, from the speed of a matrix product.
+
+    Args:
+        model: The base model's folder or hub id.
+        rows: What is trained on.
+        options: What was asked for.
+
+    Returns:
+        Seconds.
+    """
+    tokenizer = load_tokenizer(model)
+    lengths = [len(prompt) + len(completion) for prompt, completion in (encode(tokenizer, r) for r in rows.rows[:50])]
+    # Two operations a weight and token forward, two backward: the base model's own gradients are not computed.
+    operations = OVERHEAD * 4.0 * _parameters(model) * max(lengths) * options.batch_size * options.steps
+    if options.recall_steps:
+        operations += RECALL_SCORES + RECALL_STEP * options.recall_steps
+    return STARTING + operations / matrix_speed()
 
 
 def _ask(adapter: Path, model: str, question: str) -> str:
@@ -111,7 +126,7 @@ def _ask(adapter: Path, model: str, question: str) -> str:
 
 
 def run_demo(options: DemoOptions) -> None:
-    """Train both adapters, print the table, save picture and adapters, reload one and ask it.
+    """Show the recall beyond the window, train two adapters, save pictures and adapters, reload one and ask it.
 
     Args:
         options: What was asked for.
@@ -137,10 +152,12 @@ def run_demo(options: DemoOptions) -> None:
         f"base model {model}, task {options.task}: {len(train)} examples to train on, {len(held_out)} held out, "
         f"{options.steps} steps of {options.batch_size}, seed {options.seed}"
     )
-    seconds = estimate_seconds(model, train, options.steps, options.batch_size)
-    minutes = max(1, round(seconds / 60))
-    console.print(f"takes about {minutes} min at the present speed of two cores, one for each adapter")
+    minutes = max(1, round(estimate_seconds(model, train, options) / 60))
+    console.print(f"takes about {minutes} min at the present speed of two cores")
     output.mkdir(parents=True, exist_ok=True)
+    results: dict[str, Any] = {"model": model, "task": options.task}
+    if options.recall_steps:
+        results["recall"] = _show_recall(options, output, console)
     job = Job(
         model=model,
         rows=train,
@@ -164,14 +181,28 @@ def run_demo(options: DemoOptions) -> None:
     console.print(make_table(outcomes))
     for line in difference_lines(outcomes):
         console.print(line)
-    results = {"model": model, "task": options.task, "outcomes": [outcome.as_dict() for outcome in outcomes]}
+    results["outcomes"] = [outcome.as_dict() for outcome in outcomes]
     (output / "results.json").write_text(json.dumps(results, indent=1), encoding="utf-8")
     draw_comparison(outcomes, output / "losses.png")
     adapter = Path(str(outcomes[-1].folder))
     answer = _ask(adapter, model, options.ask)
     console.print(f"{TALAN}, reloaded in a fresh process: {options.ask!r} -> {answer!r}")
-    console.print(f"{output}: adapters, losses.png, results.json; {time.perf_counter() - started:.0f} s in all\n")
+    pictures = "recall.png, losses.png" if options.recall_steps else "losses.png"
+    console.print(f"{output}: adapters, {pictures}, results.json; {time.perf_counter() - started:.0f} s in all\n")
     console.print("Next:", *_next_commands(adapter, model), sep="\n  ", soft_wrap=True)
+
+
+def _show_recall(options: DemoOptions, output: Path, console: Console) -> list[dict[str, Any]]:
+    console.print(
+        "1. beyond the window: a small Mistral with a sliding window of 16 tokens is trained here; a key stands at "
+        "the start of a text and is asked for at its end"
+    )
+    recalled = run_recall(options.recall_steps, options.seed, console)
+    console.print(recall_table(recalled))
+    console.print(recall_difference(recalled))
+    draw_recall({outcome.arm: outcome.shares for outcome in recalled}, output / "recall.png")
+    console.print("2. a real model: both adapters learn sums, and one is reloaded and asked")
+    return [outcome.as_dict() for outcome in recalled]
 
 
 def _next_commands(adapter: Path, model: str) -> list[str]:

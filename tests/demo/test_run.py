@@ -1,4 +1,4 @@
-"""The whole demo on a tiny model: table, adapters, picture, and the answer of a fresh process."""
+"""The whole demo on tiny models: tables, adapters, pictures, and the answer of a fresh process."""
 
 from __future__ import annotations
 
@@ -19,9 +19,16 @@ def test_the_demo_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     output = tmp_path / "output"
     words = ["--model", tmp_path / "model", "--output", output, "--held-out", "6", "--ask", "1+2=?"]
     words += ["--steps", STEPS, "--rank", "2", "--batch-size", "2", "--talan-layers", "all", "--talan-mixer", "linear"]
+    words += ["--recall-steps", "1"]
     assert main([str(word) for word in ["demo", *words]]) == 0
     printed = capsys.readouterr().out
-    for word in ("takes about", "exact match", "LoRA+TALAN minus LoRA", "reloaded in a fresh process: '1+2=?' ->"):
+    for word in (
+        "takes about",
+        "LoRA+TALAN minus LoRA at 10 windows",
+        "exact match",
+        "LoRA+TALAN minus LoRA",
+        "reloaded in a fresh process: '1+2=?' ->",
+    ):
         assert word in printed
     commands = [line.strip() for line in printed.split("Next:")[1].splitlines() if line.strip()]
     assert [command.split()[:2] for command in commands] == [
@@ -29,13 +36,16 @@ def test_the_demo_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str])
         ["peft-talan", "generate"],
         ["peft-talan", "compare"],
     ]
-    base, lora, talan = json.loads((output / "results.json").read_text())["outcomes"]
+    results = json.loads((output / "results.json").read_text())
+    assert [recalled["arm"] for recalled in results["recall"]] == ["base model", "LoRA", "LoRA+TALAN"]
+    base, lora, talan = results["outcomes"]
     assert (base["arm"], lora["arm"], talan["arm"]) == ("base model", "LoRA", "LoRA+TALAN")
     # The same first batch through a fresh adapter: the side path adds nothing yet.
     assert lora["losses"][0] == talan["losses"][0]
     assert len(lora["losses"]) == len(talan["losses"]) == STEPS
     assert talan["trainable"] > lora["trainable"]
-    assert (output / "losses.png").read_bytes().startswith(b"\x89PNG")
+    for picture in ("losses.png", "recall.png"):
+        assert (output / picture).read_bytes().startswith(b"\x89PNG")
     saved = json.loads((output / "LoRA+TALAN" / "adapter_config.json").read_text())
     assert (saved["talan_mixer"], saved["talan_layers"]) == ("linear", "all")
     assert json.loads((output / "LoRA" / "prompt_form.json").read_text())["chat"] is True

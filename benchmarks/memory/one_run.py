@@ -1,0 +1,126 @@
+"""One run of the memory study: an adapter on a small window model is trained on one task and scored by distance."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from hashlib import sha256
+from typing import Any, Literal
+
+import torch
+from peft import get_peft_model
+
+from peft_talan.demo.recall import (
+    LONG_CONTEXT,
+    SCORED_WINDOWS,
+    Task,
+    Training,
+    pretrained,
+    recall,
+    train,
+)
+
+from ..measure import code_version, machine
+from ..quality.arms import MATCHED, make_config, trainable
+from ..quality.backbones import weights_hash
+
+LINEAR, MLP = {**LONG_CONTEXT, "talan_mixer": "linear"}, {**LONG_CONTEXT, "talan_mixer": "mlp"}
+ARMS: dict[str, tuple[str, dict[str, Any]]] = {
+    "LoRA": ("lora", {}),
+    "LoRA, as many parameters": (MATCHED, LONG_CONTEXT),
+    "TALAN, default (one block)": ("lora+talan", {}),
+    "TALAN, all blocks": ("lora+talan", LONG_CONTEXT),
+    "TALAN, all blocks, linear": ("lora+talan", LINEAR),
+    "TALAN, all blocks, mlp": ("lora+talan", MLP),
+}
+"""By arm: the kind of adapter and the axes that differ from the package's defaults."""
+
+Base = Literal["window", "full"]
+BASE_STEPS: dict[tuple[Base, Task], int] = {
+    ("window", "key"): 400,
+    ("window", "pairs"): 1600,
+    ("window", "count"): 800,
+    ("full", "key"): 400,
+}
+"""Steps after which the base model can do the task inside its window (or, `full`, with full attention)."""
+STEPS: dict[Task, int] = {"key": 80, "pairs": 150, "count": 150}
+"""Optimizer steps of an adapter, the same for every arm."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """All that a run depends on: two runs of equal settings are one run.
+
+    Args:
+        task: The task.
+        arm: One of `ARMS`.
+        seed: Of the base model, the adapter and the texts.
+        learning_rate: The highest.
+        base: What the base model was pretrained with: its window, or full attention that it then loses.
+        steps: Optimizer steps.
+        batch_size: Texts a step.
+        rank: Of the low-rank half.
+        scored: The distances that are scored, in windows.
+        rows: Texts of each distance.
+    """
+
+    task: Task
+    arm: str
+    seed: int
+    learning_rate: float
+    base: Base = "window"
+    steps: int = STEPS["key"]
+    batch_size: int = 8
+    rank: int = 8
+    scored: tuple[int, ...] = SCORED_WINDOWS
+    rows: int = 64
+
+    def key(self) -> str:
+        return sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:16]
+
+
+@lru_cache(maxsize=2)
+def base_of(task: Task, seed: int, base: Base) -> tuple[Any, str, dict[int, float]]:
+    """The base model, a hash of its weights, and its own recall by distance as far as it was measured."""
+    model = pretrained(task, seed, BASE_STEPS[base, task], full_attention=base == "full")
+    return model, weights_hash(model), {}
+
+
+def run(settings: Settings) -> dict[str, Any]:
+    """Train and score once, on one thread."""
+    torch.set_num_threads(1)
+    model, weights, base_recall = base_of(settings.task, settings.seed, settings.base)
+    for windows in settings.scored:
+        if windows not in base_recall:
+            base_recall[windows] = recall(model, settings.task, windows, settings.rows)
+    adapter, axes = ARMS[settings.arm]
+    config = make_config(adapter, model, settings.rank, "all-linear", axes)
+    torch.manual_seed(settings.seed)
+    tuned = get_peft_model(model, config)
+    started = time.process_time()
+    losses = train(
+        tuned,
+        settings.task,
+        # Another seed than the base model's, so that the texts are other ones, too.
+        Training(settings.steps, settings.learning_rate, settings.batch_size, seed=1000 + settings.seed),
+    )
+    seconds = time.process_time() - started
+    row = {
+        "key": settings.key(),
+        "settings": asdict(settings),
+        "recall": {windows: recall(tuned, settings.task, windows, settings.rows) for windows in settings.scored},
+        "base_recall": {windows: base_recall[windows] for windows in settings.scored},
+        "last_loss": sum(losses[-math.ceil(settings.steps / 5) :]) / math.ceil(settings.steps / 5),
+        "losses": [round(loss, 4) for loss in losses[:: max(1, settings.steps // 50)]],
+        "trainable": trainable(tuned),
+        "rank": config.r,
+        "processor_seconds": round(seconds, 1),
+        "weights": weights,
+        "code": code_version(),
+        "machine": machine(),
+    }
+    tuned.unload()
+    return row

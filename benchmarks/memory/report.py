@@ -1,0 +1,140 @@
+"""Tables and the picture of the memory study.
+
+    python -m benchmarks.memory.report                          # prints the tables
+    python -m benchmarks.memory.report --page docs/evidence.md  # puts them into the page, and the picture beside it
+
+Intervals are Student's at 95% over the seeds, paired by seed for differences.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from peft_talan.demo.recall import CHANCE
+from peft_talan.demo.recall_run import draw_recall
+from peft_talan.sft.intervals import Interval
+
+from ..measure import read_lines
+from ..quality.report import put_into_page
+from ..quality.study import finished
+from .generation import RESULTS as GENERATION_RESULTS
+from .one_run import ARMS
+from .study import DEVELOPMENT_SEED, RESULTS
+
+REFERENCE = "LoRA"
+COMPARED = 10
+"""The distance at which arms are compared, the longest that is trained on."""
+
+Row = dict[str, Any]
+
+
+def of_arm(rows: Sequence[Row], task: str, arm: str, base: str = "window") -> dict[int, Row]:
+    """The runs of one arm on fresh seeds, by seed."""
+    wanted = {"task": task, "arm": arm, "base": base}
+    return {
+        row["settings"]["seed"]: row
+        for row in rows
+        if row["settings"]["seed"] != DEVELOPMENT_SEED and wanted.items() <= row["settings"].items()
+    }
+
+
+def recalls(runs: dict[int, Row], windows: int, measure: str = "recall") -> list[float]:
+    return [row[measure][str(windows)] for row in runs.values() if str(windows) in row[measure]]
+
+
+def curve(runs: dict[int, Row], measure: str = "recall") -> dict[int, Interval]:
+    """Recall by distance; an interval of shares ends at 0 and 1."""
+    distances = sorted({int(windows) for row in runs.values() for windows in row[measure]})
+    intervals = {windows: Interval.of_mean(recalls(runs, windows, measure)) for windows in distances}
+    return {
+        windows: Interval(found.mean, max(0.0, found.low), min(1.0, found.high))
+        for windows, found in intervals.items()
+    }
+
+
+def curves(rows: Sequence[Row], task: str, base: str = "window") -> dict[str, dict[int, Interval]]:
+    """Recall by arm and distance, the base model first."""
+    found = {arm: of_arm(rows, task, arm, base) for arm in ARMS}
+    found = {arm: runs for arm, runs in found.items() if runs}
+    if not found:
+        return {}
+    longest = max(found.values(), key=len)
+    return {"base model": curve(longest, "base_recall")} | {arm: curve(runs) for arm, runs in found.items()}
+
+
+def difference(rows: Sequence[Row], task: str, arm: str, base: str = "window", windows: int = COMPARED) -> Interval:
+    """Recall of an arm minus that of LoRA with the same seeds."""
+    mine, its = of_arm(rows, task, arm, base), of_arm(rows, task, REFERENCE, base)
+    pairs = [(mine[seed], its[seed]) for seed in sorted(mine.keys() & its.keys())]
+    return Interval.of_mean([a["recall"][str(windows)] - b["recall"][str(windows)] for a, b in pairs])
+
+
+def symbol(found: Interval) -> str:
+    """▲ better, ▼ worse, = no difference: whether the interval leaves zero out."""
+    return "▲" if found.low > 0 else "▼" if found.high < 0 else "="
+
+
+def task_table(rows: Sequence[Row], task: str, base: str = "window", shown: Sequence[int] = (1, 4, 10, 32)) -> str:
+    """Recall of every arm on one task at some distances, and what it has over LoRA."""
+    lines = [
+        "| arm | trainable | learning rate | seeds | "
+        + " | ".join(f"{windows} window{'s' if windows > 1 else ''}" for windows in shown)
+        + f" | minus LoRA at {COMPARED} windows, points |",
+        "|---|---|---|---|" + "---|" * len(shown) + "---|",
+    ]
+    for arm, shares in curves(rows, task, base).items():
+        cells = [shares[windows].text(1, 100.0) + "%" if windows in shares else "" for windows in shown]
+        if arm not in ARMS:
+            lines.append(f"| {arm} | | | | {' | '.join(cells)} | |")
+            continue
+        runs = of_arm(rows, task, arm, base)
+        first = next(iter(runs.values()))
+        over = difference(rows, task, arm, base)
+        against = "" if arm == REFERENCE else f"{symbol(over)} {over.text(1, 100.0, sign='+')}"
+        lines.append(
+            f"| {arm} | {first['trainable']:,} | {first['settings']['learning_rate']:g} | {len(runs)} "
+            f"| {' | '.join(cells)} | {against} |"
+        )
+    return "\n".join(lines)
+
+
+def generation_table(rows: Sequence[Row]) -> str:
+    """Recall and the bytes of the cache by length of the text."""
+    lines = [
+        "| arm | tokens | texts | right [95% interval] | keys and values, bytes a text | memories, bytes a text |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        share, size = Interval(*row["recall"]), row["bytes_a_row"]
+        name = row["arm"] if row["longest_trained"] == COMPARED else f"{row['arm']}, {row['longest_trained']} windows"
+        lines.append(
+            f"| {name} | {row['tokens']:,} | {row['settings']['rows']} | {share.text(0, 100.0)}% "
+            f"| {size['keys_and_values']:,} | {size['memories']:,} |"
+        )
+    return "\n".join(lines)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--generation", type=Path, default=GENERATION_RESULTS)
+    parser.add_argument("--page", type=Path, default=None, help="a page with marks like <!-- table memory key -->")
+    options = parser.parse_args(arguments)
+    rows = list(finished(options.results).values())
+    tables = {f"memory {task}": task_table(rows, task) for task in ("key", "pairs", "count") if curves(rows, task)}
+    if curves(rows, "key", "full"):
+        tables["memory dropped keys"] = task_table(rows, "key", "full")
+    tables["memory generation"] = generation_table(read_lines(options.generation))
+    if options.page is None:
+        for name, table in tables.items():
+            print(f"\n{name} (chance {100 * CHANCE:.2f}%)\n\n{table}")
+        return
+    put_into_page(options.page, tables)
+    draw_recall(curves(rows, "key"), options.page.parent / "images" / "memory_recall.png")
+
+
+if __name__ == "__main__":
+    main()
