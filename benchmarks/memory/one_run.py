@@ -41,7 +41,7 @@ ARMS: dict[str, tuple[str, dict[str, Any]]] = {
 Base = Literal["window", "full"]
 BASE_STEPS: dict[tuple[Base, Task], int] = {
     ("window", "key"): 400,
-    ("window", "pairs"): 1600,
+    ("window", "pairs"): 400,
     ("window", "count"): 800,
     ("full", "key"): 400,
 }

@@ -3,7 +3,8 @@
     python -m benchmarks.memory.report                          # prints the tables
     python -m benchmarks.memory.report --page docs/evidence.md  # puts them into the page, and the picture beside it
 
-Intervals are Student's at 95% over the seeds, paired by seed for differences.
+Intervals are Student's at 95% over the seeds, paired by seed for differences; those of recall are at least as wide as
+Wilson's of all texts.
 """
 
 from __future__ import annotations
@@ -18,13 +19,15 @@ from peft_talan.demo.recall_run import draw_recall
 from peft_talan.sft.intervals import Interval
 
 from ..measure import read_lines
-from ..quality.report import put_into_page
+from ..quality.paired import summarise
+from ..quality.report import MEASURES, PAIRS, cells_of, pair_up, put_into_page
+from ..quality.study import RESULTS as QUALITY_RESULTS
 from ..quality.study import finished
 from .generation import RESULTS as GENERATION_RESULTS
 from .one_run import ARMS
 from .study import DEVELOPMENT_SEED, RESULTS
 
-REFERENCE = "LoRA"
+REFERENCE, MATCHED, RECOMMENDED = "LoRA", "LoRA, as many parameters", "TALAN, all blocks"
 COMPARED = 10
 """The distance at which arms are compared, the longest that is trained on."""
 
@@ -46,13 +49,15 @@ def recalls(runs: dict[int, Row], windows: int, measure: str = "recall") -> list
 
 
 def curve(runs: dict[int, Row], measure: str = "recall") -> dict[int, Interval]:
-    """Recall by distance; an interval of shares ends at 0 and 1."""
-    distances = sorted({int(windows) for row in runs.values() for windows in row[measure]})
-    intervals = {windows: Interval.of_mean(recalls(runs, windows, measure)) for windows in distances}
-    return {
-        windows: Interval(found.mean, max(0.0, found.low), min(1.0, found.high))
-        for windows, found in intervals.items()
-    }
+    """Recall by distance; the interval is at least as wide as Wilson's of all texts, for seeds that are all alike."""
+    found = {}
+    for windows in sorted({int(windows) for row in runs.values() for windows in row[measure]}):
+        shares = recalls(runs, windows, measure)
+        rows = next(iter(runs.values()))["settings"]["rows"]
+        seeds, texts = Interval.of_mean(shares), Interval.of_share(round(rows * sum(shares)), rows * len(shares))
+        low, high = min(seeds.low, texts.low), max(seeds.high, texts.high)
+        found[windows] = Interval(seeds.mean, max(0.0, low), min(1.0, high))
+    return found
 
 
 def curves(rows: Sequence[Row], task: str, base: str = "window") -> dict[str, dict[int, Interval]]:
@@ -65,11 +70,11 @@ def curves(rows: Sequence[Row], task: str, base: str = "window") -> dict[str, di
     return {"base model": curve(longest, "base_recall")} | {arm: curve(runs) for arm, runs in found.items()}
 
 
-def difference(rows: Sequence[Row], task: str, arm: str, base: str = "window", windows: int = COMPARED) -> Interval:
-    """Recall of an arm minus that of LoRA with the same seeds."""
-    mine, its = of_arm(rows, task, arm, base), of_arm(rows, task, REFERENCE, base)
-    pairs = [(mine[seed], its[seed]) for seed in sorted(mine.keys() & its.keys())]
-    return Interval.of_mean([a["recall"][str(windows)] - b["recall"][str(windows)] for a, b in pairs])
+def difference(rows: Sequence[Row], task: str, arm: str, other: str = REFERENCE, base: str = "window") -> Interval:
+    """Recall of an arm minus that of another one with the same seeds."""
+    mine, its = of_arm(rows, task, arm, base), of_arm(rows, task, other, base)
+    pairs = [(mine[seed]["recall"], its[seed]["recall"]) for seed in sorted(mine.keys() & its.keys())]
+    return Interval.of_mean([a[str(COMPARED)] - b[str(COMPARED)] for a, b in pairs])
 
 
 def symbol(found: Interval) -> str:
@@ -92,12 +97,38 @@ def task_table(rows: Sequence[Row], task: str, base: str = "window", shown: Sequ
             continue
         runs = of_arm(rows, task, arm, base)
         first = next(iter(runs.values()))
-        over = difference(rows, task, arm, base)
+        over = difference(rows, task, arm, base=base)
         against = "" if arm == REFERENCE else f"{symbol(over)} {over.text(1, 100.0, sign='+')}"
         lines.append(
             f"| {arm} | {first['trainable']:,} | {first['settings']['learning_rate']:g} | {len(runs)} "
             f"| {' | '.join(cells)} | {against} |"
         )
+    return "\n".join(lines)
+
+
+SHOWN_MEASURES = ("exact match, points", "plain text, nats lower")
+NAMES = {"lora": "LoRA", "lora-matched": MATCHED, "dora": "DoRA", "rslora": "rsLoRA", "lora+talan": "TALAN"}
+
+
+def findings_table(rows: Sequence[Row], first_study: Sequence[Row]) -> str:
+    """One line a comparison: this study's recall, then the first study's scores."""
+    lines = ["| compared | measure | | difference [95% interval] | pairs |", "|---|---|---|---|---|"]
+    for task in ("key", "pairs", "count"):
+        for arm in (REFERENCE, MATCHED):
+            if count := len(of_arm(rows, task, RECOMMENDED).keys() & of_arm(rows, task, arm).keys()):
+                found = difference(rows, task, RECOMMENDED, arm)
+                lines.append(
+                    f"| {RECOMMENDED}, against {arm} | `{task}` beyond the window, points | {symbol(found)} "
+                    f"| {found.text(1, 100.0, sign='+')} | {count} |"
+                )
+    for new, old in PAIRS:
+        by_place = [[row for row in first_study if row["settings"]["adapter"] == adapter] for adapter in (new, old)]
+        for measure in SHOWN_MEASURES:
+            if new.endswith("+talan") and (pairs := pair_up(*by_place)):
+                summary = summarise(list(cells_of(pairs, MEASURES[measure]).values()))
+                found = Interval(summary.mean, summary.low, summary.high)
+                over = f"{NAMES.get(new, f'{NAMES[old]}+TALAN')}, one block, against {NAMES[old]}"
+                lines.append(f"| {over} | {measure} | {symbol(found)} | {found.text(2, sign='+')} | {summary.pairs} |")
     return "\n".join(lines)
 
 
@@ -117,23 +148,31 @@ def generation_table(rows: Sequence[Row]) -> str:
     return "\n".join(lines)
 
 
+def tables_of(results: Path, generation: Path) -> dict[str, str]:
+    """Every table of the page by its name, of what has been run."""
+    rows = list(finished(results).values())
+    tables = {f"memory {task}": task_table(rows, task) for task in ("key", "pairs", "count") if curves(rows, task)}
+    if curves(rows, "key", "full"):
+        tables["memory dropped keys"] = task_table(rows, "key", "full")
+    tables["memory findings"] = findings_table(rows, list(finished(QUALITY_RESULTS).values()))
+    tables["memory generation"] = generation_table(read_lines(generation))
+    return tables
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--generation", type=Path, default=GENERATION_RESULTS)
     parser.add_argument("--page", type=Path, default=None, help="a page with marks like <!-- table memory key -->")
     options = parser.parse_args(arguments)
-    rows = list(finished(options.results).values())
-    tables = {f"memory {task}": task_table(rows, task) for task in ("key", "pairs", "count") if curves(rows, task)}
-    if curves(rows, "key", "full"):
-        tables["memory dropped keys"] = task_table(rows, "key", "full")
-    tables["memory generation"] = generation_table(read_lines(options.generation))
+    tables = tables_of(options.results, options.generation)
     if options.page is None:
         for name, table in tables.items():
             print(f"\n{name} (chance {100 * CHANCE:.2f}%)\n\n{table}")
         return
     put_into_page(options.page, tables)
-    draw_recall(curves(rows, "key"), options.page.parent / "images" / "memory_recall.png")
+    shown = curves(list(finished(options.results).values()), "key")
+    draw_recall(shown, options.page.parent / "images" / "memory_recall.png")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Tables and plots of the study, from its results; a part of a study gives a part of them.
 
 python -m benchmarks.quality.report                          # prints the tables
-python -m benchmarks.quality.report --page docs/evidence.md  # puts them into the page, and the plots beside it
+python -m benchmarks.quality.report --page docs/evidence-tables.md  # puts them into the page, and the plots beside it
 """
 
 from __future__ import annotations

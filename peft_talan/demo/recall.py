@@ -22,10 +22,11 @@ REACH = BLOCKS * (WINDOW - 1)
 """How many tokens back the last block's output depends on, through all blocks."""
 ANSWERS = 16
 CHANCE = 1 / ANSWERS
-NAMES, PAIRS = 8, 3
-BEGIN, MARK, ASK, FIRST_NAME, FIRST_ANSWER = 0, 1, 2, 3, 3 + NAMES
+NAMES = 3
+BEGIN, MARK, ASK, FIRST_NAME, FIRST_ANSWER = 0, 1, 2, 3, 11
 FIRST_FILLER = FIRST_ANSWER + ANSWERS
-VOCABULARY = 64
+FIRST_PAIR = 64
+"""The token of a name and an answer together; only the model of `pairs` has such tokens."""
 LATEST_KEY = 4
 
 TRAINED_WINDOWS = tuple(range(1, 11))
@@ -37,14 +38,17 @@ LONG_CONTEXT: dict[str, Any] = {"talan_layers": "all"}
 """The axes that the documentation recommends for recall beyond the window."""
 
 
-def window_config() -> MistralConfig:
+def window_config(task: Task) -> MistralConfig:
     """The small window model: Mistral's architecture, every block with a sliding window.
+
+    Args:
+        task: The task, which decides on the size of the vocabulary.
 
     Returns:
         The configuration; 4 blocks of 16 keys, hidden size 64.
     """
     return MistralConfig(
-        vocab_size=VOCABULARY,
+        vocab_size=FIRST_PAIR + (NAMES * ANSWERS if task == "pairs" else 0),
         hidden_size=64,
         intermediate_size=128,
         num_hidden_layers=BLOCKS,
@@ -62,9 +66,9 @@ def window_config() -> MistralConfig:
 def make_texts(task: Task, windows: int, rows: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
     """Draw texts that end with a question about their beginning, or, for `count`, about all of them.
 
-    `key`: an answer stands after a mark among the first tokens. `pairs`: three names with an answer each stand at the
-    start, and one name is asked for. `count`: up to 15 marks stand anywhere (14 in one window), and their number is
-    the answer.
+    `key`: an answer stands after a mark among the first tokens. `pairs`: three tokens at the start give each of three
+    names an answer, and one name is asked for. `count`: up to 15 marks stand anywhere (14 in one window), and their
+    number is the answer.
 
     Args:
         task: Which task.
@@ -76,7 +80,7 @@ def make_texts(task: Task, windows: int, rows: int, generator: torch.Generator) 
         The token ids, [rows, windows * 16], and the answers' token ids, [rows].
     """
     length = windows * WINDOW
-    tokens = torch.randint(FIRST_FILLER, VOCABULARY, (rows, length), generator=generator)
+    tokens = torch.randint(FIRST_FILLER, FIRST_PAIR, (rows, length), generator=generator)
     # A text of one window has places for fewer marks.
     most = min(ANSWERS, length - 1) if task == "count" else ANSWERS
     answers = torch.randint(most, (rows,), generator=generator)
@@ -85,10 +89,10 @@ def make_texts(task: Task, windows: int, rows: int, generator: torch.Generator) 
         place = torch.randint(1, LATEST_KEY + 1, (rows,), generator=generator)
         tokens[every, place], tokens[every, place + 1] = MARK, answers + FIRST_ANSWER
     elif task == "pairs":
-        names = torch.rand(rows, NAMES, generator=generator).argsort(1)[:, :PAIRS]
-        values = torch.randint(ANSWERS, (rows, PAIRS), generator=generator)
-        tokens[:, 1 : 2 * PAIRS : 2], tokens[:, 2 : 2 * PAIRS + 1 : 2] = names + FIRST_NAME, values + FIRST_ANSWER
-        asked = torch.randint(PAIRS, (rows,), generator=generator)
+        names = torch.rand(rows, NAMES, generator=generator).argsort(1)
+        values = torch.randint(ANSWERS, (rows, NAMES), generator=generator)
+        tokens[:, 1 : 1 + NAMES] = FIRST_PAIR + names * ANSWERS + values
+        asked = torch.randint(NAMES, (rows,), generator=generator)
         tokens[:, -1], answers = names[every, asked] + FIRST_NAME, values[every, asked]
     else:
         order = torch.rand(rows, length - 2, generator=generator).argsort(1).argsort(1)
@@ -190,7 +194,7 @@ def pretrained(
         The model.
     """
     torch.manual_seed(seed)
-    model = MistralForCausalLM(window_config())
+    model = MistralForCausalLM(window_config(task))
     if full_attention:
         model.config.sliding_window = None
     train(model, task, Training(steps, 3e-3, windows=TRAINED_WINDOWS if full_attention else (1,), seed=seed), report)

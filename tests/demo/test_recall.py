@@ -24,7 +24,7 @@ CONFIGS = {
 
 def window_model() -> MistralForCausalLM:
     torch.manual_seed(0)
-    return MistralForCausalLM(recall.window_config()).eval()
+    return MistralForCausalLM(recall.window_config("key")).eval()
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -36,7 +36,7 @@ def test_only_a_side_path_reaches_beyond_the_window(name: str) -> None:
     changed = {}
     for back in (recall.REACH, recall.REACH + 1):
         others = tokens.clone()
-        others[0, -1 - back] = (others[0, -1 - back] + 1) % recall.VOCABULARY
+        others[0, -1 - back] = (others[0, -1 - back] + 1) % recall.FIRST_PAIR
         with torch.no_grad():
             changed[back] = not torch.equal(recall.answer_logits(model, tokens), recall.answer_logits(model, others))
     assert changed == {recall.REACH: True, recall.REACH + 1: name == "TALAN"}
@@ -48,7 +48,9 @@ def _answer(task: recall.Task, text: list[int]) -> int:
         return text[text.index(recall.MARK) + 1]
     if task == "pairs":
         assert text[-2] == recall.ASK
-        return text[text.index(text[-1]) + 1]
+        name = text[-1] - recall.FIRST_NAME
+        (pair,) = [token - recall.FIRST_PAIR for token in text if (token - recall.FIRST_PAIR) // 16 == name]
+        return recall.FIRST_ANSWER + pair % 16
     return recall.FIRST_ANSWER + text.count(recall.MARK)
 
 

@@ -1,0 +1,113 @@
+"""The memory study's runner, tables and picture at tiny size, and that the page shows the stored results."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import LlamaForCausalLM
+
+from benchmarks.memory import generation, one_run, real_model, report, study
+from peft_talan.demo import recall
+
+from ..small_models import make_base
+
+PAGE = Path(__file__).parents[2] / "docs" / "evidence.md"
+ARMS = ["LoRA", "LoRA, as many parameters", "TALAN, all blocks"]
+
+
+def start(results: Path, *options: str) -> dict[str, dict[str, object]]:
+    small = ["--steps", "1", "--batch-size", "2", "--rows", "4", "--scored", "1", "10"]
+    study.main(["--results", str(results), "--arms", *ARMS, *small, *options])
+    return study.finished(results)
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    file = tmp_path_factory.mktemp("study") / "memory.jsonl"
+    patched = pytest.MonkeyPatch()
+    patched.setitem(one_run.BASE_STEPS, ("window", "key"), 2)
+    start(file, "--seeds", "0", "1")
+    patched.undo()
+    return file
+
+
+def test_every_arm_has_equally_many_tries_and_its_own_learning_rate(results: Path) -> None:
+    rows = list(study.finished(results).values())
+    assert len(rows) == len(ARMS) * (len(study.LEARNING_RATES) + 2)
+    for arm in ARMS:
+        of_arm = [row for row in rows if row["settings"]["arm"] == arm]
+        tries = [row for row in of_arm if row["settings"]["seed"] == study.DEVELOPMENT_SEED]
+        assert [row["settings"]["learning_rate"] for row in tries] == list(study.LEARNING_RATES)
+        best = min(tries, key=lambda row: row["last_loss"])["settings"]["learning_rate"]
+        fresh = [row for row in of_arm if row["settings"]["seed"] != study.DEVELOPMENT_SEED]
+        assert {row["settings"]["learning_rate"] for row in fresh} == {best}
+    trainable = {row["settings"]["arm"]: row["trainable"] for row in rows}
+    assert trainable["LoRA"] < trainable["TALAN, all blocks"] <= trainable["LoRA, as many parameters"]
+    # One base model a seed, and the adapters leave it as it was.
+    assert len({row["weights"] for row in rows}) == 3
+    assert all(len({str(r["base_recall"]) for r in rows if r["weights"] == row["weights"]}) == 1 for row in rows)
+
+
+def test_a_study_goes_on_where_it_stopped(results: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(one_run.BASE_STEPS, ("window", "key"), 2)
+    lines = results.read_text().splitlines()
+    cut_off = tmp_path / "memory.jsonl"
+    cut_off.write_text("\n".join(lines[:-1]) + "\n")
+    assert len(start(cut_off, "--seeds", "0", "1")) == len(lines)
+    again, before = (json.loads(text.splitlines()[-1]) for text in (cut_off.read_text(), results.read_text()))
+    assert (again["key"], again["losses"], again["recall"]) == (before["key"], before["losses"], before["recall"])
+
+
+def test_tables_and_picture(results: Path, tmp_path: Path) -> None:
+    rows = list(study.finished(results).values())
+    table = report.task_table(rows, "key", shown=(1, 10))
+    assert [line.split(" | ")[0] for line in table.splitlines()[2:]] == [f"| {arm}" for arm in ["base model", *ARMS]]
+    of = {(row["settings"]["arm"], row["settings"]["seed"]): row["recall"]["10"] for row in rows}
+    mean = sum(of["TALAN, all blocks", seed] - of["LoRA", seed] for seed in (0, 1)) / 2
+    assert f"{100 * mean:+.1f}" in table.splitlines()[-1]
+    assert all(
+        0 <= share.low <= share.mean <= share.high <= 1 for share in report.curves(rows, "key")["LoRA"].values()
+    )
+    page = tmp_path / "evidence.md"
+    page.write_text("<!-- table memory key -->\n<!-- end -->\n")
+    none = str(tmp_path / "none.jsonl")
+    report.main(["--results", str(results), "--generation", none, "--page", str(page)])
+    assert "TALAN, all blocks" in page.read_text()
+    assert (tmp_path / "images" / "memory_recall.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_page_shows_the_stored_results() -> None:
+    text = PAGE.read_text(encoding="utf-8")
+    for name, table in report.tables_of(report.RESULTS, report.GENERATION_RESULTS).items():
+        assert table in text, f"{name}: run python -m benchmarks.memory.report --page docs/evidence.md"
+
+
+def test_chunks_through_a_bounded_cache_answer_as_one_forward_does() -> None:
+    base = recall.pretrained("key", 0, 1)
+    adapter, axes = one_run.ARMS["TALAN, all blocks"]
+    config = one_run.make_config(adapter, base, 2, "all-linear", {**axes, "init_talan_weights": False})
+    model = one_run.get_peft_model(base, config).eval()
+    sizes = []
+    for windows in (8, 24):
+        tokens, _ = recall.make_texts("key", windows, 3, torch.Generator().manual_seed(0))
+        found, cache = generation.answer_in_chunks(model, tokens, 48)
+        with torch.no_grad():
+            assert torch.equal(found, recall.answer_logits(model, tokens).argmax(-1))
+        sizes.append(generation.cache_bytes(cache))
+    assert sizes[0] == sizes[1]
+    assert min(sizes[0].values()) > 0
+
+
+def test_a_llamas_weights_with_a_window(tmp_path: Path) -> None:
+    base = make_base("llama", torch.float32)
+    assert isinstance(base, LlamaForCausalLM)
+    base.save_pretrained(tmp_path / "llama")
+    tokens = torch.randint(3, 60, (1, 24), generator=torch.Generator().manual_seed(0))
+    wide, narrow = (real_model.load_with_window(str(tmp_path / "llama"), window).eval() for window in (24, 4))
+    with torch.no_grad():
+        expected = base.eval()(tokens).logits
+        assert torch.equal(wide(tokens).logits, expected)
+        assert not torch.allclose(narrow(tokens).logits[:, -1], expected[:, -1])
