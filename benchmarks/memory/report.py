@@ -135,14 +135,15 @@ def findings_table(rows: Sequence[Row], first_study: Sequence[Row]) -> str:
 def generation_table(rows: Sequence[Row]) -> str:
     """Recall and the bytes of the cache by length of the text."""
     lines = [
-        "| arm | tokens | texts | right [95% interval] | keys and values, bytes a text | memories, bytes a text |",
-        "|---|---|---|---|---|---|",
+        "| arm | trained on, windows x steps | tokens | texts | right [95% interval] "
+        "| keys and values, bytes a text | memories, bytes a text |",
+        "|---|---|---|---|---|---|---|",
     ]
     for row in rows:
         share, size = Interval(*row["recall"]), row["bytes_a_row"]
-        name = row["arm"] if row["longest_trained"] == COMPARED else f"{row['arm']}, {row['longest_trained']} windows"
         lines.append(
-            f"| {name} | {row['tokens']:,} | {row['settings']['rows']} | {share.text(0, 100.0)}% "
+            f"| {row['arm']} | 1-{row['longest_trained']} x {row['settings']['steps']} | {row['tokens']:,} "
+            f"| {row['settings']['rows']} | {share.text(0, 100.0)}% "
             f"| {size['keys_and_values']:,} | {size['memories']:,} |"
         )
     return "\n".join(lines)

@@ -33,7 +33,7 @@ def demo(
     batch_size: Annotated[int, Option(min=1, help="Examples of a step")] = 8,
     learning_rate: Annotated[float, Option(help="Highest learning rate")] = 1e-3,
     rank: Annotated[int, Option(min=1, help="Rank of the low-rank half")] = 16,
-    held_out: Annotated[int, Option(min=2, help="Number of held-out items")] = 200,
+    held_out: Annotated[int, Option(min=2, help="Number of held-out items")] = 100,
     seed: Annotated[int, Option(help="Of data, initialization and order")] = 0,
     ask: Annotated[str, Option(help="Question for the reloaded adapter")] = "What is 27 + 48?",
     output: Annotated[str, Option(help="Folder for adapters, table and picture")] = "outputs/demo",

@@ -104,7 +104,7 @@ def run_recall(steps: int, seed: int, console: Console, windows: Sequence[int] =
             progress.update(bars[arm], advance=1, note=f"loss {loss:.3f}")
 
         progress.start_task(bars[BASE])
-        model = pretrained(TASK, seed, base_steps, report=lambda loss: show_loss(BASE, loss))
+        model: Any = pretrained(TASK, seed, base_steps, report=lambda loss: show_loss(BASE, loss))
         found.append(Recall(BASE, 0, shares(model, BASE)))
         for arm, configuration in configurations.items():
             progress.start_task(bars[arm])
@@ -157,7 +157,7 @@ def recall_difference(outcomes: Sequence[Recall]) -> str:
     low = mean - ((mine.mean - mine.low) ** 2 + (its.high - its.mean) ** 2) ** 0.5
     high = mean + ((mine.high - mine.mean) ** 2 + (its.mean - its.low) ** 2) ** 0.5
     difference = Interval(mean, low, high)
-    verdict = "clear" if difference.excludes_zero else "within noise"
+    verdict = ("better" if mean > 0 else "worse") if difference.excludes_zero else "within noise"
     return (
         f"{TALAN} minus {LORA} at {last} windows ({last * WINDOW} tokens; all blocks together reach {REACH} back): "
         f"{difference.text(0, 100.0, sign='+')} points: {verdict}"
@@ -190,8 +190,8 @@ def draw_recall(curves: Mapping[str, Mapping[int, Interval]], file: Path) -> Non
             linestyle=line,
             label=arm,
         )
-        ends = [[100 * getattr(curve[distance], end) for distance in windows] for end in ("low", "high")]
-        axes.fill_between(windows, *ends, color=colour, alpha=0.15, linewidth=0)
+        low, high = ([100 * getattr(curve[distance], end) for distance in windows] for end in ("low", "high"))
+        axes.fill_between(windows, low, high, color=colour, alpha=0.15, linewidth=0)
     axes.set_xscale("log", base=2)
     axes.set_xticks(distances, [str(distance) for distance in distances])
     axes.minorticks_off()

@@ -34,7 +34,7 @@ ARMS = (LORA, TALAN)
 OVERHEAD = 1.8
 """Seconds of a training step, divided by those of its matrix products alone: measured on SmolLM2-135M."""
 STARTING = 30.0
-"""Seconds to import, load, score and save."""
+"""Seconds to import, load and save."""
 RECALL_SCORES, RECALL_STEP = 4.5e11, 2.3e10
 """Operations of a matrix product that take as long as all scores of the recall, and as one step of all its models."""
 
@@ -108,8 +108,10 @@ def estimate_seconds(model: str, rows: Rows, options: DemoOptions) -> float:
     """
     tokenizer = load_tokenizer(model)
     lengths = [len(prompt) + len(completion) for prompt, completion in (encode(tokenizer, r) for r in rows.rows[:50])]
-    # Two operations a weight and token forward, two backward: the base model's own gradients are not computed.
-    operations = OVERHEAD * 4.0 * _parameters(model) * max(lengths) * options.batch_size * options.steps
+    # Two operations a weight and token forward, two backward: the base model's own gradients are not computed. The
+    # held-out items are scored twice, forward: by the base model, then by both adapters side by side.
+    passes = 4.0 * options.batch_size * options.steps + 2.0 * 2 * options.held_out
+    operations = OVERHEAD * _parameters(model) * max(lengths) * passes
     if options.recall_steps:
         operations += RECALL_SCORES + RECALL_STEP * options.recall_steps
     return STARTING + operations / matrix_speed()

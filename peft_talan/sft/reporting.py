@@ -143,7 +143,7 @@ def make_table(outcomes: Sequence[Outcome]) -> Table:
 
 
 def difference_lines(outcomes: Sequence[Outcome]) -> list[str]:
-    """What every arm differs from LoRA by, and whether the interval excludes zero.
+    """What every arm differs from LoRA by, and in what it is better or worse with an interval that excludes zero.
 
     Args:
         outcomes: All outcomes.
@@ -154,8 +154,10 @@ def difference_lines(outcomes: Sequence[Outcome]) -> list[str]:
     lines = []
     for arm in [arm for arm in arms_of(outcomes) if arm not in (BASE, LORA)]:
         loss, exact = (paired_difference(outcomes, arm, LORA, measure) for measure in ("loss", "exact_match"))
-        clear = [name for name, value in (("loss", loss), ("exact match", exact)) if value.excludes_zero]
-        verdict = f"clear in {' and '.join(clear)}" if clear else "within noise"
+        # A lower loss is better, and a higher exact match.
+        gains = (("loss", -loss.mean, loss.excludes_zero), ("exact match", exact.mean, exact.excludes_zero))
+        verdicts = [f"{'better' if gain > 0 else 'worse'} in {name}" for name, gain, clear in gains if clear]
+        verdict = " and ".join(verdicts) or "within noise"
         lines.append(
             f"{arm} minus {LORA}: loss {loss.text(sign='+')}, exact match {exact.text(1, 100.0, sign='+')} points: "
             f"{verdict}"

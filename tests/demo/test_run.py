@@ -9,6 +9,10 @@ import pytest
 from peft_talan_cli import main
 from peft_talan_cli.console import MISUSED
 
+from peft_talan.sft.comparison import LORA, TALAN, Outcome
+from peft_talan.sft.reporting import difference_lines
+from peft_talan.sft.scores import Scores
+
 from ..offline_hub import save_tiny_model
 
 STEPS = 2
@@ -60,3 +64,20 @@ def test_what_can_not_be_run_is_one_line(
 ) -> None:
     assert main(["demo", *words, "--output", str(tmp_path / "output")]) == MISUSED
     assert named in capsys.readouterr().err
+
+
+def test_a_clear_difference_says_in_which_direction() -> None:
+    def outcome(arm: str, losses: list[float], exact: list[bool]) -> Outcome:
+        return Outcome(arm, 0, Scores(losses, [1] * len(losses), exact), 0.0, trainable=1)
+
+    low, high = [1.0, 1.1, 1.0, 1.2], [2.0, 2.2, 2.1, 2.1]
+    never, always, mixed = [False] * 4, [True] * 4, [True, False, False, True]
+    cases = [
+        (high, always, "worse in loss and better in exact match"),
+        (low, never, "within noise"),
+        (high, never, "worse in loss"),
+        ([value - 0.9 for value in low], mixed, "better in loss"),
+    ]
+    for losses, exact, verdict in cases:
+        (line,) = difference_lines([outcome(LORA, low, never), outcome(TALAN, losses, exact)])
+        assert line.endswith(f"points: {verdict}"), line
