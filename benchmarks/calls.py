@@ -1,4 +1,4 @@
-"""What bench_overhead.py and bench_gpu.py time: prefill, a decoded token, a training step, attaching; eager or compiled."""
+"""What the overhead benchmarks time: prefill, a decoded token, a training step, attaching; eager or compiled."""
 
 from __future__ import annotations
 
