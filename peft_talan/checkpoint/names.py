@@ -11,7 +11,7 @@ from ..private_names import _get_tuner_state_dict_key_prefixes
 CHILD_NAME = "talan"
 """The name under which a side path becomes a child of its block."""
 
-WRAPPERS: tuple[str, ...] = ("_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_orig_mod")
+WRAPPERS = frozenset({"_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_orig_mod"})
 """The names of modules inside of torch's wrappers: FSDP, activation checkpointing, `torch.compile`."""
 
 DATA_PARALLEL: tuple[type[nn.Module], ...] = (nn.DataParallel, nn.parallel.DistributedDataParallel)
@@ -55,7 +55,8 @@ def without_wrappers(name: str) -> str:
     Returns:
         The name in the model without wrappers.
     """
-    return ".".join(part for part in name.split(".") if part not in WRAPPERS)
+    parts = name.split(".")
+    return name if WRAPPERS.isdisjoint(parts) else ".".join(part for part in parts if part not in WRAPPERS)
 
 
 class ModuleNames:
