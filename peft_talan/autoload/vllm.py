@@ -1,6 +1,6 @@
 """Lets vLLM serve models with an embedded TALAN adapter: the entry point of the group `vllm.general_plugins`.
 
-vLLM calls `register` in each of its processes. It only wraps two methods of vLLM's; what serves the side paths is
+vLLM calls `register` in each of its processes. It only wraps four methods of vLLM's; what serves the side paths is
 imported where a model has one.
 """
 
@@ -16,7 +16,7 @@ _MARK = "_looks_for_talan"
 
 
 def register() -> None:
-    """Look for embedded TALAN adapters when vLLM configures an engine and when it builds a model.
+    """Look for embedded TALAN adapters when vLLM configures an engine and builds a model, and for requests' strengths.
 
     Where this vLLM lacks a method, a warning says so; such models are then refused by vLLM itself.
     """
@@ -24,8 +24,12 @@ def register() -> None:
     arguments = sys.modules.get("vllm.engine.arg_utils")
     try:
         from vllm.model_executor.model_loader.base_loader import BaseModelLoader
+        from vllm.v1.engine.input_processor import InputProcessor
+        from vllm.v1.worker.worker_base import WorkerWrapperBase
 
         _wrap(BaseModelLoader, "create_model", _create_model)
+        _wrap(InputProcessor, "process_inputs", _process_inputs)
+        _wrap(WorkerWrapperBase, "execute_model", _execute_model)
         if arguments is not None:
             _wrap(arguments.EngineArgs, "create_engine_config", _create_engine_config)
     except (ImportError, AttributeError) as error:
@@ -91,3 +95,20 @@ def _create_model(
 
     create = functools.partial(original, self, vllm_config, model_config, *args, **kwargs)
     return model_with_side_paths(create, vllm_config, model_config)
+
+
+def _process_inputs(original: Callable[..., Any], self: Any, *args: Any, **kwargs: Any) -> Any:
+    request = original(self, *args, **kwargs)
+    if str(self.vllm_config.scheduler_config.scheduler_cls).startswith("peft_talan."):
+        from peft_talan.serving.vllm.strength import check_request
+
+        check_request(self.vllm_config, request)
+    return request
+
+
+def _execute_model(original: Callable[..., Any], self: Any, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
+    # Imported by now in the workers of a model with a side path.
+    strength = sys.modules.get("peft_talan.serving.vllm.strength")
+    if strength is not None:
+        strength.follow(self.vllm_config, scheduler_output)
+    return original(self, scheduler_output, *args, **kwargs)

@@ -149,11 +149,17 @@ def engine(folder: Path, **options: Any) -> Iterator[Any]:
         cleanup_dist_env_and_memory()
 
 
-def ask(served: Any, prompts: list[list[int]]) -> tuple[list[list[int]], list[int]]:
+def ask(
+    served: Any, prompts: list[list[int]], strengths: list[float | None] | None = None
+) -> tuple[list[list[int]], list[int]]:
     """The answers of an engine, and how many tokens of each prompt it had in its cache."""
     from vllm import SamplingParams
 
-    parameters = SamplingParams(temperature=0.0, max_tokens=NEW_TOKENS, stop_token_ids=[_TOKENS["eos_token_id"]])
+    greedy = {"temperature": 0.0, "max_tokens": NEW_TOKENS, "stop_token_ids": [_TOKENS["eos_token_id"]]}
+    parameters = [
+        SamplingParams(**greedy, extra_args=None if strength is None else {"talan_strength": strength})
+        for strength in strengths or [None] * len(prompts)
+    ]
     outputs = served.generate([{"prompt_token_ids": prompt} for prompt in prompts], parameters, use_tqdm=False)
     return [list(output.outputs[0].token_ids) for output in outputs], [output.num_cached_tokens for output in outputs]
 

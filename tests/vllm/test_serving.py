@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from contextlib import suppress
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -139,6 +140,29 @@ def test_strength_of_a_server(strength: float, saved: Callable[..., Any], prompt
     assert expected != trained
     options = {"talan_strength": strength}
     check(folder, prompts, expected, enforce_eager=True, async_scheduling=False, additional_config=options)
+
+
+def test_strength_of_each_request(saved: Callable[..., Any], prompts: list[list[int]]) -> None:
+    """Requests with the same prompt, in one batch and in pages that others left."""
+    folder, _ = saved("qwen3")
+    asked = [0.5, None, 0.0, 2.0]
+    expected = {strength: engines.generate(folder, prompts[:4], strength or 0.0) for strength in (0.0, 0.5, 2.0)}
+    expected[None] = engines.generate(folder, prompts[:4], 1.5)
+    assert all(one != other for one, other in combinations(expected.values(), 2))
+    strengths = [strength for strength in asked for _ in range(4)]
+    answers = [answer for strength in asked for answer in expected[strength]]
+    options = {"num_gpu_blocks_override": 24, "max_num_batched_tokens": 64, "max_num_seqs": 16}
+    with engines.engine(folder, enforce_eager=True, additional_config={"talan_strength": 1.5}, **options) as served:
+        assert engines.ask(served, prompts[:4])[0] == expected[None]
+        for _ in range(2):
+            assert engines.ask(served, prompts[:4] * 4, strengths)[0] == answers
+        assert engines.preemptions(served) > 0
+        for strength in strengths[:1] * 2:
+            found, cached = engines.ask(served, prompts[1:2], [strength])
+            assert found == expected[strength][1:2]
+        assert cached == [engines.PAGE]
+        with pytest.raises(ValueError, match="strength='much': give a finite number"):
+            engines.ask(served, prompts[:1], ["much"])  # type: ignore[list-item]
 
 
 def in_processes(folder: Path, prompts: list[list[int]], report: Path, options: Any, **environment: str) -> str:
