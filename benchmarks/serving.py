@@ -3,9 +3,9 @@
 SmolLM2-135M-Instruct gets a side path with random weights and is written to two folders, whole and with the low-rank
 half alone. One server runs the first folder and two run the second, all at once; they are measured in turns, so the
 ratio of the last two says how much of a difference is chance. Beside tokens a second stands the time that processors
-spent on each token, which other programs on the machine change little. Then clients are killed in the middle of answers
-and prompts are sent that are too long, beside clients whose answers must stay what they are; at last, many requests
-are sent while the server's memory is watched.
+spent on each token, which other programs on the machine change less. Then clients are killed in the middle of answers
+and prompts are sent that are too long, beside clients whose answers must stay; at last, many requests are sent while
+the server's memory is watched.
 
     python -m benchmarks.serving --server transformers
     .venv-vllm/bin/python -m benchmarks.serving --server vllm
@@ -34,6 +34,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 RESULTS = Path(__file__).parent / "results" / "serving.jsonl"
+PAGE_WITH_TABLE = Path(__file__).parents[1] / "docs" / "how-to" / "serve.md"
+MARKS = ("<!-- table load -->\n", "<!-- end -->")
 TOPICS = (
     "the sea", "a bridge", "bread", "the moon", "a clock", "ants", "the violin", "rain",
     "glass", "a lighthouse", "salt", "the desert", "a ladder", "owls", "paper", "iron",
@@ -173,7 +175,11 @@ def serving(kind: str, name: str, folder: str, threads: int) -> Iterator[Server]
         yield Server(name, folder, port, process)
     finally:
         process.terminate()
-        process.wait(60)
+        try:
+            process.wait(30)
+        except subprocess.TimeoutExpired:  # It waits for clients that were killed.
+            process.kill()
+            process.wait()
 
 
 def ask(server: Server, messages: list[dict[str, str]], tokens: int, kill_after: int | None = None) -> tuple[int, Any]:
@@ -327,6 +333,12 @@ def table(out: Path) -> str:
     return "\n".join(lines)
 
 
+def filled(page: str, rows: str) -> str:
+    """The page with the table between its marks."""
+    before, _, rest = page.partition(MARKS[0])
+    return f"{before}{MARKS[0]}\n{rows}\n\n{MARKS[1]}{rest.partition(MARKS[1])[2]}"
+
+
 def main() -> None:
     """Run the load."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -339,10 +351,11 @@ def main() -> None:
     parser.add_argument("--soak", type=int, default=1000, help="requests during which the memory is watched")
     parser.add_argument("--threads", type=int, default=1, help="of each server")
     parser.add_argument("--out", type=Path, default=RESULTS)
-    parser.add_argument("--table", action="store_true", help="print what is stored as a table, and run nothing")
+    parser.add_argument("--table", action="store_true", help="put what is stored into the page, and run nothing")
     options = parser.parse_args()
     if options.table:
-        print(table(options.out))
+        page = PAGE_WITH_TABLE.read_text(encoding="utf-8")
+        PAGE_WITH_TABLE.write_text(filled(page, table(options.out)), encoding="utf-8")
         return
     about = {"server": options.server, "threads": options.threads, "tokens": options.tokens}
     about["machine"] = f"{platform.machine()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.0f}"

@@ -1,7 +1,7 @@
 """Tiny models whose folders embed a side path, the tokens that `generate` gives for them, and vLLM engines.
 
-`python -m tests.vllm.engines FOLDER OPTIONS PROMPTS ANSWERS` runs an engine in processes of its own; options and
-prompts are JSON, the answers go to a file.
+`python -m tests.vllm.engines FOLDER OPTIONS REQUESTS ANSWERS` runs an engine in processes of its own; options and
+requests (prompts and strengths) are JSON, the answers go to a file.
 """
 
 from __future__ import annotations
@@ -72,7 +72,9 @@ ENVIRONMENT = {
 """One process for all engines of a test run: each would import vLLM anew."""
 
 
-def save_model(folder: Path, architecture: str, merged: bool = True, seed: int = 0, **options: object) -> None:
+def save_model(
+    folder: Path, architecture: str, merged: bool = True, seed: int = 0, shard: str = "5GB", **options: object
+) -> None:
     """Write a folder with a random side path that changes what the model says."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -90,7 +92,7 @@ def save_model(folder: Path, architecture: str, merged: bool = True, seed: int =
                 if "talan_write" in name:
                     parameter.mul_(4.0)
     kept = model.merge_and_unload(side_path="keep" if merged else "drop")
-    kept.save_pretrained(folder)
+    kept.save_pretrained(folder, max_shard_size=shard)
 
 
 def make_prompts() -> list[list[int]]:
@@ -174,6 +176,6 @@ if __name__ == "__main__":
         os.environ.setdefault(name, value)
     from vllm import LLM
 
-    folder, options, prompts, answers = sys.argv[1:]
+    folder, options, requests, answers = sys.argv[1:]
     llm = LLM(**engine_options(Path(folder), **json.loads(options)))
-    Path(answers).write_text(json.dumps([ask(llm, json.loads(prompts))[0] for _ in range(2)]))
+    Path(answers).write_text(json.dumps([ask(llm, *json.loads(requests))[0] for _ in range(2)]))
