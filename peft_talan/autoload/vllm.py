@@ -27,11 +27,17 @@ def register() -> None:
         from vllm.v1.engine.input_processor import InputProcessor
         from vllm.v1.worker.worker_base import WorkerWrapperBase
 
-        _wrap(BaseModelLoader, "create_model", _create_model)
-        _wrap(InputProcessor, "process_inputs", _process_inputs)
-        _wrap(WorkerWrapperBase, "execute_model", _execute_model)
+        methods: list[tuple[type, str, Callable[..., Any]]] = [
+            (BaseModelLoader, "create_model", _create_model),
+            (InputProcessor, "process_inputs", _process_inputs),
+            (WorkerWrapperBase, "execute_model", _execute_model),
+        ]
         if arguments is not None:
-            _wrap(arguments.EngineArgs, "create_engine_config", _create_engine_config)
+            methods.append((arguments.EngineArgs, "create_engine_config", _create_engine_config))
+        # All or none.
+        wrapped = [(owner, name, _wrapped(getattr(owner, name), wrapper)) for owner, name, wrapper in methods]
+        for owner, name, method in wrapped:
+            setattr(owner, name, method)
     except (ImportError, AttributeError) as error:
         warnings.warn(
             f"peft_talan does not know this version of vLLM ({error}); models with a TALAN adapter will not load. "
@@ -40,17 +46,16 @@ def register() -> None:
         )
 
 
-def _wrap(owner: type, name: str, wrapper: Callable[..., Any]) -> None:
-    original = getattr(owner, name)
+def _wrapped(original: Callable[..., Any], wrapper: Callable[..., Any]) -> Callable[..., Any]:
     if hasattr(original, _MARK):
-        return  # vLLM may load its plugins more than once in a process.
+        return original  # vLLM may load its plugins more than once in a process.
 
     @functools.wraps(original)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
         return wrapper(original, *args, **kwargs)
 
     setattr(wrapped, _MARK, True)
-    setattr(owner, name, wrapped)
+    return wrapped
 
 
 def has_embedded_adapter(model: str, revision: str | None) -> bool:

@@ -113,15 +113,26 @@ def test_plain_models_are_left_alone(tmp_path: Path) -> None:
     assert configure(tmp_path).scheduler_config.scheduler_cls is None
 
 
-def test_a_version_of_vllm_without_the_methods_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    from vllm.model_executor.model_loader.base_loader import BaseModelLoader
+@pytest.mark.parametrize(
+    "method",
+    [
+        "vllm.model_executor.model_loader.base_loader.BaseModelLoader.create_model",
+        "vllm.v1.worker.worker_base.WorkerWrapperBase.execute_model",
+    ],
+)
+def test_a_version_of_vllm_without_the_methods_is_said(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And it is left as it is: a part of the changes would be worse than none."""
+    from vllm.v1.engine.input_processor import InputProcessor
 
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         register()
-    monkeypatch.delattr(BaseModelLoader, "create_model")
-    with pytest.warns(UserWarning, match="does not know this version of vLLM .*create_model"):
+    plain = InputProcessor.process_inputs.__wrapped__
+    monkeypatch.setattr(InputProcessor, "process_inputs", plain)
+    monkeypatch.delattr(method)
+    with pytest.warns(UserWarning, match=f"does not know this version of vLLM .*{method.rpartition('.')[2]}"):
         register()
+    assert InputProcessor.process_inputs is plain
 
 
 def test_a_name_that_vllm_lacks_is_said_before_the_model_is_built(
