@@ -41,6 +41,8 @@ TOPICS = (
     "glass", "a lighthouse", "salt", "the desert", "a ladder", "owls", "paper", "iron",
 )  # fmt: skip
 PAGE, PAGES, BUDGET = 32, 512, 256
+FEWEST_TURNS = 3
+"""Fewer say nothing about speed."""
 COUNTED = ("requests", "lost", "wrong")
 
 
@@ -320,6 +322,8 @@ def table(out: Path) -> str:
     lines.append("|---|--:|--:|--:|--:|--:|--:|--:|")
 
     def shown(row: dict[str, Any], field: str) -> str:
+        if row["turns"] < FEWEST_TURNS:
+            return "not measured"
         return "{median:.3f} ({low:.3f} to {high:.3f})".format(**row[field])
 
     for row in rows:
