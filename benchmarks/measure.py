@@ -93,7 +93,7 @@ def code_version() -> str:
     """A digest of the package's source files: a result belongs to the code that it was measured with."""
     package = Path(peft_talan.__file__).parent
     digest = hashlib.sha256()
-    for file in sorted([*package.glob("*.py"), *package.glob("functional/*.py")]):
+    for file in sorted(package.rglob("*.py")):
         digest.update(file.read_bytes())
     return digest.hexdigest()[:10]
 
