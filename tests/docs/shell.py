@@ -1,15 +1,17 @@
 """Checks the commands in the shell blocks of Markdown pages, and runs those of `peft-talan` in this process.
 
 Checked are programs, subcommands, options and files. A command runs if it has no pipe, no redirection and no hub id
-that nobody has (`user/...`).
+that nobody has (`user/...`), and does not train several times.
 """
 
 from __future__ import annotations
 
+import io
 import re
+import runpy
 import shlex
-import subprocess
 import sys
+from contextlib import redirect_stdout
 from functools import cache
 from importlib.metadata import metadata
 from pathlib import Path
@@ -29,6 +31,8 @@ PROGRAMS = {
 """Programs of other packages, as Python runs them."""
 UNCHECKED = {"jq", "vllm"}
 """Programs that are not there in every environment."""
+LONG = {"compare"}
+"""Commands of `peft-talan` that train several times: tests/cli runs them on a tiny model."""
 
 
 def commands(block: str) -> list[tuple[list[str], bool]]:
@@ -62,10 +66,23 @@ def _without_redirections(command: list[str]) -> list[str]:
 
 @cache
 def help_of(*words: str) -> str:
-    """What a program answers to --help."""
-    answer = subprocess.run([sys.executable, *words, "--help"], cwd=ROOT, capture_output=True, text=True)
-    assert answer.returncode == 0, answer.stderr
-    return answer.stdout
+    """What a program answers to --help; it runs in this process, which has imported already what takes seconds."""
+    answer, arguments, path = io.StringIO(), sys.argv, sys.path
+    script = ROOT / words[0]
+    # As `python` does it for a file and for a module.
+    sys.path = [str(script.parent if words[0] != "-m" else ROOT), *path]
+    sys.argv = [*words[words[0] == "-m" :], "--help"]
+    try:
+        with redirect_stdout(answer):
+            if words[0] == "-m":
+                runpy.run_module(words[1], run_name="__main__", alter_sys=True)
+            else:
+                runpy.run_path(str(script), run_name="__main__")
+    except SystemExit as ended:
+        assert not ended.code, answer.getvalue()
+    finally:
+        sys.argv, sys.path = arguments, path
+    return answer.getvalue()
 
 
 def check_options(words: list[str], options: list[str]) -> None:
@@ -134,5 +151,6 @@ def run_block(block: str) -> None:
     """Check every command of a shell block, and run those of `peft-talan`."""
     for words, alone in commands(block):
         check(words)
-        if words[0] == "peft-talan" and alone and not any(word.startswith(PLACEHOLDER) for word in words):
+        runs = words[0] == "peft-talan" and words[1] not in LONG and alone
+        if runs and not any(word.startswith(PLACEHOLDER) for word in words):
             assert main(["--traceback", *words[1:]]) == 0, words
