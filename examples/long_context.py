@@ -6,7 +6,7 @@ blocks, attention reaches 30 tokens back; the latent memory holds the whole text
 answers at each length, and the size of the cache that generation needs: it does not grow with the text.
 
     pip install .
-    python examples/long_context.py     # half a minute on a processor, nothing is downloaded
+    python examples/long_context.py     # a minute on a processor, nothing is downloaded
 """
 
 from __future__ import annotations
@@ -96,14 +96,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
         arguments: Words of the command line. None: the process's own.
     """
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=80, help="of each training")
+    parser.add_argument("--steps", type=int, default=60, help="of each training")
     options = parser.parse_args(arguments)
     shape = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": BLOCKS, "head_dim": 16}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "sliding_window": WINDOW}
     no_ends = {"pad_token_id": None, "bos_token_id": None, "eos_token_id": None}
     lora = {"task_type": "CAUSAL_LM", "r": 8, "target_modules": "all-linear"}
     configs = {"LoRA": LoraConfig(**lora), "LoRA + TALAN": TalanConfig(**lora, talan_layers="all")}
-    print("tokens of the text:", *(f"{length:>6}" for length in LENGTHS))
+    print(f"{'tokens of the text:':<20}", *(f"{length:>6}" for length in LENGTHS))
     for name, config in configs.items():
         torch.manual_seed(0)
         base = MistralForCausalLM(MistralConfig(vocab_size=VOCABULARY, **shape, **heads, **no_ends))
@@ -111,8 +111,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         model = get_peft_model(base, config)
         train(model, (16, 32, 64, 96, 128, 160), options.steps, 1e-2)
         shares, sizes = zip(*(right_answers(model, length) for length in LENGTHS), strict=True)
-        print(f"{name + ', right:':<19}", *(f"{share:>6.0%}" for share in shares))
-        print(f"{'bytes of the cache:':<19}", *(f"{size:>6}" for size in sizes))
+        print(f"{name + ', right:':<20}", *(f"{share:>6.0%}" for share in shares))
+        print(f"{'bytes of the cache:':<20}", *(f"{size:>6}" for size in sizes))
 
 
 if __name__ == "__main__":
