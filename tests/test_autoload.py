@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import statistics
 import subprocess
 import sys
 from importlib.metadata import entry_points
@@ -100,15 +99,18 @@ print(LoraConfig(r=2).r)
     assert finished.stderr.count("peft_talan could not register itself") == 1
 
 
-def test_import_of_torch_pays_less_than_two_milliseconds(tmp_path: Path) -> None:
-    # What the module imports is loaded already when torch reaches its entry points.
+def test_import_of_torch_loads_this_one_module_more(tmp_path: Path) -> None:
+    # Whatever else it imports is loaded already when torch reaches its entry points, so a program that never uses
+    # PEFT pays for executing one small file.
     script = """
-import os, time, torch
+import sys, torch
+before = set(sys.modules)
 from importlib.metadata import entry_points
-(point,) = [point for point in entry_points(group="torch.backends") if "peft_talan" in point.value]
-start = time.perf_counter()
+found = entry_points(group="torch.backends")
+before |= {name for name in sys.modules if name.startswith("importlib")}
+(point,) = [point for point in found if "peft_talan" in point.value]
 point.load()()
-print(1e3 * (time.perf_counter() - start))
+print(*sorted(set(sys.modules) - before))
 """
-    times = [float(run(script, tmp_path, TORCH_DEVICE_BACKEND_AUTOLOAD="0").stdout) for _ in range(3)]
-    assert statistics.median(times) < 2.0
+    finished = run(script, tmp_path, TORCH_DEVICE_BACKEND_AUTOLOAD="0")
+    assert finished.stdout.split() == ["peft_talan_autoload"], finished.stderr
