@@ -14,7 +14,7 @@ import torch
 from torch.nn import functional as F
 
 from . import reference
-from .parameters import SMALLEST_DENOMINATOR
+from .parameters import SMALLEST_DENOMINATOR, full_precision
 
 CHUNK = 32
 """Tokens a chunk: a token costs this many multiplications inside its chunk, and slots x width outside of it."""
@@ -326,11 +326,17 @@ class ChunkwiseRemix(torch.autograd.Function):
         ]
         grad_parameter = torch.zeros_like(parameter)
         for piece, state in reversed(list(zip(slabs, states, strict=True))):
-            slab = cut_slab(
-                values[:, piece], queries[:, piece], weights[:, piece], state, relative_segments(segment_ids, piece)
-            )
-            grad_r = to_chunks(grad_readouts[:, piece], slab.z.shape[1])
-            *by_item, grad_state, by_parameter = backward_slab(slab, ctx.mixer, parameter, grad_r, grad_state)
+            # On a CPU, a backward pass inside of autocast runs under it.
+            with full_precision(values.device.type):
+                slab = cut_slab(
+                    values[:, piece],
+                    queries[:, piece],
+                    weights[:, piece],
+                    state,
+                    relative_segments(segment_ids, piece),
+                )
+                grad_r = to_chunks(grad_readouts[:, piece], slab.z.shape[1])
+                *by_item, grad_state, by_parameter = backward_slab(slab, ctx.mixer, parameter, grad_r, grad_state)
             parts = (to_tokens(gradient, sequences, piece.stop - piece.start) for gradient in by_item)
             gradients = [_put(part, piece, whole) for part, whole in zip(parts, gradients, strict=True)]
             grad_parameter = grad_parameter + by_parameter

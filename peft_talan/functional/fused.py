@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
@@ -24,24 +23,12 @@ from .parameters import (
     SidePathOptions,
     SidePathOutput,
     SidePathParameters,
+    full_precision,
     working_dtype,
 )
 from .recomputed import recomputed_remix
 from .writeback import WRITEBACK_RULES as READABLE_RULES
 from .writeback import scale_gradient
-
-
-def full_precision(device_type: str) -> AbstractContextManager[None]:
-    """No autocast inside: the memory is a long sum, and its products would be rounded to half precision.
-
-    Args:
-        device_type: That of the tensors inside.
-
-    Returns:
-        The context.
-    """
-    autocast = device_type != "meta" and torch.is_autocast_enabled(device_type)
-    return torch.autocast(device_type, enabled=False) if autocast else nullcontext()
 
 
 def _inverse_rms(hidden_states: torch.Tensor) -> torch.Tensor:
