@@ -58,11 +58,13 @@ with torch.no_grad():
 
 
 def test_it_can_be_switched_off(tmp_path: Path) -> None:
-    script = "import peft, sys; print('TALAN' in peft.PeftType.__members__, 'peft_talan' in sys.modules)"
-    assert run(script, tmp_path).stdout.split() == ["True", "True"]
-    assert run(script, tmp_path, PEFT_TALAN_AUTOLOAD="0").stdout.split() == ["False", "False"]
-    imported = f"import peft_talan; {script}"
-    assert run(imported, tmp_path, PEFT_TALAN_AUTOLOAD="0").stdout.split() == ["True", "True"]
+    script = """
+import peft, sys
+print("TALAN" in peft.PeftType.__members__, "peft_talan" in sys.modules)
+import peft_talan
+print("TALAN" in peft.PeftType.__members__)
+"""
+    assert run(script, tmp_path, PEFT_TALAN_AUTOLOAD="0").stdout.split() == ["False", "False", "True"]
 
 
 def test_torch_alone_imports_nothing_of_ours(tmp_path: Path) -> None:

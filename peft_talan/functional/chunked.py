@@ -8,19 +8,15 @@ runs along the tokens, of which there are many, and not along the slots, of whic
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple, cast
+from typing import NamedTuple
 
 import torch
 from torch.nn import functional as F
 
-from . import reference
-from .parameters import SMALLEST_DENOMINATOR, full_precision
+from .parameters import SMALLEST_DENOMINATOR
 
 CHUNK = 32
 """Tokens a chunk: a token costs this many multiplications inside its chunk, and slots x width outside of it."""
-
-SLAB = 4096
-"""Tokens of all sequences that `ChunkwiseRemix` takes at a time: the temporaries stay in the processor's cache."""
 
 
 class Plan(NamedTuple):
@@ -98,17 +94,22 @@ def _masked(tensor: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
     return tensor if mask is None else tensor * mask
 
 
+def part_of(tensor: torch.Tensor, piece: slice) -> torch.Tensor:
+    """Some of the tokens of [sequences, tokens, channels], without an operation if they are all of them."""
+    return tensor if piece.start == 0 and piece.stop == tensor.shape[1] else tensor[:, piece]
+
+
 def to_chunks(tensor: torch.Tensor, chunk: int) -> torch.Tensor:
     """Give [sequences, tokens, channels] as [items, chunk, channels], padded with zeros."""
     missing = -tensor.shape[1] % chunk
     if missing:
         tensor = F.pad(tensor, (0, 0, 0, missing))
-    return tensor.unflatten(1, (-1, chunk)).flatten(0, 1)
+    return tensor.reshape(-1, chunk, tensor.shape[-1])
 
 
 def to_tokens(tensor: torch.Tensor, sequences: int, tokens: int) -> torch.Tensor:
     """Take back what `to_chunks` did."""
-    return tensor.unflatten(0, (sequences, -1)).flatten(1, 2)[:, :tokens]
+    return part_of(tensor.reshape(sequences, -1, tensor.shape[-1]), slice(0, tokens))
 
 
 def cut_slab(
@@ -138,7 +139,7 @@ def cut_slab(
         segment_ids = torch.cat([segment_ids, segment_ids[:, -1:].expand(-1, -tokens % chunk)], dim=1)
     plan = make_plan(segment_ids, chunks, chunk, values)
     entering = _masked(e, None if plan.to_carry is None else plan.to_carry.mT)
-    own = torch.cat([entering @ z, entering.sum(-1, keepdim=True)], dim=-1).unflatten(0, (sequences, chunks))
+    own = torch.cat([torch.bmm(entering, z), entering.sum(-1, keepdim=True)], dim=-1).unflatten(0, (sequences, chunks))
     sums = (plan.carries @ own.flatten(2)).unflatten(2, own.shape[2:]) + _masked(state.unsqueeze(1), plan.from_state)
     found = sums[:, :-1].flatten(0, 1)
     # D[t] = sum_{i <= t} e[i]: inside the chunk E L^T, and what the chunk found.
@@ -147,11 +148,11 @@ def cut_slab(
     return Slab(z, q, e, plan, found[..., :-1], d.clamp_min_(SMALLEST_DENOMINATOR), sums[:, -1])
 
 
-def _products(x: torch.Tensor, slab: Slab) -> tuple[torch.Tensor, torch.Tensor]:
-    """(X Z^T) . L, [items, chunk, chunk], and with it x[t] . N[t, m] as E ((X Z^T) . L)^T + S X^T."""
+def _products(x: torch.Tensor, slab: Slab, scale: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:
+    """(X Z^T) . L, [items, chunk, chunk], and with it x[t] . N[t, m], scaled, as E ((X Z^T) . L)^T + S X^T."""
     inside = torch.bmm(x, slab.z.mT).mul_(slab.plan.visible)
     carried = torch.bmm(slab.s, _masked(x, slab.plan.from_carry).mT)
-    return inside, carried.baddbmm_(slab.e, inside.mT)
+    return inside, carried.baddbmm_(slab.e, inside.mT, beta=scale, alpha=scale)
 
 
 def _readouts(y: torch.Tensor, slab: Slab) -> tuple[torch.Tensor, torch.Tensor]:
@@ -161,35 +162,63 @@ def _readouts(y: torch.Tensor, slab: Slab) -> tuple[torch.Tensor, torch.Tensor]:
     return inside, carried.baddbmm_(inside, slab.z)
 
 
-def _probabilities(
-    slab: Slab, mixer: str, parameter: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-    """p; for `attention` also (Q Z^T) . L and s / (D sqrt(d)), which the backward pass needs."""
+class Probabilities(NamedTuple):
+    """How much each token reads from each slot.
+
+    Args:
+        p: [items, slots, chunk].
+        w: p / D.
+        inside: For `attention` (Q Z^T) . L, [items, chunk, chunk], which the backward pass needs.
+        scores: For `attention` s / (D sqrt(d)), [items, slots, chunk], likewise.
+    """
+
+    p: torch.Tensor
+    w: torch.Tensor
+    inside: torch.Tensor | None = None
+    scores: torch.Tensor | None = None
+
+
+def probabilities(slab: Slab, mixer: str, parameter: torch.Tensor) -> Probabilities:
+    """Weigh the slots.
+
+    Args:
+        slab: The slab.
+        mixer: `attention` or `linear`.
+        parameter: The mixer's one tensor.
+
+    Returns:
+        The probabilities of `attention`, or the weights of `linear`.
+    """
     if mixer == "linear":
-        return torch.matmul(parameter.mT, slab.q.mT), None, None
-    inside, scores = _products(slab.q, slab)
-    scores = scores.div_(slab.d).div_(math.sqrt(slab.q.shape[-1]))
-    return torch.softmax(scores + parameter.unsqueeze(-1), dim=1), inside, scores
+        p = torch.matmul(parameter.mT, slab.q.mT)
+        return Probabilities(p, p / slab.d)
+    inside, scores = _products(slab.q, slab, 1 / math.sqrt(slab.q.shape[-1]))
+    scores = scores.div_(slab.d)
+    p = torch.softmax(scores + parameter.unsqueeze(-1), dim=1)
+    return Probabilities(p, p / slab.d, inside, scores)
 
 
-def forward_slab(slab: Slab, mixer: str, parameter: torch.Tensor) -> torch.Tensor:
+def forward_slab(slab: Slab, read: Probabilities) -> torch.Tensor:
     """Give the read-outs r, [items, chunk, width]."""
-    p, _, _ = _probabilities(slab, mixer, parameter)
-    return _readouts(p / slab.d, slab)[1]
+    return _readouts(read.w, slab)[1]
 
 
 def backward_slab(
-    slab: Slab, mixer: str, parameter: torch.Tensor, grad_r: torch.Tensor, grad_final_state: torch.Tensor
+    slab: Slab,
+    read: Probabilities,
+    parameter: torch.Tensor,
+    grad_r: torch.Tensor,
+    grad_final_state: torch.Tensor | None,
 ) -> tuple[torch.Tensor, ...]:
     """Give the gradients of z, q, e (laid out as the tokens), the initial state and the mixer's parameter.
 
     With u[t, m] = grad_r[t] . N[t, m] and w = p / D, a token's memory gets
     grad_N[t, m] = w[t, m] grad_r[t] + grad_s[t, m] q[t] and grad_D = -(w u + grad_s s) / D.
     """
-    z, q, e, plan, s, d, _ = slab
-    p, inside_q, scores = _probabilities(slab, mixer, parameter)
+    z, q, e, plan, _, d, _ = slab
+    p, _, inside_q, scores = read
     inside_r, u = _products(grad_r, slab)
-    w, grad_p = p / d, u.div_(d)
+    w, grad_p = read.w, u.div_(d)
     grad_d = (p * grad_p).neg_()
     # Each reader (x, y) puts y[m, t] x[t] into grad_N[t, m].
     readers = [(grad_r, w, inside_r, torch.bmm(w.mT, e).mul_(plan.visible))]
@@ -200,19 +229,23 @@ def backward_slab(
         # The mean that the softmax takes away, sum_m p grad_p, stands in grad_d with a minus.
         grad_logits = grad_p.add_(grad_d.sum(1, keepdim=True)).mul_(p)
         grad_parameter = grad_logits.sum((0, 2))
-        grad_d.sub_(scores.mul_(grad_logits))
+        grad_d.addcmul_(scores, grad_logits, value=-1)
         grad_s = grad_logits.div_(d).div_(math.sqrt(q.shape[-1]))
         inside_s, grad_q = _readouts(grad_s, slab)
         readers.append((q, grad_s, inside_q, inside_s))
     grad_d.div_(d)
 
     # A chunk's readers reach, through S and through D, all the chunks that S is the sum of.
-    grad_found = sum((torch.bmm(y, _masked(x, plan.from_carry)) for x, y, _, _ in readers), torch.zeros_like(s))
+    found, *others = (torch.bmm(y, _masked(x, plan.from_carry)) for x, y, _, _ in readers)
+    grad_found = sum(others, found)
     asked = grad_d if plan.from_carry is None else grad_d * plan.from_carry.mT
     grad_found = torch.cat([grad_found, asked.sum(-1, keepdim=True)], dim=-1).unflatten(0, (-1, plan.carries.shape[2]))
-    grad_sums = torch.cat([grad_found, grad_final_state.unsqueeze(1)], dim=1)
-    grad_own = (plan.carries.mT @ grad_sums.flatten(2)).unflatten(2, grad_sums.shape[2:]).flatten(0, 1)
-    grad_state = _masked(grad_sums, plan.from_state).sum(1)
+    carries, grad_sums = plan.carries[:, :-1], grad_found
+    if grad_final_state is not None:
+        carries, grad_sums = plan.carries, torch.cat([grad_found, grad_final_state.unsqueeze(1)], dim=1)
+    grad_own = (carries.mT @ grad_sums.flatten(2)).unflatten(2, grad_sums.shape[2:]).flatten(0, 1)
+    from_state = None if plan.from_state is None else plan.from_state[:, : grad_sums.shape[1]]
+    grad_state = _masked(grad_sums, from_state).sum(1)
 
     later = torch.bmm(grad_own[..., :-1], z.mT).add_(grad_own[..., -1:])
     grad_e = _masked(later, None if plan.to_carry is None else plan.to_carry.mT).add_(
@@ -223,121 +256,3 @@ def backward_slab(
         grad_z.baddbmm_(inside_y.mT, x)
         grad_e.baddbmm_(y, inside_x)
     return grad_z, grad_q, grad_e.mT, grad_state, grad_parameter
-
-
-def _slabs(tokens: int, sequences: int) -> list[slice]:
-    length = max(SLAB // sequences // CHUNK, 1) * CHUNK
-    return [slice(start, min(start + length, tokens)) for start in range(0, tokens, length)]
-
-
-def relative_segments(segment_ids: torch.Tensor | None, piece: slice) -> torch.Tensor | None:
-    """The segments of one piece of the tokens, numbered from the one that the memory at its start is of.
-
-    Args:
-        segment_ids: [sequences, tokens], int, not falling; None: one segment.
-        piece: Which tokens.
-
-    Returns:
-        [sequences, tokens of the piece], int, or None.
-    """
-    if segment_ids is None or piece.start == 0:
-        return segment_ids if segment_ids is None else segment_ids[:, piece]
-    return segment_ids[:, piece] - segment_ids[:, piece.start - 1 : piece.start]
-
-
-def _put(part: torch.Tensor, piece: slice, whole: torch.Tensor | None) -> torch.Tensor:
-    """Collect the parts of a tensor; the only part of a short sequence is the whole, without a copy."""
-    if whole is None:
-        return part
-    whole[:, piece] = part
-    return whole
-
-
-def _differentiable_backward(ctx: Any, grad_outputs: tuple[Any, ...]) -> tuple[torch.Tensor | None, ...]:
-    """The gradients as functions that autograd differentiates again: those of the readable equations."""
-    values, queries, weights, segment_ids, parameter, state, *_ = ctx.saved_tensors
-    inputs = (values, queries, weights, state, parameter)
-    outputs = reference.remix(values, queries, weights, ctx.mixer, (parameter,), segment_ids, state)
-    asked = [tensor for tensor in inputs if tensor.requires_grad]
-    found = iter(torch.autograd.grad(outputs, asked, grad_outputs, create_graph=True, materialize_grads=True))
-    *gradients, grad_parameter = (next(found) if tensor.requires_grad else None for tensor in inputs)
-    return *gradients, None, None, grad_parameter
-
-
-class ChunkwiseRemix(torch.autograd.Function):
-    """`reference.remix` with a causal scope for the mixers that are linear in N: `attention` and `linear`."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        values: torch.Tensor,
-        queries: torch.Tensor,
-        weights: torch.Tensor,
-        state: torch.Tensor,
-        segment_ids: torch.Tensor | None,
-        mixer: str,
-        parameter: torch.Tensor,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Compute read-outs and final memory, and keep the memory at each slab's start.
-
-        Args:
-            ctx: The autograd context.
-            values: z, [sequences, tokens, width].
-            queries: q, [sequences, tokens, width].
-            weights: e, [sequences, tokens, slots].
-            state: [sequences, slots, width + 1].
-            segment_ids: [sequences, tokens] or None.
-            mixer: `attention` or `linear`.
-            parameter: The mixer's one tensor: slot bias [slots] or slot readout [width, slots].
-
-        Returns:
-            r, [sequences, tokens, width], and the final memory, [sequences, slots, width + 1].
-        """
-        sequences, tokens, _ = values.shape
-        slabs = _slabs(tokens, sequences)
-        readouts = values.new_empty(values.shape) if len(slabs) > 1 else None
-        states = [state]
-        for piece in slabs:
-            slab = cut_slab(
-                values[:, piece],
-                queries[:, piece],
-                weights[:, piece],
-                states[-1],
-                relative_segments(segment_ids, piece),
-            )
-            part = to_tokens(forward_slab(slab, mixer, parameter), sequences, piece.stop - piece.start)
-            readouts = _put(part, piece, readouts)
-            states.append(slab.final_state)
-        ctx.mixer = mixer
-        ctx.save_for_backward(values, queries, weights, segment_ids, parameter, *states[:-1])
-        return cast("torch.Tensor", readouts), states[-1].clone()
-
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Any) -> tuple[torch.Tensor | None, ...]:
-        """Walk the slabs backwards; each is computed again from the memory at its start."""
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            return _differentiable_backward(ctx, grad_outputs)  # create_graph=True
-        values, queries, weights, segment_ids, parameter, *states = ctx.saved_tensors
-        grad_readouts, grad_state = grad_outputs
-        sequences, tokens, _ = values.shape
-        slabs = _slabs(tokens, sequences)
-        gradients = [
-            tensor.new_empty(tensor.shape) if len(slabs) > 1 else None for tensor in (values, queries, weights)
-        ]
-        grad_parameter = torch.zeros_like(parameter)
-        for piece, state in reversed(list(zip(slabs, states, strict=True))):
-            # On a CPU, a backward pass inside of autocast runs under it.
-            with full_precision(values.device.type):
-                slab = cut_slab(
-                    values[:, piece],
-                    queries[:, piece],
-                    weights[:, piece],
-                    state,
-                    relative_segments(segment_ids, piece),
-                )
-                grad_r = to_chunks(grad_readouts[:, piece], slab.z.shape[1])
-                *by_item, grad_state, by_parameter = backward_slab(slab, ctx.mixer, parameter, grad_r, grad_state)
-            parts = (to_tokens(gradient, sequences, piece.stop - piece.start) for gradient in by_item)
-            gradients = [_put(part, piece, whole) for part, whole in zip(parts, gradients, strict=True)]
-            grad_parameter = grad_parameter + by_parameter
-        return *gradients, grad_state, None, None, grad_parameter

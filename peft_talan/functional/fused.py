@@ -15,7 +15,7 @@ from torch.autograd import forward_ad
 from torch.nn import functional as F
 
 from . import reference
-from .chunked import ChunkwiseRemix
+from .chunked_autograd import ChunkwiseRemix
 from .parameters import (
     NORM_EPSILON,
     SMALLEST_DENOMINATOR,

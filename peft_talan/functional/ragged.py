@@ -13,7 +13,7 @@ import torch
 from torch.nn import functional as F
 
 from . import reference
-from .chunked import CHUNK, Plan, Slab, forward_slab
+from .chunked import CHUNK, Plan, Slab, forward_slab, probabilities
 from .fused import read, read_mean, slot_weights, write_back
 from .parameters import (
     SMALLEST_DENOMINATOR,
@@ -177,9 +177,10 @@ def ragged_side_path(
         else:
             lay = lay_out(query_start_loc, tokens, max_query_length)
             slab = _cut(values, queries, weights, before, lay)
-            remixed = (
-                _remix_mlp(slab, mixer) if options.mixer == "mlp" else forward_slab(slab, options.mixer, mixer[0])
-            )
+            if options.mixer == "mlp":
+                remixed = _remix_mlp(slab, mixer)
+            else:
+                remixed = forward_slab(slab, probabilities(slab, options.mixer, mixer[0]))
             readout = remixed.flatten(0, 1).index_select(0, lay.slot.clamp(max=lay.items * lay.chunk - 1))
             states = _memories_after(wanted, slab, lay)
         if leave_at is None:

@@ -6,7 +6,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from . import reference
-from .chunked import relative_segments
+from .chunked_autograd import relative_segments
 
 PIECE = 128
 """Tokens that `recomputed_remix` takes at a time: this number of [slots, width] memories exists at once."""

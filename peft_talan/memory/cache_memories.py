@@ -63,7 +63,10 @@ class CacheMemories:
             return
         before = past if self.entered is None else self.entered
         if layout.segment_ids is None:
-            after = before + (tokens if layout.valid is None else layout.valid.sum(-1))
+            entering = tokens if layout.valid is None else layout.valid
+            if isinstance(entering, torch.Tensor):
+                entering = entering.squeeze(1) if tokens == 1 else entering.sum(-1)
+            after = before + entering
         else:
             last = layout.segment_ids[:, -1:]
             inside = layout.segment_ids == last
@@ -72,7 +75,7 @@ class CacheMemories:
         if layout.attended is not None:
             if self.counted and (layout.attended_past is None or self.static):
                 refuse_unless(
-                    (layout.attended == after).all(),
+                    layout.attended == after,
                     "attention_mask: it masks earlier tokens that are in the latent memory of this cache, or unmasks "
                     "some that are not; they can be removed in a call of several tokens with a dynamic cache only; "
                     "otherwise start from an empty cache",
@@ -83,6 +86,9 @@ class CacheMemories:
     def _keep(self, entered: int | torch.Tensor, batch: int) -> None:
         if self.static and self.entered is not None:
             self.entered.copy_(entered) if isinstance(entered, torch.Tensor) else self.entered.fill_(entered)
+            return
+        if isinstance(entered, torch.Tensor) and entered.shape == (batch,) and not self.static:
+            self.entered = entered
             return
         device = entered.device if isinstance(entered, torch.Tensor) else None
         self.entered = torch.zeros(batch, dtype=torch.long, device=device) + entered

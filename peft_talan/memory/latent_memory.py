@@ -244,7 +244,7 @@ class LatentMemory:
         # The weight of a real token is at least exp(-c).
         entered = record.weights[..., 0] > 0
         refuse_unless(
-            (entered | ~attended).all(),
+            entered | ~attended,
             "attention_mask: it unmasks earlier tokens that were padding when they were read, so the latent memory "
             "has not seen them; start from an empty cache",
         )

@@ -12,7 +12,7 @@ def refuse_unless(condition: bool | torch.Tensor, message: str) -> None:
     stops the program with an assertion, as it does for an index out of range.
 
     Args:
-        condition: A bool, or a scalar bool tensor.
+        condition: A bool, or a bool tensor, all of which must be True.
         message: What is wrong and what to do.
 
     Raises:
@@ -21,7 +21,10 @@ def refuse_unless(condition: bool | torch.Tensor, message: str) -> None:
     if not isinstance(condition, torch.Tensor):
         if not condition:
             raise ValueError(message)
-    elif torch.compiler.is_compiling() or condition.device.type != "cpu":
+        return
+    if condition.numel() != 1:
+        condition = condition.all()
+    if torch.compiler.is_compiling() or condition.device.type != "cpu":
         torch._assert_async(condition, message)
     else:
         try:

@@ -81,7 +81,9 @@ def token_layout(
             return layout
         return layout._replace(segment_ids=_segments(starts, layout.valid), attended=None)
     flat = _attended(mask) if mask.dim() == 2 else _attended(mask).any(1)[:, 0]
-    valid = _columns_of_call(flat, tokens, past).expand(batch, tokens)
+    valid = _columns_of_call(flat, tokens, past)
+    if valid.shape != (batch, tokens):
+        valid = valid.expand(batch, tokens)
     starts = _either(starts, _starts_by_positions(positions, valid, has_cache, starts_here, batch, tokens))
     attended_past = attended = None
     if not isinstance(past, int):
@@ -90,8 +92,10 @@ def token_layout(
     elif past and flat.shape[1] == past + tokens:
         attended = flat.sum(-1)
         attended_past = flat[:, :past].expand(batch, past) if tokens > 1 else None
-    if attended is not None:
-        attended = attended.expand(batch) if starts is None else None
+    if starts is not None:
+        attended = None
+    elif attended is not None and attended.shape != (batch,):
+        attended = attended.expand(batch)
     return TokenLayout(valid, _segments(starts, valid), attended_past, attended)
 
 
@@ -238,7 +242,7 @@ def _layout_of_square(
         sample = torch.where(starts, own, 0).cummax(1).values
         run = (at_or_before.sum(-1) == between) & (oldest >= sample)
         refuse_unless(
-            (run | ~valid).all(),
+            run | ~valid,
             "attention_mask: a token sees earlier tokens, but not all of those between them and itself (branches that "
             "share a prefix, a sparse pattern); the side path's memory is one sequence a row: give each branch a row "
             "of its own, with the prefix repeated",

@@ -1,7 +1,7 @@
 """Checks the commands in the shell blocks of Markdown pages, and runs those of `peft-talan` in this process.
 
 Checked are programs, subcommands, options and files. A command runs if it has no pipe, no redirection and no hub id
-that nobody has (`user/...`).
+that nobody has (`user/...`), and does not train several times.
 """
 
 from __future__ import annotations
@@ -31,6 +31,8 @@ PROGRAMS = {
 """Programs of other packages, as Python runs them."""
 UNCHECKED = {"jq", "vllm"}
 """Programs that are not there in every environment."""
+LONG = {"compare"}
+"""Commands of `peft-talan` that train several times: tests/cli runs them on a tiny model."""
 
 
 def commands(block: str) -> list[tuple[list[str], bool]]:
@@ -149,5 +151,6 @@ def run_block(block: str) -> None:
     """Check every command of a shell block, and run those of `peft-talan`."""
     for words, alone in commands(block):
         check(words)
-        if words[0] == "peft-talan" and alone and not any(word.startswith(PLACEHOLDER) for word in words):
+        runs = words[0] == "peft-talan" and words[1] not in LONG and alone
+        if runs and not any(word.startswith(PLACEHOLDER) for word in words):
             assert main(["--traceback", *words[1:]]) == 0, words
