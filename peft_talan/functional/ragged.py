@@ -14,8 +14,15 @@ from torch.nn import functional as F
 
 from . import reference
 from .chunked import CHUNK, Plan, Slab, forward_slab, probabilities
-from .fused import full_precision, read, read_mean, slot_weights, write_back
-from .parameters import SMALLEST_DENOMINATOR, RaggedOutput, SidePathOptions, SidePathParameters, working_dtype
+from .fused import read, read_mean, slot_weights, write_back
+from .parameters import (
+    SMALLEST_DENOMINATOR,
+    RaggedOutput,
+    SidePathOptions,
+    SidePathParameters,
+    full_precision,
+    working_dtype,
+)
 from .recomputed import PIECE
 
 SMALLEST_CHUNK = 8
