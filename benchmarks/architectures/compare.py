@@ -97,9 +97,9 @@ def _fresh(subject: Subject, lora: PeftModel, placement: str) -> float:
 
 
 def _effect(subject: Subject, model: PeftModel, lora: PeftModel) -> float:
-    """1 where the side path does nothing."""
+    """1 where the side path changes no bit."""
     model.load_state_dict({k: v for k, v in lora.state_dict().items() if "lora_" in k}, strict=False)
-    return float(difference(subject.logits(model, subject.ids), subject.logits(lora, subject.ids)) < FLOOR)
+    return float(torch.equal(subject.logits(model, subject.ids), subject.logits(lora, subject.ids)))
 
 
 def _lora_difference(check: Check, lora: PeftModel, subject: Subject) -> tuple[float, str]:

@@ -26,6 +26,7 @@ from .exceptions import EXCEPTIONS
 VOCABULARY = 128
 DEPTH = 4
 WIDTH = 64
+DECODER_START = 1
 
 FAMILIES: dict[str, tuple[Any, Mapping[str, Any]]] = {
     "causal": (AutoModelForCausalLM, modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES),
@@ -118,7 +119,8 @@ def small_fields(fields: dict[str, Any]) -> dict[str, Any]:
     ]
     for place, name in enumerate(special):
         small[name] = VOCABULARY - 1 - place % 40
-    for name, value in (("pad_token_id", 0), ("bos_token_id", 1), ("eos_token_id", 2), ("decoder_start_token_id", 1)):
+    first = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": DECODER_START}
+    for name, value in first.items():
         if name in small:
             small[name] = value
     return small
@@ -189,5 +191,5 @@ def make_base(family: str, model_type: str, dtype: torch.dtype = torch.float64) 
                 scale = 0.5 / math.sqrt(parameter.shape[-1]) if parameter.dim() > 1 else 0.1
                 parameter.add_(torch.randn_like(parameter), alpha=scale)
     if config.is_encoder_decoder and model.can_generate():
-        model.generation_config.decoder_start_token_id = 1
+        model.generation_config.decoder_start_token_id = DECODER_START
     return model.to(dtype).eval()

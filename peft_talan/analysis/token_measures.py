@@ -9,8 +9,7 @@ from typing import NamedTuple
 import torch
 
 from ..functional import reference
-from ..functional.fused import full_precision
-from ..functional.parameters import SMALLEST_DENOMINATOR, SidePathOptions, SidePathParameters
+from ..functional.parameters import SMALLEST_DENOMINATOR, SidePathOptions, SidePathParameters, full_precision
 from ..functional.writeback import gate_openings
 
 

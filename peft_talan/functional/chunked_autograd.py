@@ -20,6 +20,7 @@ from .chunked import (
     to_chunks,
     to_tokens,
 )
+from .parameters import full_precision
 
 SLAB = 4096
 """Tokens of all sequences that are taken at a time: the temporaries stay in the processor's cache."""
@@ -66,6 +67,32 @@ def _differentiable_backward(ctx: Any, grad_outputs: tuple[Any, ...]) -> tuple[t
     return *gradients, None, None, grad_parameter
 
 
+def _backward(ctx: Any, grad_outputs: tuple[Any, ...]) -> tuple[torch.Tensor | None, ...]:
+    values, queries, weights, segment_ids, parameter, *saved = ctx.saved_tensors
+    grad_readouts, grad_state = grad_outputs
+    if grad_readouts is None:
+        grad_readouts = torch.zeros_like(values)
+    sequences, tokens, _ = values.shape
+    slabs = _slabs(tokens, sequences)
+    states, kept = saved[: len(slabs)], saved[len(slabs) :]
+    gradients = [tensor.new_empty(tensor.shape) if len(slabs) > 1 else None for tensor in (values, queries, weights)]
+    grad_parameter: torch.Tensor | None = None
+    for piece, state in reversed(list(zip(slabs, states, strict=True))):
+        if kept:
+            z, q, e, s, d, *masks = kept[:10]
+            slab, read = Slab(z, q, e, Plan(*masks), s, d, state), Probabilities(*kept[10:])
+        else:
+            z, q, e = (part_of(tensor, piece) for tensor in (values, queries, weights))
+            slab = cut_slab(z, q, e, state, relative_segments(segment_ids, piece))
+            read = probabilities(slab, ctx.mixer, parameter)
+        grad_r = to_chunks(part_of(grad_readouts, piece), slab.z.shape[1])
+        *by_item, grad_state, by_parameter = backward_slab(slab, read, parameter, grad_r, grad_state)
+        by_token = (to_tokens(gradient, sequences, piece.stop - piece.start) for gradient in by_item)
+        gradients = [_put(part, piece, whole) for part, whole in zip(by_token, gradients, strict=True)]
+        grad_parameter = by_parameter if grad_parameter is None else grad_parameter + by_parameter
+    return *gradients, grad_state, None, None, grad_parameter
+
+
 class ChunkwiseRemix(torch.autograd.Function):
     """`reference.remix` with a causal scope for the mixers that are linear in N: `attention` and `linear`."""
 
@@ -100,8 +127,8 @@ class ChunkwiseRemix(torch.autograd.Function):
         readouts = values.new_empty(values.shape) if len(slabs) > 1 else None
         states = [state]
         for piece in slabs:
-            parts = (part_of(tensor, piece) for tensor in (values, queries, weights))
-            slab = cut_slab(*parts, states[-1], relative_segments(segment_ids, piece))
+            z, q, e = (part_of(tensor, piece) for tensor in (values, queries, weights))
+            slab = cut_slab(z, q, e, states[-1], relative_segments(segment_ids, piece))
             read = probabilities(slab, mixer, parameter)
             part = to_tokens(forward_slab(slab, read), sequences, piece.stop - piece.start)
             readouts = _put(part, piece, readouts)
@@ -116,30 +143,9 @@ class ChunkwiseRemix(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Any) -> tuple[torch.Tensor | None, ...]:
         """Walk the slabs backwards; of several, each is computed again from the memory at its start."""
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            return _differentiable_backward(ctx, grad_outputs)  # create_graph=True
-        values, queries, weights, segment_ids, parameter, *saved = ctx.saved_tensors
-        grad_readouts, grad_state = grad_outputs
-        if grad_readouts is None:
-            grad_readouts = torch.zeros_like(values)
-        sequences, tokens, _ = values.shape
-        slabs = _slabs(tokens, sequences)
-        states, kept = saved[: len(slabs)], saved[len(slabs) :]
-        gradients = [
-            tensor.new_empty(tensor.shape) if len(slabs) > 1 else None for tensor in (values, queries, weights)
-        ]
-        grad_parameter: torch.Tensor | None = None
-        for piece, state in reversed(list(zip(slabs, states, strict=True))):
-            if kept:
-                z, q, e, s, d, *masks = kept[:10]
-                slab, read = Slab(z, q, e, Plan(*masks), s, d, state), Probabilities(*kept[10:])
-            else:
-                parts = (part_of(tensor, piece) for tensor in (values, queries, weights))
-                slab = cut_slab(*parts, state, relative_segments(segment_ids, piece))
-                read = probabilities(slab, ctx.mixer, parameter)
-            grad_r = to_chunks(part_of(grad_readouts, piece), slab.z.shape[1])
-            *by_item, grad_state, by_parameter = backward_slab(slab, read, parameter, grad_r, grad_state)
-            by_token = (to_tokens(gradient, sequences, piece.stop - piece.start) for gradient in by_item)
-            gradients = [_put(part, piece, whole) for part, whole in zip(by_token, gradients, strict=True)]
-            grad_parameter = by_parameter if grad_parameter is None else grad_parameter + by_parameter
-        return *gradients, grad_state, None, None, grad_parameter
+        given = grad_outputs[0] if grad_outputs[0] is not None else grad_outputs[1]
+        # On a CPU, a backward pass inside of autocast runs under it.
+        with full_precision(given.device.type):
+            if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+                return _differentiable_backward(ctx, grad_outputs)  # create_graph=True
+            return _backward(ctx, grad_outputs)

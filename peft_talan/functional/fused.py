@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
@@ -24,24 +23,12 @@ from .parameters import (
     SidePathOptions,
     SidePathOutput,
     SidePathParameters,
+    full_precision,
     working_dtype,
 )
 from .recomputed import recomputed_remix
 from .writeback import WRITEBACK_RULES as READABLE_RULES
 from .writeback import scale_gradient
-
-
-def full_precision(device_type: str) -> AbstractContextManager[None]:
-    """No autocast inside: the memory is a long sum, and its products would be rounded to half precision.
-
-    Args:
-        device_type: That of the tensors inside.
-
-    Returns:
-        The context.
-    """
-    autocast = device_type != "meta" and torch.is_autocast_enabled(device_type)
-    return torch.autocast(device_type, enabled=False) if autocast else nullcontext()
 
 
 def _inverse_rms(hidden_states: torch.Tensor) -> torch.Tensor:
@@ -140,26 +127,24 @@ def _remix_one_token(call: Remix) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _remix_bidirectional(call: Remix) -> tuple[torch.Tensor, torch.Tensor]:
-    """One memory a segment: packed segments are taken one after the other, since their number is small."""
-    values, queries, weights, _, _, segment_ids, state = call
-    if segment_ids is not None and torch.compiler.is_compiling():
-        # The number of segments is not known there.
-        return reference.remix(*call, scope="bidirectional")
+    """One memory a segment; without segments, one for all tokens."""
+    values, queries, weights, mixer, parameters, segment_ids, state = call
     padded = F.pad(values, (0, 1), value=1.0)
     if segment_ids is None:
         memory = weights.mT @ padded
         memory = memory if state is None else memory + state
         return call.read(memory), memory
-    readouts = torch.zeros_like(queries)
-    final_state = weights.new_zeros(weights.shape[0], weights.shape[2], padded.shape[2])
-    for segment in range(int(segment_ids.max()) + 1):
-        inside = (segment_ids == segment).unsqueeze(-1)
-        memory = (weights * inside).mT @ padded
-        if segment == 0 and state is not None:
-            memory = memory + state
-        readouts = torch.where(inside, call.read(memory), readouts)
-        final_state = torch.where(inside[:, -1:], memory, final_state)
-    return readouts, final_state
+    batch, tokens, slots = weights.shape
+    # There are at most as many segments as tokens, and segment 0. Their number itself is on the device.
+    row = torch.arange(batch, device=segment_ids.device).unsqueeze(1)
+    index = (segment_ids + row * (tokens + 1)).flatten()
+    contributions = (weights.unsqueeze(-1) * padded.unsqueeze(-2)).flatten(0, 1)
+    sums = contributions.new_zeros(batch * (tokens + 1), *contributions.shape[1:]).index_add(0, index, contributions)
+    seen = sums.index_select(0, index).view(batch, tokens, slots, -1)
+    if state is not None:
+        seen = seen + state.unsqueeze(1) * (segment_ids == 0)[..., None, None]
+    mean = seen[..., :-1] / seen[..., -1:].clamp_min(SMALLEST_DENOMINATOR)
+    return reference.MIXER_RULES[mixer](mean.to(queries.dtype), queries, parameters), seen[:, -1]
 
 
 def memory_after(

@@ -11,13 +11,14 @@ from typing import NamedTuple
 
 import torch
 
-from .fused import full_precision, read_mean, write_back
+from .fused import read_mean, write_back
 from .parameters import (
     NORM_EPSILON,
     SMALLEST_DENOMINATOR,
     SOFT_CAP,
     SidePathOptions,
     SidePathParameters,
+    full_precision,
 )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import NamedTuple, get_args
 
@@ -27,6 +28,19 @@ NORM_EPSILON = 1e-6
 def working_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype of everything inside the side path of a model in `dtype`: float32, or float64 where the model is."""
     return torch.float64 if dtype is torch.float64 else torch.float32
+
+
+def full_precision(device_type: str) -> AbstractContextManager[None]:
+    """No autocast inside: the memory is a long sum, and its products would be rounded to half precision.
+
+    Args:
+        device_type: That of the tensors inside.
+
+    Returns:
+        The context.
+    """
+    autocast = device_type != "meta" and torch.is_autocast_enabled(device_type)
+    return torch.autocast(device_type, enabled=False) if autocast else nullcontext()
 
 
 MIXER_PARAMETERS: dict[str, tuple[str, ...]] = {

@@ -32,7 +32,7 @@ class CallArguments(NamedTuple):
         cu_seq_lens: [samples + 1]: where packed samples start, or None.
         seq_idx: [batch, tokens]: the sample of each token, or None.
         cache: The cache of the self-attention, or None.
-        shape: (batch, tokens) of the model's input, if it is known.
+        shape: (batch, tokens) of the model's input, if it is known; None in place of an unknown number of tokens.
         unknown_state: The name of an argument with a state that is not a transformers cache, or None.
     """
 
@@ -41,7 +41,7 @@ class CallArguments(NamedTuple):
     cu_seq_lens: torch.Tensor | None = None
     seq_idx: torch.Tensor | None = None
     cache: Cache | None = None
-    shape: tuple[int, int] | None = None
+    shape: tuple[int, int | None] | None = None
     unknown_state: str | None = None
 
 
@@ -78,12 +78,6 @@ def read_arguments(names: tuple[str, ...], args: tuple[Any, ...], kwargs: dict[s
             cache = cache or value
         elif _names_state(name) and _holds_state(value):
             unknown = name
-    tokens, embeddings = given.get("input_ids"), given.get("inputs_embeds")
-    shape = None
-    if isinstance(tokens, torch.Tensor) and tokens.dim() == 2:
-        shape = (tokens.shape[0], tokens.shape[1])
-    elif isinstance(embeddings, torch.Tensor) and embeddings.dim() == 3:
-        shape = (embeddings.shape[0], embeddings.shape[1])
     positions = given.get("position_ids")
     return CallArguments(
         given.get("attention_mask"),
@@ -91,9 +85,22 @@ def read_arguments(names: tuple[str, ...], args: tuple[Any, ...], kwargs: dict[s
         given.get("cu_seq_lens_q"),
         given.get("seq_idx"),
         cache,
-        shape,
+        _shape_of_input(given, names),
         unknown,
     )
+
+
+def _shape_of_input(given: dict[str, Any], names: tuple[str, ...]) -> tuple[int, int | None] | None:
+    tokens, embeddings = given.get("input_ids"), given.get("inputs_embeds")
+    if isinstance(tokens, torch.Tensor) and tokens.dim() == 2:
+        return tokens.shape[0], tokens.shape[1]
+    if isinstance(embeddings, torch.Tensor) and embeddings.dim() == 3:
+        return embeddings.shape[0], embeddings.shape[1]
+    # Token ids by a name of the model's own: it may add tokens to them.
+    first = given.get(names[0]) if names else None
+    if isinstance(first, torch.Tensor) and first.dim() == 2 and not first.is_floating_point():
+        return first.shape[0], None
+    return None
 
 
 def _names_state(name: str) -> bool:

@@ -21,6 +21,8 @@ OTHER_STREAMS: dict[str, str] = {
     "cpmant": "put the hidden states of a prompt before those of the tokens",
     "fsmt": "hand on hidden states of shape [tokens, batch, hidden_size]",
     "longformer": "hand on hidden states that are padded to a multiple of the attention window",
+    "mask2former": "hand on hidden states of shape [queries, batch, hidden_size]",
+    "oneformer": "hand on hidden states of shape [queries, batch, hidden_size]",
     "xlnet": "hand on hidden states of shape [tokens, batch, hidden_size]",
 }
 """Model types whose blocks do not hand on [batch, tokens, hidden_size], and what they do."""
@@ -122,12 +124,12 @@ def find_decoder(model: nn.Module, block: nn.Module) -> nn.Module:
         block: One of its blocks.
 
     Returns:
-        The innermost `PreTrainedModel` around the block; without one, the module that owns the list of blocks.
+        The innermost `PreTrainedModel` around the block; without one, the whole model.
     """
     path = next(name for name, module in model.named_modules() if module is block).split(".")
     around = [model.get_submodule(".".join(path[:end])) for end in range(len(path) - 1, -1, -1)]
     owners = [module for module in around if not isinstance(module, nn.ModuleList)]
-    return next((module for module in owners if isinstance(module, PreTrainedModel)), owners[0])
+    return next((module for module in owners if isinstance(module, PreTrainedModel)), owners[-1])
 
 
 def check_stream(model: nn.Module) -> None:

@@ -51,11 +51,13 @@ class ModelCall:
         arguments: What the decoder was called with.
         past: The number of tokens that the cache held before; a scalar tensor if it is on the device; None if no layer
             of the cache counts them.
+        paged: What a server with a paged cache adds; None without one.
     """
 
-    def __init__(self, arguments: CallArguments, past: int | torch.Tensor | None) -> None:
+    def __init__(self, arguments: CallArguments, past: int | torch.Tensor | None, paged: PagedCall | None) -> None:
         self.arguments = arguments
         self.past = past
+        self.paged = paged
         self.cache: Cache | None = None
         self.layout: TokenLayout | None = None
 
@@ -75,8 +77,11 @@ class DecoderCall:
         self._calls: dict[int, ModelCall] = {}
         config = getattr(decoder, "config", None)
         attention = str(getattr(config, "_attn_implementation", None))
-        known = isinstance(decoder, PreTrainedModel)
-        self.rule = ("zeros" if "flash" in attention else "steps") if known else "real"
+        self.plain_module = not isinstance(decoder, PreTrainedModel)
+        self.rule = "real" if self.plain_module else "zeros" if "flash" in attention else "steps"
+        # Whether the residual stream is known to be [batch, tokens, hidden_size]: transformers' own models were tried.
+        defines_forward = next(base for base in type(decoder).__mro__ if "forward" in vars(base))
+        self.batch_first = defines_forward.__module__.startswith("transformers.")
         # The masks of their blocks may show only a window or a chunk of the past.
         self.windowed = any(_is_set(config, name) for name in ("sliding_window", "attention_chunk_size"))
         self.chunked = _is_set(config, "attention_chunk_size")
@@ -121,7 +126,7 @@ class DecoderCall:
         past = 0 if arguments.cache is None else tokens_before(arguments.cache)
         if past is None and arguments.cache is not None and recurrent_state_is_new(arguments.cache):
             past = 0
-        self._calls[self._thread()] = ModelCall(arguments, past)
+        self._calls[self._thread()] = ModelCall(arguments, past, find_paged_call(kwargs))
         # A memory needs all tokens. What the decoder returns too much of, the model's head cuts off.
         if self.slices and any(getattr(module, "runs_side_paths", False) for module in decoder.modules()):
             return args, {**kwargs, "logits_to_keep": 0}
@@ -171,7 +176,8 @@ class BlockCall:
         self._training = block.training
         self._has_cache = self._arguments.cache is not None
         self.cache = None if withholds_cache(block) else self._arguments.cache
-        self.paged: PagedCall | None = find_paged_call(kwargs)
+        call = self._model_call
+        self.paged: PagedCall | None = find_paged_call(kwargs) if call is None else call.paged
 
     def tokens_before(self, tokens: int) -> int | torch.Tensor | None:
         """The number of tokens that the cache held before this call.
@@ -213,15 +219,14 @@ class BlockCall:
                 carries a state from call to call that is not a transformers cache.
         """
         check_stream(hidden_states, self._received)
-        shape, call = tuple(hidden_states.shape), self._model_call
+        call = self._model_call
         given = self._arguments if call is None else call.arguments
-        if len(shape) != 3 or (given.shape is not None and shape[:2] != given.shape):
-            expected = "batch, tokens" if given.shape is None else ", ".join(map(str, given.shape))
-            raise ValueError(
-                f"talan_layers: block {self._block_index} has hidden states of shape {list(shape)}, expected "
-                f"[{expected}, hidden_size]: the model lays its residual stream out differently, has several, or "
-                "gives this block only some of the tokens; choose other blocks, or use plain LoRA for this model"
-            )
+        if call is not None and self._decoder_call.plain_module:
+            # The whole model may call by its own names what it gives to its blocks.
+            pairs = zip(given, self._arguments, strict=True)
+            given = CallArguments._make(own if value is None else value for value, own in pairs)
+        shape = tuple(hidden_states.shape)
+        self._check_order(shape, given.shape)
         if given.unknown_state is not None:
             raise ValueError(
                 f"{given.unknown_state}: it is not a transformers Cache, so the side path can't carry its memory from "
@@ -251,6 +256,28 @@ class BlockCall:
         if self._training and not torch.compiler.is_compiling():
             self._remember(call.layout)
         return call.layout
+
+    def _check_order(self, shape: tuple[int, ...], given: tuple[int, int | None] | None) -> None:
+        """Refuse a residual stream that is not, or can't be seen to be, [batch, tokens, hidden_size]."""
+        batch, tokens = given or (None, None)
+        fits = len(shape) == 3 and (batch is None or batch == shape[0]) and (tokens is None or tokens == shape[1])
+        if not fits:
+            raise ValueError(
+                f"talan_layers: block {self._block_index} has hidden states of shape {list(shape)}, expected "
+                f"[{batch or 'batch'}, {tokens or 'tokens'}, hidden_size]: the model lays its residual stream out "
+                "differently, has several, or gives this block only some of the tokens; choose other blocks, or use "
+                "plain LoRA for this model"
+            )
+        if self._decoder_call.batch_first or given is None:
+            return
+        if shape[0] != shape[1]:
+            self._decoder_call.batch_first = True
+        elif shape[0] > 1:
+            raise ValueError(
+                f"talan_layers: block {self._block_index} has hidden states of shape {list(shape)}, which do not show "
+                "whether their rows or their tokens come first in this model, which is none of transformers'; call it "
+                "once with another number of rows than tokens, such as one row"
+            )
 
     def _layout_of_block(self, batch: int, tokens: int) -> TokenLayout:
         """Read the block's own arguments, where no decoder's call is under way."""

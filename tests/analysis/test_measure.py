@@ -25,7 +25,7 @@ from peft_talan.analysis import (
 from peft_talan.analysis.report import TABLES, analyze
 
 from ..checkpoint.test_transformers_path import make_tokenizer
-from ..small_models import DEPTH, make_base, make_config, make_model, make_several, make_tokens, rounding
+from ..small_models import DEPTH, logits, make_base, make_config, make_model, make_several, make_tokens, rounding
 
 
 def streams(model: torch.nn.Module, tokens: torch.Tensor) -> list[torch.Tensor]:
@@ -156,6 +156,26 @@ def test_the_model_is_left_as_it_was() -> None:
     assert [len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules()] == hooks
     whole = to_rows(measure_blocks(model, {"input_ids": make_tokens()}))
     assert halved[1]["written_norm"] == pytest.approx(whole[1]["written_norm"] / 2, rel=1e-6)
+
+
+@pytest.mark.parametrize("run", [0, 1, 2])
+def test_an_error_in_any_of_the_runs_leaves_the_model_as_it_was(run: int) -> None:
+    model = make_model("qwen3").train()
+    block = model.get_base_model().model.layers[0]
+    before = [(name, p.requires_grad) for name, p in model.named_parameters()]
+    runs: list[None] = []
+
+    def fail(*_: object) -> None:
+        runs.append(None)
+        if len(runs) == run + 1:
+            raise MemoryError("out of memory")
+
+    handle = block.register_forward_hook(fail)
+    with pytest.raises(MemoryError):
+        measure_blocks(model, {"input_ids": make_tokens()})
+    handle.remove()
+    assert model.training and [(name, p.requires_grad) for name, p in model.named_parameters()] == before
+    assert torch.equal(logits(model.eval()), logits(make_model("qwen3")))
 
 
 def test_models_that_cannot_be_measured_are_refused() -> None:

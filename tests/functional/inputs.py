@@ -31,12 +31,12 @@ def mixer_tensors(mixer: str, slots: int = SLOTS, width: int = WIDTH) -> tuple[t
     return tuple(torch.randn(shape, dtype=torch.float64) for shape in shapes[mixer])
 
 
-def side_path_tensors(mixer: str, writeback: str) -> SidePathParameters:
+def side_path_tensors(mixer: str, writeback: str, dtype: torch.dtype = torch.float64) -> SidePathParameters:
     return SidePathParameters(
-        read=torch.randn(2 * WIDTH + SLOTS, HIDDEN_SIZE, dtype=torch.float64),
-        mixer=mixer_tensors(mixer),
-        write=torch.randn(HIDDEN_SIZE, WIDTH, dtype=torch.float64),
-        gate=torch.randn(HIDDEN_SIZE + 1, dtype=torch.float64) if writeback == "gated" else None,
+        read=torch.randn(2 * WIDTH + SLOTS, HIDDEN_SIZE, dtype=dtype),
+        mixer=tuple(tensor.to(dtype) for tensor in mixer_tensors(mixer)),
+        write=torch.randn(HIDDEN_SIZE, WIDTH, dtype=dtype),
+        gate=torch.randn(HIDDEN_SIZE + 1, dtype=dtype) if writeback == "gated" else None,
     )
 
 

@@ -9,6 +9,7 @@ import weakref
 
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
 from transformers import DynamicCache, StaticCache
 
 from peft_talan.functional import reference
@@ -56,6 +57,32 @@ def test_any_split_of_the_tokens(pieces: list[int], static: bool, valid: torch.T
     assert_equal_up_to_rounding(append(memory, pieces, valid), expected(HIDDEN, valid).hidden_states)
     assert_equal_up_to_rounding(memory.state, expected(HIDDEN, valid).state)
     assert int(memory.length) == 150
+
+
+class NoDoubles(TorchFunctionMode):
+    """A device without float64, as it answers."""
+
+    def __torch_function__(self, func: object, types: object, args: tuple = (), kwargs: dict | None = None) -> object:
+        if func is torch.Tensor.to and torch.float64 in args:
+            raise TypeError("Cannot convert a Tensor to float64 dtype as the framework doesn't support float64")
+        return func(*args, **(kwargs or {}))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("static", [False, True])
+def test_a_device_without_doubles_sums_in_single_precision(static: bool) -> None:
+    hidden, parameters = HIDDEN.float(), side_path_tensors("attention", "add", dtype=torch.float32)
+    whole = reference.side_path(hidden, parameters, OPTIONS).hidden_states
+    memory, written = LatentMemory(static=static), []
+    with NoDoubles():
+        for part in hidden.split([40] + [1] * 8 + [102], dim=1):
+            written.append(memory.append(part, parameters, OPTIONS))
+        if not static:
+            memory.crop(110)
+            again = memory.append(hidden[:, 40:], parameters, OPTIONS)
+            assert_equal_up_to_rounding(again, whole[:, 40:])
+    assert memory.state.dtype == torch.float32
+    assert_equal_up_to_rounding(torch.cat(written, 1), whole)
 
 
 @torch.no_grad()

@@ -6,6 +6,7 @@ Every right value is that of the tokens by themselves, without padding, neighbou
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
@@ -400,6 +401,15 @@ def test_the_host_waits_for_the_device_as_often_as_with_lora(model: PeftModel, t
             ]
             assert counts[0] == counts[1], f"{name}, use_cache={use_cache}"
     model.eval()
+
+
+def test_the_host_waits_no_more_with_a_bidirectional_memory() -> None:
+    config = make_config(talan_memory_scope="bidirectional", task_type="FEATURE_EXTRACTION")
+    counts = []
+    for one in (make_model("qwen3", config), make_model("qwen3", make_lora_config())):
+        calls = [partial(one, make_tokens(), use_cache=False, **call) for call in CALLS.values()]
+        counts.append([synchronisations(call) for call in calls])
+    assert counts[0] == counts[1]
 
 
 @torch.no_grad()

@@ -9,13 +9,13 @@ import torch
 from datasets import Dataset
 from peft import PeftModel
 from peft.helpers import rescale_adapter_scale
-from peft.optimizers import create_lorafa_optimizer
+from peft.optimizers import create_lorafa_optimizer, create_loraplus_optimizer, create_riemannian_optimizer
 from torch.nn import functional
 from transformers import Trainer, TrainingArguments
 
 from peft_talan import set_trainable, talan_param_groups
 
-from ..small_models import logits, make_base, make_config, make_model, make_tokens, rounding
+from ..small_models import logits, make_base, make_config, make_lora_config, make_model, make_tokens, rounding
 
 SCOPES = {
     "joint": lambda name: "lora_" in name,
@@ -222,6 +222,28 @@ def test_lorafa_projects_the_low_rank_half_and_trains_the_side_path(mixer: str) 
         optimizer.zero_grad()
     changed = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
     assert changed == {name for name in before if ".talan." in name or "lora_B" in name}
+
+
+@pytest.mark.parametrize("kind", ["loraplus", "riemannian"])
+def test_pefts_optimizers_train_the_low_rank_half_as_loras_and_the_side_path_beside(kind: str) -> None:
+    tokens, ends = make_tokens(), []
+    for config in (make_config(init_talan_weights=True, init_lora_weights=True), make_lora_config()):
+        model = make_model("qwen3", config)
+        if kind == "loraplus":
+            optimizer = create_loraplus_optimizer(model, torch.optim.SGD, lr=0.1, loraplus_lr_ratio=8)
+        else:
+            optimizer = create_riemannian_optimizer(model, torch.optim.SGD, lr=0.1)
+        model(tokens, labels=tokens).loss.backward()
+        gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+        before = {name: p.detach().clone() for name, p in model.named_parameters()}
+        optimizer.step()
+        ends.append({name: p.detach().clone() for name, p in model.named_parameters()})
+        if ".talan." in "".join(gradients):
+            written = [name for name in gradients if "talan_write" in name]
+            for name in written:
+                torch.testing.assert_close(ends[0][name], before[name] - 0.1 * gradients[name], **rounding())
+            assert written and all(gradients[name].any() for name in written)
+    assert all(torch.equal(ends[0][name], tensor) for name, tensor in ends[1].items())
 
 
 def test_peft_scales_the_low_rank_half_alone() -> None:
