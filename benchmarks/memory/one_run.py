@@ -16,6 +16,7 @@ from peft import get_peft_model
 from peft_talan.demo.recall import (
     LONG_CONTEXT,
     SCORED_WINDOWS,
+    WINDOW,
     Task,
     Training,
     pretrained,
@@ -96,6 +97,12 @@ def run(settings: Settings) -> dict[str, Any]:
     for windows in settings.scored:
         if windows not in base_recall:
             base_recall[windows] = recall(model, settings.task, windows, settings.rows)
+    full_recall = {}
+    if settings.base == "full":
+        # What it can do before it loses its old keys.
+        model.config.sliding_window = None
+        full_recall = {windows: recall(model, settings.task, windows, settings.rows) for windows in settings.scored}
+        model.config.sliding_window = WINDOW
     adapter, axes = ARMS[settings.arm]
     config = make_config(adapter, model, settings.rank, "all-linear", axes)
     torch.manual_seed(settings.seed)
@@ -113,6 +120,7 @@ def run(settings: Settings) -> dict[str, Any]:
         "settings": asdict(settings),
         "recall": {windows: recall(tuned, settings.task, windows, settings.rows) for windows in settings.scored},
         "base_recall": {windows: base_recall[windows] for windows in settings.scored},
+        "full_attention_recall": full_recall,
         "last_loss": sum(losses[-math.ceil(settings.steps / 5) :]) / math.ceil(settings.steps / 5),
         "losses": [round(loss, 4) for loss in losses[:: max(1, settings.steps // 50)]],
         "trainable": trainable(tuned),
