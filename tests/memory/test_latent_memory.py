@@ -190,6 +190,8 @@ def test_a_cache_looks_as_without_memories_and_dies_without_the_collector(copier
     plain = make_cache("dynamic")
     assert len(cache) == len(plain)
     assert [type(layer) for layer in cache.layers] == [type(layer) for layer in plain.layers]
+    for index in range(len(cache)):
+        cache.update(torch.zeros(2, 1, 6, 4), torch.zeros(2, 1, 6, 4), index)
     twin = copier(cache)
     if copier is not copy.copy:
         twin.crop(-2)
