@@ -131,7 +131,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     model = AutoPeftModelForCausalLM.from_pretrained(options.output)
     tokenizer = AutoTokenizer.from_pretrained(options.output)
     request = [{"role": "user", "content": "Please set a timer for 25 minutes."}]
-    print("reloaded:", request[0]["content"], "->", answer(model, tokenizer, request))
+    print("reloaded:", request[0]["content"], "->", repr(answer(model, tokenizer, request)))
 
 
 if __name__ == "__main__":

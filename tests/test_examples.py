@@ -42,7 +42,7 @@ def test_sft_with_trl_and_what_vllm_is_given(
     request = [{"role": "user", "content": reloaded[0]}]
     model, tokenizer = AutoModelForCausalLM.from_pretrained(merged), AutoTokenizer.from_pretrained(merged)
     assert (merged / "adapter_config.json").exists()  # the side path, embedded
-    assert sft["answer"](model, tokenizer, request) == reloaded[1]
+    assert repr(sft["answer"](model, tokenizer, request)) == reloaded[1]
 
 
 def test_long_context(capsys: pytest.CaptureFixture[str]) -> None:
