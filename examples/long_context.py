@@ -84,7 +84,8 @@ def right_answers(model: Any, length: int) -> tuple[float, int]:
     cache = StaticCache(model.config, max_cache_len=length + 1)
     options = {"max_new_tokens": 1, "do_sample": False, "pad_token_id": BEGIN}
     answers = model.generate(texts, attention_mask=torch.ones_like(texts), past_key_values=cache, **options)[:, -1]
-    kept = [tensor for layer in cache.layers for tensor in (layer.keys, layer.values)]
+    layers: list[Any] = cache.layers
+    kept = [tensor for layer in layers for tensor in (layer.keys, layer.values)]
     kept += [memory.state for memory in getattr(cache, "latent_memories", ())]
     return float((answers == keys).float().mean()), sum(tensor.nbytes for tensor in kept) // len(texts)
 
@@ -98,10 +99,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=60, help="of each training")
     options = parser.parse_args(arguments)
-    shape = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": BLOCKS, "head_dim": 16}
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "sliding_window": WINDOW}
-    no_ends = {"pad_token_id": None, "bos_token_id": None, "eos_token_id": None}
-    lora = {"task_type": "CAUSAL_LM", "r": 8, "target_modules": "all-linear"}
+    shape: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": BLOCKS, "head_dim": 16}
+    heads: dict[str, Any] = {"num_attention_heads": 4, "num_key_value_heads": 2, "sliding_window": WINDOW}
+    no_ends: dict[str, Any] = {"pad_token_id": None, "bos_token_id": None, "eos_token_id": None}
+    lora: dict[str, Any] = {"task_type": "CAUSAL_LM", "r": 8, "target_modules": "all-linear"}
     configs = {"LoRA": LoraConfig(**lora), "LoRA + TALAN": TalanConfig(**lora, talan_layers="all")}
     print(f"{'tokens of the text:':<20}", *(f"{length:>6}" for length in LENGTHS))
     for name, config in configs.items():

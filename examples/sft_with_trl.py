@@ -20,7 +20,7 @@ import torch
 from datasets import Dataset
 from peft import AutoPeftModelForCausalLM
 from transformers import AutoTokenizer
-from trl import SFTConfig, SFTTrainer
+from trl import SFTConfig, SFTTrainer  # type: ignore[attr-defined] # trl loads its names when they are asked for
 
 from peft_talan import TalanConfig
 from peft_talan.demo.base_model import default_model_folder
