@@ -1,4 +1,4 @@
-"""What bench_overhead.py times: a prefill, a decoded token, a training step, an attachment; eager or compiled."""
+"""What the overhead benchmarks time: prefill, a decoded token, a training step, attaching; eager or compiled."""
 
 from __future__ import annotations
 
@@ -16,6 +16,9 @@ from transformers import Cache, DynamicCache, PreTrainedConfig, StaticCache
 
 PROMPT = 128
 """Tokens that are really read before decoding; a longer context repeats their keys."""
+
+MOST_DECODED = 4096
+"""Tokens that are decoded at most."""
 
 Calls = dict[str, Callable[[], Any]]
 
@@ -37,13 +40,18 @@ def prefill_operations(model: nn.Module, tokens: int) -> float:
 
 
 def _token_ids(model: nn.Module, batch: int, tokens: int) -> torch.Tensor:
-    return torch.randint(0, model.config.vocab_size, (batch, tokens), generator=torch.Generator().manual_seed(2))
+    ids = torch.randint(0, model.config.vocab_size, (batch, tokens), generator=torch.Generator().manual_seed(2))
+    return ids.to(_device(model))
 
 
-def _compiled(call: Callable[[nn.Module], Any], model: nn.Module) -> Callable[[], Any]:
+def _device(model: nn.Module) -> torch.device:
+    return next(model.parameters()).device
+
+
+def _compiled(call: Callable[[nn.Module], Any], model: nn.Module, mode: str | None = None) -> Callable[[], Any]:
     """Compile a call of a model by itself: a copied code object, so that no two models share a list of guards."""
     own = FunctionType(call.__code__.replace(), call.__globals__, closure=call.__closure__)
-    compiled = torch.compile(own, dynamic=False)
+    compiled = torch.compile(own, dynamic=False, mode=mode)
 
     def run() -> Any:
         with torch.no_grad():
@@ -76,22 +84,25 @@ def compiled_prefill_calls(models: dict[str, nn.Module], tokens: int) -> Calls:
 
 def lengthen(cache: Cache, times: int) -> None:
     """Repeat a cache's keys and let the latent memories count as many tokens: only shapes matter to the time."""
+    for memory in getattr(cache, "latent_memories", ()):
+        memory.length *= times
     for layer in cache.layers:
-        for memories in getattr(layer, "memories", {}).values():
-            for memory in memories.values():
-                memory.length *= times
         if getattr(layer, "keys", None) is not None:
             layer.keys = layer.keys.repeat(1, 1, times, 1)
             layer.values = layer.values.repeat(1, 1, times, 1)
 
 
 def decode_calls(models: dict[str, nn.Module], context: int, batch: int) -> Calls:
-    """One decoded token a call, each condition going on with its own cache."""
-    token = torch.full((batch, 1), 7)
+    """One decoded token a call with a mask, as `generate` does it, each condition going on with its own cache."""
+    token = torch.full((batch, 1), 7, device=_device(next(iter(models.values()))))
+    mask = token.new_ones(batch, context + MOST_DECODED)
 
     def step(model: nn.Module, cache: Cache) -> torch.Tensor:
+        seen = mask[:, : cache.get_seq_length() + 1]
         with torch.no_grad():
-            return model(input_ids=token, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+            return model(
+                input_ids=token, attention_mask=seen, past_key_values=cache, use_cache=True, logits_to_keep=1
+            ).logits
 
     calls: Calls = {}
     for name, prefill in prefill_calls(models, min(context, PROMPT)).items():
@@ -102,15 +113,17 @@ def decode_calls(models: dict[str, nn.Module], context: int, batch: int) -> Call
     return calls
 
 
-def compiled_decode_calls(models: dict[str, nn.Module], context: int, batch: int, room: int) -> Calls:
+def compiled_decode_calls(
+    models: dict[str, nn.Module], context: int, batch: int, room: int, mode: str | None = None
+) -> Calls:
     """One decoded token a call, compiled, with a static cache; attention then runs over the cache's whole room."""
-    token = torch.full((batch, 1), 7)
+    token = torch.full((batch, 1), 7, device=_device(next(iter(models.values()))))
     calls: Calls = {}
     for name, model in models.items():
         cache = StaticCache(config=model.config, max_cache_len=context + room)
         with torch.no_grad():
             model(input_ids=_token_ids(model, batch, PROMPT), past_key_values=cache, use_cache=True, logits_to_keep=1)
-        calls[name] = _compiled(_closing_over(token, cache), model)
+        calls[name] = _compiled(_closing_over(token, cache), model, mode)
     return calls
 
 

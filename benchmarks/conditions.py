@@ -58,6 +58,7 @@ ADAPTERS: dict[str, Callable[[], LoraConfig]] = {
     "lora": lambda: LoraConfig(**LOW_RANK),
     "talan": lambda: TalanConfig(**LOW_RANK),
     "talan, 8 blocks": lambda: TalanConfig(**LOW_RANK, talan_layers=EIGHT_BLOCKS),
+    "talan, all blocks": lambda: TalanConfig(**LOW_RANK, talan_layers="all"),
     "lora again": lambda: LoraConfig(**LOW_RANK),
     "dora": lambda: LoraConfig(**LOW_RANK, use_dora=True),
     "dora + talan": lambda: TalanConfig(**LOW_RANK, use_dora=True),
@@ -68,6 +69,7 @@ MATCHED = {
     "lora": "base",
     "talan": "lora",
     "talan, 8 blocks": "lora",
+    "talan, all blocks": "lora",
     "lora again": "lora",
     "dora + talan": "dora",
     "dora again": "dora",
@@ -77,7 +79,7 @@ MATCHED = {
 """What each condition's time is divided by. `again` is built a second time: its ratio is the run's noise."""
 
 GROUPS = {
-    "lora": ["base", "lora", "talan", "talan, 8 blocks", "lora again", "merged", "kept"],
+    "lora": ["base", "lora", "talan", "talan, 8 blocks", "talan, all blocks", "lora again", "merged", "kept"],
     "dora": ["dora", "dora + talan", "dora again"],
 }
 """Conditions that take turns with each other. DoRA's calls are many times longer, so it has turns of its own."""

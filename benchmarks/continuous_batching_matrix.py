@@ -1,7 +1,7 @@
 """Whether answers of transformers' continuous batching equal those of `generate`, over many settings, beside LoRA's.
 
 `python -m benchmarks.continuous_batching_matrix` runs every setting on tiny models with random weights (a quarter of
-an hour on two cores) and prints one line a setting; `--out FILE` writes them as JSON lines.
+an hour on two cores) and prints one line a setting; `--out FILE` keeps them as JSON lines and goes on from those.
 """
 
 from __future__ import annotations
@@ -96,34 +96,42 @@ def answers(model: Any, prompts: list[list[int]], pages: dict[str, Any]) -> list
 def main() -> None:
     """Run every setting."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, help="where to write the results as JSON lines")
+    parser.add_argument("--out", type=Path, help="JSON lines; settings that are there are not run again")
     parser.add_argument("--architectures", nargs="+", choices=ARCHITECTURES, default=list(ARCHITECTURES))
     options = parser.parse_args()
-    out = options.out
     logging.set_verbosity_error()
     torch.set_num_threads(1)
-    prompts, equal, settings = make_prompts(), {"LoRA": 0, "TALAN": 0}, {"LoRA": 0, "TALAN": 0}
+    prompts = make_prompts()
+    rows: list[dict[str, Any]] = []
+    if options.out is not None and options.out.exists():
+        rows = [json.loads(line) for line in options.out.read_text(encoding="utf-8").splitlines()]
     shared = {"r": 4, "target_modules": "all-linear", "task_type": "CAUSAL_LM", "init_lora_weights": False}
     kinds: dict[str, LoraConfig] = {"LoRA": LoraConfig(**shared)}
     for name, axes in AXES.items():
         sizes = {"talan_layers": [1, -1], "talan_slots": 3, "talan_dim": 5, "init_talan_weights": False}
         kinds[name] = TalanConfig(**shared, **sizes, **axes)
     for architecture, attention, (name, config) in product(options.architectures, ("sdpa", "eager"), kinds.items()):
+        setting = {"architecture": architecture, "attention": attention, "adapter": name}
+        known = [row["pages"] for row in rows if row.items() >= setting.items()]
+        missing = {pages: settings for pages, settings in PAGES.items() if pages not in known}
+        if not missing:
+            continue
         model = make_model(architecture, attention, copy.deepcopy(config))
         expected = expected_answers(model, prompts)
-        for pages, settings_of_pages in PAGES.items():
+        for pages, settings_of_pages in missing.items():
             found = answers(model, prompts, settings_of_pages)
             right = sum(one == other for one, other in zip(found, expected, strict=False))
-            kind = name if name == "LoRA" else "TALAN"
-            settings[kind] += 1
-            equal[kind] += right == len(prompts)
-            line = {"architecture": architecture, "attention": attention, "adapter": name, "pages": pages}
-            line |= {"equal": right, "prompts": len(prompts)}
-            print(json.dumps(line), flush=True)
-            if out is not None:
-                with out.open("a", encoding="utf-8") as file:
-                    file.write(json.dumps(line) + "\n")
-    print(", ".join(f"{kind}: {equal[kind]} of {settings[kind]} settings equal" for kind in settings))
+            row = {**setting, "pages": pages, "equal": right, "prompts": len(prompts)}
+            rows.append(row)
+            print(json.dumps(row), flush=True)
+            if options.out is not None:
+                with options.out.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps(row) + "\n")
+    for kind, of_kind in {
+        "LoRA": [row for row in rows if row["adapter"] == "LoRA"],
+        "TALAN": [row for row in rows if row["adapter"] != "LoRA"],
+    }.items():
+        print(f"{kind}: {sum(row['equal'] == row['prompts'] for row in of_kind)} of {len(of_kind)} settings equal")
 
 
 if __name__ == "__main__":

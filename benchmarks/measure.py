@@ -53,6 +53,12 @@ class CallMemory(NamedTuple):
     allocated: int
 
 
+def wait_for_device() -> None:
+    """Wait until an accelerator, if there is one, has done all that it was given: else only launches are timed."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
 class Ratio(NamedTuple):
     """A ratio of two conditions' times.
 
@@ -81,6 +87,7 @@ def machine() -> dict[str, Any]:
     """What a measurement depends on beside its own options."""
     return {
         "processor": processor_name(),
+        "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -93,7 +100,7 @@ def code_version() -> str:
     """A digest of the package's source files: a result belongs to the code that it was measured with."""
     package = Path(peft_talan.__file__).parent
     digest = hashlib.sha256()
-    for file in sorted([*package.glob("*.py"), *package.glob("functional/*.py")]):
+    for file in sorted(package.rglob("*.py")):
         digest.update(file.read_bytes())
     return digest.hexdigest()[:10]
 
@@ -152,8 +159,10 @@ def in_turns(
         shift = (turn // 2) % len(names)
         order = names[shift:] + names[:shift]
         for name in order if turn % 2 else reversed(order):
+            wait_for_device()
             start = time.perf_counter()
             result = calls[name]()
+            wait_for_device()
             if turn >= 0:
                 times[name].append(1e3 * (time.perf_counter() - start))
             if after is not None:

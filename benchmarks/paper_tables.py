@@ -86,11 +86,11 @@ def _roofline(models: dict[str, Any], names: dict[str, str], table: Callable[...
             [
                 "model",
                 "low-rank half",
-                "LoRA, dispatched",
+                "LoRA",
                 "TALAN",
                 "TALAN / LoRA",
                 "without views",
-                "profiler's events",
+                "profiler",
                 "<= 1.008",
                 "kept / base",
             ],

@@ -1,11 +1,17 @@
 """Serves a kept side path over loopback under load: every answer must be that of `generate`, at what speed.
 
 SmolLM2-135M-Instruct gets a side path with random weights and is written to two folders, whole and with the low-rank
-half alone. One server runs the first folder and two run the second, all at once; measured in turns, so the ratio of
-the last two says how much of the difference is chance. Then clients are killed in the middle of answers and prompts
-are sent that are too long, beside clients whose answers must stay what they are.
+half alone. One server runs the first folder and two run the second, all at once; they are measured in turns, so the
+ratio of the last two says how much of a difference is chance. Beside tokens a second stands the time that processors
+spent on each token, which other programs on the machine change less. Then clients are killed in the middle of answers
+and prompts are sent that are too long, beside clients whose answers must stay; at last, many requests are sent while
+the server's memory is watched.
 
-    python -m benchmarks.serving --server transformers --clients 1 4 16 --requests 64
+    python -m benchmarks.serving --server transformers
+    .venv-vllm/bin/python -m benchmarks.serving --server vllm
+    python -m benchmarks.serving --table
+
+vLLM lives in an environment of its own (`make test-vllm` makes it); the folders must have been written by then.
 """
 
 from __future__ import annotations
@@ -28,11 +34,16 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 RESULTS = Path(__file__).parent / "results" / "serving.jsonl"
+PAGE_WITH_TABLE = Path(__file__).parents[1] / "docs" / "how-to" / "serve.md"
+MARKS = ("<!-- table load -->\n", "<!-- end -->")
 TOPICS = (
     "the sea", "a bridge", "bread", "the moon", "a clock", "ants", "the violin", "rain",
     "glass", "a lighthouse", "salt", "the desert", "a ladder", "owls", "paper", "iron",
 )  # fmt: skip
 PAGE, PAGES, BUDGET = 32, 512, 256
+FEWEST_TURNS = 3
+"""Fewer say nothing about speed."""
+COUNTED = ("requests", "lost", "wrong")
 
 
 def transformers_server(folder: str, port: int) -> list[str]:
@@ -43,7 +54,24 @@ def transformers_server(folder: str, port: int) -> list[str]:
     return [str(Path(sys.executable).parent / "transformers"), "serve", folder, "--continuous-batching", *flags]
 
 
-SERVERS: dict[str, Callable[[str, int], list[str]]] = {"transformers": transformers_server}
+def vllm_server(folder: str, port: int) -> list[str]:
+    """The command of `vllm serve`, compiled as it is by default."""
+    options = {"port": port, "dtype": "float32", "max-model-len": 2048, "block-size": PAGE}
+    options |= {"num-gpu-blocks-override": PAGES, "max-num-batched-tokens": BUDGET, "max-num-seqs": 16}
+    flags = [part for name, value in options.items() for part in (f"--{name}", str(value))]
+    return [str(Path(sys.executable).parent / "vllm"), "serve", folder, "--disable-uvicorn-access-log", *flags]
+
+
+def vllm_eager_server(folder: str, port: int) -> list[str]:
+    """The command of `vllm serve` without compilation."""
+    return [*vllm_server(folder, port), "--enforce-eager"]
+
+
+SERVERS: dict[str, Callable[[str, int], list[str]]] = {
+    "transformers": transformers_server,
+    "vllm": vllm_server,
+    "vllm, eager": vllm_eager_server,
+}
 """By name: from a folder and a port to the command that serves it with the OpenAI routes."""
 
 
@@ -62,13 +90,20 @@ class Server(NamedTuple):
     port: int
     process: subprocess.Popen[bytes]
 
-    def memory(self) -> float:
-        """The resident memory of the server and its children, in MiB."""
+    def processes(self) -> list[Any]:
+        """The server's process and its children."""
         import psutil
 
-        processes = [psutil.Process(self.process.pid)]
-        processes += processes[0].children(recursive=True)
-        return sum(process.memory_info().rss for process in processes) / 2**20
+        first = psutil.Process(self.process.pid)
+        return [first, *first.children(recursive=True)]
+
+    def memory(self) -> float:
+        """The resident memory, in MiB."""
+        return sum(process.memory_info().rss for process in self.processes()) / 2**20
+
+    def processor_seconds(self) -> float:
+        """The time that processors have spent on the server."""
+        return sum(sum(process.cpu_times()[:2]) for process in self.processes())
 
 
 def write_folders(parent: Path) -> dict[str, str]:
@@ -125,7 +160,8 @@ def serving(kind: str, name: str, folder: str, threads: int) -> Iterator[Server]
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
-    environment["HF_HUB_OFFLINE"] = "1"
+    environment |= {"HF_HUB_OFFLINE": "1", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+    environment["VLLM_LOGGING_LEVEL"] = "WARNING"
     process = subprocess.Popen(SERVERS[kind](folder, port), env=environment)
     try:
         for _ in range(600):
@@ -141,7 +177,11 @@ def serving(kind: str, name: str, folder: str, threads: int) -> Iterator[Server]
         yield Server(name, folder, port, process)
     finally:
         process.terminate()
-        process.wait(60)
+        try:
+            process.wait(30)
+        except subprocess.TimeoutExpired:  # It waits for clients that were killed.
+            process.kill()
+            process.wait()
 
 
 def ask(server: Server, messages: list[dict[str, str]], tokens: int, kill_after: int | None = None) -> tuple[int, Any]:
@@ -170,7 +210,7 @@ def ask(server: Server, messages: list[dict[str, str]], tokens: int, kill_after:
 
 
 def load(
-    server: Server, topics: Sequence[str], clients: int, tokens: int, expected: dict[str, str] | None
+    server: Server, topics: Sequence[str], clients: int, tokens: int, expected: dict[str, str] | None = None
 ) -> dict[str, Any]:
     """Let some clients send requests side by side, and compare the answers.
 
@@ -179,18 +219,20 @@ def load(
         topics: One for each request.
         clients: How many at once.
         tokens: New tokens a request, at most.
-        expected: The right answer by topic; None: not compared.
+        expected: The right answer by topic. Default None: not compared.
 
     Returns:
         What was counted.
     """
-    start = time.perf_counter()
+    start, spent = time.perf_counter(), server.processor_seconds()
     with ThreadPoolExecutor(clients) as pool:
         answers = list(pool.map(lambda topic: ask(server, message(topic), tokens), topics))
-    seconds = time.perf_counter() - start
+    seconds, spent = time.perf_counter() - start, server.processor_seconds() - spent
     given = [answer for status, answer in answers if status == 200]
     new_tokens = sum(answer["usage"]["completion_tokens"] for answer in given)
-    counted = {"requests": len(topics), "lost": len(topics) - len(given), "tokens_per_second": new_tokens / seconds}
+    counted = {"requests": len(topics), "lost": len(topics) - len(given)}
+    if new_tokens:
+        counted |= {"tokens_per_second": new_tokens / seconds, "processor_seconds_per_token": spent / new_tokens}
     if expected is not None:
         texts = [answer["choices"][0]["message"]["content"] if status == 200 else None for status, answer in answers]
         counted["wrong"] = sum(text != expected[topic] for text, topic in zip(texts, topics, strict=True))
@@ -211,11 +253,94 @@ def disturb(
     return {**counted, "killed": len(statuses), "too_long": f"{status}: {str(answer)[:120]}"}
 
 
+def soak(server: Server, topics: Sequence[str], requests: int, tokens: int) -> list[int]:
+    """The memory of a server in MiB, before and after each tenth of many requests."""
+    clients, piece = len(TOPICS), max(requests // 10, 1)
+    used = [round(server.memory())]
+    for done in range(0, requests, piece):
+        asked = [topics[number % len(topics)] for number in range(done, done + piece)]
+        if load(server, asked, clients, tokens)["lost"]:
+            raise RuntimeError(f"{server.folder}: requests were lost after {done} of {requests}")
+        used.append(round(server.memory()))
+    return used
+
+
+def ratios(rows: Sequence[dict[str, Any]], name: str, field: str) -> dict[str, float]:
+    """How a server compares with plain LoRA's, turn by turn: the median, and the two quartiles."""
+    values: dict[str, list[float]] = {}
+    for row in rows:
+        values.setdefault(row["served"], []).append(row[field])
+    each = [a / b for a, b in zip(values[name], values["lora"], strict=True)]
+    if field == "processor_seconds_per_token":
+        each = [1 / value for value in each]
+    low, middle, high = statistics.quantiles(each, n=4) if len(each) > 1 else each * 3
+    return {"median": round(middle, 3), "low": round(low, 3), "high": round(high, 3)}
+
+
 def report(out: Path, row: dict[str, Any]) -> None:
     """Print a row and keep it."""
     print(json.dumps(row), flush=True)
     with out.open("a", encoding="utf-8") as file:
         file.write(json.dumps(row) + "\n")
+
+
+def measure(options: argparse.Namespace, folders: dict[str, str], about: dict[str, Any]) -> None:
+    """Run the load and report each part of it."""
+    topics = [TOPICS[number % len(TOPICS)] for number in range(options.requests)]
+    expected = {name: expected_answers(folder, TOPICS, options.tokens) for name, folder in folders.items()}
+    served = {"talan": folders["talan"], "lora": folders["lora"], "lora again": folders["lora"]}
+    with all_serving(options.server, served, options.threads) as servers:
+        for server in servers:  # The first answer waits for what is made when it is first used.
+            load(server, topics, len(TOPICS), 2)
+        for clients in options.clients:
+            rows: list[dict[str, Any]] = []
+            for turn in range(options.turns):
+                for place in range(len(servers)):
+                    # No server is always the first of a turn.
+                    server = servers[(place + turn) % len(servers)]
+                    right = expected[server.name.split()[0]]
+                    rows.append({"served": server.name, **load(server, topics, clients, options.tokens, right)})
+            for name in served:
+                sums = {field: sum(row[field] for row in rows if row["served"] == name) for field in COUNTED}
+                of_name = [row["tokens_per_second"] for row in rows if row["served"] == name]
+                row = {"served": name, "clients": clients, **sums, "tokens_per_second": statistics.median(of_name)}
+                if name != "lora":
+                    row |= {"speed": ratios(rows, name, "tokens_per_second")}
+                    row |= {"processor time": ratios(rows, name, "processor_seconds_per_token")}
+                report(options.out, {**about, "turns": options.turns, **row})
+        row = disturb(servers[0], topics, max(options.clients), options.tokens, expected["talan"])
+        report(options.out, {**about, "served": "talan", "clients": max(options.clients), **row})
+        if options.soak:
+            used = soak(servers[0], TOPICS, options.soak, 4)
+            report(options.out, {**about, "served": "talan", "requests": options.soak, "MiB": used})
+
+
+def table(out: Path) -> str:
+    """The stored rows as a table of the documentation."""
+    rows = [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
+    lines = ["| server | clients | answers equal | lost | speed | control | by processor time | control |"]
+    lines.append("|---|--:|--:|--:|--:|--:|--:|--:|")
+
+    def shown(row: dict[str, Any], field: str) -> str:
+        if row["turns"] < FEWEST_TURNS:
+            return "not measured"
+        return "{median:.3f} ({low:.3f} to {high:.3f})".format(**row[field])
+
+    for row in rows:
+        if row["served"] != "talan" or "speed" not in row:
+            continue
+        pair = {"server": row["server"], "clients": row["clients"], "served": "lora again"}
+        control = next(other for other in rows if other.items() >= pair.items())
+        cells = [row["server"], row["clients"], f"{row['requests'] - row['wrong']} of {row['requests']}", row["lost"]]
+        cells += [shown(one, field) for field in ("speed", "processor time") for one in (row, control)]
+        lines.append(f"| {' | '.join(map(str, cells))} |")
+    return "\n".join(lines)
+
+
+def filled(page: str, rows: str) -> str:
+    """The page with the table between its marks."""
+    before, _, rest = page.partition(MARKS[0])
+    return f"{before}{MARKS[0]}\n{rows}\n\n{MARKS[1]}{rest.partition(MARKS[1])[2]}"
 
 
 def main() -> None:
@@ -224,41 +349,21 @@ def main() -> None:
     parser.add_argument("--server", choices=SERVERS, default="transformers")
     parser.add_argument("--folder", type=Path, default=Path("build/serving"), help="where the models are written")
     parser.add_argument("--clients", type=int, nargs="+", default=[1, 4, 16])
-    parser.add_argument("--requests", type=int, default=64, help="in each turn")
-    parser.add_argument("--prompts", type=int, default=len(TOPICS), help="that differ")
-    parser.add_argument("--turns", type=int, default=3)
+    parser.add_argument("--requests", type=int, default=64, help="of each server, in each turn")
+    parser.add_argument("--turns", type=int, default=5)
     parser.add_argument("--tokens", type=int, default=48, help="new tokens a request, at most")
+    parser.add_argument("--soak", type=int, default=1000, help="requests during which the memory is watched")
     parser.add_argument("--threads", type=int, default=1, help="of each server")
     parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--table", action="store_true", help="put what is stored into the page, and run nothing")
     options = parser.parse_args()
-    folders = write_folders(options.folder)
-    expected = expected_answers(folders["talan"], TOPICS[: options.prompts], options.tokens)
-    topics = [TOPICS[number % options.prompts] for number in range(options.requests)]
-    served = {"talan": folders["talan"], "lora": folders["lora"], "lora again": folders["lora"]}
+    if options.table:
+        page = PAGE_WITH_TABLE.read_text(encoding="utf-8")
+        PAGE_WITH_TABLE.write_text(filled(page, table(options.out)), encoding="utf-8")
+        return
     about = {"server": options.server, "threads": options.threads, "tokens": options.tokens}
     about["machine"] = f"{platform.machine()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.0f}"
-    with all_serving(options.server, served, options.threads) as servers:
-        for server in servers:  # The first answer waits for what is made when it is first used.
-            load(server, topics[:1], 1, 2, None)
-        before = servers[0].memory()
-        for clients in options.clients:
-            speeds: dict[str, list[float]] = {name: [] for name in served}
-            for _ in range(options.turns):
-                for server in servers:
-                    right = expected if server.name == "talan" else None
-                    counted = load(server, topics, clients, options.tokens, right)
-                    speeds[server.name].append(counted["tokens_per_second"])
-                    report(options.out, {**about, "served": server.name, "clients": clients, **counted})
-            ratios = {
-                name: statistics.median(a / b for a, b in zip(speeds[name], speeds["lora"], strict=True))
-                for name in ("talan", "lora again")
-            }
-            report(options.out, {**about, "clients": clients, "speed beside lora": ratios})
-        clients = max(options.clients)
-        counted = disturb(servers[0], topics, clients, options.tokens, expected)
-        report(options.out, {**about, "served": "talan", "disturbed": True, "clients": clients, **counted})
-        memory = {"MiB before": round(before), "MiB after": round(servers[0].memory())}
-        report(options.out, {**about, "served": "talan", **memory})
+    measure(options, write_folders(options.folder), about)
 
 
 @contextmanager

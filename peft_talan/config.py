@@ -98,7 +98,7 @@ class TalanConfig(SidePathAxes, LoraConfig):
     Raises:
         ValueError: A field's value, type or combination can't work; the message names field, value and remedy.
 
-    Example:
+    Examples:
         >>> from peft import get_peft_model
         >>> from peft_talan import TalanConfig
         >>> config = TalanConfig(r=16, target_modules="all-linear", task_type="CAUSAL_LM", talan_layers=[0.33, 0.66])
@@ -130,7 +130,7 @@ class TalanConfig(SidePathAxes, LoraConfig):
         Raises:
             ValueError: The adapter is of another type than LoRA.
 
-        Example:
+        Examples:
             >>> config = TalanConfig.from_lora("path/to/lora", talan_layers=[0.5])
         """
         found = lora if isinstance(lora, PeftConfig) else PeftConfig.from_pretrained(str(lora))

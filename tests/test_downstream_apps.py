@@ -94,14 +94,16 @@ def test_lm_eval_scores_the_adapter(folder: Path, environment: dict[str, str]) -
     assert with_adapter != without
 
 
-@pytest.fixture
-def server(folder: Path, environment: dict[str, str]) -> Iterator[str]:
+@pytest.fixture(params=[[], ["--continuous-batching", "--cb-block-size", "8", "--cb-num-blocks", "64"]])
+def server(request: pytest.FixtureRequest, folder: Path, environment: dict[str, str]) -> Iterator[str]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     command = [sys.executable, "-m", "transformers.cli.transformers", "serve", str(folder / "both")]
     options = ["--host", "127.0.0.1", "--port", str(port), "--device", "cpu", "--dtype", "float32"]
-    process = subprocess.Popen([*command, *options], env=environment, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [*command, *options, *request.param], env=environment, stderr=subprocess.PIPE, text=True
+    )
     try:
         yield f"http://127.0.0.1:{port}"
     finally:
@@ -114,7 +116,7 @@ def ask(address: str, body: dict) -> dict:
     request = urllib.request.Request(
         f"{address}/v1/chat/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
     )
-    for _ in range(120):
+    for _ in range(600):
         try:
             with urllib.request.urlopen(request, timeout=60) as answer:
                 return json.loads(answer.read())
@@ -122,7 +124,7 @@ def ask(address: str, body: dict) -> dict:
             raise
         except urllib.error.URLError:
             time.sleep(0.5)
-    raise TimeoutError(f"the server at {address} did not start within a minute")
+    raise TimeoutError(f"the server at {address} did not start within five minutes")
 
 
 def test_transformers_server_answers_from_the_adapter(folder: Path, server: str) -> None:

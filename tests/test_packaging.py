@@ -20,7 +20,7 @@ MOVED = {"autoload": "peft_talan_autoload", "cli": "peft_talan_cli"}
 """Folders that are installed under a name of their own."""
 
 
-FOLDERS = (".ci", "benchmarks", "docs", "peft_talan", "tests")
+FOLDERS = (".ci", "benchmarks", "docs", "examples", "peft_talan", "tests")
 FILES = ("LICENSE", "MANIFEST.in", "Makefile", "README.md", "mkdocs.yml", "pyproject.toml", "setup.cfg")
 
 

@@ -138,7 +138,7 @@ def to_rows(
     Returns:
         One dictionary a row.
 
-    Example:
+    Examples:
         >>> table = pandas.DataFrame(to_rows(measure_blocks(model, inputs)))
     """
     rows: list[dict[str, Any]] = []
@@ -171,7 +171,7 @@ def measure_blocks(model: nn.Module, inputs: Inputs | Sequence[Inputs]) -> list[
     Raises:
         ValueError: The model has no side path, is disabled or merged, or there is no batch.
 
-    Example:
+    Examples:
         >>> blocks = measure_blocks(model, tokenizer("Why is the sky blue?", return_tensors="pt"))
         >>> blocks[9].ratio  # how many times larger the low-rank update is than the side path's
     """
@@ -232,7 +232,7 @@ def measure_propagation(model: nn.Module, inputs: Inputs | Sequence[Inputs]) -> 
     Raises:
         ValueError: As in `measure_blocks`.
 
-    Example:
+    Examples:
         >>> for step in measure_propagation(model, tokenizer("Why is the sky blue?", return_tensors="pt")):
         ...     print(step.source, step.block, step.amplification)
     """
@@ -283,7 +283,7 @@ def measure_reads(model: nn.Module, inputs: Inputs) -> list[SidePathReads]:
     Raises:
         ValueError: As in `measure_blocks`.
 
-    Example:
+    Examples:
         >>> reads = measure_reads(model, tokenizer("Why is the sky blue?", return_tensors="pt"))
         >>> reads[0].slot_usage
     """

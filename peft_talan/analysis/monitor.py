@@ -39,7 +39,7 @@ class SidePathMonitor(TrainerCallback):
         log: Where the numbers go: `trainer.log`, as in `trainer.add_callback(SidePathMonitor(trainer.log))`. Trainer
             calls its loggers before the user's callbacks, so a callback can't add to a log.
 
-    Example:
+    Examples:
         >>> trainer.add_callback(SidePathMonitor(trainer.log))
     """
 

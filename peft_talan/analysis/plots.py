@@ -43,7 +43,7 @@ def plot_blocks(blocks: Sequence[BlockMeasures]) -> Figure:
     Returns:
         The figure; `figure.savefig(file)` writes it.
 
-    Example:
+    Examples:
         >>> plot_blocks(measure_blocks(model, inputs)).savefig("blocks.png")
     """
     figure, axes = _axes("Changes of the residual stream", "block", "mean norm")
@@ -73,7 +73,7 @@ def plot_propagation(propagations: Sequence[Propagation]) -> Figure:
     Returns:
         The figure.
 
-    Example:
+    Examples:
         >>> plot_propagation(measure_propagation(model, inputs)).savefig("propagation.png")
     """
     figure, axes = _axes("Amplification of a perturbation", "block", "|difference| / |written|")
@@ -95,7 +95,7 @@ def plot_slot_usage(reads: Sequence[SidePathReads]) -> Figure:
     Returns:
         The figure.
 
-    Example:
+    Examples:
         >>> plot_slot_usage(measure_reads(model, inputs)).savefig("slots.png")
     """
     figure, axes = _axes("Slot usage", "slot", "mean share")
@@ -122,7 +122,7 @@ def plot_token_slots(reads: SidePathReads, tokens: Sequence[str] | None = None, 
     Raises:
         ValueError: There is no such row, or the number of texts is not the row's number of tokens.
 
-    Example:
+    Examples:
         >>> plot_token_slots(measure_reads(model, inputs)[0], tokens).savefig("tokens.png")
     """
     rows, length = reads.valid.shape

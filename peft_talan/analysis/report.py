@@ -83,7 +83,7 @@ def analyze(
         ValueError: A number is below 1, the adapter is not a TALAN adapter, or the data can't be used.
         ModuleNotFoundError: matplotlib is missing; `pip install 'peft-talan[analysis]'`.
 
-    Example:
+    Examples:
         >>> files = analyze("user/adapter", "data.jsonl", "analysis")
         >>> files.pictures
     """

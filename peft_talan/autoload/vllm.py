@@ -1,6 +1,6 @@
 """Lets vLLM serve models with an embedded TALAN adapter: the entry point of the group `vllm.general_plugins`.
 
-vLLM calls `register` in each of its processes. It only wraps two methods of vLLM's; what serves the side paths is
+vLLM calls `register` in each of its processes. It only wraps four methods of vLLM's; what serves the side paths is
 imported where a model has one.
 """
 
@@ -16,7 +16,7 @@ _MARK = "_looks_for_talan"
 
 
 def register() -> None:
-    """Look for embedded TALAN adapters when vLLM configures an engine and when it builds a model.
+    """Look for embedded TALAN adapters when vLLM configures an engine and builds a model, and for requests' strengths.
 
     Where this vLLM lacks a method, a warning says so; such models are then refused by vLLM itself.
     """
@@ -24,10 +24,20 @@ def register() -> None:
     arguments = sys.modules.get("vllm.engine.arg_utils")
     try:
         from vllm.model_executor.model_loader.base_loader import BaseModelLoader
+        from vllm.v1.engine.input_processor import InputProcessor
+        from vllm.v1.worker.worker_base import WorkerWrapperBase
 
-        _wrap(BaseModelLoader, "create_model", _create_model)
+        methods: list[tuple[type, str, Callable[..., Any]]] = [
+            (BaseModelLoader, "create_model", _create_model),
+            (InputProcessor, "process_inputs", _process_inputs),
+            (WorkerWrapperBase, "execute_model", _execute_model),
+        ]
         if arguments is not None:
-            _wrap(arguments.EngineArgs, "create_engine_config", _create_engine_config)
+            methods.append((arguments.EngineArgs, "create_engine_config", _create_engine_config))
+        # All or none.
+        wrapped = [(owner, name, _wrapped(getattr(owner, name), wrapper)) for owner, name, wrapper in methods]
+        for owner, name, method in wrapped:
+            setattr(owner, name, method)
     except (ImportError, AttributeError) as error:
         warnings.warn(
             f"peft_talan does not know this version of vLLM ({error}); models with a TALAN adapter will not load. "
@@ -36,17 +46,16 @@ def register() -> None:
         )
 
 
-def _wrap(owner: type, name: str, wrapper: Callable[..., Any]) -> None:
-    original = getattr(owner, name)
+def _wrapped(original: Callable[..., Any], wrapper: Callable[..., Any]) -> Callable[..., Any]:
     if hasattr(original, _MARK):
-        return  # vLLM may load its plugins more than once in a process.
+        return original  # vLLM may load its plugins more than once in a process.
 
     @functools.wraps(original)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
         return wrapper(original, *args, **kwargs)
 
     setattr(wrapped, _MARK, True)
-    setattr(owner, name, wrapped)
+    return wrapped
 
 
 def has_embedded_adapter(model: str, revision: str | None) -> bool:
@@ -91,3 +100,20 @@ def _create_model(
 
     create = functools.partial(original, self, vllm_config, model_config, *args, **kwargs)
     return model_with_side_paths(create, vllm_config, model_config)
+
+
+def _process_inputs(original: Callable[..., Any], self: Any, *args: Any, **kwargs: Any) -> Any:
+    request = original(self, *args, **kwargs)
+    if str(self.vllm_config.scheduler_config.scheduler_cls).startswith("peft_talan."):
+        from peft_talan.serving.vllm.strength import check_request
+
+        check_request(self.vllm_config, request)
+    return request
+
+
+def _execute_model(original: Callable[..., Any], self: Any, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
+    # Imported by now in the workers of a model with a side path.
+    strength = sys.modules.get("peft_talan.serving.vllm.strength")
+    if strength is not None:
+        strength.follow(self.vllm_config, scheduler_output)
+    return original(self, scheduler_output, *args, **kwargs)

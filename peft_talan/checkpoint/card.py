@@ -188,7 +188,7 @@ def write_card(
     Raises:
         ValueError: The folder has no TALAN adapter.
 
-    Example:
+    Examples:
         >>> model.save_pretrained("adapter")  # writes the card, too
         >>> trainer.create_model_card()  # TRL's puts another text in its place
         >>> write_card("adapter")  # adds the section again

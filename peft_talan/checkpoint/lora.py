@@ -53,7 +53,7 @@ def export_lora(
     Raises:
         ValueError: There is no such TALAN adapter, or it has no low-rank half.
 
-    Example:
+    Examples:
         >>> export_lora(model, "lora")  # of a model in memory
         >>> export_lora("path/to/adapter", "lora")  # of a saved adapter, without its base model
     """
@@ -108,7 +108,7 @@ def warm_start(
     Raises:
         ValueError: The tensors of the LoRA adapter do not fit the model, which is left unchanged.
 
-    Example:
+    Examples:
         >>> model = warm_start(base_model, "path/to/lora", talan_layers=[0.5])
     """
     config = TalanConfig.from_lora(lora, **options)

@@ -11,7 +11,9 @@ from ..private_names import _get_tuner_state_dict_key_prefixes
 CHILD_NAME = "talan"
 """The name under which a side path becomes a child of its block."""
 
-WRAPPERS: tuple[str, ...] = ("_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_orig_mod")
+FSDP_WRAPPER = "_fsdp_wrapped_module"
+
+WRAPPERS = frozenset({FSDP_WRAPPER, "_checkpoint_wrapped_module", "_orig_mod"})
 """The names of modules inside of torch's wrappers: FSDP, activation checkpointing, `torch.compile`."""
 
 DATA_PARALLEL: tuple[type[nn.Module], ...] = (nn.DataParallel, nn.parallel.DistributedDataParallel)
@@ -55,7 +57,8 @@ def without_wrappers(name: str) -> str:
     Returns:
         The name in the model without wrappers.
     """
-    return ".".join(part for part in name.split(".") if part not in WRAPPERS)
+    parts = name.split(".")
+    return name if WRAPPERS.isdisjoint(parts) else ".".join(part for part in parts if part not in WRAPPERS)
 
 
 class ModuleNames:
@@ -78,7 +81,7 @@ class ModuleNames:
             if isinstance(module, DATA_PARALLEL):
                 data_parallel.add(name)
         # A wrapper comes before the module in it, which thus has the last word.
-        self._wrapped = {plain: name.removeprefix(f"{WRAPPERS[0]}.") for name, plain in self._plain.items()}
+        self._wrapped = {plain: name.removeprefix(f"{FSDP_WRAPPER}.") for name, plain in self._plain.items()}
 
     def plain(self, name: str) -> str:
         """Take wrappers out of a tensor's name.

@@ -87,7 +87,7 @@ def unchanged_on_error(model: nn.Module, *others: object) -> Iterator[None]:
     Yields:
         Nothing; an error is raised again once the model is restored.
 
-    Example:
+    Examples:
         >>> with unchanged_on_error(base_model):
         ...     base_model.load_adapter("adapter")
     """

@@ -158,7 +158,7 @@ def ragged_side_path(
     state: torch.Tensor,
     max_query_length: int,
     leave_at: torch.Tensor | None = None,
-    alpha: float = 1.0,
+    alpha: float | torch.Tensor = 1.0,
 ) -> RaggedOutput:
     """Run a side path on requests laid end to end; see `ragged_reference.ragged_side_path`."""
     dtype, tokens = working_dtype(hidden_states.dtype), hidden_states.shape[0]
@@ -186,6 +186,8 @@ def ragged_side_path(
         if leave_at is None:
             empty = query_start_loc[1:] == query_start_loc[:-1]
             states = torch.where(empty[:, None, None], before, states)
+        if isinstance(alpha, torch.Tensor):
+            readout, alpha = readout * alpha.to(dtype).unsqueeze(1), 1.0
         written = write_back(
             stream,
             readout,

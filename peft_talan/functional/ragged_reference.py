@@ -19,7 +19,7 @@ def ragged_side_path(
     state: torch.Tensor,
     max_query_length: int,
     leave_at: torch.Tensor | None = None,
-    alpha: float = 1.0,
+    alpha: float | torch.Tensor = 1.0,
 ) -> RaggedOutput:
     """Run a side path with a causal memory on requests of different lengths, laid end to end.
 
@@ -33,7 +33,7 @@ def ragged_side_path(
         max_query_length: The number of tokens of the longest request, or more; it is known without asking the device.
         leave_at: The tokens after which the memory is wanted, [leaves], int64; a number that is no token's asks for
             nothing in particular. None: after each request's last token. Default None.
-        alpha: The strength of the perturbation. Default 1.
+        alpha: The strength of the perturbation, or that of each token's, [tokens]. Default 1.
 
     Returns:
         h' and the memories; where a request has no tokens, its memory is the one before.
@@ -46,7 +46,8 @@ def ragged_side_path(
         if start == end:
             continue
         before = state[request : request + 1]
-        output = reference.side_path(hidden_states[None, start:end], parameters, options, alpha=alpha, state=before)
+        strength = alpha[start:end].unsqueeze(1) if isinstance(alpha, torch.Tensor) else alpha
+        output = reference.side_path(hidden_states[None, start:end], parameters, options, alpha=strength, state=before)
         written[start:end] = output.hidden_states[0]
         memories[start:end] = reference.compress(output.values, output.weights, state=before)[0][0]
         after[request] = memories[end - 1]

@@ -228,7 +228,7 @@ def write_back(
     weight: torch.Tensor,
     writeback: str,
     *,
-    alpha: float = 1.0,
+    alpha: float | torch.Tensor = 1.0,
     gate: torch.Tensor | None = None,
     cap: float = 0.1,
     grad_scale: float = 1.0,
@@ -240,7 +240,7 @@ def write_back(
         readout: r, [batch, tokens, width].
         weight: `W_write`, [hidden_size, width].
         writeback: One of `WRITEBACK_RULES`.
-        alpha: The strength of the perturbation. Default 1.
+        alpha: The strength of the perturbation, or that of each token's, [..., tokens, 1]. Default 1.
         gate: `w_g` and `b_g`, [hidden_size + 1], for `gated` only.
         cap: rho, for `capped` only. Default 0.1.
         grad_scale: gamma; the gradient that enters the side path is multiplied by it. Default 1.
@@ -259,7 +259,7 @@ def side_path(
     parameters: SidePathParameters,
     options: SidePathOptions,
     *,
-    alpha: float = 1.0,
+    alpha: float | torch.Tensor = 1.0,
     valid: torch.Tensor | None = None,
     segment_ids: torch.Tensor | None = None,
     state: torch.Tensor | None = None,
@@ -271,7 +271,7 @@ def side_path(
         hidden_states: h, [batch, tokens, hidden_size].
         parameters: The side path's tensors.
         options: The side path's axes.
-        alpha: The strength of the perturbation. Default 1.
+        alpha: The strength of the perturbation, or that of each token's, [..., tokens, 1]. Default 1.
         valid: [batch, tokens], bool; None: no padding.
         segment_ids: [batch, tokens], int; None: one segment.
         state: The memory of earlier tokens, [batch, slots, width + 1]; None: empty.

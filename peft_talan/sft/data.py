@@ -163,7 +163,7 @@ def read_rows(
     Raises:
         DataError: The data can't be read, has no rows, or a row can't be used; the message names file and line.
 
-    Example:
+    Examples:
         >>> rows = read_rows("sums.jsonl")  # {"prompt": "1 + 2 = ", "completion": "3"}, one a line
         >>> rows.form, len(rows), rows.places[0]
         ('prompt-completion', 600, 'sums.jsonl:1')

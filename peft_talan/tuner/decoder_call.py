@@ -51,11 +51,13 @@ class ModelCall:
         arguments: What the decoder was called with.
         past: The number of tokens that the cache held before; a scalar tensor if it is on the device; None if no layer
             of the cache counts them.
+        paged: What a server with a paged cache adds; None without one.
     """
 
-    def __init__(self, arguments: CallArguments, past: int | torch.Tensor | None) -> None:
+    def __init__(self, arguments: CallArguments, past: int | torch.Tensor | None, paged: PagedCall | None) -> None:
         self.arguments = arguments
         self.past = past
+        self.paged = paged
         self.cache: Cache | None = None
         self.layout: TokenLayout | None = None
 
@@ -124,7 +126,7 @@ class DecoderCall:
         past = 0 if arguments.cache is None else tokens_before(arguments.cache)
         if past is None and arguments.cache is not None and recurrent_state_is_new(arguments.cache):
             past = 0
-        self._calls[self._thread()] = ModelCall(arguments, past)
+        self._calls[self._thread()] = ModelCall(arguments, past, find_paged_call(kwargs))
         # A memory needs all tokens. What the decoder returns too much of, the model's head cuts off.
         if self.slices and any(getattr(module, "runs_side_paths", False) for module in decoder.modules()):
             return args, {**kwargs, "logits_to_keep": 0}
@@ -174,7 +176,8 @@ class BlockCall:
         self._training = block.training
         self._has_cache = self._arguments.cache is not None
         self.cache = None if withholds_cache(block) else self._arguments.cache
-        self.paged: PagedCall | None = find_paged_call(kwargs)
+        call = self._model_call
+        self.paged: PagedCall | None = find_paged_call(kwargs) if call is None else call.paged
 
     def tokens_before(self, tokens: int) -> int | torch.Tensor | None:
         """The number of tokens that the cache held before this call.

@@ -22,7 +22,7 @@ class TalanLayer(SidePaths, BaseTunerLayer):
         block_index: The block's index, by which the cache carries the memory.
         depth: The number of the model's blocks.
 
-    Example:
+    Examples:
         >>> layers = [module for module in model.modules() if isinstance(module, TalanLayer)]
         >>> [layer.block_index for layer in layers]
     """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Collection
 from copy import copy
 from dataclasses import fields
@@ -176,12 +177,25 @@ def save_kept_model(
     if is_main_process:
         side_path = {f"base_model.model.{kept[key]}": t.contiguous() for key, t in tensors.items() if kept[key]}
         save_file(side_path, folder / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
+        _add_to_indices(folder, side_path)
         config = copy(config)
         # The weights beside it are its base: transformers takes them from where this field says, on the hub at least.
         config.base_model_name_or_path = base
         config.save_pretrained(str(folder))
         write_cards(model, folder)
     return None if upload is None else upload()
+
+
+def _add_to_indices(folder: Path, names: Collection[str]) -> None:
+    """Let the index of sharded weights name the side path's tensors, too.
+
+    Other programs read the files that an index names, and would run the merged weights alone; they then find tensors
+    that they have no place for, as they do in a folder without an index.
+    """
+    for file in folder.glob("*.safetensors.index*.json"):
+        index = json.loads(file.read_text(encoding="utf-8"))
+        index["weight_map"] |= dict.fromkeys(names, SAFETENSORS_WEIGHTS_NAME)
+        file.write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def _prepare_upload(

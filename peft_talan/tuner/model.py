@@ -38,7 +38,7 @@ class TalanModel(LoraModel):
         adapter_name (str): The name of the adapter. Default `"default"`.
         low_cpu_mem_usage (bool): Whether to create empty adapter weights on the meta device. Default False.
 
-    Example:
+    Examples:
         >>> model = get_peft_model(base_model, TalanConfig(task_type="CAUSAL_LM"))
         >>> isinstance(model.base_model, TalanModel)
         True
@@ -180,7 +180,7 @@ class TalanModel(LoraModel):
         Raises:
             ValueError: There is no such adapter, or its low-rank half is merged.
 
-        Example:
+        Examples:
             >>> model.delete_adapter("default")
         """
         super().delete_adapter(adapter_name)
@@ -204,7 +204,7 @@ class TalanModel(LoraModel):
         Raises:
             ValueError: An active adapter has a bidirectional memory.
 
-        Example:
+        Examples:
             >>> model.generate(**tokenizer("What is 27 + 48?", return_tensors="pt"), max_new_tokens=16)
         """
         for name in self.active_adapters:
@@ -246,7 +246,7 @@ class TalanModel(LoraModel):
         Raises:
             ValueError: `safe_merge` found a NaN or an infinity.
 
-        Example:
+        Examples:
             >>> model.merge_adapter()
             >>> model.unmerge_adapter()
         """
@@ -283,7 +283,7 @@ class TalanModel(LoraModel):
         Raises:
             ValueError: `side_path` is neither, or `safe_merge` found a NaN or an infinity.
 
-        Example:
+        Examples:
             >>> merged = model.merge_and_unload()
             >>> merged.save_pretrained("merged")  # AutoModelForCausalLM.from_pretrained("merged") gives it back
         """
@@ -308,7 +308,7 @@ class TalanModel(LoraModel):
         Returns:
             The base model.
 
-        Example:
+        Examples:
             >>> base_model = model.unload()
         """
         model = super().unload()
@@ -330,7 +330,7 @@ class TalanModel(LoraModel):
         Raises:
             ValueError: The name is taken, an adapter is unknown, or their sum is not an adapter.
 
-        Example:
+        Examples:
             >>> model.add_weighted_adapter(["sums", "proofs"], [0.7, 0.3], "both", combination_type="cat")
         """
         combine = super().add_weighted_adapter

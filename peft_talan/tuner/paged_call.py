@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -49,8 +50,11 @@ class Pages(NamedTuple):
     after: torch.Tensor
 
 
-class PagedCall(NamedTuple):
-    """What a block is called with under continuous batching; [requests] includes some without tokens.
+@dataclass
+class PagedCall:
+    """What all blocks of a forward pass are called with under continuous batching.
+
+    There are more requests than have tokens.
 
     Args:
         cache: The paged cache.
@@ -61,6 +65,7 @@ class PagedCall(NamedTuple):
         write_index: Where each token's keys go, [tokens] for each attention type, int64.
         read_index: Where each request's keys are, [keys] for each attention type, int64; none: all are new.
         block_table: [attention types, requests, blocks], int, where flash attention finds the keys itself; else None.
+        known_pages: The pages that were worked out for an earlier block, by attention type.
     """
 
     cache: Any
@@ -71,6 +76,7 @@ class PagedCall(NamedTuple):
     write_index: list[torch.Tensor]
     read_index: list[torch.Tensor]
     block_table: torch.Tensor | None
+    known_pages: dict[int, Pages] = field(default_factory=dict)
 
     def pages(self, block_index: int) -> Pages:
         """Find the pages of this call.
@@ -79,9 +85,14 @@ class PagedCall(NamedTuple):
             block_index: The block's index.
 
         Returns:
-            The pages.
+            The pages, worked out once for all blocks of an attention type.
         """
         allocator = self.cache.layer_to_allocator[block_index]
+        if allocator.index not in self.known_pages:
+            self.known_pages[allocator.index] = self._find_pages(allocator)
+        return self.known_pages[allocator.index]
+
+    def _find_pages(self, allocator: Any) -> Pages:
         unused = allocator.write_trash_index // allocator.block_physical_stride
         number = allocator.num_blocks + 2 * allocator.blocks_per_sector  # two sectors belong to no request
         positions = self.position_ids[0]

@@ -20,7 +20,7 @@ def register_talan() -> None:
     PEFT and transformers look adapters up by enum member: a bare string in PEFT's mappings would break transformers'
     `load_adapter`. The prefix is `lora_`, as AdaLoRA's: both halves of the adapter are found by the one prefix.
 
-    Example:
+    Examples:
         >>> register_talan()  # `import peft_talan` does it
     """
     if "TALAN" not in PeftType.__members__:

@@ -72,7 +72,7 @@ def set_talan_strength(
     Raises:
         ValueError: The strength is not a finite number, or there is no such side path; nothing has changed then.
 
-    Example:
+    Examples:
         >>> set_talan_strength(model, 0.5)
     """
     strength = check_strength(strength)
@@ -98,7 +98,7 @@ def talan_strength(
     Raises:
         ValueError: The strength is not a finite number, or there is no such side path.
 
-    Example:
+    Examples:
         >>> with talan_strength(model, 0.0):
         ...     low_rank_alone = model(**inputs).logits
     """

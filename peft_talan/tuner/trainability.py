@@ -66,7 +66,7 @@ def set_trainable(model: nn.Module, scope: Trainable, adapter_name: str = "defau
     Raises:
         ValueError: There is no such TALAN adapter, no such scope, or no low-rank half to train.
 
-    Example:
+    Examples:
         >>> set_trainable(model, "side_path")  # and later both halves: set_trainable(model, "joint")
     """
     config = getattr(model, "peft_config", {}).get(adapter_name)
@@ -104,7 +104,7 @@ def talan_param_groups(
     Raises:
         ValueError: A number is negative, or nothing trains.
 
-    Example:
+    Examples:
         >>> optimizer = torch.optim.AdamW(talan_param_groups(model, lr=2e-4, side_path_lr_scale=5.0))
     """
     for name, value in (("lr", lr), ("side_path_lr_scale", side_path_lr_scale), ("weight_decay", weight_decay)):

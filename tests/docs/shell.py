@@ -143,7 +143,7 @@ def check(words: list[str]) -> None:
     else:
         assert program in UNCHECKED, f"no check for the program {program!r}"
     for word in rest:
-        if word.startswith("benchmarks/") and "results" not in word:
+        if word.startswith(("benchmarks/", "examples/")) and "results" not in word:
             assert (ROOT / word).exists(), word
 
 

@@ -9,9 +9,11 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from importlib.metadata import metadata
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 import peft_talan
 from peft_talan.version import INSTALL
@@ -101,6 +103,21 @@ def test_how_to_install_is_told_as_model_cards_tell_it() -> None:
     assert f"\n{INSTALL} " in (ROOT / "docs" / "index.md").read_text()
     for page in PAGES:
         assert "pip install peft-talan" not in page.read_text(), page
+
+
+def test_badges_are_those_of_the_package() -> None:
+    badges = {file.stem: file.read_text() for file in (ROOT / "docs" / "images" / "badges").glob("*.svg")}
+    shown = {name: re.findall(r"<title>.*?: (.*)</title>", text)[0] for name, text in badges.items()}
+    facts = metadata("peft-talan")
+    pythons = re.findall(r"Python :: (3\.\d+)", "\n".join(facts.get_all("Classifier")))
+    assert shown["python"] == f"{pythons[0]} to {pythons[-1]}"
+    assert shown["licence"] == facts["License-Expression"]
+    needed = [need for need in map(Requirement, facts.get_all("Requires-Dist")) if need.marker is None]
+    bounds = {need.name: need.specifier for need in needed}
+    for name in ("peft", "transformers"):
+        first, last = (tuple(map(int, version.split("."))) for version in re.split(" to |, ", shown[name]))
+        minors = [minor for minor in range(first[1] - 1, last[1] + 2) if f"{first[0]}.{minor}.0" in bounds[name]]
+        assert minors == [*range(first[1], last[1] + 1)]
 
 
 def test_code_fits_the_page() -> None:

@@ -60,6 +60,17 @@ def test_outputs_and_memories_equal_the_reference(lengths: list[int], mixer: Any
                     assert_equal_up_to_rounding(found.states[wanted], expected.states[wanted])
 
 
+@pytest.mark.parametrize("lengths", [[3, 0, 12], [1, 1, 0, 1]])
+def test_each_token_has_a_strength_of_its_own(lengths: list[int]) -> None:
+    for writeback in WRITEBACKS:
+        arguments, given, real = call(lengths, PADDING, "attention", writeback)
+        given["alpha"] = torch.randn(real + PADDING, dtype=torch.float64)
+        found = ragged.ragged_side_path(*arguments, **given)
+        expected = ragged_reference.ragged_side_path(*arguments, **given)
+        assert_equal_up_to_rounding(found.hidden_states[:real], expected.hidden_states[:real])
+        assert_equal_up_to_rounding(found.states, expected.states)
+
+
 def test_the_reference_runs_each_request_as_a_sequence_of_its_own() -> None:
     lengths = [4, 0, 7]
     (hidden, parameters, options), given, _ = call(lengths, PADDING, "attention", "add")

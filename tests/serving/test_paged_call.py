@@ -72,6 +72,12 @@ def test_flash_attentions_block_table_names_the_same_pages(cache: PagedAttention
         assert torch.equal(found.before[inside], found.after[inside])
 
 
+def test_pages_are_worked_out_once_for_all_blocks(cache: PagedAttentionCache) -> None:
+    call = find_paged_call(decoding(cache, 0))
+    assert call is not None
+    assert call.pages(0) is call.pages(1)
+
+
 def test_both_names_of_the_cache_are_known(cache: PagedAttentionCache) -> None:
     arguments = decoding(cache, 0)
     arguments["past_key_values"] = arguments.pop("cache")

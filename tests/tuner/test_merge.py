@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import pickle
 import warnings
 from pathlib import Path
@@ -201,6 +202,10 @@ def test_kept_folder_of_every_architecture(architecture: str, tmp_path: Path) ->
     kept.save_pretrained(tmp_path, max_shard_size="20KB")
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path, **EXPERTS).eval()
     assert torch.equal(logits(loaded), logits(kept))
+    # A program that reads the named files alone, and knows no side path, then refuses the folder.
+    named = json.loads((tmp_path / "model.safetensors.index.json").read_text())["weight_map"]
+    side_path = load_file(tmp_path / "adapter_model.safetensors")
+    assert {key for key, file in named.items() if file == "adapter_model.safetensors"} == set(side_path)
 
 
 def test_kept_model_generates_as_the_adapter() -> None:

@@ -1,7 +1,7 @@
 """Tiny models whose folders embed a side path, the tokens that `generate` gives for them, and vLLM engines.
 
-`python -m tests.vllm.engines FOLDER OPTIONS PROMPTS ANSWERS` runs an engine in processes of its own; options and
-prompts are JSON, the answers go to a file.
+`python -m tests.vllm.engines FOLDER OPTIONS REQUESTS ANSWERS` runs an engine in processes of its own; options and
+requests (prompts and strengths) are JSON, the answers go to a file.
 """
 
 from __future__ import annotations
@@ -72,7 +72,9 @@ ENVIRONMENT = {
 """One process for all engines of a test run: each would import vLLM anew."""
 
 
-def save_model(folder: Path, architecture: str, merged: bool = True, seed: int = 0, **options: object) -> None:
+def save_model(
+    folder: Path, architecture: str, merged: bool = True, seed: int = 0, shard: str = "5GB", **options: object
+) -> None:
     """Write a folder with a random side path that changes what the model says."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -90,7 +92,7 @@ def save_model(folder: Path, architecture: str, merged: bool = True, seed: int =
                 if "talan_write" in name:
                     parameter.mul_(4.0)
     kept = model.merge_and_unload(side_path="keep" if merged else "drop")
-    kept.save_pretrained(folder)
+    kept.save_pretrained(folder, max_shard_size=shard)
 
 
 def make_prompts() -> list[list[int]]:
@@ -149,11 +151,17 @@ def engine(folder: Path, **options: Any) -> Iterator[Any]:
         cleanup_dist_env_and_memory()
 
 
-def ask(served: Any, prompts: list[list[int]]) -> tuple[list[list[int]], list[int]]:
+def ask(
+    served: Any, prompts: list[list[int]], strengths: list[float | None] | None = None
+) -> tuple[list[list[int]], list[int]]:
     """The answers of an engine, and how many tokens of each prompt it had in its cache."""
     from vllm import SamplingParams
 
-    parameters = SamplingParams(temperature=0.0, max_tokens=NEW_TOKENS, stop_token_ids=[_TOKENS["eos_token_id"]])
+    greedy = {"temperature": 0.0, "max_tokens": NEW_TOKENS, "stop_token_ids": [_TOKENS["eos_token_id"]]}
+    parameters = [
+        SamplingParams(**greedy, extra_args=None if strength is None else {"talan_strength": strength})
+        for strength in strengths or [None] * len(prompts)
+    ]
     outputs = served.generate([{"prompt_token_ids": prompt} for prompt in prompts], parameters, use_tqdm=False)
     return [list(output.outputs[0].token_ids) for output in outputs], [output.num_cached_tokens for output in outputs]
 
@@ -168,6 +176,6 @@ if __name__ == "__main__":
         os.environ.setdefault(name, value)
     from vllm import LLM
 
-    folder, options, prompts, answers = sys.argv[1:]
+    folder, options, requests, answers = sys.argv[1:]
     llm = LLM(**engine_options(Path(folder), **json.loads(options)))
-    Path(answers).write_text(json.dumps([ask(llm, json.loads(prompts))[0] for _ in range(2)]))
+    Path(answers).write_text(json.dumps([ask(llm, *json.loads(requests))[0] for _ in range(2)]))

@@ -73,20 +73,66 @@ def test_adapters(fields: dict[str, Any], message: str, folder: Path, tmp_path: 
         configure(tmp_path)
 
 
+def test_vllms_own_adapters_are_not_side_paths(folder: Path) -> None:
+    """As an adapter of vLLM's (`--lora-modules`), the folder would lose its side path: vLLM refuses its tensors."""
+    from vllm.lora.lora_model import LoRAModel
+    from vllm.lora.peft_helper import PEFTHelper
+
+    helper = PEFTHelper(r=4, lora_alpha=8, target_modules=["q_proj"])
+    with pytest.raises(ValueError, match=r"talan\..* is unsupported LoRA weight"):
+        LoRAModel.from_local_checkpoint(str(folder), {"q_proj"}, helper, device="cpu")
+
+
+def test_strengths_of_requests(folder: Path) -> None:
+    from vllm import SamplingParams
+    from vllm.v1.engine import EngineCoreRequest
+
+    from peft_talan.serving.vllm.strength import check_request
+
+    config = configure(folder)
+
+    def check(strength: Any, **fields: Any) -> None:
+        names = ("mm_features", "pooling_params", "lora_request", "cache_salt", "data_parallel_rank")
+        parameters = SamplingParams(extra_args={"talan_strength": strength})
+        given = {"request_id": "0", "prompt_token_ids": [3], "sampling_params": parameters, "arrival_time": 0.0}
+        check_request(config, EngineCoreRequest(**{**dict.fromkeys(names), **given, **fields}))
+
+    check(0.5)
+    for strength in ("much", float("nan"), None, True):
+        with pytest.raises(ValueError, match=r"strength=.*: give a finite number"):
+            check(strength)
+    with pytest.raises(ValueError, match="the prompt comes in pieces"):
+        check(0.5, resumable=True)
+    config.parallel_config.distributed_executor_backend = "ray"
+    with pytest.raises(ValueError, match="distributed_executor_backend='ray' do not get a request's strength"):
+        check(0.5)
+
+
 def test_plain_models_are_left_alone(tmp_path: Path) -> None:
     engines.save_model(tmp_path, "qwen3", merged=False)
     assert configure(tmp_path).scheduler_config.scheduler_cls is None
 
 
-def test_a_version_of_vllm_without_the_methods_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    from vllm.model_executor.model_loader.base_loader import BaseModelLoader
+@pytest.mark.parametrize(
+    "method",
+    [
+        "vllm.model_executor.model_loader.base_loader.BaseModelLoader.create_model",
+        "vllm.v1.worker.worker_base.WorkerWrapperBase.execute_model",
+    ],
+)
+def test_a_version_of_vllm_without_the_methods_is_said(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And it is left as it is: a part of the changes would be worse than none."""
+    from vllm.v1.engine.input_processor import InputProcessor
 
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         register()
-    monkeypatch.delattr(BaseModelLoader, "create_model")
-    with pytest.warns(UserWarning, match="does not know this version of vLLM .*create_model"):
+    plain = InputProcessor.process_inputs.__wrapped__
+    monkeypatch.setattr(InputProcessor, "process_inputs", plain)
+    monkeypatch.delattr(method)
+    with pytest.warns(UserWarning, match=f"does not know this version of vLLM .*{method.rpartition('.')[2]}"):
         register()
+    assert InputProcessor.process_inputs is plain
 
 
 def test_a_name_that_vllm_lacks_is_said_before_the_model_is_built(

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from contextlib import suppress
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +28,10 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "eager, 24 pages": {"enforce_eager": True, "num_gpu_blocks_override": 24},
     "compiled": {},
 }
+SHARD = "100KB"
+"""Weights of several files, with an index."""
 OTHERS: dict[str, dict[str, Any]] = {
-    "qwen2": {"talan_position": "input", "talan_mixer": "linear"},
+    "qwen2": {"talan_position": "input", "talan_mixer": "linear", "shard": SHARD},
     "qwen3_moe": {"talan_writeback": "capped"},
     "llama": {"talan_writeback": "orthogonal", "talan_layers": [0, 2]},
     "mistral": {"talan_position": "input", "talan_layers": [0]},
@@ -132,18 +135,41 @@ def test_reloaded_weights(saved: Callable[..., Any], prompts: list[list[int]], t
         assert engines.ask(served, prompts)[0] == after
 
 
-@pytest.mark.parametrize("strength", [0.0, 0.5])
-def test_strength_of_a_server(strength: float, saved: Callable[..., Any], prompts: list[list[int]]) -> None:
+def test_strength_of_a_server(saved: Callable[..., Any], prompts: list[list[int]]) -> None:
     folder, trained = saved("qwen3")
-    expected = engines.generate(folder, prompts, strength)
+    expected = engines.generate(folder, prompts, 0.5)
     assert expected != trained
-    options = {"talan_strength": strength}
+    options = {"talan_strength": 0.5}
     check(folder, prompts, expected, enforce_eager=True, async_scheduling=False, additional_config=options)
 
 
-def in_processes(folder: Path, prompts: list[list[int]], report: Path, options: Any, **environment: str) -> str:
+def test_strength_of_each_request(saved: Callable[..., Any], prompts: list[list[int]]) -> None:
+    """Requests with the same prompt, in one batch and in pages that others left."""
+    folder, _ = saved("qwen3")
+    asked = [0.5, None, 0.0, 2.0]
+    expected = {strength: engines.generate(folder, prompts[:4], strength or 0.0) for strength in (0.0, 0.5, 2.0)}
+    expected[None] = engines.generate(folder, prompts[:4], 1.5)
+    assert all(one != other for one, other in combinations(expected.values(), 2))
+    strengths = [strength for strength in asked for _ in range(4)]
+    answers = [answer for strength in asked for answer in expected[strength]]
+    options = {"num_gpu_blocks_override": 24, "max_num_batched_tokens": 64, "max_num_seqs": 16}
+    with engines.engine(folder, enforce_eager=True, additional_config={"talan_strength": 1.5}, **options) as served:
+        assert served.llm_engine.vllm_config.scheduler_config.async_scheduling
+        assert engines.ask(served, prompts[:4])[0] == expected[None]
+        for _ in range(2):
+            assert engines.ask(served, prompts[:4] * 4, strengths)[0] == answers
+        assert engines.preemptions(served) > 0
+        for strength in strengths[:1] * 2:
+            found, cached = engines.ask(served, prompts[1:2], [strength])
+            assert found == expected[strength][1:2]
+        assert cached == [engines.PAGE]
+        with pytest.raises(ValueError, match="strength='much': give a finite number"):
+            engines.ask(served, prompts[:1], ["much"])  # type: ignore[list-item]
+
+
+def in_processes(folder: Path, requests: Any, report: Path, options: Any, **environment: str) -> str:
     """Run an engine in processes of its own; gives what it printed."""
-    command = [sys.executable, "-m", "tests.vllm.engines", folder, json.dumps(options), json.dumps(prompts), report]
+    command = [sys.executable, "-m", "tests.vllm.engines", folder, json.dumps(options), json.dumps(requests), report]
     printed = report.with_suffix(".log")
     with printed.open("w") as log:
         process = subprocess.Popen(
@@ -163,18 +189,25 @@ def in_processes(folder: Path, prompts: list[list[int]], report: Path, options: 
 
 
 def test_two_processes_share_the_model(saved: Callable[..., Any], prompts: list[list[int]], tmp_path: Path) -> None:
-    """With the engine and its scheduler in a process of their own, too."""
-    folder, expected = saved("qwen3")
+    """With the engine and its scheduler in a process of their own, too, and requests of two strengths."""
+    folder, trained = saved("qwen3")
+    weak = engines.generate(folder, prompts, 0.5)
+    strengths = [None, 0.5] * (len(prompts) // 2)
+    expected = [
+        one if strength is None else other for one, other, strength in zip(trained, weak, strengths, strict=True)
+    ]
     options = {"enforce_eager": True, "tensor_parallel_size": 2}
-    printed = in_processes(folder, prompts, tmp_path / "answers", options, VLLM_ENABLE_V1_MULTIPROCESSING="1")
+    requests = [prompts, strengths]
+    printed = in_processes(folder, requests, tmp_path / "answers", options, VLLM_ENABLE_V1_MULTIPROCESSING="1")
     assert (tmp_path / "answers").exists(), printed[-4000:]
     assert json.loads((tmp_path / "answers").read_text()) == [expected, expected]
 
 
+@pytest.mark.parametrize("options", [{}, {"shard": SHARD}], ids=["one file", "several files"])
 def test_without_the_plugin_the_folder_is_refused(
-    saved: Callable[..., Any], prompts: list[list[int]], tmp_path: Path
+    options: dict[str, str], saved: Callable[..., Any], prompts: list[list[int]], tmp_path: Path
 ) -> None:
-    folder, _ = saved("qwen3")
-    printed = in_processes(folder, prompts, tmp_path / "answers", {"enforce_eager": True}, VLLM_PLUGINS="none")
+    folder, _ = saved("qwen3", **options)
+    printed = in_processes(folder, [prompts], tmp_path / "answers", {"enforce_eager": True}, VLLM_PLUGINS="none")
     assert not (tmp_path / "answers").exists()
     assert "no module or parameter named 'base_model'" in printed

@@ -8,10 +8,7 @@ from typing import Any
 from peft.utils import PeftType
 
 from ...config import TalanConfig
-
-STRENGTH_OPTION = "talan_strength"
-"""The key of vLLM's option `additional_config` that scales the perturbations of a server."""
-
+from .strength import server_strength
 
 SCHEDULERS: dict[bool, str] = {
     False: "peft_talan.serving.vllm.scheduling.PageScheduler",
@@ -79,25 +76,6 @@ def read_config(model_config: Any) -> TalanConfig:
     return config
 
 
-def read_strength(vllm_config: Any) -> float:
-    """Read the strength that the server was started with.
-
-    Args:
-        vllm_config: vLLM's configuration.
-
-    Returns:
-        What scales the perturbations; 1 where nothing was said.
-
-    Raises:
-        ValueError: It is not a finite number.
-    """
-    # It asks for the tuner, which needs a model's worth of imports.
-    from ...tuner.strength import check_strength
-
-    options = vllm_config.additional_config
-    return check_strength(options.get(STRENGTH_OPTION, 1.0) if isinstance(options, dict) else 1.0)
-
-
 def check_engine(vllm_config: Any) -> TalanConfig:
     """Refuse what can't give the answers of `generate`.
 
@@ -111,7 +89,7 @@ def check_engine(vllm_config: Any) -> TalanConfig:
         ValueError: An option of vLLM or of the adapter can't work; the message names the remedy.
     """
     config = read_config(vllm_config.model_config)
-    read_strength(vllm_config)
+    server_strength(vllm_config)
     for reason in _reasons(vllm_config, config):
         raise ValueError(f"{reason} (the model {vllm_config.model_config.model!r} has a TALAN side path)")
     return config

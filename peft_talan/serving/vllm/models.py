@@ -19,8 +19,9 @@ from ...checkpoint.names import CHILD_NAME, is_side_path_key
 from ...config import TalanConfig
 from ...tuner.blocks import resolve_layers
 from .blocks import StreamPlace, find_attention, find_blocks
-from .checks import check_engine, check_scheduler, read_strength
+from .checks import check_engine, check_scheduler
 from .side_path import ADAPTER_NAME, OPERATOR, PagedSidePath
+from .strength import STRENGTHS, PageStrengths, server_strength
 
 logger = init_logger("vllm.peft_talan")
 
@@ -46,14 +47,17 @@ def model_with_side_paths(create: Callable[[], nn.Module], vllm_config: Any, mod
     _keep_graphs_apart(vllm_config, config, indices)
     model: Any = create()
     name, blocks = find_blocks(model, depth, config.talan_blocks)
-    hidden_size, strength = model_config.get_hidden_size(), read_strength(vllm_config)
+    hidden_size, server, device = model_config.get_hidden_size(), server_strength(vllm_config), torch.empty(0).device
+    strengths = PageStrengths(config.talan_alpha, server, vllm_config.cache_config, device)
+    known_by_name = vllm_config.compilation_config.static_forward_context
+    known_by_name[STRENGTHS] = strengths
     layers = {}
     for index in indices:
         block = blocks[index]
         if not isinstance(block, PPMissingLayer):
-            layers[index] = _attach(f"{name}.{index}", block, index, hidden_size, config, strength)
+            layers[index] = _attach(f"{name}.{index}", block, index, hidden_size, config, strengths)
     for layer in layers.values():
-        vllm_config.compilation_config.static_forward_context[layer.layer_name] = layer
+        known_by_name[layer.layer_name] = layer
         record_metadata_for_reloading(layer)
     if vllm_config.load_config.load_format != "dummy":
         _load(layers, config, indices, hidden_size)
@@ -72,9 +76,9 @@ def _keep_graphs_apart(vllm_config: Any, config: TalanConfig, indices: list[int]
 
 
 def _attach(
-    name: str, block: nn.Module, index: int, hidden_size: int, config: TalanConfig, strength: float
+    name: str, block: nn.Module, index: int, hidden_size: int, config: TalanConfig, strengths: PageStrengths
 ) -> PagedSidePath:
-    layer = PagedSidePath(hidden_size, index, config, strength, find_attention(name, block))
+    layer = PagedSidePath(hidden_size, index, config, strengths, find_attention(name, block))
     place = StreamPlace.of(name, block)
     block.add_module(CHILD_NAME, layer)
     if layer.position == "input":

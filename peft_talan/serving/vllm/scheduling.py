@@ -13,6 +13,8 @@ from vllm.v1.core.kv_cache_manager import KVCacheManager
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 
+from .strength import keep_prefixes_apart
+
 
 class PageDependencies:
     """Knows the pages that are written in the current step of a scheduler, and holds back requests that need them.
@@ -70,16 +72,34 @@ class PageDependencies:
 
 
 class PageScheduler(Scheduler):
-    """vLLM's scheduler, with `PageDependencies`."""
+    """vLLM's scheduler, with `PageDependencies`; requests share pages only at equal strengths."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.dependencies = PageDependencies(self.kv_cache_manager)
+
+    def add_request(self, request: Any) -> None:
+        """Take a request, as vLLM does.
+
+        Args:
+            request: The request.
+        """
+        keep_prefixes_apart(request)
+        super().add_request(request)
 
 
 class AsyncPageScheduler(AsyncScheduler):
-    """vLLM's asynchronous scheduler, with `PageDependencies`."""
+    """vLLM's asynchronous scheduler, with `PageDependencies`; requests share pages only at equal strengths."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.dependencies = PageDependencies(self.kv_cache_manager)
+
+    def add_request(self, request: Any) -> None:
+        """Take a request, as vLLM does.
+
+        Args:
+            request: The request.
+        """
+        keep_prefixes_apart(request)
+        super().add_request(request)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.nn import functional as F
@@ -15,6 +15,7 @@ from ...functional.parameters import working_dtype
 from ...functional.ragged import ragged_side_path
 from ...memory.paged_pool import PagedMemory, page_ends, read_states, request_ends, write_states
 from ...tuner.tensors import AdapterTensors
+from .strength import PageStrengths
 
 ADAPTER_NAME = "default"
 NULL_PAGE = 0
@@ -22,6 +23,60 @@ NULL_PAGE = 0
 
 _ENDING = ".talan"
 """What a layer's name has after that of its block's attention."""
+
+_PAGES = "peft_talan.pages"
+"""Where the context of a forward pass keeps the pages of its calls."""
+
+
+class Pages(NamedTuple):
+    """The pages that one forward pass reads and writes, for all blocks of one kind of attention.
+
+    Args:
+        starts: Where each request starts and the last one ends, [requests + 1], int.
+        longest: The number of tokens of the longest request, or more.
+        before: The page of each request's previous token, [requests], int64.
+        is_new: Whether the request begins with this call, [requests], bool.
+        leave_at: The tokens after which a page is left, [leaves], int64; None: each request's last.
+        after: Their pages, [leaves or requests], int64.
+        alpha: The strength of each token's perturbation, [tokens], float32.
+    """
+
+    starts: torch.Tensor
+    longest: int
+    before: torch.Tensor
+    is_new: torch.Tensor
+    leave_at: torch.Tensor | None
+    after: torch.Tensor
+    alpha: torch.Tensor
+
+
+def find_pages(metadata: Any, tokens: int, pages: int, page_size: int, strengths: PageStrengths) -> Pages:
+    """Find the pages of a forward pass.
+
+    Args:
+        metadata: What vLLM tells the attention of some blocks about the batch.
+        tokens: The number of tokens, with padding.
+        pages: The number of pages.
+        page_size: Tokens a page.
+        strengths: The strengths of the pages' tokens.
+
+    Returns:
+        The pages.
+    """
+    starts, block_table = metadata.query_start_loc, metadata.block_table
+    requests = starts.shape[0] - 1
+    before = metadata.seq_lens[:requests] - (starts[1:] - starts[:-1])
+    last = (before - 1).clamp_(min=0) // page_size
+    page_before = block_table[:requests].gather(1, last.long().unsqueeze(1)).squeeze(1).long()
+    # Padding has no place in a page, and a batch that is padded for a CUDA graph may have no places for it at all.
+    slots = F.pad(metadata.slot_mapping, (0, tokens - metadata.slot_mapping.shape[0]), value=-1)
+    page_of_token = torch.where(slots < 0, NULL_PAGE, slots // page_size).long()
+    if metadata.max_query_len == 1:
+        leave_at, after = None, request_ends(page_of_token, starts, NULL_PAGE)
+    else:
+        leave_at, after = page_ends(page_of_token, starts, page_size, NULL_PAGE)
+    alpha = strengths.of_tokens(page_of_token, pages)
+    return Pages(starts, metadata.max_query_len, page_before, before == 0, leave_at, after, alpha)
 
 
 class PagedSidePath(AdapterTensors):
@@ -31,17 +86,17 @@ class PagedSidePath(AdapterTensors):
         hidden_size: H, the width of the residual stream.
         block_index: The block's index.
         config: The adapter's configuration.
-        strength: What scales the perturbation, times the trained alpha.
+        strengths: What scales the perturbations.
         attention: The block's attention layer, whose pages the memory follows.
     """
 
     def __init__(
-        self, hidden_size: int, block_index: int, config: TalanConfig, strength: float, attention: Any
+        self, hidden_size: int, block_index: int, config: TalanConfig, strengths: PageStrengths, attention: Any
     ) -> None:
         super().__init__(hidden_size, block_index)
         self.add_tensors(ADAPTER_NAME, config)
         self.requires_grad_(False)
-        self.alpha = config.talan_alpha * strength
+        self.strengths = strengths
         self.position = config.talan_position
         self.slots, self.width = config.talan_slots, config.talan_dim
         # In a tuple: it is the block's module.
@@ -67,13 +122,13 @@ class PagedSidePath(AdapterTensors):
         torch.ops.peft_talan.paged_side_path(flat, output, self.layer_name)
         return output.view_as(hidden_states)
 
-    def run(self, hidden_states: torch.Tensor, output: torch.Tensor, metadata: Any) -> None:
+    def run(self, hidden_states: torch.Tensor, output: torch.Tensor, context: Any) -> None:
         """Compute what `forward` gives.
 
         Args:
             hidden_states: h, [tokens, hidden_size].
             output: h', likewise; written in place.
-            metadata: What vLLM tells the block's attention about the batch.
+            context: vLLM's `ForwardContext`, which also carries from block to block what is the same for several.
 
         Raises:
             RuntimeError: This version of vLLM lays keys and values out in a way that is not known here.
@@ -85,33 +140,26 @@ class PagedSidePath(AdapterTensors):
                 f"keys and values of shape {tuple(cache.shape)} are not laid out as [pages, heads, tokens, channels]; "
                 "install a version of vLLM that the documentation of peft_talan names"
             )
-        pages, page_size = cache.shape[0], cache.shape[2]
-        starts, block_table = metadata.query_start_loc, metadata.block_table
-        requests = starts.shape[0] - 1
-        before = metadata.seq_lens[:requests] - (starts[1:] - starts[:-1])
-        last = (before - 1).clamp_(min=0) // page_size
-        page_before = block_table[:requests].gather(1, last.long().unsqueeze(1)).squeeze(1).long()
-        # Padding has no place in a page, and a batch that is padded for a CUDA graph may have no places for it at all.
-        slots = F.pad(metadata.slot_mapping, (0, hidden_states.shape[0] - metadata.slot_mapping.shape[0]), value=-1)
-        page_of_token = torch.where(slots < 0, NULL_PAGE, slots // page_size).long()
-        shape = (pages, self.slots, self.width + 1)
+        metadata = context.attn_metadata[attention.layer_name]
+        # Blocks whose attention has the same pages share its object.
+        known, key = context.additional_kwargs.setdefault(_PAGES, {}), id(metadata)
+        if key not in known:
+            known[key] = find_pages(metadata, hidden_states.shape[0], cache.shape[0], cache.shape[2], self.strengths)
+        pages: Pages = known[key]
+        shape = (cache.shape[0], self.slots, self.width + 1)
         like = hidden_states.new_empty(0, dtype=working_dtype(hidden_states.dtype))
         pool = self.memory.pool(self.block_index, ADAPTER_NAME, shape, like)
-        if metadata.max_query_len == 1:
-            leave_at, left = None, request_ends(page_of_token, starts, NULL_PAGE)
-        else:
-            leave_at, left = page_ends(page_of_token, starts, page_size, NULL_PAGE)
         result = ragged_side_path(
             hidden_states,
             self.parameters_of(ADAPTER_NAME),
             self.talan_options[ADAPTER_NAME],
-            query_start_loc=starts,
-            state=read_states(pool, page_before, before == 0),
-            max_query_length=metadata.max_query_len,
-            leave_at=leave_at,
-            alpha=self.alpha,
+            query_start_loc=pages.starts,
+            state=read_states(pool, pages.before, pages.is_new),
+            max_query_length=pages.longest,
+            leave_at=pages.leave_at,
+            alpha=pages.alpha,
         )
-        write_states(pool, left, result.states)
+        write_states(pool, pages.after, result.states)
         output.copy_(result.hidden_states)
 
 
@@ -125,11 +173,10 @@ def paged_side_path(hidden_states: torch.Tensor, output: torch.Tensor, layer_nam
     """
     context = get_forward_context()
     layer = context.no_compile_layers[layer_name]
-    metadata = context.attn_metadata
-    if metadata is None:  # vLLM warms up, without requests.
+    if context.attn_metadata is None:  # vLLM warms up, without requests.
         output.copy_(hidden_states)
         return
-    layer.run(hidden_states, output, metadata[layer_name.removesuffix(_ENDING)])
+    layer.run(hidden_states, output, context)
 
 
 def _paged_side_path_fake(hidden_states: torch.Tensor, output: torch.Tensor, layer_name: str) -> None:

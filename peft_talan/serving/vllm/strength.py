@@ -1,0 +1,171 @@
+"""The strength of the perturbations: one for a server, and for each request that asks for another.
+
+A request's strength is kept by page, as its memory is: the worker notes it as pages are given to the request, and a
+token is written with the strength of its page. Requests of different strengths share no pages, since what a page holds
+depends on it from the second side path on: the scheduler adds the strength to what a prefix is known by.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import torch
+
+from ...tuner.strength import check_strength
+
+STRENGTH_OPTION = "talan_strength"
+"""The key in vLLM's option `additional_config`, for a server, and in `SamplingParams.extra_args`, for a request."""
+
+STRENGTHS = "peft_talan.strengths"
+"""The name of a worker's `PageStrengths` among the layers that compiled models find by name."""
+
+
+def server_strength(vllm_config: Any) -> float:
+    """Read the strength that a server was started with.
+
+    Args:
+        vllm_config: vLLM's configuration.
+
+    Returns:
+        What scales the perturbations; 1 where nothing was said.
+
+    Raises:
+        ValueError: It is not a finite number.
+    """
+    options = vllm_config.additional_config
+    return check_strength(options.get(STRENGTH_OPTION, 1.0) if isinstance(options, dict) else 1.0)
+
+
+def request_strength(sampling_params: Any) -> float | None:
+    """Read the strength that a request asks for.
+
+    Args:
+        sampling_params: vLLM's `SamplingParams`; None for a request that generates nothing.
+
+    Returns:
+        What scales the perturbations in place of the server's strength; None where nothing was said.
+
+    Raises:
+        ValueError: It is not a finite number.
+    """
+    arguments = getattr(sampling_params, "extra_args", None) or {}
+    return check_strength(arguments[STRENGTH_OPTION]) if STRENGTH_OPTION in arguments else None
+
+
+def check_request(vllm_config: Any, request: Any) -> None:
+    """Refuse a request whose strength can't be met.
+
+    Args:
+        vllm_config: vLLM's configuration of a model with a side path.
+        request: vLLM's `EngineCoreRequest`.
+
+    Raises:
+        ValueError: The strength is not a finite number, or vLLM would lose it on its way.
+    """
+    if request_strength(request.sampling_params) is None:
+        return
+    if request.resumable:
+        raise ValueError(
+            f"extra_args={{{STRENGTH_OPTION!r}: ...}}: the prompt comes in pieces, whose strengths could differ; "
+            "send it whole, or start a server with that strength"
+        )
+    if vllm_config.parallel_config.distributed_executor_backend not in ("uni", "mp"):
+        raise ValueError(
+            f"extra_args={{{STRENGTH_OPTION!r}: ...}}: workers of distributed_executor_backend="
+            f"{vllm_config.parallel_config.distributed_executor_backend!r} do not get a request's strength; use 'mp', "
+            "or start a server with that strength"
+        )
+
+
+def keep_prefixes_apart(request: Any) -> None:
+    """Let a request share pages only with requests of the same strength.
+
+    Args:
+        request: vLLM's `Request`, before it is scheduled; what its prefixes are known by is worked out anew.
+    """
+    strength = request_strength(request.sampling_params)
+    if strength is None and request.cache_salt is None:
+        return
+    # All salts are put in this form, so that no request can choose one that stands for another's strength.
+    request.cache_salt = json.dumps([strength, request.cache_salt])
+    request.block_hashes = []
+    request.update_block_hashes()
+
+
+class PageStrengths:
+    """Knows the alpha of each page's tokens, in one worker.
+
+    Args:
+        alpha: The trained alpha.
+        server: The strength of requests that ask for none.
+        cache_config: vLLM's configuration of the cache, which knows the number of pages once they are made.
+        device: Where the pages are.
+    """
+
+    def __init__(self, alpha: float, server: float, cache_config: Any, device: torch.device) -> None:
+        self.alpha, self.server = alpha, server
+        self._cache_config, self._device = cache_config, device
+        self._of_request: dict[str, float] = {}
+        self._table: torch.Tensor | None = None
+        self._differ = False
+
+    @property
+    def table(self) -> torch.Tensor:
+        """The alpha of each page, [pages], float32; changed in place, since CUDA graphs read it."""
+        pages = self._cache_config.num_gpu_blocks
+        if self._table is None or self._table.shape[0] != pages:
+            self._table = torch.full((pages,), self.alpha * self.server, dtype=torch.float32, device=self._device)
+        return self._table
+
+    @torch.inference_mode()
+    def follow(self, scheduled: Any) -> None:
+        """Note the strength of pages that a step gives to requests, before it runs.
+
+        Args:
+            scheduled: vLLM's `SchedulerOutput`.
+        """
+        for name in scheduled.finished_req_ids:
+            self._of_request.pop(name, None)
+        given: list[tuple[str, Any]] = []
+        for request in scheduled.scheduled_new_reqs:
+            strength = request_strength(request.sampling_params)
+            if strength is not None:
+                self._of_request[request.req_id] = strength
+                self._differ = True
+            given.append((request.req_id, request.block_ids))
+        if not self._differ:
+            return
+        again = scheduled.scheduled_cached_reqs
+        given.extend(zip(again.req_ids, again.new_block_ids, strict=True))
+        pages: dict[int, float] = {}
+        for name, groups in given:
+            strength = self._of_request.get(name, self.server)
+            pages.update((page, self.alpha * strength) for group in groups or () for page in group)
+        if pages:
+            index = torch.tensor([*pages], device=self._device)
+            self.table.index_copy_(0, index, torch.tensor([*pages.values()], device=self._device))
+
+    def of_tokens(self, page_of_token: torch.Tensor, pages: int) -> torch.Tensor:
+        """Find the alpha of each token.
+
+        Args:
+            page_of_token: The page that each token is written to, [tokens], int64.
+            pages: The number of pages as attention counts them: it may cut one of the scheduler's into several.
+
+        Returns:
+            [tokens], float32.
+        """
+        return self.table.index_select(0, page_of_token // (pages // self.table.shape[0]))
+
+
+def follow(vllm_config: Any, scheduled: Any) -> None:
+    """Let the side paths of a worker know what strengths a step has, before it runs.
+
+    Args:
+        vllm_config: vLLM's configuration, as the worker has it.
+        scheduled: vLLM's `SchedulerOutput`.
+    """
+    strengths = vllm_config.compilation_config.static_forward_context.get(STRENGTHS)
+    if strengths is not None:
+        strengths.follow(scheduled)

@@ -1,0 +1,10 @@
+"""The table of docs/how-to/serve.md shows the stored results and nothing else."""
+
+from __future__ import annotations
+
+from benchmarks import serving
+
+
+def test_the_table_is_that_of_the_stored_results() -> None:
+    page = serving.PAGE_WITH_TABLE.read_text(encoding="utf-8")
+    assert page == serving.filled(page, serving.table(serving.RESULTS)), "python -m benchmarks.serving --table"
