@@ -13,7 +13,8 @@ from ..config import TalanConfig
 from .attachment import attached_side_paths
 from .blocks import find_decoder
 from .decoder_call import BlockCall
-from .layer import SidePaths, TalanLayer
+from .layer import TalanLayer
+from .side_paths import SidePaths
 
 KEPT_TENSOR = re.compile(r"(.*\.)?kept_side_path_\d+\.(\w+)\.\d+\.values")
 """Names like `model.layers.3.kept_side_path_0.read.0.values`."""

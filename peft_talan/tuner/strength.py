@@ -10,7 +10,7 @@ from torch import nn
 
 from .attachment import attached_side_paths
 from .kept import kept_side_paths
-from .layer import SidePaths
+from .side_paths import SidePaths
 
 
 def _side_paths_named(
