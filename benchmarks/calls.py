@@ -92,13 +92,13 @@ def lengthen(cache: Cache, times: int) -> None:
             layer.values = layer.values.repeat(1, 1, times, 1)
 
 
-def decode_calls(models: dict[str, nn.Module], context: int, batch: int) -> Calls:
-    """One decoded token a call with a mask, as `generate` does it, each condition going on with its own cache."""
+def decode_calls(models: dict[str, nn.Module], context: int, batch: int, masked: bool = True) -> Calls:
+    """One decoded token a call, with a mask as `generate` passes it, each condition going on with its own cache."""
     token = torch.full((batch, 1), 7, device=_device(next(iter(models.values()))))
     mask = token.new_ones(batch, context + MOST_DECODED)
 
     def step(model: nn.Module, cache: Cache) -> torch.Tensor:
-        seen = mask[:, : cache.get_seq_length() + 1]
+        seen = mask[:, : cache.get_seq_length() + 1] if masked else None
         with torch.no_grad():
             return model(
                 input_ids=token, attention_mask=seen, past_key_values=cache, use_cache=True, logits_to_keep=1

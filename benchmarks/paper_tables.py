@@ -22,6 +22,10 @@ def _read(file: Path) -> dict[str, Any]:
     return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
 
 
+def _ratio(counts: dict[str, Any], name: str, other: str) -> str:
+    return f"{counts[name]['dispatched'] / counts[other]['dispatched']:.4f}"
+
+
 def _roofline(models: dict[str, Any], names: dict[str, str], table: Callable[..., str]) -> dict[str, str]:
     shares, work, operations, gpu = [], [], [], []
     for key, row in models.items():
@@ -51,7 +55,9 @@ def _roofline(models: dict[str, Any], names: dict[str, str], table: Callable[...
             extra = f"+{talan['dispatched'] - lora['dispatched']}"
             verdict = "met" if ratios[0] <= OPERATIONS_TARGET else "missed"
             texts = [f"{ratio:.4f}" for ratio in ratios]
-            operations.append([name, half, str(lora["dispatched"]), extra, *texts, verdict, kept])
+            bare = _ratio(counts, f"talan{suffix}, no mask", f"lora{suffix}, no mask")
+            step = _ratio(counts, f"talan{suffix}, training", f"lora{suffix}, training")
+            operations.append([name, half, str(lora["dispatched"]), extra, *texts, verdict, bare, step, kept])
         memory_seconds = row["token_bytes"] / BANDWIDTH
         kernels, more = counts["lora"]["no_views"], counts["talan"]["no_views"] - counts["lora"]["no_views"]
         eager = max(memory_seconds, kernels * LAUNCH_MICROSECONDS * 1e-6)
@@ -92,6 +98,8 @@ def _roofline(models: dict[str, Any], names: dict[str, str], table: Callable[...
                 "without views",
                 "profiler",
                 "<= 1.008",
+                "no mask",
+                "training step",
                 "kept / base",
             ],
             operations,

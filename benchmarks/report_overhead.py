@@ -175,8 +175,9 @@ def answer(lines: list[Line], folder: Path) -> str:
     peaks = {column: memory[column]["peak"] / memory["lora"]["peak"] for column in columns if column in memory}
     rows.append([f"{last}: peak memory", *(f"{peaks[column]:.3f}" if column in peaks else "-" for column in columns)])
     counts = {name: count["dispatched"] for name, count in stored["dispatched"].items()}
-    more = (counts["talan"] - counts["lora"]) / counts["lora"]
-    rows.append(["decoded token: operations", *(f"{1 + blocks * more:.3f}" for blocks in columns.values())])
+    further = (counts["talan, all blocks"] - counts["talan"]) / (stored["blocks"] - 1)
+    totals = [counts["talan"] + (blocks - 1) * further for blocks in columns.values()]
+    rows.append(["decoded token: operations", *(f"{total / counts['lora']:.3f}" for total in totals)])
     more = shares["side path"] / shares["lora"]
     rows.append(["trainable parameters", *(f"{1 + blocks * more:.3f}" for blocks in columns.values())])
     rows = [[cell if cell != "-" else "not measured" for cell in row] for row in rows]

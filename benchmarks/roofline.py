@@ -1,7 +1,8 @@
-"""Operations and bytes of a side path beside its model's, from formulas; operations a token, from tiny models.
+"""Operations and bytes of a side path beside its model's, from formulas; dispatched operations, from tiny models.
 
-What a decoded token dispatches depends on the number and kind of the blocks, not on their width: it is counted on
-narrow models of two and four blocks, since each further block adds the same. The times for a GPU are on paper.
+What a decoded token or a training step dispatches depends on the number and kind of the blocks, not on their width: it
+is counted on narrow models of two and four blocks, since each further block adds the same. The times for a GPU are on
+paper.
 
     python benchmarks/roofline.py
 """
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from calls import decode_calls, key_bytes
+from calls import decode_calls, key_bytes, train_calls
 from conditions import ON_PAPER, SHAPES, make_conditions, random_model
 from measure import code_version, machine, operations_of
 from peft import LoraConfig, get_peft_model
@@ -85,7 +86,7 @@ def trainable(config: PreTrainedConfig) -> dict[str, dict[str, float]]:
 
 
 def operations_of_shallow(config: PreTrainedConfig, blocks: int) -> dict[str, dict[str, int]]:
-    """What one decoded token dispatches, counted on a narrow model of so many blocks."""
+    """What one call of each kind dispatches, counted on a narrow model of so many blocks."""
     narrow = copy.deepcopy(config)
     sizes = {
         "hidden_size": 64,
@@ -100,19 +101,26 @@ def operations_of_shallow(config: PreTrainedConfig, blocks: int) -> dict[str, di
     if getattr(narrow, "layer_types", None):
         narrow.layer_types = narrow.layer_types[:blocks]
     base = random_model(narrow, torch.float32)
-    models = make_conditions(base, ["base", "lora", "talan", "kept"])
+    models = make_conditions(base, ["base", "lora", "talan", "talan, all blocks", "kept"])
     for name, config_class in (("lora, q and v", LoraConfig), ("talan, q and v", TalanConfig)):
         shared = make_conditions(base, ["base"])["base"]
         models[name] = get_peft_model(shared, config_class(task_type="CAUSAL_LM")).eval()
+    calls = decode_calls(models, 16, 1)
+    calls |= {f"{name}, no mask": call for name, call in decode_calls(models, 16, 1, masked=False).items()}
+    trained = {name: model for name, model in models.items() if name not in ("base", "kept")}
+    calls |= {f"{name}, training": call for name, call in train_calls(trained, 64).items()}
     counts = {}
-    for name, call in decode_calls(models, 16, 1).items():
+    for name, call in calls.items():
+        trains = name.endswith("training")
+        for condition, model in models.items():
+            model.train(trains and condition in trained)
         call()
         counts[name] = operations_of(call)
     return counts
 
 
 def operations(config: PreTrainedConfig) -> dict[str, dict[str, int]]:
-    """What one decoded token dispatches: every block beyond the second adds what the third and the fourth add."""
+    """What the whole model's calls dispatch: every block beyond the second adds what the third and the fourth add."""
     two, four = operations_of_shallow(config, 2), operations_of_shallow(config, 4)
     further = config.num_hidden_layers - 2
     return {
