@@ -71,6 +71,11 @@ def test_every_public_name_stands_on_a_reference_page() -> None:
     assert set(exported) <= on_page
 
 
+def test_examples_have_the_heading_that_the_reference_pages_read() -> None:
+    for file in PACKAGE.rglob("*.py"):
+        assert not re.search(r"^ *Example:$", file.read_text(), re.MULTILINE), f"{file}: write 'Examples:'"
+
+
 def texts_of_the_package() -> list[str]:
     """Every text in the package's code, with … where a value stands in it."""
     texts = []
