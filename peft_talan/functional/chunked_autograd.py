@@ -143,9 +143,10 @@ class ChunkwiseRemix(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Any) -> tuple[torch.Tensor | None, ...]:
         """Walk the slabs backwards; of several, each is computed again from the memory at its start."""
-        given = grad_outputs[0] if grad_outputs[0] is not None else grad_outputs[1]
+        if all(grad is None for grad in grad_outputs):
+            return (None,) * 7
         # On a CPU, a backward pass inside of autocast runs under it.
-        with full_precision(given.device.type):
+        with full_precision(ctx.saved_tensors[0].device.type):
             if torch.is_grad_enabled() and not torch.compiler.is_compiling():
                 return _differentiable_backward(ctx, grad_outputs)  # create_graph=True
             return _backward(ctx, grad_outputs)

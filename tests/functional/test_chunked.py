@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from peft_talan.functional import chunked, fused, reference
+from peft_talan.functional import chunked_autograd, fused, reference
 from peft_talan.functional.parameters import MIXERS
 
 from .inputs import SLOTS, WIDTH, assert_equal_up_to_rounding, memory, mixer_tensors, padding, segments
@@ -60,7 +60,7 @@ def test_several_slabs_equal_the_reference(mixer: Any, monkeypatch: pytest.Monke
     batch, tokens = 3, 200
     # A slab of one chunk a sequence, and one of several with a remainder: both occur at full size with long sequences.
     for slab in (64, 3 * 64):
-        monkeypatch.setattr(chunked, "SLAB", slab)
+        monkeypatch.setattr(chunked_autograd, "SLAB", slab)
         for ids, state in ((None, None), (segments(batch, tokens), memory(batch))):
             leaves = [leaf.requires_grad_() for leaf in (*inputs(batch, tokens), *mixer_tensors(mixer))]
             if state is not None:
