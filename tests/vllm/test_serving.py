@@ -154,7 +154,6 @@ def test_strength_of_each_request(saved: Callable[..., Any], prompts: list[list[
     answers = [answer for strength in asked for answer in expected[strength]]
     options = {"num_gpu_blocks_override": 24, "max_num_batched_tokens": 64, "max_num_seqs": 16}
     with engines.engine(folder, enforce_eager=True, additional_config={"talan_strength": 1.5}, **options) as served:
-        assert served.llm_engine.vllm_config.scheduler_config.async_scheduling
         assert engines.ask(served, prompts[:4])[0] == expected[None]
         for _ in range(2):
             assert engines.ask(served, prompts[:4] * 4, strengths)[0] == answers
