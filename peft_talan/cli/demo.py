@@ -18,7 +18,7 @@ def register(app: typer.Typer) -> None:
     Args:
         app: The command line.
     """
-    app.command("demo", epilog="Example: peft-talan demo --steps 20 --talan-slots 16")(with_axes(demo))
+    app.command("demo", epilog="Example: peft-talan demo --steps 40 --talan-slots 16")(with_axes(demo))
 
 
 def demo(
@@ -29,7 +29,7 @@ def demo(
     recall_steps: Annotated[
         int, Option(min=0, help="Optimizer steps of each adapter of the recall beyond the window; 0: leave it out")
     ] = 80,
-    steps: Annotated[int, Option(min=1, help="Optimizer steps of each adapter of the task")] = 40,
+    steps: Annotated[int, Option(min=1, help="Optimizer steps of each adapter of the task")] = 20,
     batch_size: Annotated[int, Option(min=1, help="Examples of a step")] = 8,
     learning_rate: Annotated[float, Option(help="Highest learning rate")] = 1e-3,
     rank: Annotated[int, Option(min=1, help="Rank of the low-rank half")] = 16,
