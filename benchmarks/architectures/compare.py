@@ -121,7 +121,7 @@ def _lora_difference(check: Check, lora: PeftModel, subject: Subject) -> tuple[f
 def _outcome(allowed: float, run: Any) -> dict[str, Any]:
     try:
         found = run()
-    except Exception as error:  # noqa: BLE001 - the same
+    except Exception as error:  # noqa: BLE001 - as above: it goes into the table
         return {"outcome": "refused" if is_refusal(error) else "crash", "message": _error(error)}
     return {"outcome": "right" if found <= allowed else "wrong", "difference": found}
 
@@ -155,7 +155,7 @@ def examine(family: str, model_type: str, names: list[str]) -> dict[str, Any]:
         try:
             models[placement] = add_adapter(subject, **_options(subject, placement))
             attached[placement] = {"outcome": "right"}
-        except Exception as error:  # noqa: BLE001 - the same
+        except Exception as error:  # noqa: BLE001 - as above: it goes into the table
             attached[placement] = {"outcome": "refused" if is_refusal(error) else "crash", "message": _error(error)}
     found["checks"]["attach"] = attached
     if "fresh" in names:

@@ -27,6 +27,7 @@ from tqdm import tqdm
 from transformers import AutoConfig, AutoTokenizer, MistralConfig, MistralForCausalLM
 
 from peft_talan import talan_param_groups
+from peft_talan.demo.recall import take_step
 
 from ..measure import append_line, machine
 from ..quality.arms import make_config, trainable
@@ -101,7 +102,11 @@ def make_rows(
     tokenizer: Any, part: int, rows: int, tokens: int, draw: random.Random
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Texts of one length, a fact before and a question after them, and the first tokens of the answers."""
-    encode = lambda text: tokenizer(text, add_special_tokens=False)["input_ids"]  # noqa: E731
+
+    def encode(text: str) -> list[int]:
+        ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
+        return ids
+
     story = encode(plain_text()[part])
     texts, answers = [], []
     for _ in range(rows):
@@ -131,12 +136,7 @@ def run(settings: Settings) -> dict[str, Any]:
             texts, answers = make_rows(tokenizer, TRAIN_TEXT, settings.batch_size, settings.tokens, draw)
             logits = model(input_ids=texts, use_cache=False, logits_to_keep=1).logits[:, -1]
             loss = F.cross_entropy(logits, answers)
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            schedule.step()
-            optimizer.zero_grad()
-            losses.append(float(loss.detach()))
+            losses.append(take_step(model, loss, optimizer, schedule))
     model.eval()
     texts, answers = make_rows(tokenizer, HELD_OUT_TEXT, settings.rows, settings.tokens, random.Random(1))
     with torch.no_grad():

@@ -17,6 +17,7 @@ from peft import get_peft_model
 from torch.nn import functional as F
 
 from peft_talan import talan_param_groups
+from peft_talan.demo.recall import take_step
 
 from ..measure import machine
 from ..supervised import IGNORED, Example, encode, load_base_model, make_batch
@@ -129,12 +130,7 @@ def train(model: Any, tokenizer: Any, examples: Sequence[Example], settings: Set
         part = rows[step * settings.batch_size : (step + 1) * settings.batch_size]
         batch = {name: t.to(model.device) for name, t in make_batch(part, tokenizer.pad_token_id).items()}
         loss = model(**batch, use_cache=False).loss
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
-        losses.append(float(loss.detach()))
+        losses.append(take_step(model, loss, optimizer, schedule))
     model.eval()
     return losses
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 import torch
+from torch import nn
 from torch.nn import functional as F
 from transformers import MistralConfig, MistralForCausalLM, PreTrainedModel
 
@@ -135,6 +136,31 @@ class Training:
     seed: int = 0
 
 
+def take_step(
+    model: nn.Module,
+    loss: torch.Tensor,
+    optimizer: torch.optim.Optimizer,
+    schedule: torch.optim.lr_scheduler.LRScheduler,
+) -> float:
+    """Take one optimizer step with gradients of norm 1 at most.
+
+    Args:
+        model: The model.
+        loss: Its loss, a scalar.
+        optimizer: Of its parameters.
+        schedule: Of the optimizer's learning rate.
+
+    Returns:
+        The loss.
+    """
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+    schedule.step()
+    optimizer.zero_grad()
+    return float(loss.detach())
+
+
 def train(model: Any, task: Task, training: Training, report: Callable[[float], None] | None = None) -> list[float]:
     """Train whatever requires a gradient, on the answers alone.
 
@@ -160,12 +186,7 @@ def train(model: Any, task: Task, training: Training, report: Callable[[float], 
         windows = training.windows[int(torch.randint(len(training.windows), (), generator=generator))]
         tokens, answers = make_texts(task, windows, training.batch_size, generator)
         loss = F.cross_entropy(answer_logits(model, tokens), answers)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
-        losses.append(float(loss.detach()))
+        losses.append(take_step(model, loss, optimizer, schedule))
         if report is not None:
             report(losses[-1])
     model.eval()

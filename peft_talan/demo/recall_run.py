@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -104,14 +105,14 @@ def run_recall(steps: int, seed: int, console: Console, windows: Sequence[int] =
             progress.update(bars[arm], advance=1, note=f"loss {loss:.3f}")
 
         progress.start_task(bars[BASE])
-        model: Any = pretrained(TASK, seed, base_steps, report=lambda loss: show_loss(BASE, loss))
+        model: Any = pretrained(TASK, seed, base_steps, report=partial(show_loss, BASE))
         found.append(Recall(BASE, 0, shares(model, BASE)))
         for arm, configuration in configurations.items():
             progress.start_task(bars[arm])
             torch.manual_seed(seed)
             tuned = get_peft_model(model, configuration)
             training = Training(steps, LEARNING_RATE, BATCH_SIZE, seed=seed + 1)
-            train(tuned, TASK, training, report=lambda loss, arm=arm: show_loss(arm, loss))  # type: ignore[misc]
+            train(tuned, TASK, training, report=partial(show_loss, arm))
             trainable = sum(parameter.numel() for parameter in tuned.parameters() if parameter.requires_grad)
             found.append(Recall(arm, trainable, shares(tuned, arm)))
             model = tuned.unload()

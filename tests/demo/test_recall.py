@@ -88,7 +88,7 @@ def test_the_demo_shows_recall_with_its_intervals(tmp_path: Path) -> None:
         assert all(0 <= share.low < share.mean + 1e-9 < share.high + 1e-6 for share in outcome.shares.values())
     console.print(recall_table(outcomes))
     console.print(recall_difference(outcomes))
-    printed = console.file.getvalue()  # type: ignore[attr-defined]
+    printed = console.file.getvalue()
     for words in ("distance in windows", "chance 6 %", "LoRA+TALAN minus LoRA at 5 windows (80 tokens"):
         assert words in printed
     draw_recall({outcome.arm: outcome.shares for outcome in outcomes}, tmp_path / "recall.png")

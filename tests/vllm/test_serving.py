@@ -163,7 +163,7 @@ def test_strength_of_each_request(saved: Callable[..., Any], prompts: list[list[
             assert found == expected[strength][1:2]
         assert cached == [engines.PAGE]
         with pytest.raises(ValueError, match="strength='much': give a finite number"):
-            engines.ask(served, prompts[:1], ["much"])  # type: ignore[list-item]
+            engines.ask(served, prompts[:1], ["much"])
 
 
 def in_processes(folder: Path, requests: Any, report: Path, options: Any, **environment: str) -> str:
