@@ -54,11 +54,13 @@ def _put(part: torch.Tensor, piece: slice, whole: torch.Tensor | None) -> torch.
     return whole
 
 
-def _differentiable_backward(ctx: Any, grad_outputs: tuple[Any, ...]) -> tuple[torch.Tensor | None, ...]:
+def _differentiable_backward(
+    mixer: str, saved: tuple[Any, ...], grad_outputs: tuple[Any, ...]
+) -> tuple[torch.Tensor | None, ...]:
     """The gradients as functions that autograd differentiates again: those of the readable equations."""
-    values, queries, weights, segment_ids, parameter, state, *_ = ctx.saved_tensors
+    values, queries, weights, segment_ids, parameter, state, *_ = saved
     inputs = (values, queries, weights, state, parameter)
-    outputs = reference.remix(values, queries, weights, ctx.mixer, (parameter,), segment_ids, state)
+    outputs = reference.remix(values, queries, weights, mixer, (parameter,), segment_ids, state)
     used = [(output, grad) for output, grad in zip(outputs, grad_outputs, strict=True) if grad is not None]
     outputs, grad_outputs = zip(*used, strict=True)
     asked = [tensor for tensor in inputs if tensor.requires_grad]
@@ -67,14 +69,14 @@ def _differentiable_backward(ctx: Any, grad_outputs: tuple[Any, ...]) -> tuple[t
     return *gradients, None, None, grad_parameter
 
 
-def _backward(ctx: Any, grad_outputs: tuple[Any, ...]) -> tuple[torch.Tensor | None, ...]:
-    values, queries, weights, segment_ids, parameter, *saved = ctx.saved_tensors
+def _backward(mixer: str, saved: tuple[Any, ...], grad_outputs: tuple[Any, ...]) -> tuple[torch.Tensor | None, ...]:
+    values, queries, weights, segment_ids, parameter, *memory = saved
     grad_readouts, grad_state = grad_outputs
     if grad_readouts is None:
         grad_readouts = torch.zeros_like(values)
     sequences, tokens, _ = values.shape
     slabs = _slabs(tokens, sequences)
-    states, kept = saved[: len(slabs)], saved[len(slabs) :]
+    states, kept = memory[: len(slabs)], memory[len(slabs) :]
     gradients = [tensor.new_empty(tensor.shape) if len(slabs) > 1 else None for tensor in (values, queries, weights)]
     grad_parameter: torch.Tensor | None = None
     for piece, state in reversed(list(zip(slabs, states, strict=True))):
@@ -84,7 +86,7 @@ def _backward(ctx: Any, grad_outputs: tuple[Any, ...]) -> tuple[torch.Tensor | N
         else:
             z, q, e = (part_of(tensor, piece) for tensor in (values, queries, weights))
             slab = cut_slab(z, q, e, state, relative_segments(segment_ids, piece))
-            read = probabilities(slab, ctx.mixer, parameter)
+            read = probabilities(slab, mixer, parameter)
         grad_r = to_chunks(part_of(grad_readouts, piece), slab.z.shape[1])
         *by_item, grad_state, by_parameter = backward_slab(slab, read, parameter, grad_r, grad_state)
         by_token = (to_tokens(gradient, sequences, piece.stop - piece.start) for gradient in by_item)
@@ -145,8 +147,9 @@ class ChunkwiseRemix(torch.autograd.Function):
         """Walk the slabs backwards; of several, each is computed again from the memory at its start."""
         if all(grad is None for grad in grad_outputs):
             return (None,) * 7
+        saved = ctx.saved_tensors  # Once: torch's checkpoints hand each tensor out a single time.
         # On a CPU, a backward pass inside of autocast runs under it.
-        with full_precision(ctx.saved_tensors[0].device.type):
+        with full_precision(saved[0].device.type):
             if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-                return _differentiable_backward(ctx, grad_outputs)  # create_graph=True
-            return _backward(ctx, grad_outputs)
+                return _differentiable_backward(ctx.mixer, saved, grad_outputs)  # create_graph=True
+            return _backward(ctx.mixer, saved, grad_outputs)
