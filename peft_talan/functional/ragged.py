@@ -12,7 +12,6 @@ from typing import NamedTuple
 import torch
 from torch.nn import functional as F
 
-from . import reference
 from .chunked import CHUNK, Plan, Slab, forward_slab, probabilities
 from .fused import read, read_mean, slot_weights, write_back
 from .parameters import (
@@ -23,7 +22,7 @@ from .parameters import (
     full_precision,
     working_dtype,
 )
-from .recomputed import PIECE
+from .recomputed import PIECE, remix_piece
 
 SMALLEST_CHUNK = 8
 """Tokens a chunk where requests are short: fewer would make the products small and their number large."""
@@ -117,7 +116,7 @@ def _remix_mlp(slab: Slab, parameters: tuple[torch.Tensor, ...]) -> torch.Tensor
     count = max(PIECE // slab.z.shape[1], 1)
     pieces = (part.split(count) for part in (slab.z, slab.q, slab.e, slab.final_state))
     readouts = [
-        reference.remix(z, q, e.mT, "mlp", parameters, state=found)[0] for z, q, e, found in zip(*pieces, strict=True)
+        remix_piece(z, q, e.mT, "mlp", parameters, None, found)[0] for z, q, e, found in zip(*pieces, strict=True)
     ]
     return torch.cat(readouts)
 
