@@ -8,15 +8,14 @@ from contextlib import contextmanager, nullcontext
 from typing import Any, Literal
 
 import torch
-from peft.config import PeftConfig
 from peft.tuners.lora import LoraModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.integrations import init_empty_weights
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..checkpoint.checks import check_finite, check_places, check_side_path, check_whole_modules, read_header
-from ..checkpoint.names import CHILD_NAME, ModuleNames, check_names, check_new_name, is_side_path_key, without_wrappers
+from ..checkpoint.checks import check_side_path, check_whole_modules, read_header
+from ..checkpoint.names import CHILD_NAME, check_new_name, is_side_path_key
 from ..checkpoint.rollback import Snapshot, attributes_unchanged_on_error
 from ..config import TalanConfig, TalanRuntimeConfig
 from . import tensor_parallel
@@ -25,11 +24,12 @@ from .blocks import check_size, check_stream, choose_targets, find_blocks, find_
 from .kept import kept_side_paths
 from .merge import DROPPED, LIVE, check_mergeable, keep_once_loaded, keep_side_paths, side_path_config
 from .mixed_batch import NO_ROWS, rows_named
+from .state_dict import CheckpointedModel
 from .trainability import declare_scope
 from .weighted import add_weighted_adapter
 
 
-class TalanModel(LoraModel):
+class TalanModel(CheckpointedModel):
     """Creates a TALAN model: a low-rank adapter and a side path, trained together (arXiv 2606.06902).
 
     Args:
@@ -49,8 +49,6 @@ class TalanModel(LoraModel):
     prefix: str = LoraModel.prefix
     # Both kinds of layers are switched, frozen and deleted together.
     tuner_layer_cls = BaseTunerLayer  # type: ignore[assignment]
-    # The model before the adapter that PEFT is about to load, for as long as its tensors have not come.
-    _before_loading: Snapshot | None = None
     _warned_of_live_side_path = False
 
     def __init__(self, model: nn.Module, peft_config: Any, adapter_name: str, *args: Any, **kwargs: Any) -> None:
@@ -341,59 +339,3 @@ class TalanModel(LoraModel):
             weights,
             adapter_name,
         )
-
-    @classmethod
-    def _convert_state_dict_for_initial_model(
-        cls,
-        peft_model: Any,
-        peft_config: PeftConfig,
-        path_initial_model_for_weight_conversion: str,
-        output_state_dict: dict[str, torch.Tensor],
-        kwargs: dict[str, Any],
-    ) -> dict[str, torch.Tensor]:
-        raise NotImplementedError(
-            f"path_initial_model_for_weight_conversion={path_initial_model_for_weight_conversion!r}: the conversion "
-            "gives a plain LoRA adapter and would lose the side path; save without it"
-        )
-
-    @classmethod
-    def _get_adapter_state_dict(
-        cls,
-        model: nn.Module,
-        config: PeftConfig,
-        adapter_name: str,
-        state_dict: dict[str, torch.Tensor],
-        unwanted_adapter_names: list[str],
-    ) -> dict[str, torch.Tensor]:
-        check_names(model, adapter_name, unwanted_adapter_names)
-        names = ModuleNames(model)
-        wrapped = {names.wrapped(name): tensor for name, tensor in state_dict.items()}
-        found = super()._get_adapter_state_dict(model, config, adapter_name, wrapped, unwanted_adapter_names)
-        return {names.plain(name): tensor for name, tensor in found.items()}
-
-    @classmethod
-    def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
-        # Also of what PEFT adds itself (modules_to_save, embeddings), and of the model's keys in loading.
-        return without_wrappers(super()._remove_adapter_name_from_key(key, adapter_name))
-
-    @classmethod
-    def _remap_adapter_state_dict_for_load(
-        cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, torch.Tensor]
-    ) -> dict[str, torch.Tensor]:
-        tuner: Any = getattr(model, "base_model", None)
-        before = tuner._before_loading if isinstance(tuner, TalanModel) else None
-        try:
-            check_finite(adapter_name, state_dict)
-            remapped: dict[str, torch.Tensor] = super()._remap_adapter_state_dict_for_load(
-                model, config, adapter_name, state_dict
-            )
-            check_places(model, adapter_name, remapped)
-        except BaseException:
-            if before is not None:
-                # PEFT injected the adapter to load it, and takes nothing back itself.
-                before.restore()
-                tuner.peft_config.pop(adapter_name)
-            raise
-        if before is not None:
-            tuner._before_loading = None
-        return remapped

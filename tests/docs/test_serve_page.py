@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from benchmarks import serving
+from benchmarks.serving.table import PAGE_WITH_TABLE, RESULTS, filled, table
 
 
 def test_the_table_is_that_of_the_stored_results() -> None:
-    page = serving.PAGE_WITH_TABLE.read_text(encoding="utf-8")
-    assert page == serving.filled(page, serving.table(serving.RESULTS)), "python -m benchmarks.serving --table"
+    page = PAGE_WITH_TABLE.read_text(encoding="utf-8")
+    assert page == filled(page, table(RESULTS)), "python -m benchmarks.serving --table"

