@@ -220,8 +220,8 @@ def backward_slab(
     inside_r, u = _products(grad_r, slab)
     w, grad_p = read.w, u.div_(d)
     grad_d = (p * grad_p).neg_()
-    # Each reader (x, y) puts y[m, t] x[t] into grad_N[t, m].
-    readers = [(grad_r, w, inside_r, torch.bmm(w.mT, e).mul_(plan.visible))]
+    # Each reader (x, y) puts y[m, t] x[t] into grad_N[t, m]. (Y^T E) . L of the first is made where it is used.
+    readers: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]] = [(grad_r, w, inside_r, None)]
     if inside_q is None or scores is None:
         grad_q = torch.matmul(grad_p.mT, parameter.mT)
         grad_parameter = torch.matmul(grad_p, q).sum(0).mT
@@ -233,6 +233,7 @@ def backward_slab(
         grad_s = grad_logits.div_(d).div_(math.sqrt(q.shape[-1]))
         inside_s, grad_q = _readouts(grad_s, slab)
         readers.append((q, grad_s, inside_q, inside_s))
+        del inside_s  # only the list has it now
     grad_d.div_(d)
 
     # A chunk's readers reach, through S and through D, all the chunks that S is the sum of.
@@ -252,7 +253,10 @@ def backward_slab(
         torch.matmul(grad_d, plan.visible)
     )
     grad_z = _masked(torch.bmm(e.mT, grad_own[..., :-1]), plan.to_carry)
-    for x, y, inside_x, inside_y in readers:
+    while readers:  # Taken from the list, so that the memory of one is free for the next.
+        x, y, inside_x, inside_y = readers.pop()
+        if inside_y is None:
+            inside_y = torch.bmm(y.mT, e).mul_(plan.visible)
         grad_z.baddbmm_(inside_y.mT, x)
         grad_e.baddbmm_(y, inside_x)
     return grad_z, grad_q, grad_e.mT, grad_state, grad_parameter
