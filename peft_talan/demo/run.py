@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import platform
+import shlex
+import shutil
 import subprocess
 import sys
 import time
@@ -18,7 +20,7 @@ import transformers
 from rich.console import Console
 from transformers import AutoConfig
 
-from ..sft.comparison import LORA, TALAN, Job
+from ..sft.comparison import LORA, TALAN, Job, Outcome
 from ..sft.data import Rows
 from ..sft.models import load_tokenizer
 from ..sft.prompts import encode
@@ -31,6 +33,8 @@ from .tasks import make_rows
 
 LONGEST_ANSWER = 32
 ARMS = (LORA, TALAN)
+SYSTEM = "Give the answer alone."
+"""For the default model, whose template would add a longer one, a fifth of all tokens; others may take none."""
 OVERHEAD = 1.8
 """Seconds of a training step, divided by those of its matrix products alone: measured on SmolLM2-135M."""
 STARTING = 30.0
@@ -53,7 +57,7 @@ class DemoOptions:
         rank: The rank of the low-rank half.
         held_out: The number of held-out items.
         seed: Of data, initialization and order.
-        ask: The question that the reloaded adapter answers.
+        ask: The question that the reloaded adapter answers; None: a held-out one that it answered right.
         output: The folder for adapters, table and picture.
         axes: The side path's axes, fields of `TalanConfig`.
     """
@@ -67,7 +71,7 @@ class DemoOptions:
     rank: int
     held_out: int
     seed: int
-    ask: str
+    ask: str | None
     output: str
     axes: dict[str, Any]
 
@@ -117,6 +121,11 @@ def estimate_seconds(model: str, rows: Rows, options: DemoOptions) -> float:
     return STARTING + operations / matrix_speed()
 
 
+def _right_question(held_out: Rows, outcome: Outcome) -> str:
+    exact = outcome.scores.exact
+    return str(held_out.rows[exact.index(True) if any(exact) else 0]["prompt"][-1]["content"])
+
+
 def _ask(adapter: Path, model: str, question: str) -> str:
     words = ["generate", str(adapter), question, "--model", model, "--max-new-tokens", str(LONGEST_ANSWER)]
     answered = subprocess.run(
@@ -144,7 +153,8 @@ def run_demo(options: DemoOptions) -> None:
         f"peft_talan {__version__}, peft {peft.__version__}, transformers {transformers.__version__}, "
         f"torch {torch.__version__}, Python {platform.python_version()}, {platform.machine()}, {os.cpu_count()} cores"
     )
-    rows = make_rows(options.task, options.steps * options.batch_size + options.held_out, options.seed)
+    count = options.steps * options.batch_size + options.held_out
+    rows = make_rows(options.task, count, options.seed, SYSTEM if options.model is None else None)
     held_out, train = (
         rows.select(range(options.held_out)),
         rows.select(range(options.held_out, len(rows))),
@@ -187,11 +197,12 @@ def run_demo(options: DemoOptions) -> None:
     (output / "results.json").write_text(json.dumps(results, indent=1), encoding="utf-8")
     draw_comparison(outcomes, output / "losses.png")
     adapter = Path(str(outcomes[-1].folder))
-    answer = _ask(adapter, model, options.ask)
-    console.print(f"{TALAN}, reloaded in a fresh process: {options.ask!r} -> {answer!r}")
+    question = options.ask or _right_question(held_out, outcomes[-1])
+    answer = _ask(adapter, model, question)
+    console.print(f"{TALAN}, reloaded in a fresh process: {question!r} -> {answer!r}")
     pictures = "recall.png, losses.png" if options.recall_steps else "losses.png"
     console.print(f"{output}: adapters, {pictures}, results.json; {time.perf_counter() - started:.0f} s in all\n")
-    console.print("Next:", *_next_commands(adapter, model), sep="\n  ", soft_wrap=True)
+    console.print("Next:", *_next_commands(adapter, model, question), sep="\n  ", soft_wrap=True)
 
 
 def _show_recall(options: DemoOptions, output: Path, console: Console) -> list[dict[str, Any]]:
@@ -207,9 +218,12 @@ def _show_recall(options: DemoOptions, output: Path, console: Console) -> list[d
     return [outcome.as_dict() for outcome in recalled]
 
 
-def _next_commands(adapter: Path, model: str) -> list[str]:
+def _next_commands(adapter: Path, model: str, question: str) -> list[str]:
+    # Of this environment, which need not be activated: `make demo` has its own.
+    beside = Path(sys.executable).with_name("peft-talan")
+    program = "peft-talan" if shutil.which("peft-talan") or not beside.exists() else os.path.relpath(beside)
     return [
-        f"peft-talan inspect {adapter}",
-        f"peft-talan generate {adapter} 'What is 12 + 34?'",
-        f"peft-talan compare --model {model} --data YOUR.jsonl --output outputs/compare",
+        f"{program} inspect {adapter}",
+        f"{program} generate {adapter} {shlex.quote(question)}",
+        f"{program} compare --model {model} --data YOUR.jsonl --output outputs/compare",
     ]
