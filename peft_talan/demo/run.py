@@ -21,7 +21,7 @@ import transformers
 from rich.console import Console
 from transformers import AutoConfig
 
-from ..sft.comparison import LORA, TALAN, Job, Outcome
+from ..sft.comparison import LORA, TALAN, Job, Outcome, check_axes
 from ..sft.data import Rows
 from ..sft.models import load_tokenizer
 from ..sft.prompts import encode
@@ -173,10 +173,6 @@ def run_demo(options: DemoOptions) -> None:
     if not torch.accelerator.is_available():
         minutes = max(1, round(estimate_seconds(model, train, options) / 60))
         console.print(f"takes about {minutes} min at the present speed of two cores")
-    output.mkdir(parents=True, exist_ok=True)
-    results: dict[str, Any] = {"model": model, "task": options.task}
-    if options.recall_steps:
-        results["recall"] = _show_recall(options, output, console)
     job = Job(
         model=model,
         rows=train,
@@ -196,6 +192,11 @@ def run_demo(options: DemoOptions) -> None:
         device="cpu" if not torch.accelerator.is_available() else None,
         threads=1 if not torch.accelerator.is_available() else None,
     )
+    check_axes(job)
+    output.mkdir(parents=True, exist_ok=True)
+    results: dict[str, Any] = {"model": model, "task": options.task}
+    if options.recall_steps:
+        results["recall"] = _show_recall(options, output, console)
     outcomes = compare_with_bars(job, ARMS, [options.seed], processes=2, steps=options.steps, console=console)
     console.print(make_table(outcomes))
     for line in difference_lines(outcomes):
