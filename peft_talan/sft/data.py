@@ -121,7 +121,7 @@ def _table_rows(path: Path) -> Iterator[tuple[str, Any]]:
         try:
             for row in reader:
                 place = f"{path}:{reader.line_num}"
-                if any(row.get(None) or ()):  # type: ignore[call-overload] # the csv module's key of what is left over
+                if any(row.get(None) or ()):  # the key of what is left over
                     remedy = f"put a text that holds {delimiter!r} in double quotes"
                     raise DataError(f"{place}: more cells than the header has names; {remedy}")
                 yield place, row
