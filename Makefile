@@ -14,7 +14,7 @@ ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 .PHONY: demo test test-vllm lint docs package format clean
 
 demo: $(VENV)/.demo
-	$(PYTHON) -m peft_talan demo $(ARGS)
+	$(VENV)/bin/peft-talan demo $(ARGS)
 
 test: lint docs
 	$(ONE_THREAD) HF_HUB_OFFLINE=1 $(PYTHON) -m pytest -n 2 --dist worksteal $(ARGS)

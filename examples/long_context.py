@@ -6,7 +6,7 @@ blocks, attention reaches 30 tokens back; the latent memory holds the whole text
 answers at each length, and the size of the cache that generation needs: it does not grow with the text.
 
     pip install .
-    python examples/long_context.py     # a minute on a processor, nothing is downloaded
+    python examples/long_context.py     # one minute on a CPU; downloads nothing
 """
 
 from __future__ import annotations

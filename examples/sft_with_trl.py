@@ -97,7 +97,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="hub id or folder (default: SmolLM2-135M-Instruct from its package)")
-    parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--held-out", type=int, default=20)
     parser.add_argument("--output", default="calls-adapter")
     options = parser.parse_args(arguments)
@@ -113,6 +113,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             logging_steps=10,
             save_strategy="no",
             report_to="none",
+            gradient_checkpointing=on_gpu,  # recomputing saves memory that a small model on a CPU does not need
             bf16=on_gpu,
             use_cpu=not on_gpu,
         ),

@@ -35,7 +35,10 @@ def demo(
     rank: Annotated[int, Option(min=1, help="Rank of the low-rank half")] = 16,
     held_out: Annotated[int, Option(min=2, help="Number of held-out items")] = 100,
     seed: Annotated[int, Option(help="Of data, initialization and order")] = 0,
-    ask: Annotated[str, Option(help="Question for the reloaded adapter")] = "What is 27 + 48?",
+    ask: Annotated[
+        str | None,
+        Option(help="Question for the reloaded adapter", show_default="a held-out one that it answered right"),
+    ] = None,
     output: Annotated[str, Option(help="Folder for adapters, table and picture")] = "outputs/demo",
     *,
     axes: dict[str, Any],

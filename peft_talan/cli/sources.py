@@ -52,6 +52,10 @@ def check_source(option: str, name: str, kind: Literal["model", "adapter", "data
         Misuse: There is no such file or folder, and nothing of that name on the hub.
     """
     if Path(name).exists():
+        if kind == "model" and Path(name).is_dir() and not Path(name, SENTINELS[kind]).exists():
+            adapter = Path(name, SENTINELS["adapter"]).exists()
+            remedy = "it is an adapter's: give its base model" if adapter else "give a model's folder"
+            raise Misuse(f"{option} {name}: the folder has no {SENTINELS[kind]}; {remedy}")
         return
     missing = f"{option} {name}: no such file or folder"
     if _looks_like_a_path(name):

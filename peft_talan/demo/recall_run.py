@@ -20,7 +20,7 @@ from ..sft.intervals import Interval
 from .recall import ANSWERS, CHANCE, LONG_CONTEXT, REACH, WINDOW, Task, Training, pretrained, recall, train
 
 TASK: Task = "key"
-BASE_STEPS_A_STEP = 5
+BASE_STEPS_A_STEP = 3
 """The base model learns from texts of one window, which take a fraction of the time."""
 LEARNING_RATE = 3e-3
 BATCH_SIZE = 8
@@ -72,7 +72,7 @@ def run_recall(steps: int, seed: int, console: Console, windows: Sequence[int] =
     """Pretrain the window model, fine-tune it with LoRA and with LoRA+TALAN, and ask each for keys.
 
     Args:
-        steps: Optimizer steps of each adapter; the window model takes five times as many.
+        steps: Optimizer steps of each adapter; the window model takes three times as many.
         seed: Of weights and texts.
         console: Where the bars go, one for each model.
         windows: The distances to ask at.

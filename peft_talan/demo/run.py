@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 import os
 import platform
+import shlex
+import shutil
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +21,7 @@ import transformers
 from rich.console import Console
 from transformers import AutoConfig
 
-from ..sft.comparison import LORA, TALAN, Job
+from ..sft.comparison import LORA, TALAN, Job, Outcome, check_axes
 from ..sft.data import Rows
 from ..sft.models import load_tokenizer
 from ..sft.prompts import encode
@@ -31,12 +34,15 @@ from .tasks import make_rows
 
 LONGEST_ANSWER = 32
 ARMS = (LORA, TALAN)
-OVERHEAD = 1.8
-"""Seconds of a training step, divided by those of its matrix products alone: measured on SmolLM2-135M."""
+SYSTEM = "Give the answer alone."
+"""For the default model, whose template would add a longer one, a fifth of all tokens; others may take none."""
 STARTING = 30.0
 """Seconds to import, load and save."""
-RECALL_SCORES, RECALL_STEP = 4.5e11, 2.3e10
-"""Operations of a matrix product that take as long as all scores of the recall, and as one step of all its models."""
+TRAINING, SCORING = 9.6, 5.5
+"""Operations of a matrix product, a weight and token, that take as long as a training step, and as all scores of the
+base model and an adapter one after the other: measured on SmolLM2-135M."""
+RECALL_STEP, RECALL_SCORES = 1.7e10, 6.0e11
+"""Operations of a matrix product that take as long as one step of all models of the recall, and as all its scores."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +59,7 @@ class DemoOptions:
         rank: The rank of the low-rank half.
         held_out: The number of held-out items.
         seed: Of data, initialization and order.
-        ask: The question that the reloaded adapter answers.
+        ask: The question that the reloaded adapter answers; None: a held-out one that it answered right.
         output: The folder for adapters, table and picture.
         axes: The side path's axes, fields of `TalanConfig`.
     """
@@ -67,7 +73,7 @@ class DemoOptions:
     rank: int
     held_out: int
     seed: int
-    ask: str
+    ask: str | None
     output: str
     axes: dict[str, Any]
 
@@ -78,21 +84,27 @@ def _parameters(model: str) -> int:
         return int(transformers.AutoModelForCausalLM.from_config(config).num_parameters())
 
 
-def matrix_speed() -> float:
-    """Measure the speed of a matrix product on one thread, as it is now.
-
-    Returns:
-        Operations a second.
-    """
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+def _multiply(seconds: float) -> float:
+    torch.set_num_threads(1)  # of this thread
     side = torch.rand(512, 512)
     started, products = time.perf_counter(), 0
-    while time.perf_counter() - started < 0.5:
+    while time.perf_counter() - started < seconds:
         side @ side
         products += 1
-    torch.set_num_threads(threads)
     return products * 2 * 512**3 / (time.perf_counter() - started)
+
+
+def matrix_speed() -> float:
+    """Measure the speed of a matrix product as it is now, where two run side by side on a thread each.
+
+    Returns:
+        Operations a second of each.
+    """
+    threads = torch.get_num_threads()
+    with ThreadPoolExecutor(2) as pool:
+        speeds = list(pool.map(_multiply, [1.0, 1.0]))
+    torch.set_num_threads(threads)
+    return sum(speeds) / 2
 
 
 def estimate_seconds(model: str, rows: Rows, options: DemoOptions) -> float:
@@ -108,13 +120,16 @@ def estimate_seconds(model: str, rows: Rows, options: DemoOptions) -> float:
     """
     tokenizer = load_tokenizer(model)
     lengths = [len(prompt) + len(completion) for prompt, completion in (encode(tokenizer, r) for r in rows.rows[:50])]
-    # Two operations a weight and token forward, two backward: the base model's own gradients are not computed. The
-    # held-out items are scored twice, forward: by the base model, then by both adapters side by side.
-    passes = 4.0 * options.batch_size * options.steps + 2.0 * 2 * options.held_out
-    operations = OVERHEAD * _parameters(model) * max(lengths) * passes
+    tokens = max(lengths) * (TRAINING * options.batch_size * options.steps + SCORING * options.held_out)
+    operations = _parameters(model) * tokens
     if options.recall_steps:
         operations += RECALL_SCORES + RECALL_STEP * options.recall_steps
     return STARTING + operations / matrix_speed()
+
+
+def _right_question(held_out: Rows, outcome: Outcome) -> str:
+    exact = outcome.scores.exact
+    return str(held_out.rows[exact.index(True) if any(exact) else 0]["prompt"][-1]["content"])
 
 
 def _ask(adapter: Path, model: str, question: str) -> str:
@@ -144,7 +159,8 @@ def run_demo(options: DemoOptions) -> None:
         f"peft_talan {__version__}, peft {peft.__version__}, transformers {transformers.__version__}, "
         f"torch {torch.__version__}, Python {platform.python_version()}, {platform.machine()}, {os.cpu_count()} cores"
     )
-    rows = make_rows(options.task, options.steps * options.batch_size + options.held_out, options.seed)
+    count = options.steps * options.batch_size + options.held_out
+    rows = make_rows(options.task, count, options.seed, SYSTEM if options.model is None else None)
     held_out, train = (
         rows.select(range(options.held_out)),
         rows.select(range(options.held_out, len(rows))),
@@ -154,12 +170,9 @@ def run_demo(options: DemoOptions) -> None:
         f"base model {model}, task {options.task}: {len(train)} examples to train on, {len(held_out)} held out, "
         f"{options.steps} steps of {options.batch_size}, seed {options.seed}"
     )
-    minutes = max(1, round(estimate_seconds(model, train, options) / 60))
-    console.print(f"takes about {minutes} min at the present speed of two cores")
-    output.mkdir(parents=True, exist_ok=True)
-    results: dict[str, Any] = {"model": model, "task": options.task}
-    if options.recall_steps:
-        results["recall"] = _show_recall(options, output, console)
+    if not torch.accelerator.is_available():
+        minutes = max(1, round(estimate_seconds(model, train, options) / 60))
+        console.print(f"takes about {minutes} min at the present speed of two cores")
     job = Job(
         model=model,
         rows=train,
@@ -179,6 +192,11 @@ def run_demo(options: DemoOptions) -> None:
         device="cpu" if not torch.accelerator.is_available() else None,
         threads=1 if not torch.accelerator.is_available() else None,
     )
+    check_axes(job)
+    output.mkdir(parents=True, exist_ok=True)
+    results: dict[str, Any] = {"model": model, "task": options.task}
+    if options.recall_steps:
+        results["recall"] = _show_recall(options, output, console)
     outcomes = compare_with_bars(job, ARMS, [options.seed], processes=2, steps=options.steps, console=console)
     console.print(make_table(outcomes))
     for line in difference_lines(outcomes):
@@ -187,11 +205,12 @@ def run_demo(options: DemoOptions) -> None:
     (output / "results.json").write_text(json.dumps(results, indent=1), encoding="utf-8")
     draw_comparison(outcomes, output / "losses.png")
     adapter = Path(str(outcomes[-1].folder))
-    answer = _ask(adapter, model, options.ask)
-    console.print(f"{TALAN}, reloaded in a fresh process: {options.ask!r} -> {answer!r}")
+    question = options.ask or _right_question(held_out, outcomes[-1])
+    answer = _ask(adapter, model, question)
+    console.print(f"{TALAN}, reloaded in a fresh process: {question!r} -> {answer!r}")
     pictures = "recall.png, losses.png" if options.recall_steps else "losses.png"
     console.print(f"{output}: adapters, {pictures}, results.json; {time.perf_counter() - started:.0f} s in all\n")
-    console.print("Next:", *_next_commands(adapter, model), sep="\n  ", soft_wrap=True)
+    console.print("Next:", *_next_commands(adapter, model, question), sep="\n  ", soft_wrap=True)
 
 
 def _show_recall(options: DemoOptions, output: Path, console: Console) -> list[dict[str, Any]]:
@@ -207,9 +226,12 @@ def _show_recall(options: DemoOptions, output: Path, console: Console) -> list[d
     return [outcome.as_dict() for outcome in recalled]
 
 
-def _next_commands(adapter: Path, model: str) -> list[str]:
+def _next_commands(adapter: Path, model: str, question: str) -> list[str]:
+    # Of this environment, which need not be activated: `make demo` has its own.
+    beside = Path(sys.executable).with_name("peft-talan")
+    program = "peft-talan" if shutil.which("peft-talan") or not beside.exists() else os.path.relpath(beside)
     return [
-        f"peft-talan inspect {adapter}",
-        f"peft-talan generate {adapter} 'What is 12 + 34?'",
-        f"peft-talan compare --model {model} --data YOUR.jsonl --output outputs/compare",
+        f"{program} inspect {adapter}",
+        f"{program} generate {adapter} {shlex.quote(question)}",
+        f"{program} compare --model {model} --data YOUR.jsonl --output outputs/compare",
     ]

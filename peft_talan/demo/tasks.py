@@ -9,13 +9,14 @@ SETTINGS = {DEFAULT_TASK: {"min_terms": 2, "max_terms": 2, "min_digits": 2, "max
 """By task: what makes it of a difficulty that a small model learns in minutes."""
 
 
-def make_rows(task: str, count: int, seed: int) -> Rows:
+def make_rows(task: str, count: int, seed: int, system: str | None = None) -> Rows:
     """Generate rows of a reasoning-gym task, each question once.
 
     Args:
         task: The task's name.
         count: How many.
         seed: The generator's seed.
+        system: A system message at the start of every conversation. Default None.
 
     Returns:
         Conversational rows of prompt and completion.
@@ -33,8 +34,13 @@ def make_rows(task: str, count: int, seed: int) -> Rows:
     answers: dict[str, str] = {}
     for item in items:
         answers.setdefault(item["question"], str(item["answer"]))
+    first = [] if system is None else [{"role": "system", "content": system}]
     rows = [
-        {"prompt": [{"role": "user", "content": question}], "completion": [{"role": "assistant", "content": answer}]}
+        {
+            "prompt": [*first, {"role": "user", "content": question}],
+            "completion": [{"role": "assistant", "content": answer}],
+        }
         for question, answer in list(answers.items())[:count]
     ]
-    return Rows(task, "prompt-completion", rows, [f"{task}, item {number}" for number in range(1, len(rows) + 1)])
+    places = [f"{task}, item {number}" for number in range(1, len(rows) + 1)]
+    return Rows(task, "prompt-completion", rows, places, system)

@@ -111,6 +111,13 @@ def _trainable(model: Any) -> int:
     return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
 
 
+def _adapted_shapes(model: str, config: LoraConfig) -> Any:
+    # Shapes are enough: no weight is read.
+    with torch.device("meta"):
+        empty = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model))
+        return get_peft_model(empty, config, low_cpu_mem_usage=True)
+
+
 def matched_rank(model: str, rank: int, axes: dict[str, Any]) -> int:
     """The smallest rank at which LoRA trains at least as many parameters as LoRA with the side path.
 
@@ -122,13 +129,21 @@ def matched_rank(model: str, rank: int, axes: dict[str, Any]) -> int:
     Returns:
         The rank.
     """
-    counts = []
-    for config in (LoraConfig(**_low_rank(rank)), TalanConfig(**_low_rank(rank), **axes)):
-        # Shapes are enough: no weight is read.
-        with torch.device("meta"):
-            empty = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model))
-            counts.append(_trainable(get_peft_model(empty, config, low_cpu_mem_usage=True)))
-    return math.ceil(rank * counts[1] / counts[0])
+    configs = (LoraConfig(**_low_rank(rank)), TalanConfig(**_low_rank(rank), **axes))
+    lora, talan = (_trainable(_adapted_shapes(model, config)) for config in configs)
+    return math.ceil(rank * talan / lora)
+
+
+def check_axes(job: Job) -> None:
+    """Refuse axes that the base model can't have, before anything is trained.
+
+    Args:
+        job: What all arms share.
+
+    Raises:
+        ValueError: There is no such block, for example.
+    """
+    _adapted_shapes(job.model, arm_config(job, TALAN))
 
 
 def arm_config(job: Job, arm: str) -> LoraConfig:
@@ -244,6 +259,8 @@ def compare(
     Returns:
         The outcomes: the base model's, then those of each seed in the order of the arms.
     """
+    if TALAN in arms:
+        check_axes(job)
     wanted = [(BASE, 0), *((arm, seed) for seed in seeds for arm in arms)]
     names = {(arm, seed): arm if len(seeds) == 1 else f"{arm}-seed-{seed}" for arm, seed in wanted}
     if processes == 1:

@@ -116,11 +116,18 @@ def _array_rows(path: Path) -> Iterator[tuple[str, Any]]:
 def _table_rows(path: Path) -> Iterator[tuple[str, Any]]:
     # Not with the `datasets` library: the cells are texts, and it would make numbers of "75" and nothing of "NA".
     with path.open(encoding="utf-8-sig", newline="") as file:
-        reader = csv.DictReader(file, delimiter=TABLES[path.suffix.lower()])
+        delimiter = TABLES[path.suffix.lower()]
+        reader = csv.DictReader(file, delimiter=delimiter)
         try:
-            yield from ((f"{path}:{reader.line_num}", row) for row in reader)
+            for row in reader:
+                place = f"{path}:{reader.line_num}"
+                if any(row.get(None) or ()):  # the key of what is left over
+                    remedy = f"put a text that holds {delimiter!r} in double quotes"
+                    raise DataError(f"{place}: more cells than the header has names; {remedy}")
+                yield place, row
         except UnicodeDecodeError as error:
-            raise DataError(f"{path}: not UTF-8 text ({error.reason}); save the file as UTF-8") from None
+            place = f"{path}:{reader.line_num + 1}"
+            raise DataError(f"{place}: not UTF-8 text ({error.reason}); save the file as UTF-8") from None
         except csv.Error as error:
             raise DataError(f"{path}:{reader.line_num}: {error}") from None
 

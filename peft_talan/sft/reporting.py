@@ -125,7 +125,7 @@ def make_table(outcomes: Sequence[Outcome]) -> Table:
     """
     trained = [outcome for outcome in outcomes if outcome.trainable]
     seeds, rows = len({outcome.seed for outcome in trained}), len(outcomes[0].scores.exact)
-    over = f"{seeds} seeds" if seeds > 1 else f"the {rows} held-out rows"
+    over = f"{seeds} seeds" if seeds > 1 else f"the {rows} held-out rows, one seed"
     table = Table(title=f"Held out: {rows} rows; 95% intervals over {over}", title_justify="left")
     for column in ("", "trainable", "loss", "exact match", "plain text loss", "s/step"):
         table.add_column(column, justify="left" if column == "" else "right")

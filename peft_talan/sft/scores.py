@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from typing import Any
 
 import torch
+from peft import PeftModel
 from torch.nn import functional as F
 from transformers import DataCollatorForSeq2Seq, PreTrainedTokenizerBase
 
@@ -101,12 +103,18 @@ def score_rows(
         The scores; a row without a token to score is left out.
     """
     found = Scores([], [], [])
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    keeps = "logits_to_keep" in inspect.signature(base.forward).parameters
     for start in range(0, len(rows), batch_size):
         part = [encode(tokenizer, row) for row in rows[start : start + batch_size]]
         encoded = [_until_end(row, tokenizer.eos_token_id) for row in part]
         encoded = [Encoded(prompt, completion[: max(0, max_length - len(prompt))]) for prompt, completion in encoded]
         batch = {name: tensor.to(model.device) for name, tensor in pad_batch(encoded, tokenizer).items()}
         labels = batch.pop("labels")[:, 1:]
+        if keeps:
+            # Logits of the prompts, of which a large vocabulary makes gigabytes, are not asked for.
+            labels = labels[:, max(0, min(len(row.prompt) for row in encoded) - 1) :]
+            batch["logits_to_keep"] = labels.shape[1] + 1
         logits = model(**batch, use_cache=False).logits[:, :-1].float()
         losses = F.cross_entropy(logits.transpose(1, 2), labels, ignore_index=IGNORED, reduction="none")
         scored = labels != IGNORED

@@ -175,6 +175,8 @@ def test_generate_refuses_before_it_loads(saved: Path, fails: Fails) -> None:
     fails(["generate", adapter, "a", "--max-new-tokens", "0"])
     assert "cuda:99" in fails(["generate", adapter, "a", "--device", "cuda:99"])
     assert "no such file" in fails(["generate", adapter, "a", "--model", "/no/such/model"])
+    error = fails(["generate", adapter, "a", "--model", saved / "lora"])
+    assert "the folder has no config.json; it is an adapter's: give its base model" in error
     assert "has no side path" in fails(["generate", saved / "lora", "a", "--strength", "0.5"])
     assert "--system" in fails(["generate", adapter, "a", "--plain", "--system", "b"])
 

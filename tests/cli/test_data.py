@@ -123,8 +123,15 @@ def test_a_broken_table_is_named(tmp_path: Path) -> None:
     (tmp_path / "data.parquet").write_bytes(b"nothing")
     with pytest.raises(DataError, match=r"data\.parquet: can't be"):
         read_rows(tmp_path / "data.parquet")
-    (tmp_path / "data.csv").write_text("prompt,completion\na,b\nc,\n")
-    with pytest.raises(DataError, match=r"data\.csv:3: 'completion' must be a text"):
+    for cells, message in (
+        ("a,b\nc,\n", r":3: 'completion' must be a text"),
+        ("Add 1, 2,3\n", r":2: more cells than the header has names; put a text that holds ','"),
+    ):
+        (tmp_path / "data.csv").write_text(f"prompt,completion\n{cells}")
+        with pytest.raises(DataError, match=rf"data\.csv{message}"):
+            read_rows(tmp_path / "data.csv")
+    (tmp_path / "data.csv").write_bytes("prompt,completion\n".encode("utf-16"))
+    with pytest.raises(DataError, match=r"data\.csv:1: not UTF-8"):
         read_rows(tmp_path / "data.csv")
 
 

@@ -12,13 +12,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import LoraConfig, PeftConfig
+from peft import LoraConfig, PeftConfig, PeftModel
 from peft_talan_cli import main
 from peft_talan_cli.console import INTERRUPTED
 from safetensors.torch import load_file
+from torch.nn import functional as F
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from peft_talan import TalanConfig
 from peft_talan.sft.intervals import Interval
+from peft_talan.sft.prompts import encode
+from peft_talan.sft.scores import score_rows
 
 from ..offline_hub import write_conversations
 
@@ -161,6 +165,25 @@ def test_compare_writes_table_picture_and_adapters(saved: Path, tmp_path: Path, 
     assert arms["LoRA", 0]["losses"][0] != arms["LoRA", 1]["losses"][0]
     assert type(PeftConfig.from_pretrained(output / "LoRA-seed-1")) is LoraConfig
     assert answers(["generate", output / "LoRA-seed-1", "1 + 1 = ", "--max-new-tokens", "3"])
+
+
+@pytest.mark.parametrize("adapted", [False, True])
+def test_scores_are_those_of_each_row_alone(adapted: bool, saved: Path, tmp_path: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(saved / "model", dtype=torch.float64)
+    model = PeftModel.from_pretrained(model, saved / "adapter").eval() if adapted else model.eval()
+    tokenizer = AutoTokenizer.from_pretrained(saved / "model")
+    rows = [{"prompt": "1 + 1 = " * many, "completion": "2 and no more" * many} for many in (2, 1, 3)]
+    # The last row has no token left to score.
+    scores = score_rows(model, tokenizer, [*rows, {"prompt": "1 " * 200, "completion": "2"}], max_length=100)
+    losses = []
+    for row in rows:
+        prompt, completion = encode(tokenizer, row)
+        with torch.no_grad():
+            logits = model(input_ids=torch.tensor([prompt + completion])).logits[0, len(prompt) - 1 : -1]
+        losses.append(float(F.cross_entropy(logits, torch.tensor(completion), reduction="sum")))
+    assert scores.losses == pytest.approx(losses, rel=1e-6)  # the loss is taken in float32
+    assert scores.tokens == [len(encode(tokenizer, row).completion) for row in rows]
+    assert not any(scores.exact)
 
 
 def test_intervals_hold_the_truth_as_often_as_they_say() -> None:

@@ -66,6 +66,16 @@ def test_what_can_not_be_run_is_one_line(
     assert named in capsys.readouterr().err
 
 
+def test_axes_are_refused_before_anything_is_trained(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save_tiny_model(tmp_path / "model", depth=2)
+    words = ["--model", str(tmp_path / "model"), "--talan-layers", "2", "--output", str(tmp_path / "output")]
+    assert main(["demo", *words]) == MISUSED
+    printed = capsys.readouterr()
+    assert "talan_layers" in printed.err
+    assert "1. beyond the window" not in printed.out
+    assert not (tmp_path / "output").exists()
+
+
 def test_a_clear_difference_says_in_which_direction() -> None:
     def outcome(arm: str, losses: list[float], exact: list[bool]) -> Outcome:
         return Outcome(arm, 0, Scores(losses, [1] * len(losses), exact), 0.0, trainable=1)

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import get_peft_model
+from peft import PeftModel, get_peft_model
 from transformers import (
     AutoModelForCausalLM,
     CohereConfig,
@@ -72,13 +72,11 @@ ENVIRONMENT = {
 """One process for all engines of a test run: each would import vLLM anew."""
 
 
-def save_model(
-    folder: Path, architecture: str, merged: bool = True, seed: int = 0, shard: str = "5GB", **options: object
-) -> None:
-    """Write a folder with a random side path that changes what the model says."""
+def make_model(config: PreTrainedConfig, seed: int = 0, **options: object) -> PeftModel:
+    """A random model with a random side path that changes what the model says."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        base = AutoModelForCausalLM.from_config(CONFIGS[architecture], dtype=torch.float32)
+        base = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
         with torch.no_grad():
             for parameter in base.parameters():
                 # Small random weights hardly tell one token from another.
@@ -91,8 +89,15 @@ def save_model(
             for name, parameter in model.named_parameters():
                 if "talan_write" in name:
                     parameter.mul_(4.0)
-    kept = model.merge_and_unload(side_path="keep" if merged else "drop")
-    kept.save_pretrained(folder, max_shard_size=shard)
+    return model
+
+
+def save_model(
+    folder: Path, architecture: str, merged: bool = True, seed: int = 0, shard: str = "5GB", **options: object
+) -> None:
+    """Write a folder with a random side path."""
+    model = make_model(CONFIGS[architecture], seed, **options)
+    model.merge_and_unload(side_path="keep" if merged else "drop").save_pretrained(folder, max_shard_size=shard)
 
 
 def make_prompts() -> list[list[int]]:
@@ -139,7 +144,6 @@ def engine_options(folder: Path, **options: Any) -> dict[str, Any]:
 def engine(folder: Path, **options: Any) -> Iterator[Any]:
     """An engine in this process, gone afterwards."""
     from vllm import LLM
-    from vllm.distributed import cleanup_dist_env_and_memory
 
     served = LLM(**engine_options(folder, distributed_executor_backend="uni", **options))
     try:
@@ -147,8 +151,15 @@ def engine(folder: Path, **options: Any) -> Iterator[Any]:
     finally:
         served.llm_engine.engine_core.shutdown()
         del served
-        gc.collect()
-        cleanup_dist_env_and_memory()
+        clean_up()
+
+
+def clean_up() -> None:
+    """Take down what an engine that is gone leaves in this process."""
+    from vllm.distributed import cleanup_dist_env_and_memory
+
+    gc.collect()
+    cleanup_dist_env_and_memory()
 
 
 def ask(

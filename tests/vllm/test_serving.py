@@ -40,11 +40,6 @@ OTHERS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.fixture(scope="session", autouse=True)
-def _environment(tmp_path_factory: pytest.TempPathFactory) -> None:
-    os.environ.update(engines.ENVIRONMENT, VLLM_CACHE_ROOT=str(tmp_path_factory.mktemp("vllm")))
-
-
 @pytest.fixture(scope="session")
 def prompts() -> list[list[int]]:
     return engines.make_prompts()
