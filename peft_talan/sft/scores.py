@@ -111,11 +111,12 @@ def score_rows(
         encoded = [Encoded(prompt, completion[: max(0, max_length - len(prompt))]) for prompt, completion in encoded]
         batch = {name: tensor.to(model.device) for name, tensor in pad_batch(encoded, tokenizer).items()}
         labels = batch.pop("labels")[:, 1:]
+        asked: dict[str, int] = {}
         if keeps:
             # Logits of the prompts, of which a large vocabulary makes gigabytes, are not asked for.
             labels = labels[:, max(0, min(len(row.prompt) for row in encoded) - 1) :]
-            batch["logits_to_keep"] = labels.shape[1] + 1
-        logits = model(**batch, use_cache=False).logits[:, :-1].float()
+            asked["logits_to_keep"] = labels.shape[1] + 1
+        logits = model(**batch, **asked, use_cache=False).logits[:, :-1].float()
         losses = F.cross_entropy(logits.transpose(1, 2), labels, ignore_index=IGNORED, reduction="none")
         scored = labels != IGNORED
         exact = ((logits.argmax(-1) == labels) | ~scored).all(-1)

@@ -35,10 +35,11 @@ def test_the_demo_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     ):
         assert word in printed
     commands = [line.strip() for line in printed.split("Next:")[1].splitlines() if line.strip()]
-    assert [command.split()[:2] for command in commands] == [
-        ["peft-talan", "inspect"],
-        ["peft-talan", "generate"],
-        ["peft-talan", "compare"],
+    first_words = [command.split()[:2] for command in commands]
+    assert [(Path(program).name, word) for program, word in first_words] == [
+        ("peft-talan", "inspect"),
+        ("peft-talan", "generate"),
+        ("peft-talan", "compare"),
     ]
     results = json.loads((output / "results.json").read_text())
     assert [recalled["arm"] for recalled in results["recall"]] == ["base model", "LoRA", "LoRA+TALAN"]
