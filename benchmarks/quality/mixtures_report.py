@@ -16,9 +16,9 @@ from typing import Any
 
 from peft_talan.sft.intervals import Interval
 
-from ..memory.report import symbol
 from . import inside
 from .mixtures import GROUPS, MIXTURE_RESULTS, best
+from .paired import symbol
 from .report import MEASURES, PAIRS, put_into_page
 from .study import finished
 from .tasks import DEVELOPMENT_SEED, TASKS

@@ -122,7 +122,15 @@ def measure(model: Any, tokenizer: Any, settings: Settings) -> dict[str, Any]:
 def train(model: Any, tokenizer: Any, examples: Sequence[Example], settings: Settings) -> list[float]:
     """Fine-tune on the answers' tokens: AdamW, a short warm-up, a linear decay; the seed fixes the order."""
     rows = [encode(tokenizer, example) for example in examples]
-    random.Random(settings.seed).shuffle(rows)
+    order = random.Random(settings.seed)
+    order.shuffle(rows)
+    if settings.task == MIXTURE:
+        # As Trainer's `group_by_length`: tasks of other lengths would be padding.
+        rows.sort(key=lambda row: len(row[0]) + len(row[1]))
+    size = settings.batch_size
+    batches = [rows[start : start + size] for start in range(0, size * settings.steps, size)]
+    if settings.task == MIXTURE:
+        order.shuffle(batches)
     scale = settings.axes.get(LEARNING_RATE_SCALE, 1.0)
     optimizer = torch.optim.AdamW(talan_param_groups(model, settings.learning_rate, side_path_lr_scale=scale))
     warm_up = max(1, settings.steps // 10)
@@ -139,8 +147,8 @@ def train(model: Any, tokenizer: Any, examples: Sequence[Example], settings: Set
     for step in range(settings.steps):
         if two_stages and step == settings.steps // 2:
             set_trainable(model, "joint")
-        part = rows[step * settings.batch_size : (step + 1) * settings.batch_size]
-        batch = {name: t.to(model.device) for name, t in make_batch(part, tokenizer.pad_token_id).items()}
+        padded = make_batch(batches[step], tokenizer.pad_token_id)
+        batch = {name: t.to(model.device) for name, t in padded.items()}
         loss = model(**batch, use_cache=False).loss
         losses.append(take_step(model, loss, optimizer, schedule))
     model.eval()
