@@ -1,6 +1,6 @@
 """The study of mixtures: one adapter a run for the four tasks together, every arm tuned by equally many tries.
 
-    python -m benchmarks.quality.backbones small-qwen3
+    python -m benchmarks.quality.backbones small-qwen3-start small-qwen3
     python -m benchmarks.quality.mixtures                          # runs what is not in the results yet
     python -m benchmarks.quality.mixtures --backbones SmolLM2-135M-Instruct
     python -m benchmarks.quality.inside --study benchmarks/results/mixtures.jsonl \\
@@ -125,6 +125,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.set_defaults(
         backbones=["small-qwen3"],
         learning_rate=LEARNING_RATES[0],
+        steps=80,
         held_out=100,
         results=MIXTURE_RESULTS,
         adapters_folder=cache_folder() / "mixtures",
