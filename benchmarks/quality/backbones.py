@@ -1,7 +1,7 @@
 """The study's backbones: small Qwen3 models that are pretrained here, SmolLM2-135M-Instruct, or any hub id.
 
     python -m benchmarks.quality.backbones tiny-qwen3 tiny-qwen3-moe
-    python -m benchmarks.quality.backbones small-qwen3-start small-qwen3
+    python -m benchmarks.quality.backbones small-qwen3
 
 pretrains the small ones on tasks and plain text: float32, one thread, every batch drawn from its step's
 number, so that the same versions on the same machine give the same weights. `--limit-seconds` stops early and goes on
@@ -28,7 +28,7 @@ from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM,
 
 from peft_talan.demo.base_model import default_model_folder
 
-from ..supervised import encode, load_base_model, make_batch
+from ..supervised import encode, make_batch
 from .tasks import KNOWN_TASKS, SHORT_TASKS, TASKS, held_out, plain_text, to_train_on
 
 VOCABULARY = 768
@@ -57,10 +57,7 @@ class Pretraining(NamedTuple):
         horizon: The step at which the cosine of the learning rate would end.
         sorted_rows: Whether all rows of a step are of one task, which saves padding; else each row's task is drawn.
         text_every: Steps from one batch of plain text to the next.
-        learning_rate: The highest.
-        items: Of each task, as far as there are so many.
         shape: What differs from `SHAPE`.
-        start: The one of these backbones whose weights it starts from.
     """
 
     tasks: tuple[str, ...] = tuple(KNOWN_TASKS)
@@ -68,16 +65,13 @@ class Pretraining(NamedTuple):
     horizon: int = 2000
     sorted_rows: bool = False
     text_every: int = 1
-    learning_rate: float = 3e-3
-    items: int = 8000
     shape: Mapping[str, int] = MappingProxyType({})
-    start: str | None = None
 
 
 PRETRAINED_HERE = {
     "tiny-qwen3": Pretraining(),
     "tiny-qwen3-moe": Pretraining(),
-    "small-qwen3-start": Pretraining(
+    "small-qwen3": Pretraining(
         tasks=(*KNOWN_TASKS, *(3 * list(SHORT_TASKS))),
         steps=4500,
         horizon=4500,
@@ -85,21 +79,13 @@ PRETRAINED_HERE = {
         text_every=4,
         shape={"num_hidden_layers": 4, "intermediate_size": 256},
     ),
-    "small-qwen3": Pretraining(
-        tasks=(*KNOWN_TASKS, *SHORT_TASKS, *(4 * list(TASKS))),
-        steps=1100,
-        horizon=1100,
-        sorted_rows=True,
-        text_every=4,
-        learning_rate=2e-3,
-        items=4000,
-        start="small-qwen3-start",
-    ),
 }
 REAL = "SmolLM2-135M-Instruct"
 TASK_ROWS, TEXT_ROWS, TEXT_TOKENS = 24, 4, 64
-HELD_OUT_KNOWN, HELD_OUT_STUDIED = 100, 1000
-"""Items that no backbone is pretrained on, of each known task and of each that adapters are trained on."""
+LEARNING_RATE = 3e-3
+KNOWN_ITEMS = 8000
+HELD_OUT_KNOWN, HELD_OUT_SHORT = 100, 1000
+"""Items of each task that no backbone is pretrained on; of a short form as many as any study holds out of its task."""
 
 
 def cache_folder() -> Path:
@@ -146,12 +132,12 @@ def pretrain(name: str, limit_seconds: float) -> bool:
     recipe = PRETRAINED_HERE[name]
     encoded = {}
     for task in dict.fromkeys(recipe.tasks):
-        kept_out = held_out(task, HELD_OUT_KNOWN if task in KNOWN_TASKS else HELD_OUT_STUDIED)
-        encoded[task] = [encode(tokenizer, example) for example in to_train_on(task, recipe.items, 0, kept_out)]
+        kept_out = held_out(task, HELD_OUT_SHORT if task in SHORT_TASKS else HELD_OUT_KNOWN)
+        encoded[task] = [encode(tokenizer, example) for example in to_train_on(task, KNOWN_ITEMS, 0, kept_out)]
     known = [encoded[task] for task in recipe.tasks]
     prose = tokenizer(plain_text()[0], add_special_tokens=False)["input_ids"]
-    model = make_model(name) if recipe.start is None else load_base_model(backbone_folder(recipe.start))[0]
-    optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.learning_rate, weight_decay=0.01)
+    model = make_model(name)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min((step + 1) / 100, 0.5 * (1 + math.cos(math.pi * step / recipe.horizon)) + 0.01)
     )

@@ -1,6 +1,6 @@
 """The study of mixtures: one adapter a run for the four tasks together, every arm tuned by equally many tries.
 
-    python -m benchmarks.quality.backbones small-qwen3-start small-qwen3
+    python -m benchmarks.quality.backbones small-qwen3
     python -m benchmarks.quality.mixtures                          # runs what is not in the results yet
     python -m benchmarks.quality.mixtures --backbones SmolLM2-135M-Instruct
     python -m benchmarks.quality.inside --study benchmarks/results/mixtures.jsonl \\
@@ -30,7 +30,7 @@ from .arms import MATCHED, SIDE_PATH_TRIES, configured
 from .backbones import cache_folder
 from .one_run import Settings
 from .study import RESULTS, common_settings, finished, make_parser, run_all
-from .tasks import DEVELOPMENT_SEED, MIXTURE
+from .tasks import DEVELOPMENT_SEED, MIXTURES
 
 MIXTURE_RESULTS = RESULTS.with_name("mixtures.jsonl")
 LEARNING_RATES = (1e-3, 2e-3, 5e-4, 1.5e-3, 7e-4, 3e-4)
@@ -59,7 +59,7 @@ class Plan:
 
     def __init__(self, backbone: str, options: argparse.Namespace, done: Rows) -> None:
         self.options, self.done = options, done
-        self.common = Settings(backbone, MIXTURE, "base", 0, **common_settings(options))
+        self.common = Settings(backbone, options.mixture, "base", 0, **common_settings(options))
 
     def row(self, settings: Settings) -> dict[str, Any] | None:
         return self.done.get(settings.key())
@@ -120,6 +120,7 @@ class Plan:
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = make_parser(__doc__)
     most = 2 + len(SIDE_PATH_TRIES)
+    parser.add_argument("--mixture", choices=list(MIXTURES), default="mixture")
     parser.add_argument("--tries", type=int, choices=range(1, most + 1), default=most, help="of each arm")
     parser.add_argument("--learning-rates", nargs="+", type=float, default=list(LEARNING_RATES), help="in this order")
     parser.set_defaults(

@@ -37,13 +37,19 @@ NAMES = {
 ARMS = [arm for group in GROUPS for arm in group]
 
 
+def place(row: Row) -> str:
+    """The backbone, and the mixture if it is not the tasks as they are."""
+    settings = row["settings"]
+    return settings["backbone"] + ("" if settings["task"] == "mixture" else f", {settings['task']}")
+
+
 def of_arm(rows: Sequence[Row], backbone: str, arm: str, development: bool = False) -> list[Row]:
     """The runs of one arm by seed, or its tries in their order."""
     return sorted(
         (
             row
             for row in rows
-            if (row["settings"]["backbone"], row["settings"]["adapter"]) == (backbone, arm)
+            if (place(row), row["settings"]["adapter"]) == (backbone, arm)
             and (row["settings"]["seed"] == DEVELOPMENT_SEED) == development
         ),
         key=lambda row: 0 if development else row["settings"]["seed"],
@@ -51,7 +57,7 @@ def of_arm(rows: Sequence[Row], backbone: str, arm: str, development: bool = Fal
 
 
 def backbones(rows: Sequence[Row]) -> list[str]:
-    return list(dict.fromkeys(row["settings"]["backbone"] for row in rows))
+    return list(dict.fromkeys(map(place, rows)))
 
 
 def differences(

@@ -23,7 +23,16 @@ from ..measure import machine
 from ..supervised import IGNORED, Example, encode, load_base_model, make_batch
 from .arms import FIRST_WRITE, LEARNING_RATE_SCALE, TWO_STAGES, make_config, set_first_write, trainable
 from .backbones import backbone_folder, weights_hash
-from .tasks import DEVELOPMENT_SEED, KNOWN_TASKS, MIXTURE, held_out, items_to_train_on, plain_text, scored_items
+from .tasks import (
+    DEVELOPMENT_SEED,
+    KNOWN_TASKS,
+    MIXTURES,
+    TASKS,
+    held_out,
+    items_to_train_on,
+    plain_text,
+    scored_items,
+)
 
 EVALUATION_BATCH = 50
 TEXT_WINDOW = 128
@@ -110,8 +119,8 @@ def measure(model: Any, tokenizer: Any, settings: Settings) -> dict[str, Any]:
     count = settings.held_out_known
     known = {name: answer_scores(model, tokenizer, held_out(name, count)) for name in KNOWN_TASKS if count}
     found: dict[str, Any] = {"text_loss": text_loss(model, tokenizer), "known": known}
-    if settings.task == MIXTURE:
-        found["tasks"] = scores
+    if settings.task in MIXTURES:
+        found["tasks"] = dict(zip(TASKS, scores.values(), strict=True))
     for field_name in ("loss", "exact_match"):
         found[field_name] = sum(part[field_name] for part in scores.values()) / len(scores)
         if known:
@@ -124,12 +133,12 @@ def train(model: Any, tokenizer: Any, examples: Sequence[Example], settings: Set
     rows = [encode(tokenizer, example) for example in examples]
     order = random.Random(settings.seed)
     order.shuffle(rows)
-    if settings.task == MIXTURE:
+    if settings.task in MIXTURES:
         # As Trainer's `group_by_length`: tasks of other lengths would be padding.
         rows.sort(key=lambda row: len(row[0]) + len(row[1]))
     size = settings.batch_size
     batches = [rows[start : start + size] for start in range(0, size * settings.steps, size)]
-    if settings.task == MIXTURE:
+    if settings.task in MIXTURES:
         order.shuffle(batches)
     scale = settings.axes.get(LEARNING_RATE_SCALE, 1.0)
     optimizer = torch.optim.AdamW(talan_param_groups(model, settings.learning_rate, side_path_lr_scale=scale))

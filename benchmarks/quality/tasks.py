@@ -18,8 +18,6 @@ import reasoning_gym
 from ..supervised import Example
 
 HELD_OUT_SEED = 1_000_000
-MIXTURE = "mixture"
-"""The name of all of `TASKS` together."""
 DEVELOPMENT_SEED = 100
 """The seed of the runs that choose learning rate and axes, which are scored on held-out items of their own."""
 TEXT_HELD_OUT = 4_000
@@ -96,12 +94,22 @@ SHORTENED: dict[str, Callable[[str], str]] = {
 """The same questions in other words, so that a backbone can know a task's matter and not its wording."""
 
 
-def _short(task: str) -> Callable[[int, int], list[tuple[str, str]]]:
-    return lambda count, seed: [(SHORTENED[task](question), answer) for question, answer in TASKS[task](count, seed)]
+ASKED = "Question: {}\nAnswer:"
+"""The prompt of a short form that no backbone was pretrained with."""
+
+
+def _short(task: str, prompt: str = "{}") -> Callable[[int, int], list[tuple[str, str]]]:
+    def make(count: int, seed: int) -> list[tuple[str, str]]:
+        return [(prompt.format(SHORTENED[task](question)), answer) for question, answer in TASKS[task](count, seed)]
+
+    return make
 
 
 SHORT_TASKS = {f"short {task}": _short(task) for task in TASKS}
-ALL_TASKS = {**TASKS, **KNOWN_TASKS, **SHORT_TASKS}
+ASKED_TASKS = {f"asked {task}": _short(task, ASKED) for task in TASKS}
+ALL_TASKS = {**TASKS, **KNOWN_TASKS, **SHORT_TASKS, **ASKED_TASKS}
+MIXTURES = {"mixture": tuple(TASKS), "asked mixture": tuple(ASKED_TASKS)}
+"""The tasks that are trained together, by the name of the mixture."""
 
 
 @cache
@@ -115,18 +123,19 @@ def held_out(task: str, count: int) -> tuple[Example, ...]:
 
 def scored_items(task: str, count: int, seed: int) -> dict[str, tuple[Example, ...]]:
     """The held-out items that a run is scored on, by task."""
-    if task != MIXTURE:
+    if task not in MIXTURES:
         return {task: held_out(task, count)}
     first = count if seed == DEVELOPMENT_SEED else 0
-    return {name: held_out(name, 2 * count)[first : first + count] for name in TASKS}
+    return {name: held_out(name, 2 * count)[first : first + count] for name in MIXTURES[task]}
 
 
 def items_to_train_on(task: str, count: int, seed: int, held_out_items: int) -> list[Example]:
     """A run's items; of a mixture equally many of each task. No seed trains on what any seed is scored on."""
-    if task != MIXTURE:
+    if task not in MIXTURES:
         return to_train_on(task, count, seed, held_out(task, held_out_items))
-    each = -(-count // len(TASKS))
-    return [example for name in TASKS for example in to_train_on(name, each, seed, held_out(name, 2 * held_out_items))]
+    names = MIXTURES[task]
+    each = -(-count // len(names))
+    return [example for name in names for example in to_train_on(name, each, seed, held_out(name, 2 * held_out_items))]
 
 
 def to_train_on(task: str, count: int, seed: int, without: tuple[Example, ...]) -> list[Example]:

@@ -73,11 +73,11 @@ def test_a_try_that_loses_plain_text_is_not_taken() -> None:
 
 def test_development_items_and_scored_items_are_trained_on_by_no_seed() -> None:
     count = 20
-    scored = tasks.scored_items(tasks.MIXTURE, count, seed=0)
-    chosen_on = tasks.scored_items(tasks.MIXTURE, count, tasks.DEVELOPMENT_SEED)
+    scored = tasks.scored_items("mixture", count, seed=0)
+    chosen_on = tasks.scored_items("mixture", count, tasks.DEVELOPMENT_SEED)
     assert list(scored) == list(chosen_on) == list(tasks.TASKS)
     for seed in (0, tasks.DEVELOPMENT_SEED):
-        trained = tasks.items_to_train_on(tasks.MIXTURE, 80, seed, count)
+        trained = tasks.items_to_train_on("mixture", 80, seed, count)
         assert len(trained) == 80
         for name in tasks.TASKS:
             assert len({*scored[name], *chosen_on[name]}) == 2 * count
@@ -88,14 +88,14 @@ def test_no_backbone_knows_a_scored_question_in_its_short_form() -> None:
     for name, shorten in tasks.SHORTENED.items():
         kept = {example.messages[0][1] for example in tasks.held_out(f"short {name}", 300)}
         for seed in (0, tasks.DEVELOPMENT_SEED):
-            questions = [example.messages[0][1] for example in tasks.scored_items(tasks.MIXTURE, 100, seed)[name]]
+            questions = [example.messages[0][1] for example in tasks.scored_items("mixture", 100, seed)[name]]
             assert {shorten(question) for question in questions} <= kept
 
 
 def test_two_stages_and_a_first_write_change_the_training(backbone: str) -> None:
     def losses(adapter: str, axes: dict[str, Any]) -> list[float]:
         settings = one_run.Settings(
-            backbone, tasks.MIXTURE, adapter, 0, axes=axes, steps=6, batch_size=4, held_out=4, held_out_known=1
+            backbone, "mixture", adapter, 0, axes=axes, steps=6, batch_size=4, held_out=4, held_out_known=1
         )
         found: list[float] = one_run.run(settings)["losses"]
         return found
