@@ -6,6 +6,7 @@ import math
 import pickle
 from collections.abc import Collection, Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from huggingface_hub import hf_hub_download
@@ -104,14 +105,26 @@ def _safetensors_file(location: CheckpointLocation) -> Path | None:
         return None
 
 
-def read_header(location: CheckpointLocation) -> dict[str, torch.Tensor]:
-    """Read the names, shapes and dtypes of the tensors that PEFT will load, without their values.
+class Header(NamedTuple):
+    """What a checkpoint holds, without values.
+
+    Args:
+        names: The names of all tensors.
+        side_path: The tensors of the side path by name, on the meta device.
+    """
+
+    names: Collection[str]
+    side_path: Mapping[str, torch.Tensor]
+
+
+def read_header(location: CheckpointLocation) -> Header:
+    """Read what PEFT will load, without its values.
 
     Args:
         location: Where the checkpoint is.
 
     Returns:
-        Tensors on the meta device by name.
+        The names of the tensors, and the side path's shapes and dtypes.
 
     Raises:
         ValueError: The file can't be read, or holds something else.
@@ -123,8 +136,10 @@ def read_header(location: CheckpointLocation) -> dict[str, torch.Tensor]:
             tensors: object = load_peft_weights(location.model_id, device="cpu", **location.options)
         else:
             with safe_open(file, framework="pt") as saved:
+                names = list(saved.keys())
                 # Values are mapped from the file and read when they are used, which they are not here.
-                tensors = {name: saved.get_tensor(name).to("meta") for name in saved.keys()}  # noqa: SIM118 - not a dictionary
+                side_path = {name: saved.get_tensor(name).to("meta") for name in names if is_side_path_key(name)}
+                return Header(names, side_path)
     except (SafetensorError, pickle.UnpicklingError, EOFError, RuntimeError) as error:
         raise ValueError(
             f"the checkpoint in {location.model_id!r} can't be read ({type(error).__name__}: {error}); it is "
@@ -134,7 +149,9 @@ def read_header(location: CheckpointLocation) -> dict[str, torch.Tensor]:
         raise ValueError(
             f"the checkpoint in {location.model_id!r} is not a dictionary of tensors; save it again with PEFT"
         )
-    return {name: tensor.to("meta") for name, tensor in tensors.items()}
+    return Header(
+        tensors.keys(), {name: tensor.to("meta") for name, tensor in tensors.items() if is_side_path_key(name)}
+    )
 
 
 def check_side_path(
@@ -142,7 +159,7 @@ def check_side_path(
     config: TalanConfig,
     blocks: Collection[int],
     hidden_size: int,
-    header: Mapping[str, torch.Tensor],
+    tensors: Mapping[str, torch.Tensor],
 ) -> None:
     """Refuse a checkpoint whose side path is not exactly what its configuration says.
 
@@ -151,7 +168,7 @@ def check_side_path(
         config: Its configuration.
         blocks: The indices of the blocks with a side path.
         hidden_size: H, the width of the residual stream.
-        header: The checkpoint's tensors; their values are not read.
+        tensors: The side path's tensors in the checkpoint; their values are not read.
 
     Raises:
         ValueError: A tensor is missing, has no place, or does not fit.
@@ -161,7 +178,7 @@ def check_side_path(
         f"{index}.{CHILD_NAME}.lora_talan_{name}.values": tensor for index in blocks for name, tensor in shapes.items()
     }
     # PEFT may still map the names of the modules around the blocks (`key_mapping`), but not a block's index.
-    tensors = {".".join(name.split(".")[-4:]): tensor for name, tensor in header.items() if is_side_path_key(name)}
+    tensors = {".".join(name.split(".")[-4:]): tensor for name, tensor in tensors.items()}
     lists = {"no place for": tensors.keys() - places.keys(), "in addition": places.keys() - tensors.keys()}
     for how, names in lists.items():
         if names:

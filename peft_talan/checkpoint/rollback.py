@@ -43,11 +43,17 @@ class Snapshot:
     Args:
         model: The model.
         *others: More objects whose attributes come back, such as the configuration.
+
+    Attributes:
+        modules: The model's modules.
     """
 
     def __init__(self, model: nn.Module, *others: object) -> None:
-        self._owners = [_Remembered(one) for one in (*model.modules(), *others)]
-        self._parameters = [(parameter, parameter.data, parameter.requires_grad) for parameter in model.parameters()]
+        self.modules = list(model.modules())
+        self._owners = [_Remembered(one) for one in (*self.modules, *others)]
+        # `model.parameters()` would go through the modules once more.
+        found = (parameter for module in self.modules for parameter in module._parameters.values())
+        self._parameters = [(one, one.data, one.requires_grad) for one in found if one is not None]
 
     def restore(self) -> None:
         """Bring the state back."""

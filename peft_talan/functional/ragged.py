@@ -12,7 +12,6 @@ from typing import NamedTuple
 import torch
 from torch.nn import functional as F
 
-from . import reference
 from .chunked import CHUNK, Plan, Slab, forward_slab, probabilities
 from .fused import read, read_mean, slot_weights, write_back
 from .parameters import (
@@ -23,7 +22,7 @@ from .parameters import (
     full_precision,
     working_dtype,
 )
-from .recomputed import PIECE
+from .recomputed import PIECE, remix_piece
 
 SMALLEST_CHUNK = 8
 """Tokens a chunk where requests are short: fewer would make the products small and their number large."""
@@ -117,7 +116,7 @@ def _remix_mlp(slab: Slab, parameters: tuple[torch.Tensor, ...]) -> torch.Tensor
     count = max(PIECE // slab.z.shape[1], 1)
     pieces = (part.split(count) for part in (slab.z, slab.q, slab.e, slab.final_state))
     readouts = [
-        reference.remix(z, q, e.mT, "mlp", parameters, state=found)[0] for z, q, e, found in zip(*pieces, strict=True)
+        remix_piece(z, q, e.mT, "mlp", parameters, None, found)[0] for z, q, e, found in zip(*pieces, strict=True)
     ]
     return torch.cat(readouts)
 
@@ -139,14 +138,39 @@ def _remix_one_token(
     mixer: str,
     parameters: tuple[torch.Tensor, ...],
     state: torch.Tensor,
-    query_start_loc: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """At most one token a request: a rank-one update of each memory and a read."""
-    token = torch.arange(values.shape[0], device=values.device)
-    own = state.index_select(0, request_of(token, query_start_loc[1:]))
-    memory = torch.addcmul(own, weights.unsqueeze(-1), F.pad(values, (0, 1), value=1.0).unsqueeze(1))
+    """Each token is a request: a rank-one update of its memory and a read."""
+    memory = torch.addcmul(state, weights.unsqueeze(-1), F.pad(values, (0, 1), value=1.0).unsqueeze(1))
     mean = memory[..., :-1] / memory[..., -1:].clamp_min(SMALLEST_DENOMINATOR)
     return read_mean(mean, queries.unsqueeze(1), mixer, parameters).squeeze(1), memory
+
+
+def _remix_requests(
+    values: torch.Tensor,
+    queries: torch.Tensor,
+    weights: torch.Tensor,
+    mixer: str,
+    parameters: tuple[torch.Tensor, ...],
+    state: torch.Tensor,
+    query_start_loc: torch.Tensor,
+    max_query_length: int,
+    leave_at: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Requests of any lengths, in chunks: read-outs, and the memories that are wanted."""
+    tokens, query_start_loc = values.shape[0], query_start_loc.long()
+    lay = lay_out(query_start_loc, tokens, max_query_length)
+    slab = _cut(values, queries, weights, state, lay)
+    if mixer == "mlp":
+        remixed = _remix_mlp(slab, parameters)
+    else:
+        remixed = forward_slab(slab, probabilities(slab, mixer, parameters[0]))
+    readout = remixed.flatten(0, 1).index_select(0, lay.slot.clamp(max=lay.items * lay.chunk - 1))
+    wanted = query_start_loc[1:] - 1 if leave_at is None else leave_at
+    states = _memories_after(wanted.clamp(0, tokens - 1), slab, lay)
+    if leave_at is None:
+        empty = query_start_loc[1:] == query_start_loc[:-1]
+        states = torch.where(empty[:, None, None], state, states)
+    return readout, states
 
 
 def ragged_side_path(
@@ -154,38 +178,26 @@ def ragged_side_path(
     parameters: SidePathParameters,
     options: SidePathOptions,
     *,
-    query_start_loc: torch.Tensor,
+    query_start_loc: torch.Tensor | None,
     state: torch.Tensor,
     max_query_length: int,
     leave_at: torch.Tensor | None = None,
     alpha: float | torch.Tensor = 1.0,
 ) -> RaggedOutput:
     """Run a side path on requests laid end to end; see `ragged_reference.ragged_side_path`."""
-    dtype, tokens = working_dtype(hidden_states.dtype), hidden_states.shape[0]
-    query_start_loc = query_start_loc.long()
+    dtype = working_dtype(hidden_states.dtype)
     with full_precision(hidden_states.device.type):
         stream, before = hidden_states.to(dtype), state.to(dtype)
         slots = parameters.read.shape[0] - 2 * parameters.write.shape[1]
         values, queries, logits = read(stream, parameters.read, slots)
-        weights = slot_weights(logits, None)
         mixer = tuple(tensor.to(dtype) for tensor in parameters.mixer)
-        last = query_start_loc[1:] - 1
-        wanted = (last if leave_at is None else leave_at).clamp(0, tokens - 1)
-        if max_query_length <= 1:
-            readout, memory = _remix_one_token(values, queries, weights, options.mixer, mixer, before, query_start_loc)
-            states = memory.index_select(0, wanted)
+        call = (values, queries, slot_weights(logits, None), options.mixer, mixer, before)
+        if query_start_loc is None:
+            readout, states = _remix_one_token(*call)
+            if leave_at is not None:
+                states = states.index_select(0, leave_at.clamp(0, states.shape[0] - 1))
         else:
-            lay = lay_out(query_start_loc, tokens, max_query_length)
-            slab = _cut(values, queries, weights, before, lay)
-            if options.mixer == "mlp":
-                remixed = _remix_mlp(slab, mixer)
-            else:
-                remixed = forward_slab(slab, probabilities(slab, options.mixer, mixer[0]))
-            readout = remixed.flatten(0, 1).index_select(0, lay.slot.clamp(max=lay.items * lay.chunk - 1))
-            states = _memories_after(wanted, slab, lay)
-        if leave_at is None:
-            empty = query_start_loc[1:] == query_start_loc[:-1]
-            states = torch.where(empty[:, None, None], before, states)
+            readout, states = _remix_requests(*call, query_start_loc, max_query_length, leave_at)
         if isinstance(alpha, torch.Tensor):
             readout, alpha = readout * alpha.to(dtype).unsqueeze(1), 1.0
         written = write_back(

@@ -15,7 +15,7 @@ def ragged_side_path(
     parameters: SidePathParameters,
     options: SidePathOptions,
     *,
-    query_start_loc: torch.Tensor,
+    query_start_loc: torch.Tensor | None,
     state: torch.Tensor,
     max_query_length: int,
     leave_at: torch.Tensor | None = None,
@@ -28,7 +28,8 @@ def ragged_side_path(
         parameters: The side path's tensors.
         options: The side path's axes.
         query_start_loc: Where each request starts and the last one ends, [requests + 1], int, not falling and starting
-            at 0. Equal neighbours: a request without tokens. Tokens from the last number on are padding.
+            at 0. Equal neighbours: a request without tokens. Tokens from the last number on are padding. None: each
+            token is a request.
         state: The memory before each request's first token, [requests, slots, width + 1].
         max_query_length: The number of tokens of the longest request, or more; it is known without asking the device.
         leave_at: The tokens after which the memory is wanted, [leaves], int64; a number that is no token's asks for
@@ -38,6 +39,8 @@ def ragged_side_path(
     Returns:
         h' and the memories; where a request has no tokens, its memory is the one before.
     """
+    if query_start_loc is None:
+        query_start_loc = torch.arange(hidden_states.shape[0] + 1)
     written = hidden_states.clone()
     memories = state.new_zeros(hidden_states.shape[0] + 1, *state.shape[1:])
     after = state.clone()

@@ -9,7 +9,9 @@ give, and asks the device nothing.
 from __future__ import annotations
 
 import torch
+from torch.nn import functional as F
 
+from ..functional.parameters import working_dtype
 from ..functional.ragged import request_of
 
 
@@ -59,6 +61,21 @@ def request_ends(page_of_token: torch.Tensor, query_start_loc: torch.Tensor, unu
     return torch.where(ends > starts, pages, unused_page)
 
 
+def of_tokens(of_requests: torch.Tensor, tokens: int, padding: int) -> torch.Tensor:
+    """Where every request with tokens has one, turn a number of each request into one of each token.
+
+    Args:
+        of_requests: [requests], int; requests without tokens come last.
+        tokens: The number of tokens, those of padding, which come last, included.
+        padding: The number for them.
+
+    Returns:
+        [tokens], int.
+    """
+    missing = tokens - of_requests.shape[0]
+    return F.pad(of_requests, (0, missing), value=padding) if missing > 0 else of_requests[:tokens]
+
+
 def read_states(pool: torch.Tensor, page_before: torch.Tensor, is_new: torch.Tensor) -> torch.Tensor:
     """Read the memory that each request goes on from.
 
@@ -91,7 +108,7 @@ class PagedMemory:
         self.pools: dict[tuple[int, str], torch.Tensor] = {}
 
     def pool(
-        self, block_index: int, adapter_name: str, shape: tuple[int, int, int], like: torch.Tensor
+        self, block_index: int, adapter_name: str, shape: tuple[int, int, int], hidden_states: torch.Tensor
     ) -> torch.Tensor:
         """Find the pool of an adapter's side path at a block, or make it.
 
@@ -99,14 +116,16 @@ class PagedMemory:
             block_index: The block's index.
             adapter_name: The adapter's name.
             shape: (pages, slots, width + 1).
-            like: A tensor whose dtype and device a new pool takes.
+            hidden_states: Of the block; a new pool lies on their device, in the dtype that memories of theirs take.
 
         Returns:
             The pool, of the given shape.
         """
         pool = self.pools.get((block_index, adapter_name))
         if pool is None or pool.shape != shape:
-            pool = self.pools[block_index, adapter_name] = like.new_zeros(shape)
+            pool = self.pools[block_index, adapter_name] = hidden_states.new_zeros(
+                shape, dtype=working_dtype(hidden_states.dtype)
+            )
         return pool
 
     def copy_pages(self, block_indices: list[int], source: list[int], target: list[int]) -> None:

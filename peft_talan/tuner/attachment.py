@@ -15,7 +15,7 @@ from .layer import TalanLayer
 
 
 def attach_side_path(
-    tuner: LoraModel, index: int, depth: int, hidden_size: int, block: nn.Module, adapter_name: str
+    tuner: LoraModel, index: int, depth: int, hidden_size: int, block_name: str, adapter_name: str
 ) -> None:
     """Give a block an adapter's side path, in the state that the model's other tuner layers are in.
 
@@ -24,10 +24,11 @@ def attach_side_path(
         index: The block's index.
         depth: The number of the model's blocks.
         hidden_size: H, the width of the residual stream.
-        block: The block.
+        block_name: The block's name.
         adapter_name: The adapter's name.
     """
     config: Any = tuner.peft_config[adapter_name]
+    block = tuner.model.get_submodule(block_name)
     layer = getattr(block, TalanLayer.child_name, None)
     if layer is None:
         layer = TalanLayer(hidden_size, index, depth)
@@ -35,7 +36,7 @@ def attach_side_path(
         # A first adapter is on.
         modules = tuner.model.modules() if len(tuner.peft_config) > 1 else ()
         others = [module for module in modules if isinstance(module, BaseTunerLayer)]
-        layer.attach(block, find_decoder(tuner.model, block))
+        layer.attach(block, find_decoder(tuner.model, block_name))
         layer.set_adapter(tuner.active_adapters)
         layer.enable_adapters(not any(other.disable_adapters for other in others))
     layer.update_layer(adapter_name, config)

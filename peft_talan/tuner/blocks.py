@@ -88,8 +88,10 @@ def _fitting_lists(model: nn.Module, lists: dict[str, nn.ModuleList]) -> tuple[l
         if inner is decoder:
             break
         decoder = inner
-    inside = {id(module) for module in decoder.modules()}
-    candidates = [name for name in lists if id(lists[name]) in inside] or list(lists)
+    candidates = list(lists)
+    if len(lists) > 1:
+        inside = {id(module) for module in decoder.modules()}
+        candidates = [name for name in lists if id(lists[name]) in inside] or candidates
     # A vision tower inside the decoder has a configuration of its own.
     candidates = [name for name in candidates if type(_config_of(model, name)) is type(text_config)] or candidates
     # What transformers keeps on one device is a block.
@@ -116,17 +118,17 @@ def _outermost(names: list[str]) -> list[str]:
     return [name for name in names if not any(name.startswith(f"{other}.") for other in names)]
 
 
-def find_decoder(model: nn.Module, block: nn.Module) -> nn.Module:
+def find_decoder(model: nn.Module, block_name: str) -> nn.Module:
     """Find the module whose forward pass runs a block, and which is called with the caller's masks and positions.
 
     Args:
         model: The model.
-        block: One of its blocks.
+        block_name: The name of one of its blocks.
 
     Returns:
         The innermost `PreTrainedModel` around the block; without one, the whole model.
     """
-    path = next(name for name, module in model.named_modules() if module is block).split(".")
+    path = block_name.split(".")
     around = [model.get_submodule(".".join(path[:end])) for end in range(len(path) - 1, -1, -1)]
     owners = [module for module in around if not isinstance(module, nn.ModuleList)]
     return next((module for module in owners if isinstance(module, PreTrainedModel)), owners[-1])

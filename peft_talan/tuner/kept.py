@@ -107,12 +107,13 @@ def move_to_base(model: nn.Module, configs: Mapping[str, TalanConfig]) -> None:
         configs: The configurations of the side paths that stay, by adapter name.
     """
     stage = 1 + max((layer.stage for layer in kept_side_paths(model)), default=-1)
+    names = {module: name for name, module in model.named_modules()}
     for block, layer in attached_side_paths(model):
         layer.detach(block)
         kept = KeptSidePaths(layer, configs, stage)
         if not kept.talan_options:
             continue
-        kept.attach(block, find_decoder(model, block))
+        kept.attach(block, find_decoder(model, names[block]))
         kept.requires_grad_(False)
         kept.to(kept.placement.dtype)  # the type that a model has which is loaded with an embedded adapter
 

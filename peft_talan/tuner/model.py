@@ -114,14 +114,14 @@ class TalanModel(LoraModel):
         tensor_parallel.check_plan(model)
         check_size(config, model, hidden_size, len(blocks))
         checkpoint = config.checkpoint_to_load()
-        header = {} if checkpoint is None else read_header(checkpoint)
-        if checkpoint is not None:
-            check_side_path(adapter_name, config, blocks, hidden_size, header)
+        header = None if checkpoint is None else read_header(checkpoint)
+        if header is not None:
+            check_side_path(adapter_name, config, blocks, hidden_size, header.side_path)
         # PEFT changes the model's configuration, too.
         model_config = [model.config] if isinstance(model, PreTrainedModel) else []
         before = Snapshot(self, config, *model_config)
         # Walks through the adapted model cost more than all else here, and a first adapter needs none.
-        first = not any(isinstance(module, BaseTunerLayer) for module in model.modules())
+        first = not any(isinstance(module, BaseTunerLayer) for module in before.modules)
         try:
             point_at_fused_experts(model, config)
             if state_dict is not None:
@@ -133,17 +133,17 @@ class TalanModel(LoraModel):
                 low_cpu_mem_usage=low_cpu_mem_usage,
                 state_dict=state_dict,
             )
-            for index, block in blocks.items():
+            for index in blocks:
                 with init_empty_weights() if low_cpu_mem_usage else nullcontext():
-                    attach_side_path(self, index, len(every_block), hidden_size, block, adapter_name)
+                    attach_side_path(self, index, len(every_block), hidden_size, f"{name}.{index}", adapter_name)
             places = ((block, getattr(block, CHILD_NAME)) for block in blocks.values())
             for _, layer in places if first else attached_side_paths(model):
                 layer.has_low_rank_half = {name: other.has_low_rank_half for name, other in self.peft_config.items()}
             tensor_parallel.synchronize(model, adapter_name)
             if not first or config.talan_trainable != "joint":
                 declare_scope(model, adapter_name, config.talan_trainable)
-            if checkpoint is not None:
-                check_whole_modules(adapter_name, header, model)
+            if header is not None and (config.modules_to_save or config.trainable_token_indices):
+                check_whole_modules(adapter_name, header.names, model)
             config.talan_kept = False
         except BaseException:
             before.restore()

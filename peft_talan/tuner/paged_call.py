@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 import torch
 from transformers.generation.continuous_batching import PagedAttentionCache
 
-from ..functional.parameters import SidePathOptions, SidePathParameters, working_dtype
+from ..functional.parameters import SidePathOptions, SidePathParameters
 from ..functional.ragged import ragged_side_path, request_of
-from ..memory.paged_pool import PagedMemory, page_ends, read_states, request_ends, write_states
+from ..memory.paged_pool import PagedMemory, of_tokens, page_ends, read_states, request_ends, write_states
 
 
 class SidePath(NamedTuple):
@@ -37,6 +37,7 @@ class Pages(NamedTuple):
 
     Args:
         number: The number of pages, including those that belong to no request.
+        starts: Where each request starts, and where the last one ends, [requests + 1], int; None: each token is one.
         before: The page of each request's previous token, [requests], int64.
         is_new: Whether the request begins with this call, [requests], bool.
         leave_at: The tokens after which a page is left, [leaves], int64; None: each request's last.
@@ -44,6 +45,7 @@ class Pages(NamedTuple):
     """
 
     number: int
+    starts: torch.Tensor | None
     before: torch.Tensor
     is_new: torch.Tensor
     leave_at: torch.Tensor | None
@@ -96,27 +98,32 @@ class PagedCall:
         unused = allocator.write_trash_index // allocator.block_physical_stride
         number = allocator.num_blocks + 2 * allocator.blocks_per_sector  # two sectors belong to no request
         positions = self.position_ids[0]
-        first = self.query_start_loc[:-1].clamp(max=positions.shape[0] - 1)
-        past = positions.index_select(0, first)
+        tokens = positions.shape[0]
+        if self.block_table is None:
+            of_token = self.write_index[allocator.index] // allocator.block_physical_stride
+            if self.max_query_length == 1:  # Of decoding, nothing is padded here.
+                before = self._pages_read(allocator, 1)[:tokens]
+                return Pages(number, None, before, positions == 0, None, of_token)
+            before = self._pages_read(allocator, self.query_start_loc.diff())
+        past = positions.index_select(0, self.query_start_loc[:-1].clamp(max=tokens - 1))
         if self.block_table is not None:
             before, of_token = self._pages_of_table(allocator, positions, past, unused)
-        else:
-            of_token = self.write_index[allocator.index] // allocator.block_physical_stride
-            before = self._pages_read(allocator)
-        if self.cache.use_prefix_sharing and self.max_query_length > 1:
+        if self.max_query_length == 1:
+            after = request_ends(of_token, self.query_start_loc, unused)
+            before, after = of_tokens(before, tokens, unused), of_tokens(after, tokens, unused)
+            return Pages(number, None, before, positions == 0, None, after)
+        if self.cache.use_prefix_sharing:
             leave_at, after = page_ends(of_token, self.query_start_loc, allocator.tokens_per_page, unused)
         else:
             leave_at, after = None, request_ends(of_token, self.query_start_loc, unused)
-        return Pages(number, before, past == 0, leave_at, after)
+        return Pages(number, self.query_start_loc, before, past == 0, leave_at, after)
 
-    def _pages_read(self, allocator: Any) -> torch.Tensor:
+    def _pages_read(self, allocator: Any, queries: torch.Tensor | int) -> torch.Tensor:
         """The page of each request's previous token: it is the last one that is read and not written."""
-        read_index = self.read_index[allocator.index]
-        queries = self.query_start_loc[1:] - self.query_start_loc[:-1]
+        ends, read_index = self.key_start_loc[allocator.layer_type][1:], self.read_index[allocator.index]
         if read_index.shape[0] == 0:
-            return torch.zeros_like(queries, dtype=torch.int64)
-        place = self.key_start_loc[allocator.layer_type][1:] - queries - 1
-        place = place.clamp(0, read_index.shape[0] - 1)
+            return torch.zeros_like(ends, dtype=torch.int64)
+        place = (ends - (queries + 1)).clamp(0, read_index.shape[0] - 1)
         return read_index.index_select(0, place) // allocator.block_physical_stride
 
     def _pages_of_table(
@@ -227,14 +234,13 @@ def run_paged(
             )
         width = parameters.write.shape[1]
         shape = (pages.number, parameters.read.shape[0] - 2 * width, width + 1)
-        like = hidden_states.new_empty(0, dtype=working_dtype(hidden_states.dtype))
         with torch.no_grad():
-            pool = memory.pool(block_index, adapter_name, shape, like)
+            pool = memory.pool(block_index, adapter_name, shape, hidden_states)
             output = ragged_side_path(
                 hidden_states[0],
                 parameters,
                 options,
-                query_start_loc=call.query_start_loc,
+                query_start_loc=pages.starts,
                 state=read_states(pool, pages.before, pages.is_new),
                 max_query_length=call.max_query_length,
                 leave_at=pages.leave_at,

@@ -60,6 +60,19 @@ def test_outputs_and_memories_equal_the_reference(lengths: list[int], mixer: Any
                     assert_equal_up_to_rounding(found.states[wanted], expected.states[wanted])
 
 
+@pytest.mark.parametrize("mixer", MIXERS)
+def test_calls_in_which_each_token_is_a_request(mixer: Any) -> None:
+    for writeback in WRITEBACKS:
+        arguments, given, _ = call([1] * 7, 0, mixer, writeback)
+        given |= {"query_start_loc": None, "alpha": torch.randn(7, dtype=torch.float64)}
+        for leave_at in (None, torch.tensor([5, -1, 2, 7])):
+            found = ragged.ragged_side_path(*arguments, **given, leave_at=leave_at)
+            expected = ragged_reference.ragged_side_path(*arguments, **given, leave_at=leave_at)
+            wanted = slice(None) if leave_at is None else [0, 2]
+            assert_equal_up_to_rounding(found.hidden_states, expected.hidden_states)
+            assert_equal_up_to_rounding(found.states[wanted], expected.states[wanted])
+
+
 @pytest.mark.parametrize("lengths", [[3, 0, 12], [1, 1, 0, 1]])
 def test_each_token_has_a_strength_of_its_own(lengths: list[int]) -> None:
     for writeback in WRITEBACKS:

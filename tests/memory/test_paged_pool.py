@@ -6,7 +6,7 @@ from itertools import pairwise
 
 import torch
 
-from peft_talan.memory.paged_pool import PagedMemory, page_ends, read_states, request_ends, write_states
+from peft_talan.memory.paged_pool import PagedMemory, of_tokens, page_ends, read_states, request_ends, write_states
 
 UNUSED = 0
 
@@ -41,6 +41,13 @@ def test_every_page_and_every_request_is_left_once() -> None:
         assert (left[~used] == UNUSED).all()
         ends = request_ends(page_of_token, torch.tensor(bounds), UNUSED).tolist()
         assert ends == [pages[end - 1] if end > start else UNUSED for start, end in pairwise(bounds)]
+
+
+def test_numbers_of_requests_become_those_of_their_only_tokens() -> None:
+    pages = torch.tensor([5, 6, 7])
+    assert of_tokens(pages, 2, UNUSED).tolist() == [5, 6]  # the third request has no token
+    assert of_tokens(pages, 5, UNUSED).tolist() == [5, 6, 7, UNUSED, UNUSED]
+    assert of_tokens(pages > 5, 4, True).tolist() == [False, True, True, True]
 
 
 def test_a_new_request_starts_empty_whatever_its_page_held() -> None:

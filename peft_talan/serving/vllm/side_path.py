@@ -11,9 +11,8 @@ from vllm.forward_context import get_forward_context
 from vllm.utils.torch_utils import direct_register_custom_op
 
 from ...config import TalanConfig
-from ...functional.parameters import working_dtype
 from ...functional.ragged import ragged_side_path
-from ...memory.paged_pool import PagedMemory, page_ends, read_states, request_ends, write_states
+from ...memory.paged_pool import PagedMemory, of_tokens, page_ends, read_states, request_ends, write_states
 from ...tuner.tensors import AdapterTensors
 from .strength import PageStrengths
 
@@ -32,7 +31,7 @@ class Pages(NamedTuple):
     """The pages that one forward pass reads and writes, for all blocks of one kind of attention.
 
     Args:
-        starts: Where each request starts and the last one ends, [requests + 1], int.
+        starts: Where each request starts and the last one ends, [requests + 1], int; None: each token is a request.
         longest: The number of tokens of the longest request, or more.
         before: The page of each request's previous token, [requests], int64.
         is_new: Whether the request begins with this call, [requests], bool.
@@ -41,7 +40,7 @@ class Pages(NamedTuple):
         alpha: The strength of each token's perturbation, [tokens], float32.
     """
 
-    starts: torch.Tensor
+    starts: torch.Tensor | None
     longest: int
     before: torch.Tensor
     is_new: torch.Tensor
@@ -71,12 +70,13 @@ def find_pages(metadata: Any, tokens: int, pages: int, page_size: int, strengths
     # Padding has no place in a page, and a batch that is padded for a CUDA graph may have no places for it at all.
     slots = F.pad(metadata.slot_mapping, (0, tokens - metadata.slot_mapping.shape[0]), value=-1)
     page_of_token = torch.where(slots < 0, NULL_PAGE, slots // page_size).long()
+    alpha, is_new = strengths.of_tokens(page_of_token, pages), before == 0
     if metadata.max_query_len == 1:
-        leave_at, after = None, request_ends(page_of_token, starts, NULL_PAGE)
-    else:
-        leave_at, after = page_ends(page_of_token, starts, page_size, NULL_PAGE)
-    alpha = strengths.of_tokens(page_of_token, pages)
-    return Pages(starts, metadata.max_query_len, page_before, before == 0, leave_at, after, alpha)
+        of_requests = (page_before, is_new, request_ends(page_of_token, starts, NULL_PAGE))
+        page_before, is_new, after = (of_tokens(tensor, tokens, NULL_PAGE) for tensor in of_requests)
+        return Pages(None, 1, page_before, is_new, None, after, alpha)
+    leave_at, after = page_ends(page_of_token, starts, page_size, NULL_PAGE)
+    return Pages(starts, metadata.max_query_len, page_before, is_new, leave_at, after, alpha)
 
 
 class PagedSidePath(AdapterTensors):
@@ -147,8 +147,7 @@ class PagedSidePath(AdapterTensors):
             known[key] = find_pages(metadata, hidden_states.shape[0], cache.shape[0], cache.shape[2], self.strengths)
         pages: Pages = known[key]
         shape = (cache.shape[0], self.slots, self.width + 1)
-        like = hidden_states.new_empty(0, dtype=working_dtype(hidden_states.dtype))
-        pool = self.memory.pool(self.block_index, ADAPTER_NAME, shape, like)
+        pool = self.memory.pool(self.block_index, ADAPTER_NAME, shape, hidden_states)
         result = ragged_side_path(
             hidden_states,
             self.parameters_of(ADAPTER_NAME),
