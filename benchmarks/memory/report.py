@@ -21,8 +21,9 @@ from peft_talan.sft.intervals import Interval
 from ..measure import read_lines
 from ..quality.mixtures import MIXTURE_RESULTS
 from ..quality.mixtures_report import compared
-from ..quality.paired import symbol
-from ..quality.report import put_into_page
+from ..quality.paired import summarise, symbol
+from ..quality.report import MEASURES, PAIRS, cells_of, pair_up, put_into_page
+from ..quality.study import RESULTS as QUALITY_RESULTS
 from ..quality.study import finished
 from .generation import RESULTS as GENERATION_RESULTS
 from .one_run import ARMS
@@ -103,10 +104,11 @@ def task_table(rows: Sequence[Row], task: str, base: str = "window", shown: Sequ
 
 
 SHOWN_MEASURES = ("exact match, points", "plain text, nats lower")
+NAMES = {"lora": "LoRA", "lora-matched": MATCHED, "dora": "DoRA", "rslora": "rsLoRA", "lora+talan": "TALAN"}
 
 
-def findings_table(rows: Sequence[Row], mixtures: Sequence[Row]) -> str:
-    """One line a comparison: this study's recall, then what fine-tuning on mixtures gained."""
+def findings_table(rows: Sequence[Row], mixtures: Sequence[Row], first_study: Sequence[Row]) -> str:
+    """One line a comparison: this study's recall, then the scores after mixtures and those of the first study."""
     lines = ["| compared | measure | | difference [95% interval] | pairs |", "|---|---|---|---|---|"]
     for task in ("key", "pairs", "count"):
         for arm in (REFERENCE, MATCHED):
@@ -118,8 +120,16 @@ def findings_table(rows: Sequence[Row], mixtures: Sequence[Row]) -> str:
                 )
     for backbone, new, old, measure, found, seeds in compared(mixtures, SHOWN_MEASURES):
         if "TALAN" in new:
-            over = f"{new} against {old}, mixture on {backbone}"
+            over = f"{new} against {old}, mixture, {backbone}"
             lines.append(f"| {over} | {measure} | {symbol(found)} | {found.text(2, sign='+')} | {seeds} |")
+    for new, old in PAIRS:
+        by_place = [[row for row in first_study if row["settings"]["adapter"] == adapter] for adapter in (new, old)]
+        for measure in SHOWN_MEASURES:
+            if new.endswith("+talan") and (pairs := pair_up(*by_place)):
+                summary = summarise(list(cells_of(pairs, MEASURES[measure]).values()))
+                found = Interval(summary.mean, summary.low, summary.high)
+                over = f"{NAMES.get(new, f'{NAMES[old]}+TALAN')}, one block, against {NAMES[old]}"
+                lines.append(f"| {over} | {measure} | {symbol(found)} | {found.text(2, sign='+')} | {summary.pairs} |")
     return "\n".join(lines)
 
 
@@ -146,7 +156,9 @@ def tables_of(results: Path, generation: Path) -> dict[str, str]:
     tables = {f"memory {task}": task_table(rows, task) for task in ("key", "pairs", "count") if curves(rows, task)}
     if curves(rows, "key", "full"):
         tables["memory dropped keys"] = task_table(rows, "key", "full")
-    tables["memory findings"] = findings_table(rows, list(finished(MIXTURE_RESULTS).values()))
+    tables["memory findings"] = findings_table(
+        rows, *(list(finished(file).values()) for file in (MIXTURE_RESULTS, QUALITY_RESULTS))
+    )
     tables["memory generation"] = generation_table(read_lines(generation))
     return tables
 
