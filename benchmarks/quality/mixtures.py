@@ -2,7 +2,7 @@
 
     python -m benchmarks.quality.backbones small-qwen3
     python -m benchmarks.quality.mixtures                          # runs what is not in the results yet
-    python -m benchmarks.quality.mixtures --backbones SmolLM2-135M-Instruct
+    python -m benchmarks.quality.mixtures --backbones SmolLM2-135M-Instruct --mixture mixture --batch-size 8 --steps 60
     python -m benchmarks.quality.inside --study benchmarks/results/mixtures.jsonl \\
         --results benchmarks/results/mixtures_inside.jsonl         # sizes of both halves
     python -m benchmarks.quality.mixtures_report --page docs/evidence-tables.md
@@ -120,13 +120,14 @@ class Plan:
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = make_parser(__doc__)
     most = 2 + len(SIDE_PATH_TRIES)
-    parser.add_argument("--mixture", choices=list(MIXTURES), default="mixture")
-    parser.add_argument("--tries", type=int, choices=range(1, most + 1), default=most, help="of each arm")
+    parser.add_argument("--mixture", choices=list(MIXTURES), default="asked mixture")
+    parser.add_argument("--tries", type=int, choices=range(1, most + 1), default=4, help="of each arm")
     parser.add_argument("--learning-rates", nargs="+", type=float, default=list(LEARNING_RATES), help="in this order")
     parser.set_defaults(
         backbones=["small-qwen3"],
         learning_rate=LEARNING_RATES[0],
         steps=80,
+        target_modules=["all-linear"],
         held_out=100,
         results=MIXTURE_RESULTS,
         adapters_folder=cache_folder() / "mixtures",

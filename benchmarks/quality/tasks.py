@@ -94,7 +94,7 @@ SHORTENED: dict[str, Callable[[str], str]] = {
 """The same questions in other words, so that a backbone can know a task's matter and not its wording."""
 
 
-ASKED = "Question: {}\nAnswer:"
+ASKED = "Question: {}"
 """The prompt of a short form that no backbone was pretrained with."""
 
 

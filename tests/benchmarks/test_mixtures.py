@@ -18,7 +18,20 @@ Rows = dict[str, dict[str, Any]]
 
 
 def start(backbone: str, results: Path, *options: str) -> Rows:
-    small = ["--steps", "2", "--batch-size", "4", "--held-out", "4", "--held-out-known", "2", "--tries", str(TRIES)]
+    small = [
+        "--steps",
+        "2",
+        "--batch-size",
+        "4",
+        "--held-out",
+        "4",
+        "--held-out-known",
+        "2",
+        "--tries",
+        str(TRIES),
+        "--mixture",
+        "mixture",
+    ]
     common = ["--backbones", backbone, "--adapters", *ARMS, "--seeds", "0", "1", *small, "--results", str(results)]
     mixtures.main([*common, "--adapters-folder", str(results.parent / "adapters"), *options])
     return study.finished(results)
