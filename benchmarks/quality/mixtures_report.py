@@ -117,7 +117,7 @@ def scores_table(rows: Sequence[Row]) -> str:
 def tries_table(rows: Sequence[Row]) -> str:
     """Every try on the development seed, and which was taken."""
     lines = [
-        "| backbone | arm | learning rate | side path | loss | exact match | text perplexity / backbone's | taken |",
+        "| backbone | arm | learning rate | side path | loss | exact match | text perplexity / backbone's | best |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for backbone in backbones(rows):
