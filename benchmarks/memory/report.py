@@ -19,7 +19,9 @@ from peft_talan.demo.recall_run import draw_recall
 from peft_talan.sft.intervals import Interval
 
 from ..measure import read_lines
-from ..quality.paired import summarise
+from ..quality.mixtures import MIXTURE_RESULTS
+from ..quality.mixtures_report import compared
+from ..quality.paired import summarise, symbol
 from ..quality.report import MEASURES, PAIRS, cells_of, pair_up, put_into_page
 from ..quality.study import RESULTS as QUALITY_RESULTS
 from ..quality.study import finished
@@ -77,11 +79,6 @@ def difference(rows: Sequence[Row], task: str, arm: str, other: str = REFERENCE,
     return Interval.of_mean([a[str(COMPARED)] - b[str(COMPARED)] for a, b in pairs])
 
 
-def symbol(found: Interval) -> str:
-    """▲ better, ▼ worse, = no difference: whether the interval leaves zero out."""
-    return "▲" if found.low > 0 else "▼" if found.high < 0 else "="
-
-
 def task_table(rows: Sequence[Row], task: str, base: str = "window", shown: Sequence[int] = (1, 4, 10, 32)) -> str:
     """Recall of every arm on one task at some distances, and what it has over LoRA."""
     lines = [
@@ -110,8 +107,8 @@ SHOWN_MEASURES = ("exact match, points", "plain text, nats lower")
 NAMES = {"lora": "LoRA", "lora-matched": MATCHED, "dora": "DoRA", "rslora": "rsLoRA", "lora+talan": "TALAN"}
 
 
-def findings_table(rows: Sequence[Row], first_study: Sequence[Row]) -> str:
-    """One line a comparison: this study's recall, then the first study's scores."""
+def findings_table(rows: Sequence[Row], mixtures: Sequence[Row], first_study: Sequence[Row]) -> str:
+    """One line a comparison: this study's recall, then the scores after mixtures and those of the first study."""
     lines = ["| compared | measure | | difference [95% interval] | pairs |", "|---|---|---|---|---|"]
     for task in ("key", "pairs", "count"):
         for arm in (REFERENCE, MATCHED):
@@ -121,6 +118,10 @@ def findings_table(rows: Sequence[Row], first_study: Sequence[Row]) -> str:
                     f"| {RECOMMENDED}, against {arm} | `{task}` beyond the window, points | {symbol(found)} "
                     f"| {found.text(1, 100.0, sign='+')} | {count} |"
                 )
+    for backbone, new, old, measure, found, seeds in compared(mixtures, SHOWN_MEASURES):
+        if "TALAN" in new:
+            over = f"{new} against {old}, mixture, {backbone}"
+            lines.append(f"| {over} | {measure} | {symbol(found)} | {found.text(2, sign='+')} | {seeds} |")
     for new, old in PAIRS:
         by_place = [[row for row in first_study if row["settings"]["adapter"] == adapter] for adapter in (new, old)]
         for measure in SHOWN_MEASURES:
@@ -155,7 +156,9 @@ def tables_of(results: Path, generation: Path) -> dict[str, str]:
     tables = {f"memory {task}": task_table(rows, task) for task in ("key", "pairs", "count") if curves(rows, task)}
     if curves(rows, "key", "full"):
         tables["memory dropped keys"] = task_table(rows, "key", "full")
-    tables["memory findings"] = findings_table(rows, list(finished(QUALITY_RESULTS).values()))
+    tables["memory findings"] = findings_table(
+        rows, *(list(finished(file).values()) for file in (MIXTURE_RESULTS, QUALITY_RESULTS))
+    )
     tables["memory generation"] = generation_table(read_lines(generation))
     return tables
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import torch
 from peft import LoraConfig, get_peft_model
+from torch.nn import functional
 
 from peft_talan import TalanConfig
 
@@ -14,8 +16,21 @@ MATCHED = "lora-matched"
 ADAPTERS = ("lora", "lora+talan", MATCHED, "dora", "dora+talan", "rslora", "rslora+talan")
 """`lora-matched` is LoRA with its rank raised until it trains at least as many parameters as `lora+talan`."""
 
-LEARNING_RATE_SCALE = "side_path_lr_scale"
-"""The one axis that belongs to the optimizer and not to the configuration."""
+LEARNING_RATE_SCALE, FIRST_WRITE, TWO_STAGES = "side_path_lr_scale", "first_write", "two_stages"
+OF_THE_TRAINING = (LEARNING_RATE_SCALE, FIRST_WRITE, TWO_STAGES)
+"""The axes that belong to the training and not to the configuration.
+
+`first_write`: the norm of each column of the write-back before the first step, instead of zero. `two_stages`: the
+low-rank half alone in the first half of the steps, then both.
+"""
+
+SIDE_PATH_TRIES: dict[str, dict[str, Any]] = {
+    "side path's learning rate x5": {LEARNING_RATE_SCALE: 5.0},
+    "all blocks, alpha 0.1": {"talan_layers": "all", "talan_alpha": 0.1},
+    "write-back from 0.05": {FIRST_WRITE: 0.05},
+    "two stages": {TWO_STAGES: True},
+}
+"""What is tried on the development seed beside the defaults, in this order; no arm has weight decay."""
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "default": {},
@@ -60,11 +75,10 @@ VARIANTS: dict[str, dict[str, Any]] = {
 def low_rank_options(adapter: str, rank: int, target_modules: str | list[str]) -> dict[str, Any]:
     """The options of the low-rank half, which an arm shares with its partner without the side path."""
     kind = "lora" if adapter == MATCHED else adapter.removesuffix("+talan")
-    # rsLoRA divides by the root of the rank: the same scale at this rank needs a smaller alpha.
-    alpha = 2 * math.sqrt(rank) if kind == "rslora" else 2 * rank
     return {
         "r": rank,
-        "lora_alpha": alpha,
+        # rsLoRA has it, too: with an alpha that gives LoRA's scale at this rank it would be LoRA itself.
+        "lora_alpha": 2 * rank,
         "target_modules": target_modules,
         "task_type": None,
         **LOW_RANK[kind],
@@ -73,6 +87,18 @@ def low_rank_options(adapter: str, rank: int, target_modules: str | list[str]) -
 
 def trainable(model: Any) -> int:
     return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+
+
+def configured(axes: dict[str, Any]) -> dict[str, Any]:
+    """The axes that are fields of the configuration."""
+    return {name: value for name, value in axes.items() if name not in OF_THE_TRAINING}
+
+
+def set_first_write(model: Any, size: float) -> None:
+    """Start every write-back from random columns of this norm."""
+    for name, parameter in model.named_parameters():
+        if "lora_talan_write" in name:
+            parameter.data = size * functional.normalize(torch.randn_like(parameter), dim=0)
 
 
 def raised_rank(base: Any, rank: int, target_modules: str | list[str], axes: dict[str, Any]) -> int:
@@ -92,7 +118,7 @@ def make_config(
     adapter: str, base: Any, rank: int, target_modules: str | list[str], axes: dict[str, Any]
 ) -> LoraConfig:
     """The configuration of one arm."""
-    axes = {name: value for name, value in axes.items() if name != LEARNING_RATE_SCALE}
+    axes = configured(axes)
     if adapter == MATCHED:
         rank = raised_rank(base, rank, target_modules, axes)
     options = low_rank_options(adapter, rank, target_modules)

@@ -1,8 +1,9 @@
-"""The study's backbones: two small Qwen3 models that are pretrained here, SmolLM2-135M-Instruct, or any hub id.
+"""The study's backbones: small Qwen3 models that are pretrained here, SmolLM2-135M-Instruct, or any hub id.
 
     python -m benchmarks.quality.backbones tiny-qwen3 tiny-qwen3-moe
+    python -m benchmarks.quality.backbones small-qwen3
 
-pretrains the small ones on the known tasks and plain text: float32, one thread, every batch drawn from its step's
+pretrains the small ones on tasks and plain text: float32, one thread, every batch drawn from its step's
 number, so that the same versions on the same machine give the same weights. `--limit-seconds` stops early and goes on
 with the next call. The folder is `$PEFT_TALAN_CACHE` or the user's cache.
 """
@@ -15,8 +16,10 @@ import math
 import os
 import random
 import time
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -26,7 +29,7 @@ from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM,
 from peft_talan.demo.base_model import default_model_folder
 
 from ..supervised import encode, make_batch
-from .tasks import KNOWN_TASKS, TASKS, held_out, plain_text, to_train_on
+from .tasks import KNOWN_TASKS, SHORT_TASKS, TASKS, held_out, plain_text, to_train_on
 
 VOCABULARY = 768
 SHAPE = {
@@ -43,15 +46,46 @@ SHAPE = {
     "pad_token_id": 1,
     "bos_token_id": None,
 }
-PRETRAINED_HERE = ("tiny-qwen3", "tiny-qwen3-moe")
+
+
+class Pretraining(NamedTuple):
+    """What one of the backbones that are pretrained here is pretrained on.
+
+    Args:
+        tasks: Names of tasks, drawn evenly; one that is named twice is drawn twice as often.
+        steps: Optimizer steps.
+        horizon: The step at which the cosine of the learning rate would end.
+        sorted_rows: Whether all rows of a step are of one task, which saves padding; else each row's task is drawn.
+        text_every: Steps from one batch of plain text to the next.
+        shape: What differs from `SHAPE`.
+    """
+
+    tasks: tuple[str, ...] = tuple(KNOWN_TASKS)
+    steps: int = 1800
+    horizon: int = 2000
+    sorted_rows: bool = False
+    text_every: int = 1
+    shape: Mapping[str, int] = MappingProxyType({})
+
+
+PRETRAINED_HERE = {
+    "tiny-qwen3": Pretraining(),
+    "tiny-qwen3-moe": Pretraining(),
+    "small-qwen3": Pretraining(
+        tasks=(*KNOWN_TASKS, *(3 * list(SHORT_TASKS))),
+        steps=4500,
+        horizon=4500,
+        sorted_rows=True,
+        text_every=4,
+        shape={"num_hidden_layers": 4, "intermediate_size": 256},
+    ),
+}
 REAL = "SmolLM2-135M-Instruct"
-STEPS = 1800
-HORIZON = 2000
-"""Where the cosine of the learning rate would end."""
 TASK_ROWS, TEXT_ROWS, TEXT_TOKENS = 24, 4, 64
 LEARNING_RATE = 3e-3
 KNOWN_ITEMS = 8000
-HELD_OUT_KNOWN = 100
+HELD_OUT_KNOWN, HELD_OUT_SHORT = 100, 1000
+"""Items of each task that no backbone is pretrained on; of a short form as many as any study holds out of its task."""
 
 
 def cache_folder() -> Path:
@@ -60,8 +94,8 @@ def cache_folder() -> Path:
 
 def make_model(name: str) -> Any:
     torch.manual_seed(0)
-    if name == "tiny-qwen3":
-        return Qwen3ForCausalLM(Qwen3Config(**SHAPE))
+    if name != "tiny-qwen3-moe":
+        return Qwen3ForCausalLM(Qwen3Config(**{**SHAPE, **PRETRAINED_HERE[name].shape}))
     experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 192, "decoder_sparse_step": 1}
     return Qwen3MoeForCausalLM(Qwen3MoeConfig(**SHAPE, **experts))
 
@@ -95,15 +129,17 @@ def pretrain(name: str, limit_seconds: float) -> bool:
     started = time.monotonic()
     torch.set_num_threads(1)
     tokenizer = make_tokenizer()
-    known = [
-        [encode(tokenizer, example) for example in to_train_on(task, KNOWN_ITEMS, 0, held_out(task, HELD_OUT_KNOWN))]
-        for task in KNOWN_TASKS
-    ]
+    recipe = PRETRAINED_HERE[name]
+    encoded = {}
+    for task in dict.fromkeys(recipe.tasks):
+        kept_out = held_out(task, HELD_OUT_SHORT if task in SHORT_TASKS else HELD_OUT_KNOWN)
+        encoded[task] = [encode(tokenizer, example) for example in to_train_on(task, KNOWN_ITEMS, 0, kept_out)]
+    known = [encoded[task] for task in recipe.tasks]
     prose = tokenizer(plain_text()[0], add_special_tokens=False)["input_ids"]
     model = make_model(name)
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min((step + 1) / 100, 0.5 * (1 + math.cos(math.pi * step / HORIZON)) + 0.01)
+        optimizer, lambda step: min((step + 1) / 100, 0.5 * (1 + math.cos(math.pi * step / recipe.horizon)) + 0.01)
     )
     unfinished = folder.with_suffix(".unfinished.pt")
     first = 0
@@ -114,22 +150,26 @@ def pretrain(name: str, limit_seconds: float) -> bool:
         schedule.load_state_dict(saved["schedule"])
         first = saved["step"]
     model.train()
-    bar = tqdm(range(first, STEPS), initial=first, total=STEPS, desc=name, mininterval=5)
+    bar = tqdm(range(first, recipe.steps), initial=first, total=recipe.steps, desc=name, mininterval=5)
     for step in bar:
         draw = random.Random(step)
-        rows = [draw.choice(draw.choice(known)) for _ in range(TASK_ROWS)]
+        drawn = [draw.choice(known)] if recipe.sorted_rows else known
+        rows = [draw.choice(draw.choice(drawn)) for _ in range(TASK_ROWS)]
         starts = [draw.randrange(len(prose) - TEXT_TOKENS) for _ in range(TEXT_ROWS)]
         text = torch.tensor([prose[start : start + TEXT_TOKENS] for start in starts])
         loss = model(**make_batch(rows, tokenizer.pad_token_id), use_cache=False).loss
-        text_loss = model(input_ids=text, labels=text, use_cache=False).loss
-        (loss + 0.5 * text_loss).backward()
+        if step % recipe.text_every == 0:
+            text_loss = model(input_ids=text, labels=text, use_cache=False).loss
+            (loss + 0.5 * text_loss).backward()
+        else:
+            loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
         if step % 50 == 0:
             bar.set_postfix(answers=f"{loss.item():.3f}", text=f"{text_loss.item():.3f}")
-        if time.monotonic() - started > limit_seconds and step + 1 < STEPS:
+        if time.monotonic() - started > limit_seconds and step + 1 < recipe.steps:
             state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
             folder.parent.mkdir(parents=True, exist_ok=True)
             torch.save({**state, "schedule": schedule.state_dict(), "step": step + 1}, unfinished)
@@ -166,7 +206,7 @@ def backbone_folder(name: str) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("names", nargs="*", choices=PRETRAINED_HERE, default=list(PRETRAINED_HERE))
+    parser.add_argument("names", nargs="*", choices=list(PRETRAINED_HERE), default=list(PRETRAINED_HERE))
     parser.add_argument("--limit-seconds", type=float, default=math.inf)
     options = parser.parse_args()
     for name in options.names:

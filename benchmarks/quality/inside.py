@@ -22,7 +22,7 @@ from ..supervised import encode, make_batch
 from .backbones import cache_folder
 from .one_run import loaded
 from .study import RESULTS, finished
-from .tasks import held_out
+from .tasks import DEVELOPMENT_SEED, scored_items
 
 INSIDE_RESULTS = RESULTS.with_name("quality_inside.jsonl")
 EXAMPLES = 64
@@ -32,7 +32,9 @@ def measure_adapter(row: dict[str, Any], folder: Path) -> dict[str, Any]:
     settings = row["settings"]
     base, tokenizer, _ = loaded(settings["backbone"], "cpu", "float32")
     model = PeftModel.from_pretrained(base, folder / row["key"]).eval()
-    examples = [encode(tokenizer, example) for example in held_out(settings["task"], EXAMPLES)]
+    items = scored_items(settings["task"], EXAMPLES, settings["seed"]).values()
+    # Of a mixture a part of each task.
+    examples = [encode(tokenizer, example) for part in items for example in part[: EXAMPLES // len(items)]]
     inputs = make_batch(examples, tokenizer.pad_token_id)
     reads = measure_reads(model, inputs)
     found = {
@@ -96,7 +98,11 @@ def main() -> None:
     options = parser.parse_args()
     deadline = time.monotonic() + options.limit_seconds
     done = finished(options.results)
-    rows = [row for row in finished(options.study).values() if row["settings"]["adapter"].endswith("+talan")]
+    rows = [
+        row
+        for row in finished(options.study).values()
+        if row["settings"]["adapter"].endswith("+talan") and row["settings"]["seed"] != DEVELOPMENT_SEED
+    ]
     for row in tqdm([row for row in rows if row["key"] not in done], desc="adapters"):
         if time.monotonic() > deadline:
             break

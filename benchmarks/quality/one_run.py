@@ -16,14 +16,23 @@ import torch
 from peft import get_peft_model
 from torch.nn import functional as F
 
-from peft_talan import talan_param_groups
+from peft_talan import set_trainable, talan_param_groups
 from peft_talan.demo.recall import take_step
 
 from ..measure import machine
 from ..supervised import IGNORED, Example, encode, load_base_model, make_batch
-from .arms import LEARNING_RATE_SCALE, make_config, trainable
+from .arms import FIRST_WRITE, LEARNING_RATE_SCALE, TWO_STAGES, make_config, set_first_write, trainable
 from .backbones import backbone_folder, weights_hash
-from .tasks import KNOWN_TASKS, held_out, plain_text, to_train_on
+from .tasks import (
+    DEVELOPMENT_SEED,
+    KNOWN_TASKS,
+    MIXTURES,
+    TASKS,
+    held_out,
+    items_to_train_on,
+    plain_text,
+    scored_items,
+)
 
 EVALUATION_BATCH = 50
 TEXT_WINDOW = 128
@@ -103,20 +112,34 @@ def text_loss(model: Any, tokenizer: Any) -> float:
     return sum(loss * size for loss, size in zip(losses, sizes, strict=True)) / sum(sizes)
 
 
-def measure(model: Any, tokenizer: Any, task: str, items: int, known_items: int) -> dict[str, Any]:
-    """Score on the task, and retention: the known tasks and the plain text."""
-    known = {name: answer_scores(model, tokenizer, held_out(name, known_items)) for name in KNOWN_TASKS if known_items}
-    retention: dict[str, Any] = {"text_loss": text_loss(model, tokenizer), "known": known}
-    if known:
-        for field_name in ("loss", "exact_match"):
-            retention[f"known_{field_name}"] = sum(scores[field_name] for scores in known.values()) / len(known)
-    return {**answer_scores(model, tokenizer, held_out(task, items)), **retention}
+def measure(model: Any, tokenizer: Any, settings: Settings) -> dict[str, Any]:
+    """Score on the task, or the mean over a mixture's tasks, and retention: the known tasks and the plain text."""
+    items = scored_items(settings.task, settings.held_out, settings.seed)
+    scores = {name: answer_scores(model, tokenizer, examples) for name, examples in items.items()}
+    count = settings.held_out_known
+    known = {name: answer_scores(model, tokenizer, held_out(name, count)) for name in KNOWN_TASKS if count}
+    found: dict[str, Any] = {"text_loss": text_loss(model, tokenizer), "known": known}
+    if settings.task in MIXTURES:
+        found["tasks"] = dict(zip(TASKS, scores.values(), strict=True))
+    for field_name in ("loss", "exact_match"):
+        found[field_name] = sum(part[field_name] for part in scores.values()) / len(scores)
+        if known:
+            found[f"known_{field_name}"] = sum(part[field_name] for part in known.values()) / len(known)
+    return found
 
 
 def train(model: Any, tokenizer: Any, examples: Sequence[Example], settings: Settings) -> list[float]:
     """Fine-tune on the answers' tokens: AdamW, a short warm-up, a linear decay; the seed fixes the order."""
     rows = [encode(tokenizer, example) for example in examples]
-    random.Random(settings.seed).shuffle(rows)
+    order = random.Random(settings.seed)
+    order.shuffle(rows)
+    if settings.task in MIXTURES:
+        # As Trainer's `group_by_length`: tasks of other lengths would be padding.
+        rows.sort(key=lambda row: len(row[0]) + len(row[1]))
+    size = settings.batch_size
+    batches = [rows[start : start + size] for start in range(0, size * settings.steps, size)]
+    if settings.task in MIXTURES:
+        order.shuffle(batches)
     scale = settings.axes.get(LEARNING_RATE_SCALE, 1.0)
     optimizer = torch.optim.AdamW(talan_param_groups(model, settings.learning_rate, side_path_lr_scale=scale))
     warm_up = max(1, settings.steps // 10)
@@ -124,11 +147,17 @@ def train(model: Any, tokenizer: Any, examples: Sequence[Example], settings: Set
         optimizer,
         lambda step: min((step + 1) / warm_up, (settings.steps - step) / max(1, settings.steps - warm_up)),
     )
+    two_stages = settings.axes.get(TWO_STAGES, False)
+    if two_stages:
+        # The optimizer has both halves and passes over what has no gradient.
+        set_trainable(model, "low_rank")
     losses = []
     model.train()
     for step in range(settings.steps):
-        part = rows[step * settings.batch_size : (step + 1) * settings.batch_size]
-        batch = {name: t.to(model.device) for name, t in make_batch(part, tokenizer.pad_token_id).items()}
+        if two_stages and step == settings.steps // 2:
+            set_trainable(model, "joint")
+        padded = make_batch(batches[step], tokenizer.pad_token_id)
+        batch = {name: t.to(model.device) for name, t in padded.items()}
         loss = model(**batch, use_cache=False).loss
         losses.append(take_step(model, loss, optimizer, schedule))
     model.eval()
@@ -179,14 +208,16 @@ def run(
         config = make_config(settings.adapter, base, settings.rank, targets, settings.axes)
         torch.manual_seed(settings.seed)
         model = get_peft_model(base, config)
+        if FIRST_WRITE in settings.axes:
+            set_first_write(model, settings.axes[FIRST_WRITE])
         wanted = settings.steps * settings.batch_size
-        examples = to_train_on(settings.task, wanted, settings.seed, held_out(settings.task, settings.held_out))
+        examples = items_to_train_on(settings.task, wanted, settings.seed, settings.held_out)
         row |= {"trainable": trainable(model), "rank": config.r, "losses": train(model, tokenizer, examples, settings)}
     row |= {"train_seconds": time.perf_counter() - started}
-    row |= measure(model, tokenizer, settings.task, settings.held_out, settings.held_out_known)
+    row |= measure(model, tokenizer, settings)
     if settings.axes.get("talan_memory_scope") == "bidirectional":
         row["exact_match"] = written_without_the_answer(model, tokenizer, held_out(settings.task, settings.held_out))
-    if lm_eval_tasks:
+    if lm_eval_tasks and settings.seed != DEVELOPMENT_SEED:
         row["lm_eval"] = lm_eval_scores(model, tokenizer, lm_eval_tasks, lm_eval_folder)
     if settings.adapter != "base":
         if adapters_folder is not None and settings.adapter.endswith("+talan"):

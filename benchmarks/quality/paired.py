@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from peft_talan.sft.intervals import Interval
+
 RESAMPLES = 10_000
 CONFIDENCE = 0.95
 FEWEST_SEEDS = 3
@@ -35,6 +37,11 @@ class Summary:
     negative: int
     pairs: int
     sign_test: float
+
+
+def symbol(found: Interval) -> str:
+    """▲ better, ▼ worse, = no difference: whether the interval leaves zero out."""
+    return "▲" if found.low > 0 else "▼" if found.high < 0 else "="
 
 
 def sign_test(positive: int, negative: int) -> float:

@@ -20,7 +20,7 @@ from tqdm import tqdm
 from peft_talan import talan_strength
 
 from .backbones import cache_folder
-from .one_run import loaded, measure
+from .one_run import Settings, loaded, measure
 from .study import RESULTS, finished
 
 STRENGTHS = (0.0, 0.5, 1.0, 1.5, 2.0, 4.0)
@@ -42,7 +42,7 @@ def measure_adapter(row: dict[str, Any], folder: Path) -> dict[str, Any]:
     scores = []
     for strength in STRENGTHS:
         with talan_strength(model, strength):
-            found = measure(model, tokenizer, settings["task"], settings["held_out"], settings["held_out_known"])
+            found = measure(model, tokenizer, Settings(**settings))
         scores.append({"strength": strength, **{name: found[name] for name in CURVES}})
     model.unload()
     return {"key": row["key"], "settings": settings, "scores": scores}

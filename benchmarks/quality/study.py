@@ -24,7 +24,7 @@ import torch
 from tqdm import tqdm
 
 from .arms import ADAPTERS, MATCHED, VARIANTS
-from .backbones import PRETRAINED_HERE, cache_folder
+from .backbones import cache_folder
 from .one_run import Settings, run
 from .tasks import TASKS
 
@@ -44,14 +44,17 @@ def finished(results: Path) -> dict[str, dict[str, Any]]:
     return rows
 
 
+def common_settings(options: argparse.Namespace) -> dict[str, Any]:
+    """What all runs share."""
+    names = ("steps", "batch_size", "learning_rate", "rank", "held_out", "held_out_known")
+    targets = options.target_modules
+    whole = targets[0] if targets == ["all-linear"] else tuple(targets)
+    return {**{name: getattr(options, name) for name in names}, "target_modules": whole}
+
+
 def grid(options: argparse.Namespace) -> list[Settings]:
     """All runs that are asked for, the seed changing slowest."""
-    common = {
-        name: getattr(options, name)
-        for name in ("steps", "batch_size", "learning_rate", "rank", "held_out", "held_out_known")
-    }
-    targets = options.target_modules
-    common["target_modules"] = targets[0] if targets == ["all-linear"] else tuple(targets)
+    common = common_settings(options)
     arms = (
         [("lora", "default", {}), (MATCHED, "default", {})]
         + [("lora+talan", name, VARIANTS[name]) for name in options.variants]
@@ -108,18 +111,16 @@ def run_all(wanted: list[Settings], options: argparse.Namespace) -> Iterator[dic
                 yield future.result()
 
 
-def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--backbones", nargs="+", default=list(PRETRAINED_HERE), help="names, folders or hub ids")
-    parser.add_argument("--tasks", nargs="+", choices=list(TASKS), default=list(TASKS))
+def make_parser(description: str | None) -> argparse.ArgumentParser:
+    """The options that every study has."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--backbones", nargs="+", default=["tiny-qwen3", "tiny-qwen3-moe"], help="names, folders or hub ids"
+    )
     parser.add_argument("--adapters", nargs="+", choices=["base", *ADAPTERS], default=list(ADAPTERS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4])
-    parser.add_argument("--ablation", action="store_true", help="LoRA+TALAN with one axis changed at a time")
-    parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=list(VARIANTS))
-    parser.add_argument("--axes", type=json.loads, default=None, help='other defaults, as JSON: {"talan_alpha": 3}')
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--batch-size", type=int, default=16)
-    parser.add_argument("--learning-rate", type=float, default=1e-2)
     parser.add_argument("--rank", type=int, default=8)
     parser.add_argument("--target-modules", nargs="+", default=["q_proj", "k_proj", "v_proj", "o_proj"])
     parser.add_argument("--held-out", type=int, default=200, help="items of the task")
@@ -131,13 +132,19 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--jobs", type=int, default=1, help="processes")
     parser.add_argument("--device", default="cpu", help="cpu or cuda; the processes are spread over the GPUs")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"], help="of the backbone")
-    parser.add_argument("--runs", type=int, default=None, help="at most so many runs, then stop")
     parser.add_argument("--limit-seconds", type=float, default=math.inf, help="start no run after this time")
     return parser
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    options = make_parser().parse_args(arguments)
+    parser = make_parser(__doc__)
+    parser.add_argument("--tasks", nargs="+", choices=list(TASKS), default=list(TASKS))
+    parser.add_argument("--ablation", action="store_true", help="LoRA+TALAN with one axis changed at a time")
+    parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=list(VARIANTS))
+    parser.add_argument("--axes", type=json.loads, default=None, help='other defaults, as JSON: {"talan_alpha": 3}')
+    parser.add_argument("--learning-rate", type=float, default=1e-2)
+    parser.add_argument("--runs", type=int, default=None, help="at most so many runs, then stop")
+    options = parser.parse_args(arguments)
     everything = grid(options)
     done = finished(options.results)
     wanted = [settings for settings in everything if settings.key() not in done]

@@ -7,6 +7,7 @@ every seed and are never trained on.
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Callable
 from functools import cache
 from importlib.resources import files
@@ -17,6 +18,8 @@ import reasoning_gym
 from ..supervised import Example
 
 HELD_OUT_SEED = 1_000_000
+DEVELOPMENT_SEED = 100
+"""The seed of the runs that choose learning rate and axes, which are scored on held-out items of their own."""
 TEXT_HELD_OUT = 4_000
 """Characters at the end of the plain text that no backbone is pretrained on."""
 
@@ -80,20 +83,65 @@ KNOWN_TASKS: dict[str, Callable[[int, int], list[tuple[str, str]]]] = {
 }
 """What the small backbones are pretrained on, and what every run measures retention with."""
 
+_RELATION = re.compile(r"(\w+)(?: related)? to (\w+)\?")
+
+SHORTENED: dict[str, Callable[[str], str]] = {
+    "arithmetic": lambda question: question.rsplit(": ", 1)[1],
+    "algebra": lambda question: question.rsplit(": ", 1)[1] + " by",
+    "logic": lambda question: " : ".join([question.split("\n")[0], *_RELATION.findall(question)[-1]]),
+    "code": lambda question: question.split("x = ")[1].replace("\nprint(", " give ")[:-1],
+}
+"""The same questions in other words, so that a backbone can know a task's matter and not its wording."""
+
+
+ASKED = "Question: {}"
+"""The prompt of a short form that no backbone was pretrained with."""
+
+
+def _short(task: str, prompt: str = "{}") -> Callable[[int, int], list[tuple[str, str]]]:
+    def make(count: int, seed: int) -> list[tuple[str, str]]:
+        return [(prompt.format(SHORTENED[task](question)), answer) for question, answer in TASKS[task](count, seed)]
+
+    return make
+
+
+SHORT_TASKS = {f"short {task}": _short(task) for task in TASKS}
+ASKED_TASKS = {f"asked {task}": _short(task, ASKED) for task in TASKS}
+ALL_TASKS = {**TASKS, **KNOWN_TASKS, **SHORT_TASKS, **ASKED_TASKS}
+MIXTURES = {"mixture": tuple(TASKS), "asked mixture": tuple(ASKED_TASKS)}
+"""The tasks that are trained together, by the name of the mixture."""
+
 
 @cache
 def held_out(task: str, count: int) -> tuple[Example, ...]:
     """Held-out items of a task of either kind, each question once, the same for every seed."""
     found: dict[str, str] = {}
-    for question, answer in {**TASKS, **KNOWN_TASKS}[task](2 * count, HELD_OUT_SEED):
+    for question, answer in ALL_TASKS[task](2 * count, HELD_OUT_SEED):
         found.setdefault(question, answer)
     return tuple(Example((("user", question),), answer) for question, answer in list(found.items())[:count])
+
+
+def scored_items(task: str, count: int, seed: int) -> dict[str, tuple[Example, ...]]:
+    """The held-out items that a run is scored on, by task."""
+    if task not in MIXTURES:
+        return {task: held_out(task, count)}
+    first = count if seed == DEVELOPMENT_SEED else 0
+    return {name: held_out(name, 2 * count)[first : first + count] for name in MIXTURES[task]}
+
+
+def items_to_train_on(task: str, count: int, seed: int, held_out_items: int) -> list[Example]:
+    """A run's items; of a mixture equally many of each task. No seed trains on what any seed is scored on."""
+    if task not in MIXTURES:
+        return to_train_on(task, count, seed, held_out(task, held_out_items))
+    names = MIXTURES[task]
+    each = -(-count // len(names))
+    return [example for name in names for example in to_train_on(name, each, seed, held_out(name, 2 * held_out_items))]
 
 
 def to_train_on(task: str, count: int, seed: int, without: tuple[Example, ...]) -> list[Example]:
     """Items to train on in a seed's order; questions that are held out are left out."""
     kept_out = {example.messages[0][1] for example in without}
-    make = {**TASKS, **KNOWN_TASKS}[task]
+    make = ALL_TASKS[task]
     items = [item for item in make(count + count // 4 + len(without), seed) if item[0] not in kept_out]
     return [Example((("user", question),), answer) for question, answer in items[:count]]
 

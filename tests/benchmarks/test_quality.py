@@ -10,22 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.quality import arms, backbones, one_run, paired, report, study, tasks
+from benchmarks.quality import arms, one_run, paired, report, study, tasks
 
 from ..small_models import make_base
 from ..test_downstream_apps import TASK
 
 ARMS = ["lora", "lora+talan", "lora-matched"]
-
-
-@pytest.fixture(scope="module")
-def backbone(tmp_path_factory: pytest.TempPathFactory) -> str:
-    folder = tmp_path_factory.mktemp("backbone") / "tiny"
-    model = make_base("qwen3", torch.float32)
-    model.resize_token_embeddings(backbones.VOCABULARY)
-    model.save_pretrained(folder)
-    backbones.make_tokenizer().save_pretrained(folder)
-    return str(folder)
 
 
 def start(backbone: str, results: Path, *options: str) -> dict[str, dict[str, object]]:
