@@ -16,13 +16,12 @@ from peft_talan import export_lora
 from .small_models import make_base, make_model, make_tokens
 
 ORDERS = {
-    "torch first, then peft is looked for": "import importlib.util, torch\nimportlib.util.find_spec('peft')\nimport peft",
+    "torch first, then peft is looked for": "import torch\nimportlib.util.find_spec('peft')\nimport peft",
     # Python imports a package before its submodule, so this is also the order of `import peft`.
     "a submodule of peft first": "from peft.utils import PeftType\nimport peft, torch",
     "transformers first": "import transformers\nimport torch\nimport peft",
 }
 REGISTERED = """
-import importlib, sys
 config = peft.PeftConfig.from_pretrained("adapter")
 print(type(config).__name__, peft.PEFT_TYPE_TO_TUNER_MAPPING[config.peft_type].__name__)
 print(type(peft.__loader__) is type(torch.__loader__))
@@ -70,7 +69,8 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_peft_knows_the_adapter_and_nothing_is_left_of_the_waiting(order: str, saved: Path) -> None:
     # Where TALAN is registered in the middle of PEFT's own import, a model shows that PEFT is whole.
     loaded = order == "a submodule of peft first"
-    finished = run(ORDERS[order] + REGISTERED + (LOADED if loaded else ""), saved)
+    script = f"import importlib.util, sys\n{ORDERS[order]}{REGISTERED}{LOADED if loaded else ''}"
+    finished = run(script, saved)
     assert finished.returncode == 0, finished.stderr
     assert finished.stdout.split() == ["TalanConfig", "TalanModel", "True", "False", *(["True"] if loaded else [])]
 

@@ -90,9 +90,7 @@ def test_lm_eval_scores_the_adapter(folder: Path, environment: dict[str, str]) -
     def here(model: torch.nn.Module) -> float:
         language_model = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=1)
         tasks = TaskManager(include_path=str(folder), include_defaults=False)
-        found = lm_eval.simple_evaluate(
-            language_model, tasks=["continuation"], task_manager=tasks, bootstrap_iters=0
-        )
+        found = lm_eval.simple_evaluate(language_model, tasks=["continuation"], task_manager=tasks, bootstrap_iters=0)
         return found["results"]["continuation"]["perplexity,none"]
 
     without = here(base)
