@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 
 import peft
 import pytest
@@ -81,14 +82,23 @@ ARCHITECTURES = tuple(CONFIGS)
 EXPERTS = {"experts_implementation": "eager"}
 
 
-def make_base(architecture: str, dtype: torch.dtype = torch.float64, attention: str = "sdpa") -> PreTrainedModel:
-    """Build a model; the same architecture gives the same weights every time."""
+@functools.cache
+def _built(architecture: str, dtype: torch.dtype, attention: str, blocks: int) -> PreTrainedModel:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         # A copy: `save_pretrained` writes the dtype into the configuration, and the next model would start in it.
         config = copy.deepcopy(CONFIGS[architecture])
+        config.num_hidden_layers = blocks
         model = AutoModelForCausalLM.from_config(config, attn_implementation=attention, **EXPERTS)
     return model.to(dtype).eval()
+
+
+def make_base(
+    architecture: str, dtype: torch.dtype = torch.float64, attention: str = "sdpa", blocks: int = DEPTH
+) -> PreTrainedModel:
+    """Build a model; the same arguments give the same weights every time."""
+    # A copy takes a fraction of the time that drawing weights does.
+    return copy.deepcopy(_built(architecture, dtype, attention, blocks))
 
 
 def make_config(**options: object) -> TalanConfig:
@@ -112,10 +122,14 @@ def make_lora_config(**options: object) -> LoraConfig:
 
 
 def make_model(
-    architecture: str, config: LoraConfig | None = None, dtype: torch.dtype = torch.float64, attention: str = "sdpa"
+    architecture: str,
+    config: LoraConfig | None = None,
+    dtype: torch.dtype = torch.float64,
+    attention: str = "sdpa",
+    blocks: int = DEPTH,
 ) -> PeftModel:
     """Build a model with an adapter; the same arguments give the same weights every time."""
-    base = make_base(architecture, dtype, attention)
+    base = make_base(architecture, dtype, attention, blocks)
     with torch.random.fork_rng():
         torch.manual_seed(1)
         model = get_peft_model(base, make_config() if config is None else config)

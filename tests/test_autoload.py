@@ -11,14 +11,30 @@ from pathlib import Path
 import pytest
 import torch
 
+from peft_talan import export_lora
+
 from .small_models import make_base, make_model, make_tokens
 
 ORDERS = {
-    "torch first": "import torch\nimport peft",
-    "peft first": "import peft\nimport torch",
-    "a submodule of peft first": "from peft.utils import PeftType\nimport torch",
+    "torch first, then peft is looked for": "import torch\nimportlib.util.find_spec('peft')\nimport peft",
+    # Python imports a package before its submodule, so this is also the order of `import peft`.
+    "a submodule of peft first": "from peft.utils import PeftType\nimport peft, torch",
     "transformers first": "import transformers\nimport torch\nimport peft",
 }
+REGISTERED = """
+config = peft.PeftConfig.from_pretrained("adapter")
+print(type(config).__name__, peft.PEFT_TYPE_TO_TUNER_MAPPING[config.peft_type].__name__)
+print(type(peft.__loader__) is type(torch.__loader__))
+print(any(finder.__class__.__module__ == "peft_talan_autoload" for finder in sys.meta_path))
+importlib.reload(peft)
+"""
+LOADED = """
+from transformers import AutoModelForCausalLM
+model = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("base"), "adapter").eval()
+expected = torch.load("expected.pt")
+with torch.no_grad():
+    print(torch.equal(model(expected["tokens"]).logits, expected["logits"]))
+"""
 
 
 def run(script: str, folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -37,24 +53,26 @@ def _installed() -> None:
     assert "peft_talan_autoload:prepare" in names, "these tests need the package installed: pip install -e ."
 
 
-@pytest.mark.parametrize("order", ORDERS)
-def test_adapter_loads_without_an_import_of_this_package(order: str, tmp_path: Path) -> None:
-    make_base("qwen3", torch.float32).save_pretrained(tmp_path / "base")
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A base model, an adapter, and what both compute."""
+    folder = tmp_path_factory.mktemp("saved")
+    make_base("qwen3", torch.float32).save_pretrained(folder / "base")
     model = make_model("qwen3", dtype=torch.float32)
-    model.save_pretrained(tmp_path / "adapter")
+    model.save_pretrained(folder / "adapter")
     with torch.no_grad():
-        torch.save({"tokens": make_tokens(), "logits": model(make_tokens()).logits}, tmp_path / "expected.pt")
-    script = f"""
-{ORDERS[order]}
-from peft import PeftModel
-from transformers import AutoModelForCausalLM
-model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("base"), "adapter").eval()
-expected = torch.load("expected.pt")
-with torch.no_grad():
-    print(torch.equal(model(expected["tokens"]).logits, expected["logits"]))
-"""
-    finished = run(script, tmp_path)
-    assert finished.stdout.strip() == "True", finished.stderr
+        torch.save({"tokens": make_tokens(), "logits": model(make_tokens()).logits}, folder / "expected.pt")
+    return folder
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_peft_knows_the_adapter_and_nothing_is_left_of_the_waiting(order: str, saved: Path) -> None:
+    # Where TALAN is registered in the middle of PEFT's own import, a model shows that PEFT is whole.
+    loaded = order == "a submodule of peft first"
+    script = f"import importlib.util, sys\n{ORDERS[order]}{REGISTERED}{LOADED if loaded else ''}"
+    finished = run(script, saved)
+    assert finished.returncode == 0, finished.stderr
+    assert finished.stdout.split() == ["TalanConfig", "TalanModel", "True", "False", *(["True"] if loaded else [])]
 
 
 def test_it_can_be_switched_off(tmp_path: Path) -> None:
@@ -72,32 +90,19 @@ def test_torch_alone_imports_nothing_of_ours(tmp_path: Path) -> None:
     assert run(script, tmp_path).stdout.split() == ["False", "False", "False"]
 
 
-def test_looking_for_peft_does_not_use_the_registration_up(tmp_path: Path) -> None:
+def test_without_this_package_there_is_one_warning_and_an_exported_half_loads(saved: Path) -> None:
+    with pytest.warns(UserWarning, match="not equivalent"):
+        export_lora(make_model("qwen3", dtype=torch.float32), saved / "lora")
+    # One function registers, whatever the order; here it fails in the middle of PEFT's own import.
     script = """
-import importlib.util, sys, torch
-before = list(sys.meta_path)
-spec = importlib.util.find_spec("peft")
-import peft
-print('TALAN' in peft.PeftType.__members__, type(peft.__loader__) is type(torch.__loader__))
-print(any(finder.__class__.__module__ == "peft_talan_autoload" for finder in sys.meta_path))
-importlib.reload(peft)
-"""
-    finished = run(script, tmp_path)
-    assert finished.stdout.split() == ["True", "True", "False"], finished.stderr
-    assert finished.returncode == 0
-
-
-@pytest.mark.parametrize("order", ["torch first", "peft first"])
-def test_a_broken_installation_is_one_warning(order: str, tmp_path: Path) -> None:
-    script = f"""
 import sys
 sys.modules["peft_talan"] = None
-{ORDERS[order]}
-from peft import LoraConfig
-print(LoraConfig(r=2).r)
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+print(type(PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("base"), "lora").base_model).__name__)
 """
-    finished = run(script, tmp_path)
-    assert finished.stdout.strip() == "2"
+    finished = run(script, saved)
+    assert finished.stdout.strip() == "LoraModel", finished.stderr
     assert finished.stderr.count("peft_talan could not register itself") == 1
 
 

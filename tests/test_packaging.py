@@ -87,4 +87,9 @@ def test_the_installed_wheel_works(wheel: Path, tmp_path: Path) -> None:
     program, *report, package = ran.stdout.splitlines()
     assert Path(program).is_relative_to(tmp_path)
     assert Path(package).is_relative_to(tmp_path)
-    assert json.loads("\n".join(report))["passed"]
+    found = json.loads("\n".join(report))
+    assert found["passed"]
+    assert found["versions"]["peft-talan"] == __version__
+    assert {check["name"]: check["passed"] for check in found["checks"]} == dict.fromkeys(
+        ["versions are supported", "autoload", "registration", "fresh == LoRA", "cached == uncached"], True
+    )

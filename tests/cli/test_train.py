@@ -85,7 +85,7 @@ def test_an_interrupted_run_goes_on_to_the_same_weights(
     saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     write_sums(tmp_path / "data.jsonl")
-    common = ["--model", saved / "model", "--data", tmp_path / "data.jsonl", "--steps", "40", *SMALL]
+    common = ["--model", saved / "model", "--data", tmp_path / "data.jsonl", "--steps", "20", *SMALL]
 
     def run(output: str, *more: str) -> int:
         capsys.readouterr()

@@ -15,9 +15,22 @@ from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, Static
 
 from peft_talan import TalanConfig
 
-from ..small_models import CONFIGS, make_base, make_config, make_lora_config, make_model, make_tokens, rounding
+from ..small_models import (
+    ARCHITECTURES,
+    CONFIGS,
+    make_base,
+    make_config,
+    make_lora_config,
+    make_model,
+    make_tokens,
+    rounding,
+)
 
 NEW_TOKENS = 12
+OF_EVERY_CACHE = ("qwen3", "gemma3")
+"""Whole layers of keys alone, and mixed with sliding windows: what generation does to a cache is the same for all that
+have one of these. What an architecture calls its blocks with is seen with one mode, which changes the rows, and with
+one split, which has every kind of piece."""
 
 MODES: dict[str, dict[str, object]] = {
     "greedy": {"do_sample": False},
@@ -51,9 +64,15 @@ def generate(
     return output.sequences, torch.stack(output.logits)
 
 
-@pytest.mark.parametrize("mode", MODES)
-def test_cached_generation_equals_uncached(architecture: str, mode: str) -> None:
-    model = make_model(architecture)
+@pytest.mark.parametrize(
+    ("architecture_", "mode"),
+    [
+        *((architecture, "beams") for architecture in ARCHITECTURES),
+        *((architecture, mode) for architecture in OF_EVERY_CACHE for mode in MODES if mode != "beams"),
+    ],
+)
+def test_cached_generation_equals_uncached(architecture_: str, mode: str) -> None:
+    model = make_model(architecture_)
     inputs = left_padded(make_tokens(), padding=7)
     options = dict(MODES[mode])
     tokens, logits = generate(model, inputs, use_cache=True, **options)
@@ -130,9 +149,12 @@ def test_gradients_flow_through_a_cache() -> None:
         torch.testing.assert_close(found[1][name], expected, rtol=rounding()["rtol"], atol=rounding()["atol"] * scale)
 
 
-@pytest.mark.parametrize("position", ["input", "output"])
 @pytest.mark.parametrize("mixer", ["attention", "linear", "mlp"])
-@pytest.mark.parametrize("writeback", ["add", "gated", "capped", "orthogonal"])
+@pytest.mark.parametrize(
+    ("writeback", "position"),
+    # A block's input and its output go through the same functions.
+    [*((writeback, "output") for writeback in ("add", "gated", "capped", "orthogonal")), ("gated", "input")],
+)
 def test_every_axis_generates_with_the_cache(mixer: str, writeback: str, position: str) -> None:
     config = make_config(
         talan_mixer=mixer, talan_writeback=writeback, talan_position=position, talan_layers=[0, -1], talan_alpha=0.7
@@ -145,8 +167,9 @@ def test_every_axis_generates_with_the_cache(mixer: str, writeback: str, positio
     torch.testing.assert_close(logits, expected_logits, **rounding())
 
 
-def test_prompt_lookup_crops_the_memory_with_the_cache(architecture: str) -> None:
-    model = make_model(architecture)
+@pytest.mark.parametrize("architecture_", OF_EVERY_CACHE)
+def test_prompt_lookup_crops_the_memory_with_the_cache(architecture_: str) -> None:
+    model = make_model(architecture_)
     tokens = make_tokens(batch=1)
     # Repetitions give the lookup candidates to propose; random weights reject most, so every step crops.
     inputs = {"input_ids": torch.cat([tokens, tokens, tokens[:, :5]], dim=1)}
@@ -164,11 +187,25 @@ def test_assisted_generation_with_a_draft_model() -> None:
     assert torch.equal(assisted, expected)
 
 
+EVERY_PIECE = (2, 1, 1, 17)
+SPLITS = ((20, 1), (1, 20), (7, 7, 7), (1,) * 21)
+CACHE_KINDS = ("dynamic", "without config", "static")
+
+
 @torch.no_grad()
-@pytest.mark.parametrize("pieces", [(20, 1), (1, 20), (7, 7, 7), (2, 1, 1, 17), (1,) * 21])
-@pytest.mark.parametrize("cache_kind", ["dynamic", "without config", "static"])
-def test_any_split_of_the_prompt(architecture: str, cache_kind: str, pieces: tuple[int, ...]) -> None:
-    model = make_model(architecture)
+@pytest.mark.parametrize(
+    ("architecture_", "cache_kind", "pieces"),
+    [
+        (architecture, cache_kind, pieces)
+        for architecture in ARCHITECTURES
+        for cache_kind in CACHE_KINDS
+        for pieces in (EVERY_PIECE, *(SPLITS if architecture in OF_EVERY_CACHE else ()))
+        # A sliding window needs a cache that is made from the model's config.
+        if cache_kind != "without config" or architecture not in ("mistral", "gemma3")
+    ],
+)
+def test_any_split_of_the_prompt(architecture_: str, cache_kind: str, pieces: tuple[int, ...]) -> None:
+    model = make_model(architecture_)
     inputs = left_padded(make_tokens(), padding=3)
     tokens, mask = inputs["input_ids"], inputs["attention_mask"]
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
@@ -179,8 +216,6 @@ def test_any_split_of_the_prompt(architecture: str, cache_kind: str, pieces: tup
         "without config": lambda: DynamicCache(),
         "static": lambda: StaticCache(config=config, max_cache_len=40),
     }[cache_kind]()
-    if cache_kind == "without config" and architecture in ("mistral", "gemma3"):
-        pytest.skip("a sliding window needs a cache that is made from the model's config")
     logits, seen = [], 0
     for piece in pieces:
         end = seen + piece
@@ -213,11 +248,12 @@ def test_crop_at_any_point_and_go_on() -> None:
     model = make_model("qwen3")
     tokens = make_tokens(tokens=150)
     expected = model(tokens, use_cache=False).logits
+    filled = DynamicCache(config=model.get_base_model().config)
+    model(tokens[:, :50], past_key_values=filled, use_cache=True)
+    for index in range(50, 140):
+        model(tokens[:, index : index + 1], past_key_values=filled, use_cache=True)
     for crop in (1, 10, 64, 100, 120, 139):
-        cache = DynamicCache(config=model.get_base_model().config)
-        model(tokens[:, :50], past_key_values=cache, use_cache=True)
-        for index in range(50, 140):
-            model(tokens[:, index : index + 1], past_key_values=cache, use_cache=True)
+        cache = copy.deepcopy(filled)
         cache.crop(-crop)
         rest = model(tokens[:, 140 - crop :], past_key_values=cache, use_cache=True).logits
         torch.testing.assert_close(rest, expected[:, 140 - crop :], **rounding())

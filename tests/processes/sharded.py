@@ -1,7 +1,6 @@
-"""Run by torchrun in two processes: each check trains a model that torch or transformers has shared out.
+"""Checks for two processes: each trains a model that torch or transformers has shared out.
 
-What comes out must be what one process gets from the whole batch. The first check that fails ends the run; each that
-holds prints a line.
+What comes out must be what one process gets from the whole batch.
 """
 
 from __future__ import annotations
@@ -282,22 +281,3 @@ def checks(folder: Path) -> dict[str, Callable[[], None]]:
         "tp fresh": run(tensor_parallel_fresh, folder),
         "tp split tokens": run(split_tokens_are_refused, folder),
     }
-
-
-def main() -> None:
-    folder = Path(os.environ["TEST_FOLDER"])
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo")
-    if dist.get_rank() == 0:
-        make_base("qwen3").save_pretrained(folder / "base")
-    dist.barrier()
-    for name, check in checks(folder).items():
-        check()
-        dist.barrier()
-        if dist.get_rank() == 0:
-            print(f"holds: {name}", flush=True)
-    dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main()

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import functools
 import json
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -13,57 +11,22 @@ from peft import PeftConfig
 from safetensors.torch import load_file
 
 from ..small_models import rounding
-from . import sharded, training
-from .launching import ROOT, TORCHRUN, free_port, launch
+from . import sharded, training, worker
+from .launching import ROOT, free_port, launch
 
-RECIPES = ROOT / "benchmarks" / "recipes"
-CHECKS = tuple(sharded.checks(Path()))
-TWO_PROCESSES = ["--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no"]
-LAUNCHES = {
-    "ddp": TWO_PROCESSES,
-    # The file that the recipe trains with, at a smaller number and at full precision.
-    "fsdp2": [
-        *("--config_file", str(RECIPES / "eight_gpus_fsdp2.yaml")),
-        *("--num_processes", "2", "--mixed_precision", "no"),
-        # Accelerate looks for a GPU to do this on, for FSDP1 only but whatever the version.
-        *("--fsdp_sync_module_states", "false"),
-    ],
-    "tensor_parallel": TWO_PROCESSES,
-}
-HEAD = {"modules_to_save": ["lm_head"]}
-# PEFT copies a module that is saved whole, which torch can't where the module is shared out.
-OPTIONS: dict[str, dict[str, object]] = {"ddp": HEAD, "fsdp2": HEAD, "tensor_parallel": {}}
-# What shows that the launch did what it is named after.
+# The file that the recipe trains with, at a smaller number and at full precision.
+LAUNCH = [
+    *("accelerate.commands.launch", "--config_file", str(ROOT / "benchmarks" / "recipes" / "eight_gpus_fsdp2.yaml")),
+    *("--num_processes", "2", "--mixed_precision", "no"),
+    # Accelerate looks for a GPU to do this on, for FSDP1 only but whatever the version.
+    *("--fsdp_sync_module_states", "false"),
+]
+# What shows that a training was shared out as it is named after.
 SHARED_OUT_BY = {
-    "ddp": "DistributedDataParallel",
     "fsdp2": "FSDPQwen3DecoderLayer",
+    "ddp": "DistributedDataParallel",
     "tensor_parallel": "DTensor",
 }
-
-
-@pytest.fixture(scope="module")
-def of_torchrun(tmp_path_factory: pytest.TempPathFactory) -> str:
-    folder = str(tmp_path_factory.mktemp("sharded"))
-    return launch([*TORCHRUN, "-m", sharded.__name__], TEST_FOLDER=folder)[1]
-
-
-@pytest.mark.parametrize("check", CHECKS)
-def test_sharded_by_torch_and_transformers(check: str, of_torchrun: str) -> None:
-    assert f"holds: {check}\n" in of_torchrun, of_torchrun[-4000:]
-
-
-@pytest.fixture(scope="module")
-def of_one_process(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """Give the runs of one process with the options of a launch."""
-
-    @functools.cache
-    def trained(options: str) -> Path:
-        folder = tmp_path_factory.mktemp("one_process")
-        torch.manual_seed(0)
-        training.train_whole_and_resumed(folder, **json.loads(options))
-        return folder
-
-    return lambda how: trained(json.dumps(OPTIONS[how]))
 
 
 def check_equal(adapter: Path, expected: Path) -> None:
@@ -86,18 +49,23 @@ def losses(run: Path) -> torch.Tensor:
     return torch.tensor(log(run)["losses"])
 
 
-@pytest.mark.parametrize("how", LAUNCHES)
-def test_trainer_by_accelerate(how: str, of_one_process: Callable[[str], Path], tmp_path: Path) -> None:
-    expected, out, options = of_one_process(how), tmp_path / "runs", OPTIONS[how]
-    if how == "tensor_parallel":
-        sharded.save_parts(tmp_path, training.build(**options))
-        options = {**options, "tensor_parallel": True, "parts": str(tmp_path)}
-    command = ["accelerate.commands.launch", *LAUNCHES[how], "--main_process_port", free_port()]
-    code, output = launch([*command, "-m", training.__name__, str(out), json.dumps(options)])
-    assert code == 0, output[-6000:]
-    assert (out / "resumed").exists() == (how != "tensor_parallel")
-    for run in (folder.name for folder in out.iterdir()):
-        assert SHARED_OUT_BY[how] in log(out / run)["classes"]
-        check_equal(out / run / "adapter", expected / run / "adapter")
-        torch.testing.assert_close(losses(out / run), losses(expected / run), **rounding(torch.float32))
-        check_equal(out / run / "adapter", out / "whole" / "adapter")
+def test_two_processes_train_what_one_process_trains(tmp_path: Path, subtests: pytest.Subtests) -> None:
+    sharded.save_parts(tmp_path / "parts", training.build())
+    code, output = launch([*LAUNCH, "--main_process_port", free_port(), "-m", worker.__name__, str(tmp_path)])
+    with_head, without = tmp_path / "one process, head", tmp_path / "one process"
+    training.train_whole_and_resumed(with_head, **training.HEAD)
+    training.train(without / "whole")
+    for how, expected in (("fsdp2", with_head), ("ddp", with_head), ("tensor_parallel", without)):
+        with subtests.test(training=how):
+            runs = {folder.name for folder in (tmp_path / how).glob("*")}
+            assert runs == {folder.name for folder in expected.iterdir()}, output[-6000:]
+            for run in runs:
+                found = tmp_path / how / run
+                assert SHARED_OUT_BY[how] in log(found)["classes"]
+                check_equal(found / "adapter", expected / run / "adapter")
+                torch.testing.assert_close(losses(found), losses(expected / run), **rounding(torch.float32))
+                check_equal(found / "adapter", tmp_path / how / "whole" / "adapter")
+    for check in sharded.checks(tmp_path):
+        with subtests.test(check=check):
+            assert f"holds: {check}\n" in output, output[-4000:]
+    assert code == 0, output[-4000:]

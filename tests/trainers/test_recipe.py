@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -38,9 +39,17 @@ def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture
+def recipe(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(RECIPES)
+    return importlib.import_module("sft")
+
+
 @pytest.mark.parametrize("kind", OPTIONS)
-def test_recipe_trains_and_saves(kind: str, material: Path, tmp_path: Path) -> None:
-    command = [sys.executable, str(RECIPES / "sft.py"), "--config", str(RECIPES / "one_gpu.yaml")]
+def test_recipe_trains_and_saves(
+    kind: str, recipe: ModuleType, material: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = [str(RECIPES / "sft.py"), "--config", str(RECIPES / "one_gpu.yaml")]
     here = {
         "model_name_or_path": material / "model",
         "dataset_name": material / "data.jsonl",
@@ -55,7 +64,12 @@ def test_recipe_trains_and_saves(kind: str, material: Path, tmp_path: Path) -> N
         "gradient_accumulation_steps": "1",
     }
     overrides = [text for name, value in here.items() for text in (f"--{name}", str(value))]
-    subprocess.run([*command, *overrides, *OPTIONS[kind]], check=True, capture_output=True, text=True)
+    command = [*command, *overrides, *OPTIONS[kind]]
+    if kind == "talan":
+        subprocess.run([sys.executable, *command], check=True, capture_output=True, text=True)
+    else:  # in this process, which has imported already what takes seconds
+        monkeypatch.setattr("sys.argv", command)
+        recipe.main()
     config = PeftConfig.from_pretrained(tmp_path)
     assert type(config) is (TalanConfig if kind == "talan" else LoraConfig)
     history = json.loads((tmp_path / "trainer_state.json").read_text())["log_history"]
@@ -67,9 +81,7 @@ def test_recipe_trains_and_saves(kind: str, material: Path, tmp_path: Path) -> N
         assert not torch.equal(PeftModel.from_pretrained(base, tmp_path)(make_tokens()).logits, untrained)
 
 
-def test_evaluation_needs_its_split(material: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(RECIPES)
-    recipe = importlib.import_module("sft")
+def test_evaluation_needs_its_split(recipe: ModuleType, material: Path, tmp_path: Path) -> None:
     rows = (material / "data.jsonl").read_text()
     for split in ("train", "test"):
         (tmp_path / f"{split}.jsonl").write_text(rows)
@@ -80,17 +92,17 @@ def test_evaluation_needs_its_split(material: Path, tmp_path: Path, monkeypatch:
         recipe.choose_split(recipe.load_data(script), "test", "dataset_test_split")
 
 
-def test_recipe_refuses_what_it_does_not_know(material: Path, tmp_path: Path) -> None:
-    command = [sys.executable, str(RECIPES / "sft.py"), "--dataset_name", str(material / "data.jsonl")]
-    failed = subprocess.run([*command, "--use_cpu", "true", "--talan_slot", "3"], capture_output=True, text=True)
-    assert failed.returncode != 0
-    assert "talan_slot" in failed.stderr
+def test_recipe_refuses_what_it_does_not_know(
+    recipe: ModuleType, material: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ["--dataset_name", str(material / "data.jsonl"), "--use_cpu", "true", "--talan_slot", "3"]
+    monkeypatch.setattr("sys.argv", ["sft.py", *words])
+    with pytest.raises(ValueError, match="talan_slot"):
+        recipe.main()
 
 
 @pytest.mark.parametrize("file", ["one_gpu.yaml", "qlora.yaml"])
-def test_files_are_understood(file: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(RECIPES)
-    recipe = importlib.import_module("sft")
+def test_files_are_understood(file: str, recipe: ModuleType) -> None:
     script, training, model, talan = recipe.parse_arguments(["--config", str(RECIPES / file), "--use_cpu", "true"])
     written = yaml.safe_load((RECIPES / file).read_text())
     for name, value in written.items():

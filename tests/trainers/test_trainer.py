@@ -67,19 +67,20 @@ def assert_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor
         torch.testing.assert_close(found[name] / scale, gradient / scale, rtol=0, atol=tolerance, msg=name)
 
 
-@pytest.mark.parametrize("reentrant", [None, False, True])
 @pytest.mark.parametrize("options", [{}, {"talan_position": "input", "talan_mixer": "mlp", "use_dora": True}])
-def test_accumulated_batches_train_as_one(options: dict[str, Any], reentrant: bool | None, tmp_path: Path) -> None:
+def test_accumulated_batches_train_as_one(options: dict[str, Any], tmp_path: Path, subtests: pytest.Subtests) -> None:
     whole = gradients(tmp_path, make_model("qwen3", make_config(**options)))
-    checkpointing: dict[str, Any] = {}
-    if reentrant is not None:
-        checkpointing = {
-            "gradient_checkpointing": True,
-            "gradient_checkpointing_kwargs": {"use_reentrant": reentrant},
-        }
-    parts = gradients(tmp_path, make_model("qwen3", make_config(**options)), **ALONE, **checkpointing)
-    # transformers computes the loss in float32 at least; here it is float64.
-    assert_same(parts, whole, rounding()["atol"])
+    for reentrant in (None, False, True):
+        checkpointing: dict[str, Any] = {}
+        if reentrant is not None:
+            checkpointing = {
+                "gradient_checkpointing": True,
+                "gradient_checkpointing_kwargs": {"use_reentrant": reentrant},
+            }
+        with subtests.test(reentrant=reentrant):
+            parts = gradients(tmp_path, make_model("qwen3", make_config(**options)), **ALONE, **checkpointing)
+            # transformers computes the loss in float32 at least; here it is float64.
+            assert_same(parts, whole, rounding()["atol"])
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])

@@ -117,24 +117,25 @@ def assert_same(found: tuple[float, dict[str, torch.Tensor]], expected: tuple[fl
         torch.testing.assert_close(found[1][name] / scale, gradient / scale, rtol=0, atol=tolerance, msg=name)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("architecture_", ["qwen3", "llama"])
-def test_batches_of_every_layout_train_as_single_samples(architecture_: str, layout: str, tmp_path: Path) -> None:
+def test_batches_of_every_layout_train_as_single_samples(
+    architecture_: str, tmp_path: Path, subtests: pytest.Subtests
+) -> None:
     alone = sft_step(tmp_path, "text", ALONE, architecture_)
-    assert_same(sft_step(tmp_path, "text", LAYOUTS[layout], architecture_), alone)
-
-
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_layouts_with_completions_and_checkpointing(layout: str, tmp_path: Path) -> None:
-    checkpointed = sft_step(tmp_path, "completion", LAYOUTS[layout], gradient_checkpointing=True)
-    assert_same(checkpointed, sft_step(tmp_path, "completion", ALONE))
-
-
-def test_samples_that_are_joined_without_position_ids_do_mix(tmp_path: Path) -> None:
-    """What the tests above would see if segments were ignored: TRL's `wrapped` strategy joins samples on purpose."""
+    for layout, options in LAYOUTS.items():
+        with subtests.test(layout=layout):
+            assert_same(sft_step(tmp_path, "text", options, architecture_), alone)
+    # What this would see if segments were ignored: TRL's `wrapped` strategy joins samples on purpose.
     joined = sft_step(tmp_path, "text", {**LAYOUTS["packed"], "packing_strategy": "wrapped", "max_length": 70})
     with pytest.raises(AssertionError):
-        assert_same(joined, sft_step(tmp_path, "text", ALONE))
+        assert_same(joined, alone)
+
+
+def test_layouts_with_completions_and_checkpointing(tmp_path: Path, subtests: pytest.Subtests) -> None:
+    alone = sft_step(tmp_path, "completion", ALONE)
+    for layout, options in LAYOUTS.items():
+        with subtests.test(layout=layout):
+            assert_same(sft_step(tmp_path, "completion", options, gradient_checkpointing=True), alone)
 
 
 @pytest.mark.parametrize("kind", DATA)

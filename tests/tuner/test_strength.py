@@ -109,7 +109,8 @@ def test_generation_follows_the_strength_with_and_without_the_cache() -> None:
 
 
 def test_a_compiled_model_follows_the_strength() -> None:
-    model = make_model("qwen3", make_config(talan_layers=[1], target_modules=["q_proj"]), dtype=torch.float32)
+    config = make_config(talan_layers=[0], target_modules=["q_proj"])
+    model = make_model("llama", config, torch.float32, blocks=1)
     compiled = torch.compile(model, backend="eager")
     with torch.no_grad():
         for strength in (1.0, 0.5, 0.0, 0.5):
