@@ -43,10 +43,6 @@ def push(folder: str, repo: str, options: dict[str, Any], **kwargs: Any) -> str:
     return str(model.push_to_hub(repo, **kwargs).oid)
 
 
-def save(folder: str, options: dict[str, Any]) -> None:
-    make(**options).save_pretrained(folder)
-
-
 def push_named(repo: str, token: str) -> None:
     """Adapters under names of their own go into subfolders."""
     model = make()
