@@ -27,7 +27,8 @@ def mix_mlp(memory: torch.Tensor, queries: torch.Tensor, parameters: tuple[torch
     Returns:
         r, [batch, tokens, width].
     """
-    bias, slot_in, slot_out, channel_in, channel_out = (tensor.to(memory.dtype) for tensor in parameters)
+    # Copies, which lie aligned: by tensors that are mapped from a file, products would round as these lie in it.
+    bias, slot_in, slot_out, channel_in, channel_out = (tensor.to(memory.dtype, copy=True) for tensor in parameters)
     memory = memory + F.linear(F.gelu(F.linear(memory.mT, slot_in)), slot_out).mT
     memory = memory + F.linear(F.gelu(F.linear(memory, channel_in)), channel_out)
     scores = (queries.unsqueeze(-2) * memory).sum(-1) / math.sqrt(queries.shape[-1])
