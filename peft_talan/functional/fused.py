@@ -211,7 +211,7 @@ def change_gated(
     """Write through one gate a token; see `writeback.change_gated`."""
     if gate is None:
         raise ValueError("gate=None, but the 'gated' writeback needs its row of shape [hidden_size + 1]")
-    # A copy, which lies aligned: by a tensor that is mapped from a file, the product would round as it lies in the file.
+    # A copy, which lies aligned: by a tensor that is mapped from a file, the product would round as it lies there.
     gate = gate.to(hidden_states.dtype, copy=True)
     opening = F.linear(hidden_states, gate[:-1].unsqueeze(0)) * _inverse_rms(hidden_states) + gate[-1]
     return torch.sigmoid(opening) * delta
