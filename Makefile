@@ -20,7 +20,7 @@ test: lint docs
 	$(ONE_THREAD) HF_HUB_OFFLINE=1 $(PYTHON) -m pytest -n 2 --dist worksteal $(ARGS)
 
 test-vllm: $(VLLM_VENV)/.test
-	$(ONE_THREAD) HF_HUB_OFFLINE=1 $(VLLM_VENV)/bin/python -m pytest tests/vllm $(ARGS)
+	$(ONE_THREAD) HF_HUB_OFFLINE=1 $(VLLM_VENV)/bin/python -m pytest -n 2 --dist worksteal tests/vllm $(ARGS)
 
 lint: $(VENV)/.test
 	$(VENV)/bin/ruff check .
@@ -68,7 +68,7 @@ $(VLLM_VENV)/.vllm:
 	touch $@
 
 $(VLLM_VENV)/.test: $(VLLM_VENV)/.vllm pyproject.toml
-	$(VLLM_VENV)/bin/python -m pip install --quiet -e . "pytest>=9"
+	$(VLLM_VENV)/bin/python -m pip install --quiet -e . "pytest>=9" pytest-xdist
 	touch $@
 
 $(VENV)/.docs: $(VENV)/.torch pyproject.toml

@@ -4,7 +4,8 @@
 
 SmolLM2-135M-Instruct is a Llama; Mistral's architecture is the same with a sliding window, so its weights are loaded
 into a Mistral configuration. The text is a story of 1889, the fact one of 16 colours; LoRA and LoRA+TALAN with side
-paths in all blocks are trained on it. A step takes about a minute on one core. Results go to
+paths in all blocks are trained on texts of an eighth of the length to the whole of it, and scored on the whole, which
+is longer than the reach of attention through all blocks. A step takes some seconds on one core. Results go to
 `benchmarks/results/memory_real_model.jsonl`; runs that are there are not made again.
 """
 
@@ -27,7 +28,7 @@ from tqdm import tqdm
 from transformers import AutoConfig, AutoTokenizer, MistralConfig, MistralForCausalLM
 
 from peft_talan import talan_param_groups
-from peft_talan.demo.recall import take_step
+from peft_talan.demo.recall import take_step, warm_up_and_decay
 
 from ..measure import append_line, machine
 from ..quality.arms import make_config, trainable
@@ -57,6 +58,8 @@ COLOURS = [
 ]
 FACT, QUESTION = "The colour of the door is {}.\n", "\nThe colour of the door is"
 TRAIN_TEXT, HELD_OUT_TEXT = 0, 1
+PARTS = (1, 2, 4, 8)
+"""A training step's texts are the longest divided by one of these."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +71,7 @@ class Settings:
         arm: One of `ARMS`, or `base`.
         seed: Of the adapter and the texts.
         window: Keys that a token sees.
-        tokens: The text between the fact and the question.
+        tokens: Fact and text before the question, of the longest texts.
         steps: Optimizer steps.
         batch_size: Texts a step.
         learning_rate: The highest.
@@ -130,10 +133,11 @@ def run(settings: Settings) -> dict[str, Any]:
         torch.manual_seed(settings.seed)
         model = get_peft_model(model, make_config(adapter, model, 8, "all-linear", axes))
         optimizer = torch.optim.AdamW(talan_param_groups(model, settings.learning_rate))
-        schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.05, settings.steps)
+        schedule = warm_up_and_decay(optimizer, settings.steps)
         draw = random.Random(settings.seed)
         for _ in tqdm(range(settings.steps), desc=f"{settings.arm}, seed {settings.seed}"):
-            texts, answers = make_rows(tokenizer, TRAIN_TEXT, settings.batch_size, settings.tokens, draw)
+            tokens = settings.tokens // draw.choice(PARTS)
+            texts, answers = make_rows(tokenizer, TRAIN_TEXT, settings.batch_size, tokens, draw)
             logits = model(input_ids=texts, use_cache=False, logits_to_keep=1).logits[:, -1]
             loss = F.cross_entropy(logits, answers)
             losses.append(take_step(model, loss, optimizer, schedule))
@@ -151,8 +155,8 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--model", default=REAL, help="SmolLM2-135M-Instruct, a folder or a hub id")
     parser.add_argument("--arms", nargs="+", choices=["base", *ARMS], default=["base", "LoRA", "TALAN, all blocks"])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--window", type=int, default=16, help="keys that a token sees in each block")
-    parser.add_argument("--tokens", type=int, default=480, help="between fact and question")
+    parser.add_argument("--window", type=int, default=8, help="keys that a token sees in each block")
+    parser.add_argument("--tokens", type=int, default=256, help="before the question")
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--batch-size", type=int, default=4)
     parser.add_argument("--learning-rate", type=float, default=1e-3)

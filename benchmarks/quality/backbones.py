@@ -28,8 +28,8 @@ from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM,
 
 from peft_talan.demo.base_model import default_model_folder
 
-from ..supervised import encode, make_batch
-from .tasks import KNOWN_TASKS, SHORT_TASKS, TASKS, held_out, plain_text, to_train_on
+from ..supervised import Example, encode, make_batch
+from .tasks import KNOWN_TASKS, PROMPTS, SHORT_TASKS, TASKS, held_out, plain_text, to_train_on
 
 VOCABULARY = 768
 SHAPE = {
@@ -73,8 +73,8 @@ PRETRAINED_HERE = {
     "tiny-qwen3-moe": Pretraining(),
     "small-qwen3": Pretraining(
         tasks=(*KNOWN_TASKS, *(3 * list(SHORT_TASKS))),
-        steps=4500,
-        horizon=4500,
+        steps=7500,
+        horizon=7500,
         sorted_rows=True,
         text_every=4,
         shape={"num_hidden_layers": 4, "intermediate_size": 256},
@@ -121,6 +121,11 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<pad>")
 
 
+def in_prompt(example: Example, prompt: str) -> Example:
+    ((role, question),) = example.messages
+    return Example(((role, prompt.format(question)),), example.answer)
+
+
 def pretrain(name: str, limit_seconds: float) -> bool:
     """Pretrain for at most so long, and say whether it is finished."""
     folder = cache_folder() / name
@@ -132,8 +137,12 @@ def pretrain(name: str, limit_seconds: float) -> bool:
     recipe = PRETRAINED_HERE[name]
     encoded = {}
     for task in dict.fromkeys(recipe.tasks):
-        kept_out = held_out(task, HELD_OUT_SHORT if task in SHORT_TASKS else HELD_OUT_KNOWN)
-        encoded[task] = [encode(tokenizer, example) for example in to_train_on(task, KNOWN_ITEMS, 0, kept_out)]
+        is_short = task in SHORT_TASKS
+        items = to_train_on(task, KNOWN_ITEMS, 0, held_out(task, HELD_OUT_SHORT if is_short else HELD_OUT_KNOWN))
+        encoded[task] = [
+            encode(tokenizer, in_prompt(example, PROMPTS[number % len(PROMPTS)]) if is_short else example)
+            for number, example in enumerate(items)
+        ]
     known = [encoded[task] for task in recipe.tasks]
     prose = tokenizer(plain_text()[0], add_special_tokens=False)["input_ids"]
     model = make_model(name)

@@ -17,7 +17,7 @@ from peft import get_peft_model
 from torch.nn import functional as F
 
 from peft_talan import set_trainable, talan_param_groups
-from peft_talan.demo.recall import take_step
+from peft_talan.demo.recall import take_step, warm_up_and_decay
 
 from ..measure import machine
 from ..supervised import IGNORED, Example, encode, load_base_model, make_batch
@@ -142,11 +142,7 @@ def train(model: Any, tokenizer: Any, examples: Sequence[Example], settings: Set
         order.shuffle(batches)
     scale = settings.axes.get(LEARNING_RATE_SCALE, 1.0)
     optimizer = torch.optim.AdamW(talan_param_groups(model, settings.learning_rate, side_path_lr_scale=scale))
-    warm_up = max(1, settings.steps // 10)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer,
-        lambda step: min((step + 1) / warm_up, (settings.steps - step) / max(1, settings.steps - warm_up)),
-    )
+    schedule = warm_up_and_decay(optimizer, settings.steps)
     two_stages = settings.axes.get(TWO_STAGES, False)
     if two_stages:
         # The optimizer has both halves and passes over what has no gradient.

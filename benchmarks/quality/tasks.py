@@ -94,6 +94,8 @@ SHORTENED: dict[str, Callable[[str], str]] = {
 """The same questions in other words, so that a backbone can know a task's matter and not its wording."""
 
 
+PROMPTS = ("{}", "{} ?", "Answer this: {}", "{}\nAnswer:")
+"""What a short form may stand in where a backbone is pretrained on it."""
 ASKED = "Question: {}"
 """The prompt of a short form that no backbone was pretrained with."""
 

@@ -136,6 +136,22 @@ class Training:
     seed: int = 0
 
 
+def warm_up_and_decay(optimizer: torch.optim.Optimizer, steps: int) -> torch.optim.lr_scheduler.LRScheduler:
+    """Raise the learning rate in the first tenth of the steps, then lower it linearly to zero.
+
+    Args:
+        optimizer: The optimizer, with the highest rate.
+        steps: All steps of the training.
+
+    Returns:
+        The schedule.
+    """
+    warm_up = max(1, steps // 10)
+    return torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min((step + 1) / warm_up, (steps - step) / max(1, steps - warm_up))
+    )
+
+
 def take_step(
     model: nn.Module,
     loss: torch.Tensor,
@@ -174,11 +190,7 @@ def train(model: Any, task: Task, training: Training, report: Callable[[float], 
         The loss of each step, nats.
     """
     optimizer = torch.optim.AdamW(talan_param_groups(model, training.learning_rate))
-    warm_up = max(1, training.steps // 10)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer,
-        lambda step: min((step + 1) / warm_up, (training.steps - step) / max(1, training.steps - warm_up)),
-    )
+    schedule = warm_up_and_decay(optimizer, training.steps)
     generator = torch.Generator().manual_seed(training.seed)
     losses = []
     model.train()
