@@ -1,11 +1,11 @@
 """Serves a kept side path over loopback under load: every answer must be that of `generate`, at what speed.
 
 SmolLM2-135M-Instruct gets a side path with random weights and is written to two folders, whole and with the low-rank
-half alone. One server runs the first folder and two run the second, all at once; they are measured in turns, so the
-ratio of the last two says how much of a difference is chance. Beside tokens a second stands the time that processors
-spent on each token, which other programs on the machine change less. Then clients are killed in the middle of answers,
-beside clients whose answers must stay; many requests are sent while the server's memory is watched; and at last the
-first two servers get a prompt that is longer than all pages.
+half alone. One server runs the first folder and two run the second, all at once; they are measured in turns, the others
+suspended, so the ratio of the last two says how much of a difference is chance. Beside tokens a second stands the time
+that processors spent on each token, which other programs on the machine change less. Then clients are killed in the
+middle of answers, beside clients whose answers must stay; many requests are sent while the server's memory is watched;
+and at last the first two servers get a prompt that is longer than all pages.
 
     python -m benchmarks.serving --server transformers
     .venv-vllm/bin/python -m benchmarks.serving --server vllm
@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from .clients import COUNTED, TOPICS, disturb, expected_answers, load, send_too_long, soak, write_folders
-from .servers import SERVERS, all_serving
+from .servers import SERVERS, all_serving, alone
 from .table import PAGE_WITH_TABLE, RESULTS, filled, ratios, table
 
 
@@ -43,7 +43,8 @@ def measure(options: argparse.Namespace, folders: dict[str, str], about: dict[st
     served = {"talan": folders["talan"], "lora": folders["lora"], "lora again": folders["lora"]}
     with all_serving(options.server, served, options.threads) as servers:
         for server in servers:  # The first answer waits for what is made when it is first used.
-            load(server, topics, len(TOPICS), 2)
+            with alone(server, servers):
+                load(server, topics, len(TOPICS), 2)
         for clients in options.clients:
             rows: list[dict[str, Any]] = []
             for turn in range(options.turns):
@@ -51,7 +52,8 @@ def measure(options: argparse.Namespace, folders: dict[str, str], about: dict[st
                     # No server is always the first of a turn.
                     server = servers[(place + turn) % len(servers)]
                     right = expected[server.name.split()[0]]
-                    rows.append({"served": server.name, **load(server, topics, clients, options.tokens, right)})
+                    with alone(server, servers):
+                        rows.append({"served": server.name, **load(server, topics, clients, options.tokens, right)})
             for name in served:
                 sums = {field: sum(row[field] for row in rows if row["served"] == name) for field in COUNTED}
                 of_name = [row["tokens_per_second"] for row in rows if row["served"] == name]

@@ -7,7 +7,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from http.client import HTTPConnection
 from pathlib import Path
@@ -107,6 +107,19 @@ def serving(kind: str, name: str, folder: str, threads: int) -> Iterator[Server]
         except subprocess.TimeoutExpired:  # It waits for clients that were killed.
             process.kill()
             process.wait()
+
+
+@contextmanager
+def alone(server: Server, servers: Sequence[Server]) -> Iterator[None]:
+    """Suspend the other servers for a while: vLLM's processes poll while they wait, and would take processor time."""
+    others = [process for other in servers if other is not server for process in other.processes()]
+    for process in others:
+        process.suspend()
+    try:
+        yield
+    finally:
+        for process in others:
+            process.resume()
 
 
 @contextmanager
