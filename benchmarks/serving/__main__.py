@@ -1,11 +1,11 @@
 """Serves a kept side path over loopback under load: every answer must be that of `generate`, at what speed.
 
 SmolLM2-135M-Instruct gets a side path with random weights and is written to two folders, whole and with the low-rank
-half alone. One server runs the first folder and two run the second, all at once; they are measured in turns, the others
-suspended, so the ratio of the last two says how much of a difference is chance. Beside tokens a second stands the time
-that processors spent on each token, which other programs on the machine change less. Then clients are killed in the
-middle of answers, beside clients whose answers must stay; many requests are sent while the server's memory is watched;
-and at last the first two servers get a prompt that is longer than all pages.
+half alone. One server runs the first folder and two run the second, all at once; they are measured in turns, the
+others suspended, so the ratio of the last two says how much of a difference is chance. Beside tokens a second stands
+the time that processors spent on each token, which other programs on the machine change less. Then clients are killed
+in the middle of answers, beside clients whose answers must stay; many requests are sent while the server's memory is
+watched; and at last the first two servers get a prompt that is longer than all pages.
 
     python -m benchmarks.serving --server transformers
     .venv-vllm/bin/python -m benchmarks.serving --server vllm
