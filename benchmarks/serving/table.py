@@ -30,8 +30,8 @@ def ratios(rows: Sequence[dict[str, Any]], name: str, field: str) -> dict[str, f
 def table(out: Path) -> str:
     """The stored rows as a table of the documentation."""
     rows = [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
-    lines = ["| server | clients | answers equal | lost | speed | control | by processor time | control |"]
-    lines.append("|---|--:|--:|--:|--:|--:|--:|--:|")
+    lines = ["| server | clients | answers equal | lost | speed | control | of both | by processor time | control |"]
+    lines.append("|---|--:|--:|--:|--:|--:|--:|--:|--:|")
 
     def shown(row: dict[str, Any], field: str) -> str:
         if row["turns"] < FEWEST_TURNS:
@@ -41,10 +41,15 @@ def table(out: Path) -> str:
     for row in rows:
         if row["served"] != "talan" or "speed" not in row:
             continue
-        pair = {"server": row["server"], "clients": row["clients"], "served": "lora again"}
-        control = next(other for other in rows if other.items() >= pair.items())
+        cell = {"server": row["server"], "clients": row["clients"]}
+        plain, control = (
+            next(other for other in rows if other.items() >= {**cell, "served": name}.items())
+            for name in ("lora", "lora again")
+        )
+        of_both = row["tokens_per_second"] / statistics.mean(one["tokens_per_second"] for one in (plain, control))
         cells = [row["server"], row["clients"], f"{row['requests'] - row['wrong']} of {row['requests']}", row["lost"]]
-        cells += [shown(one, field) for field in ("speed", "processor time") for one in (row, control)]
+        speed, time = ([shown(one, field) for one in (row, control)] for field in ("speed", "processor time"))
+        cells += [*speed, f"{of_both:.3f}" if row["turns"] >= FEWEST_TURNS else "not measured", *time]
         lines.append(f"| {' | '.join(map(str, cells))} |")
     return "\n".join(lines)
 
