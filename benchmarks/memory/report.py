@@ -22,7 +22,7 @@ from ..measure import read_lines
 from ..quality.mixtures import MIXTURE_RESULTS
 from ..quality.mixtures_report import compared
 from ..quality.paired import summarise, symbol
-from ..quality.report import MEASURES, PAIRS, cells_of, pair_up, put_into_page
+from ..quality.report import MEASURES, PAIRS, cells_of, pair_up, show
 from ..quality.study import RESULTS as QUALITY_RESULTS
 from ..quality.study import finished
 from .generation import RESULTS as GENERATION_RESULTS
@@ -169,14 +169,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--generation", type=Path, default=GENERATION_RESULTS)
     parser.add_argument("--page", type=Path, default=None, help="a page with marks like <!-- table memory key -->")
     options = parser.parse_args(arguments)
-    tables = tables_of(options.results, options.generation)
-    if options.page is None:
-        for name, table in tables.items():
-            print(f"\n{name} (chance {100 * CHANCE:.2f}%)\n\n{table}")
-        return
-    put_into_page(options.page, tables)
-    shown = curves(list(finished(options.results).values()), "key")
-    draw_recall(shown, options.page.parent / "images" / "memory_recall.png")
+    show(tables_of(options.results, options.generation), options.page, f" (chance {100 * CHANCE:.2f}%)")
+    if options.page is not None:
+        shown = curves(list(finished(options.results).values()), "key")
+        draw_recall(shown, options.page.parent / "images" / "memory_recall.png")
 
 
 if __name__ == "__main__":

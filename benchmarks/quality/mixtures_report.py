@@ -19,7 +19,7 @@ from peft_talan.sft.intervals import Interval
 from . import inside
 from .mixtures import GROUPS, MIXTURE_RESULTS, best
 from .paired import symbol
-from .report import MEASURES, PAIRS, put_into_page
+from .report import MEASURES, PAIRS, show
 from .study import finished
 from .tasks import DEVELOPMENT_SEED, TASKS
 
@@ -154,12 +154,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "--page", type=Path, default=None, help="a page with marks like <!-- table mixtures scores -->"
     )
     options = parser.parse_args(arguments)
-    tables = tables_of(options.results, options.inside)
-    if options.page is None:
-        for name, table in tables.items():
-            print(f"\n{name}\n\n{table}")
-        return
-    put_into_page(options.page, tables)
+    show(tables_of(options.results, options.inside), options.page)
 
 
 if __name__ == "__main__":

@@ -245,6 +245,15 @@ def put_into_page(page: Path, tables: dict[str, str]) -> None:
     page.write_text(text, encoding="utf-8")
 
 
+def show(tables: dict[str, str], page: Path | None, note: str = "") -> None:
+    """Put the tables into a page, or print them, each under its name and the note, if there is none."""
+    if page is not None:
+        put_into_page(page, tables)
+        return
+    for name, table in tables.items():
+        print(f"\n{name}{note}\n\n{table}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", type=Path, nargs="+", default=[RESULTS])
@@ -267,11 +276,9 @@ def main() -> None:
         "strength": strength.table(strengths) if strengths else "",
         "inside": inside.table(list(finished(inside.INSIDE_RESULTS).values())),
     }
+    show(tables, options.page)
     if options.page is None:
-        for name, table in tables.items():
-            print(f"\n{name}\n\n{table}")
         return
-    put_into_page(options.page, tables)
     images = options.page.parent / "images"
     forest_plot(rows, images / "quality_forest.png")
     if strengths:
