@@ -1,22 +1,26 @@
 """A fact at the start of a real text, asked for beyond the window, with the weights of a real model.
 
     python -m benchmarks.memory.real_model
+    python -m benchmarks.memory.report --page docs/evidence.md
 
 SmolLM2-135M-Instruct is a Llama; Mistral's architecture is the same with a sliding window, so its weights are loaded
-into a Mistral configuration. The text is a story of 1889, the fact one of 16 colours; LoRA and LoRA+TALAN with side
-paths in all blocks are trained on texts of an eighth of the length to the whole of it, and scored on the whole, which
-is longer than the reach of attention through all blocks. A step takes some seconds on one core. Results go to
-`benchmarks/results/memory_real_model.jsonl`; runs that are there are not made again.
+into a Mistral configuration. The text is a story of 1889, the fact one of 16 colours. A training text asks for it
+several times, without the answer, and the pieces of the story between the questions grow in the first part of the
+training; the loss is that of the answers and of some tokens of the story. Scored are texts of held-out story with one
+question at the end. Every arm is first trained with equally many learning rates on a development seed; the one with
+the lowest loss of the answers is taken for the fresh seeds. A step takes about six seconds on one core. Runs that are
+in the results are not made again.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import random
 import time
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -30,14 +34,17 @@ from transformers import AutoConfig, AutoTokenizer, MistralConfig, MistralForCau
 from peft_talan import talan_param_groups
 from peft_talan.demo.recall import take_step, warm_up_and_decay
 
-from ..measure import append_line, machine
+from ..measure import append_line, code_version, machine
 from ..quality.arms import make_config, trainable
 from ..quality.backbones import REAL, backbone_folder
+from ..quality.one_run import text_loss
 from ..quality.study import finished
 from ..quality.tasks import plain_text
 from .one_run import ARMS
+from .study import DEVELOPMENT_SEED
 
 RESULTS = Path(__file__).parents[1] / "results" / "memory_real_model.jsonl"
+BASE, FULL = "base model", "base model, full attention"
 COLOURS = [
     "red",
     "blue",
@@ -57,9 +64,12 @@ COLOURS = [
     "olive",
 ]
 FACT, QUESTION = "The colour of the door is {}.\n", "\nThe colour of the door is"
-TRAIN_TEXT, HELD_OUT_TEXT = 0, 1
-PARTS = (1, 2, 4, 8)
-"""A training step's texts are the longest divided by one of these."""
+RATES = ((1e-3, 5.0), (3e-4, 10.0))
+"""What every arm tries: a learning rate, and by how much the side path's is higher."""
+SMALLEST_PIECE, FIRST_SHARE = 4, 0.4
+"""The shortest piece of the story in tokens, and how much of its length a piece has at the first step."""
+
+Rows = dict[str, dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -68,32 +78,38 @@ class Settings:
 
     Args:
         model: SmolLM2's name, a folder or a hub id of a Llama.
-        arm: One of `ARMS`, or `base`.
+        arm: One of `ARMS`, or one of the base models.
         seed: Of the adapter and the texts.
         window: Keys that a token sees.
-        tokens: Fact and text before the question, of the longest texts.
+        pieces: The longest pieces of the story before each question of a training text, in tokens.
         steps: Optimizer steps.
         batch_size: Texts a step.
-        learning_rate: The highest.
-        rows: Held-out texts.
+        story_tokens: How many tokens of the story each training text is trained to continue with.
+        scored: The lengths that are scored, in windows.
+        rows: Held-out texts of each length.
+        learning_rate: The highest; 0 for a base model.
+        side_path_lr_scale: The side path's learning rate divided by it.
     """
 
     model: str
     arm: str
     seed: int
     window: int
-    tokens: int
+    pieces: tuple[int, ...]
     steps: int
     batch_size: int
-    learning_rate: float
+    story_tokens: int
+    scored: tuple[int, ...]
     rows: int
+    learning_rate: float = 0.0
+    side_path_lr_scale: float = 0.0
 
     def key(self) -> str:
         return sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:16]
 
 
-def load_with_window(folder: str, window: int) -> MistralForCausalLM:
-    """Load a Llama's weights into a Mistral configuration with a sliding window."""
+def load_with_window(folder: str, window: int | None) -> MistralForCausalLM:
+    """Load a Llama's weights into a Mistral configuration with a sliding window, or with none."""
     fields = AutoConfig.from_pretrained(folder).to_dict()
     left_out = ("model_type", "architectures", "transformers_version", "dtype", "sliding_window", "layer_types")
     config = MistralConfig(**{k: v for k, v in fields.items() if k not in left_out}, sliding_window=window)
@@ -101,24 +117,75 @@ def load_with_window(folder: str, window: int) -> MistralForCausalLM:
     return model
 
 
-def make_rows(
-    tokenizer: Any, part: int, rows: int, tokens: int, draw: random.Random
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Texts of one length, a fact before and a question after them, and the first tokens of the answers."""
+class Texts:
+    """Texts with a fact at the start and questions in a story.
 
-    def encode(text: str) -> list[int]:
-        ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
-        return ids
+    Args:
+        tokenizer: The model's.
+        story: The plain text.
+    """
 
-    story = encode(plain_text()[part])
-    texts, answers = [], []
-    for _ in range(rows):
-        colour, start = draw.choice(COLOURS), draw.randrange(len(story) - tokens)
-        fact = encode(FACT.format(colour))
-        # Colours differ in length: the story gives way, so that all texts have one length.
-        texts.append(fact + story[start : start + tokens - len(fact)] + encode(QUESTION))
-        answers.append(encode(" " + colour)[0])
-    return torch.tensor(texts), torch.tensor(answers)
+    def __init__(self, tokenizer: Any, story: str) -> None:
+        def encode(text: str) -> list[int]:
+            ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
+            return ids
+
+        self.story, self.question = encode(story), encode(QUESTION)
+        self.facts = {colour: encode(FACT.format(colour)) for colour in COLOURS}
+        self.answers = {colour: encode(f" {colour}")[0] for colour in COLOURS}
+
+    def draw(
+        self, rows: int, pieces: Sequence[int], draw: random.Random
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The texts, the first tokens of their answers, and the places after which those are asked for."""
+        longest = max(map(len, self.facts.values()))
+        texts, answers = [], []
+        for _ in range(rows):
+            colour, places = draw.choice(COLOURS), []
+            text = [*self.facts[colour]]
+            # Colours may differ in length: the first piece gives way, so that all texts have one length.
+            lengths = [pieces[0] + longest - len(text), *pieces[1:]]
+            for length in lengths:
+                start = draw.randrange(len(self.story) - length)
+                text += self.story[start : start + length] + self.question
+                places.append(len(text) - 1)
+            texts.append(text)
+            answers.append(self.answers[colour])
+        return torch.tensor(texts), torch.tensor(answers), torch.tensor(places)
+
+    def of_length(self, rows: int, tokens: int, draw: random.Random) -> tuple[torch.Tensor, torch.Tensor]:
+        """Texts of that many tokens with one question, at the end, and the first tokens of the answers."""
+        piece = tokens - max(map(len, self.facts.values())) - len(self.question)
+        texts, answers, _ = self.draw(rows, [piece], draw)
+        return texts, answers
+
+
+def train(model: Any, texts: Texts, settings: Settings) -> list[float]:
+    """Train the adapter; the losses of the answers."""
+    groups = talan_param_groups(model, settings.learning_rate, side_path_lr_scale=settings.side_path_lr_scale)
+    optimizer = torch.optim.AdamW(groups)
+    schedule = warm_up_and_decay(optimizer, settings.steps)
+    draw, losses = random.Random(settings.seed), []
+    for step in tqdm(range(settings.steps), desc=f"{settings.arm}, seed {settings.seed}"):
+        share = min(1.0, FIRST_SHARE + 2 * step / settings.steps)
+        pieces = [max(SMALLEST_PIECE, int(piece * share * draw.uniform(0.5, 1.0))) for piece in settings.pieces]
+        tokens, answers, asked = texts.draw(settings.batch_size, pieces, draw)
+        others = sorted(set(range(tokens.shape[1] - 1)) - set(asked.tolist()))
+        story = torch.tensor(draw.sample(others, settings.story_tokens))
+        logits = model(input_ids=tokens, use_cache=False, logits_to_keep=torch.cat([asked, story])).logits
+        answered, continued = logits.transpose(1, 2).split([len(asked), len(story)], dim=2)
+        loss = F.cross_entropy(answered, answers[:, None].expand(-1, len(asked)))
+        losses.append(float(loss.detach()))
+        take_step(model, loss + F.cross_entropy(continued, tokens[:, story + 1]), optimizer, schedule)
+    return losses
+
+
+@torch.no_grad()
+def recall(model: Any, texts: Texts, tokens: int, rows: int) -> float:
+    """The share of held-out texts of that length whose answer is the likeliest token."""
+    inputs, answers = texts.of_length(rows, tokens, random.Random(1))
+    parts = [model(input_ids=part, use_cache=False, logits_to_keep=1).logits[:, -1] for part in inputs.split(4)]
+    return float((torch.cat(parts).argmax(-1) == answers).float().mean())
 
 
 def run(settings: Settings) -> dict[str, Any]:
@@ -126,41 +193,73 @@ def run(settings: Settings) -> dict[str, Any]:
     torch.set_num_threads(1)
     folder = backbone_folder(settings.model)
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    model: Any = load_with_window(folder, settings.window)
-    losses = []
-    if settings.arm != "base":
+    model: Any = load_with_window(folder, None if settings.arm == FULL else settings.window)
+    train_on, held_out = (Texts(tokenizer, part) for part in plain_text())
+    losses: list[float] = []
+    started = time.process_time()
+    if settings.arm in ARMS:
         adapter, axes = ARMS[settings.arm]
         torch.manual_seed(settings.seed)
         model = get_peft_model(model, make_config(adapter, model, 8, "all-linear", axes))
-        optimizer = torch.optim.AdamW(talan_param_groups(model, settings.learning_rate))
-        schedule = warm_up_and_decay(optimizer, settings.steps)
-        draw = random.Random(settings.seed)
-        for _ in tqdm(range(settings.steps), desc=f"{settings.arm}, seed {settings.seed}"):
-            tokens = settings.tokens // draw.choice(PARTS)
-            texts, answers = make_rows(tokenizer, TRAIN_TEXT, settings.batch_size, tokens, draw)
-            logits = model(input_ids=texts, use_cache=False, logits_to_keep=1).logits[:, -1]
-            loss = F.cross_entropy(logits, answers)
-            losses.append(take_step(model, loss, optimizer, schedule))
+        losses = train(model, train_on, settings)
+    seconds = time.process_time() - started
     model.eval()
-    texts, answers = make_rows(tokenizer, HELD_OUT_TEXT, settings.rows, settings.tokens, random.Random(1))
-    with torch.no_grad():
-        parts = [model(input_ids=part, use_cache=False, logits_to_keep=1).logits[:, -1] for part in texts.split(4)]
-    right = torch.cat(parts).argmax(-1) == answers
-    counts = {"trainable": trainable(model) if losses else 0, "recall": float(right.float().mean())}
-    return {"key": settings.key(), "settings": asdict(settings), **counts, "losses": losses, "machine": machine()}
+    last = losses[-math.ceil(settings.steps / 5) :]
+    return {
+        "key": settings.key(),
+        "settings": asdict(settings),
+        "recall": {
+            windows: recall(model, held_out, windows * settings.window, settings.rows) for windows in settings.scored
+        },
+        "text_loss": text_loss(model, tokenizer),
+        "last_loss": sum(last) / len(last) if last else None,
+        "losses": [round(loss, 3) for loss in losses],
+        "trainable": trainable(model) if losses else 0,
+        "processor_seconds": round(seconds, 1),
+        "code": code_version(),
+        "machine": machine(),
+    }
+
+
+def missing(done: Rows, common: Settings, arms: Sequence[str], seeds: Sequence[int]) -> Iterator[Settings]:
+    """The runs that are not in the results, in order; `done` grows while they are made."""
+    tries = {
+        arm: [
+            replace(common, arm=arm, seed=DEVELOPMENT_SEED, learning_rate=rate, side_path_lr_scale=scale)
+            for rate, scale in RATES
+        ]
+        for arm in arms
+        if arm in ARMS
+    }
+    wanted = [replace(common, arm=arm, seed=0) for arm in arms if arm not in ARMS]
+    yield from (settings for settings in wanted if settings.key() not in done)
+    for settings in (settings for found in tries.values() for settings in found):
+        if settings.key() not in done:
+            yield settings
+    for seed in seeds:
+        for found in tries.values():
+            best = min(found, key=lambda settings: done[settings.key()]["last_loss"])
+            settings = replace(best, seed=seed)
+            if settings.key() not in done:
+                yield settings
 
 
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=REAL, help="SmolLM2-135M-Instruct, a folder or a hub id")
-    parser.add_argument("--arms", nargs="+", choices=["base", *ARMS], default=["base", "LoRA", "TALAN, all blocks"])
+    arms = [BASE, FULL, *ARMS]
+    default = [BASE, FULL, "LoRA", "LoRA, as many parameters", "TALAN, all blocks"]
+    parser.add_argument("--arms", nargs="+", choices=arms, default=default)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--window", type=int, default=8, help="keys that a token sees in each block")
-    parser.add_argument("--tokens", type=int, default=256, help="before the question")
-    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--window", type=int, default=32, help="keys that a token sees in each block")
+    parser.add_argument(
+        "--pieces", nargs="+", type=int, default=[8, 24, 40, 60], help="tokens of the story before each question"
+    )
+    parser.add_argument("--steps", type=int, default=120)
     parser.add_argument("--batch-size", type=int, default=4)
-    parser.add_argument("--learning-rate", type=float, default=1e-3)
-    parser.add_argument("--rows", type=int, default=64, help="held-out texts")
+    parser.add_argument("--story-tokens", type=int, default=16, help="of each text, in the loss")
+    parser.add_argument("--scored", nargs="+", type=int, default=[1, 2, 4, 10], help="lengths in windows")
+    parser.add_argument("--rows", type=int, default=32, help="held-out texts of each length")
     parser.add_argument("--results", type=Path, default=RESULTS)
     return parser
 
@@ -168,15 +267,14 @@ def make_parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> None:
     options = vars(make_parser().parse_args(arguments))
     arms, seeds, results = options.pop("arms"), options.pop("seeds"), options.pop("results")
+    options.update(pieces=tuple(options["pieces"]), scored=tuple(options["scored"]))
     done = finished(results)
-    for seed in seeds:
-        for arm in arms:
-            settings = Settings(arm=arm, seed=seed, **options)
-            if settings.key() not in done:
-                started = time.process_time()
-                row = {**run(settings), "processor_seconds": round(time.process_time() - started, 1)}
-                append_line(results, row)
-                print(f"{arm}, seed {seed}: {100 * row['recall']:.0f}% right", flush=True)
+    for settings in missing(done, Settings(arm=BASE, seed=0, **options), arms, seeds):
+        row = run(settings)
+        append_line(results, row)
+        done[row["key"]] = row
+        shares = " ".join(f"{windows}: {100 * share:.0f}%" for windows, share in row["recall"].items())
+        print(f"{settings.arm}, seed {settings.seed}, {settings.learning_rate:g}: {shares}", flush=True)
 
 
 if __name__ == "__main__":
