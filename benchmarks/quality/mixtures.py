@@ -8,9 +8,9 @@
     python -m benchmarks.quality.mixtures_report --page docs/evidence-tables.md
 
 Arms without a side path try `--tries` learning rates on the development seed. Arms with one try the first two with the
-default side path, and the better of these with other axes. Of the tries that keep the perplexity of plain text within
-10% of the backbone's, the one with the lowest loss on the development items is taken for the fresh seeds. One JSON
-line a finished run, so a study that was stopped goes on where it was.
+default side path, more of them as long as none keeps plain text, and the best of these with other axes. Of the tries
+that keep the perplexity of plain text within 10% of the backbone's, the one with the lowest loss on the development
+items is taken for the fresh seeds. One JSON line a finished run, so a study that was stopped goes on where it was.
 """
 
 from __future__ import annotations
@@ -42,9 +42,13 @@ PERPLEXITY_MARGIN = 0.1
 Rows = dict[str, dict[str, Any]]
 
 
+def keeps_text(row: dict[str, Any], base: dict[str, Any]) -> bool:
+    return bool(row["text_loss"] <= base["text_loss"] + math.log1p(PERPLEXITY_MARGIN))
+
+
 def best(found: Sequence[dict[str, Any]], base: dict[str, Any]) -> dict[str, Any]:
     """The try with the lowest loss of those that keep plain text; the one that keeps it best if none does."""
-    kept = [row for row in found if row["text_loss"] <= base["text_loss"] + math.log1p(PERPLEXITY_MARGIN)]
+    kept = [row for row in found if keeps_text(row, base)]
     return min(kept, key=lambda row: row["loss"]) if kept else min(found, key=lambda row: row["text_loss"])
 
 
@@ -70,10 +74,10 @@ class Plan:
         )
 
     def _best(self, tries: Sequence[Settings]) -> dict[str, Any] | None:
-        """The settings of the best try, as soon as all are done."""
+        """The best try, as soon as all are done."""
         base, found = self.row(self.common), [self.row(settings) for settings in tries]
         rows = [row for row in found if row is not None]
-        return best(rows, base)["settings"] if base is not None and len(rows) == len(tries) else None
+        return best(rows, base) if base is not None and len(rows) == len(tries) else None
 
     def tries(self, arm: str) -> list[Settings]:
         """The tries of an arm that can be named so far: all of them, unless they wait for other runs."""
@@ -90,11 +94,14 @@ class Plan:
         if not arm.endswith("+talan"):
             return [self._try(arm, rate) for rate in rates[:count]]
         tries = [self._try(arm, rate) for rate in rates[: min(2, count)]]
-        first = self._best(tries)
+        first, base = self._best(tries), self.row(self.common)
+        while first is not None and base is not None and len(tries) < count and not keeps_text(first, base):
+            tries.append(self._try(arm, rates[len(tries)]))
+            first = self._best(tries)
         if first is None:
             return tries
         others = list(SIDE_PATH_TRIES.items())[: count - len(tries)]
-        return tries + [self._try(arm, first["learning_rate"], name, axes) for name, axes in others]
+        return tries + [self._try(arm, first["settings"]["learning_rate"], name, axes) for name, axes in others]
 
     def chosen(self, arm: str) -> Settings | None:
         """The settings for the fresh seeds, as soon as all tries are done."""
@@ -102,7 +109,8 @@ class Plan:
         taken = self._best(tries) if len(tries) == self.options.tries else None
         if taken is None:
             return None
-        rate, name, axes = taken["learning_rate"], taken["variant"], taken["axes"]
+        found = taken["settings"]
+        rate, name, axes = found["learning_rate"], found["variant"], found["axes"]
         return replace(self.common, adapter=arm, learning_rate=rate, variant=name, axes=axes)
 
     def ready(self) -> Iterator[Settings]:

@@ -84,6 +84,23 @@ def test_a_try_that_loses_plain_text_is_not_taken() -> None:
     assert mixtures.best([worse, bad], base) is bad
 
 
+def test_lower_rates_are_tried_before_other_axes_while_none_keeps_plain_text(
+    backbone: str, rows: Rows, tmp_path: Path
+) -> None:
+    """A rate at which the low-rank half alone loses plain text says nothing about the side path's axes."""
+    results = tmp_path / "mixtures.jsonl"
+    first, second, *_ = of_arm(rows, "lora+talan", development=True)
+    base = next(row for row in rows.values() if row["settings"]["adapter"] == "base")
+    lost = [{**row, "text_loss": base["text_loss"] + 1.0} for row in (first, second)]
+    results.write_text("".join(json.dumps(row) + "\n" for row in [base, *lost]))
+    tries = of_arm(start(backbone, results), "lora+talan", development=True)
+    assert [(row["settings"]["learning_rate"], row["settings"]["variant"]) for row in tries] == [
+        (1e-3, "default"),
+        (2e-3, "default"),
+        (5e-4, "default"),
+    ]
+
+
 def test_development_items_and_scored_items_are_trained_on_by_no_seed() -> None:
     count = 20
     scored = tasks.scored_items("mixture", count, seed=0)
