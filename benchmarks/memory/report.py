@@ -10,7 +10,9 @@ Wilson's of all texts.
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,7 @@ from ..quality.paired import summarise, symbol
 from ..quality.report import MEASURES, PAIRS, cells_of, pair_up, show
 from ..quality.study import RESULTS as QUALITY_RESULTS
 from ..quality.study import finished
+from . import real_model
 from .generation import RESULTS as GENERATION_RESULTS
 from .one_run import ARMS
 from .study import DEVELOPMENT_SEED, RESULTS
@@ -72,11 +75,18 @@ def curves(rows: Sequence[Row], task: str, base: str = "window") -> dict[str, di
     return {"base model": curve(longest, "base_recall")} | {arm: curve(runs) for arm, runs in found.items()}
 
 
-def difference(rows: Sequence[Row], task: str, arm: str, other: str = REFERENCE, base: str = "window") -> Interval:
+def difference(mine: dict[int, Row], its: dict[int, Row]) -> Interval:
     """Recall of an arm minus that of another one with the same seeds."""
-    mine, its = of_arm(rows, task, arm, base), of_arm(rows, task, other, base)
     pairs = [(mine[seed]["recall"], its[seed]["recall"]) for seed in sorted(mine.keys() & its.keys())]
     return Interval.of_mean([a[str(COMPARED)] - b[str(COMPARED)] for a, b in pairs])
+
+
+def over_lora(arm: str, runs: dict[int, Row], its: dict[int, Row]) -> str:
+    """The cell of an arm's difference from LoRA; empty for LoRA, and where there is nothing to compare."""
+    if arm == REFERENCE or len(runs.keys() & its.keys()) < 2:
+        return ""
+    over = difference(runs, its)
+    return f"{symbol(over)} {over.text(1, 100.0, sign='+')}"
 
 
 def task_table(rows: Sequence[Row], task: str, base: str = "window", shown: Sequence[int] = (1, 4, 10, 32)) -> str:
@@ -94,8 +104,7 @@ def task_table(rows: Sequence[Row], task: str, base: str = "window", shown: Sequ
             continue
         runs = of_arm(rows, task, arm, base)
         first = next(iter(runs.values()))
-        over = difference(rows, task, arm, base=base)
-        against = "" if arm == REFERENCE else f"{symbol(over)} {over.text(1, 100.0, sign='+')}"
+        against = over_lora(arm, runs, of_arm(rows, task, REFERENCE, base))
         lines.append(
             f"| {arm} | {first['trainable']:,} | {first['settings']['learning_rate']:g} | {len(runs)} "
             f"| {' | '.join(cells)} | {against} |"
@@ -103,19 +112,52 @@ def task_table(rows: Sequence[Row], task: str, base: str = "window", shown: Sequ
     return "\n".join(lines)
 
 
+def of_real_model(rows: Sequence[Row], arm: str) -> dict[int, Row]:
+    """The runs of one arm with a real model's weights on fresh seeds, by seed."""
+    found = (row for row in rows if row["settings"]["arm"] == arm)
+    return {row["settings"]["seed"]: row for row in found if row["settings"]["seed"] != DEVELOPMENT_SEED}
+
+
+def real_model_table(rows: Sequence[Row]) -> str:
+    """Recall with a real model's weights by distance, and the perplexity of held-out text."""
+    by_arm = {arm: of_real_model(rows, arm) for arm in (real_model.FULL, real_model.BASE, *ARMS)}
+    by_arm = {arm: runs for arm, runs in by_arm.items() if runs}
+    shown = sorted({int(windows) for runs in by_arm.values() for row in runs.values() for windows in row["recall"]})
+    lines = [
+        "| arm | trainable | learning rate, side path's | seeds | "
+        + " | ".join(f"{windows} window{'s' if windows > 1 else ''}" for windows in shown)
+        + f" | minus LoRA at {COMPARED} windows, points | text perplexity |",
+        "|---|---|---|---|" + "---|" * len(shown) + "---|---|",
+    ]
+    for arm, runs in by_arm.items():
+        shares, first = curve(runs), next(iter(runs.values()))
+        cells = [shares[windows].text(1, 100.0) + "%" if windows in shares else "" for windows in shown]
+        rate, scale = first["settings"]["learning_rate"], first["settings"]["side_path_lr_scale"]
+        rates = f"{rate:g}" + (f", {rate * scale:g}" if arm.startswith("TALAN") else "")
+        size = f"{first['trainable']:,} | {rates} | {len(runs)}" if arm in ARMS else " | | "
+        perplexity = math.exp(sum(row["text_loss"] for row in runs.values()) / len(runs))
+        against = over_lora(arm, runs, by_arm.get(REFERENCE, {})) if arm in ARMS else ""
+        lines.append(f"| {arm} | {size} | {' | '.join(cells)} | {against} | {perplexity:.1f} |")
+    return "\n".join(lines)
+
+
 SHOWN_MEASURES = ("exact match, points", "plain text, nats lower")
 NAMES = {"lora": "LoRA", "lora-matched": MATCHED, "dora": "DoRA", "rslora": "rsLoRA", "lora+talan": "TALAN"}
 
 
-def findings_table(rows: Sequence[Row], mixtures: Sequence[Row], first_study: Sequence[Row]) -> str:
-    """One line a comparison: this study's recall, then the scores after mixtures and those of the first study."""
+def findings_table(
+    rows: Sequence[Row], of_a_real_model: Sequence[Row], mixtures: Sequence[Row], first_study: Sequence[Row]
+) -> str:
+    """One line a comparison: the recall, then the scores after mixtures and those of the first study."""
     lines = ["| compared | measure | | difference [95% interval] | pairs |", "|---|---|---|---|---|"]
-    for task in ("key", "pairs", "count"):
+    places = {f"`{task}` beyond the window": partial(of_arm, rows, task) for task in ("key", "pairs", "count")}
+    places["SmolLM2 with a window, a colour beyond it"] = partial(of_real_model, of_a_real_model)
+    for place, of in places.items():
         for arm in (REFERENCE, MATCHED):
-            if count := len(of_arm(rows, task, RECOMMENDED).keys() & of_arm(rows, task, arm).keys()):
-                found = difference(rows, task, RECOMMENDED, arm)
+            if (count := len(of(RECOMMENDED).keys() & of(arm).keys())) > 1:
+                found = difference(of(RECOMMENDED), of(arm))
                 lines.append(
-                    f"| {RECOMMENDED}, against {arm} | `{task}` beyond the window, points | {symbol(found)} "
+                    f"| {RECOMMENDED}, against {arm} | {place}, points | {symbol(found)} "
                     f"| {found.text(1, 100.0, sign='+')} | {count} |"
                 )
     for backbone, new, old, measure, found, seeds in compared(mixtures, SHOWN_MEASURES):
@@ -150,15 +192,16 @@ def generation_table(rows: Sequence[Row]) -> str:
     return "\n".join(lines)
 
 
-def tables_of(results: Path, generation: Path) -> dict[str, str]:
+def tables_of(results: Path, generation: Path, real_model_results: Path) -> dict[str, str]:
     """Every table of the page by its name, of what has been run."""
-    rows = list(finished(results).values())
+    rows, of_a_real_model = (list(finished(file).values()) for file in (results, real_model_results))
     tables = {f"memory {task}": task_table(rows, task) for task in ("key", "pairs", "count") if curves(rows, task)}
     if curves(rows, "key", "full"):
         tables["memory dropped keys"] = task_table(rows, "key", "full")
     tables["memory findings"] = findings_table(
-        rows, *(list(finished(file).values()) for file in (MIXTURE_RESULTS, QUALITY_RESULTS))
+        rows, of_a_real_model, *(list(finished(file).values()) for file in (MIXTURE_RESULTS, QUALITY_RESULTS))
     )
+    tables["memory real model"] = real_model_table(of_a_real_model)
     tables["memory generation"] = generation_table(read_lines(generation))
     return tables
 
@@ -167,9 +210,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--generation", type=Path, default=GENERATION_RESULTS)
+    parser.add_argument("--real-model", type=Path, default=real_model.RESULTS)
     parser.add_argument("--page", type=Path, default=None, help="a page with marks like <!-- table memory key -->")
     options = parser.parse_args(arguments)
-    show(tables_of(options.results, options.generation), options.page, f" (chance {100 * CHANCE:.2f}%)")
+    tables = tables_of(options.results, options.generation, options.real_model)
+    show(tables, options.page, f" (chance {100 * CHANCE:.2f}%)")
     if options.page is not None:
         shown = curves(list(finished(options.results).values()), "key")
         draw_recall(shown, options.page.parent / "images" / "memory_recall.png")

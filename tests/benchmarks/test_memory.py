@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import json
+import random
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaForCausalLM
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from tokenizers.trainers import WordLevelTrainer
+from transformers import AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from benchmarks.memory import generation, one_run, real_model, report, study
+from benchmarks.quality.tasks import plain_text
 from peft_talan.demo import recall
 
 from ..small_models import make_base
@@ -74,14 +81,14 @@ def test_tables_and_picture(results: Path, tmp_path: Path) -> None:
     page = tmp_path / "evidence.md"
     page.write_text("<!-- table memory key -->\n<!-- end -->\n")
     none = str(tmp_path / "none.jsonl")
-    report.main(["--results", str(results), "--generation", none, "--page", str(page)])
+    report.main(["--results", str(results), "--generation", none, "--real-model", none, "--page", str(page)])
     assert "TALAN, all blocks" in page.read_text()
     assert (tmp_path / "images" / "memory_recall.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_the_page_shows_the_stored_results() -> None:
     text = PAGE.read_text(encoding="utf-8")
-    for name, table in report.tables_of(report.RESULTS, report.GENERATION_RESULTS).items():
+    for name, table in report.tables_of(report.RESULTS, report.GENERATION_RESULTS, real_model.RESULTS).items():
         assert table in text, f"{name}: run python -m benchmarks.memory.report --page docs/evidence.md"
 
 
@@ -111,3 +118,66 @@ def test_a_llamas_weights_with_a_window(tmp_path: Path) -> None:
         expected = base.eval()(tokens).logits
         assert torch.equal(wide(tokens).logits, expected)
         assert not torch.allclose(narrow(tokens).logits[:, -1], expected[:, -1])
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A tiny Llama with a tokenizer that has every word of the story and every colour."""
+    folder = str(tmp_path_factory.mktemp("llama") / "tiny")
+    tokenizer = Tokenizer(WordLevel(unk_token="<unk>"))
+    tokenizer.pre_tokenizer = WhitespaceSplit()
+    facts = [real_model.FACT.format(colour) for colour in real_model.COLOURS]
+    words = [*plain_text(), *facts, " ".join(real_model.COLOURS)]
+    tokenizer.train_from_iterator(words, WordLevelTrainer(special_tokens=["<unk>"]))
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>").save_pretrained(folder)
+    model = make_base("llama", torch.float32)
+    model.resize_token_embeddings(tokenizer.get_vocab_size())
+    model.save_pretrained(folder)
+    return folder
+
+
+def start_real_model(folder: str, results: Path) -> dict[str, dict[str, Any]]:
+    small = "--pieces 4 8 --steps 2 --batch-size 2 --story-tokens 3 --window 16 --scored 1 10 --rows 4 --seeds 0 1"
+    real_model.main(["--model", folder, *small.split(), "--results", str(results)])
+    return study.finished(results)
+
+
+def test_every_arm_of_the_real_model_has_equally_many_tries(llama: str, tmp_path: Path) -> None:
+    results = tmp_path / "real.jsonl"
+    rows = start_real_model(llama, results)
+    assert len(rows) == 2 + len(ARMS) * (len(real_model.RATES) + 2)
+    for arm in ARMS:
+        of_arm = [row for row in rows.values() if row["settings"]["arm"] == arm]
+        tries = [row for row in of_arm if row["settings"]["seed"] == study.DEVELOPMENT_SEED]
+        rates = [(row["settings"]["learning_rate"], row["settings"]["side_path_lr_scale"]) for row in tries]
+        assert rates == list(real_model.RATES)
+        best = min(tries, key=lambda row: row["last_loss"])["settings"]
+        fresh = [row["settings"] for row in of_arm if row["settings"]["seed"] != study.DEVELOPMENT_SEED]
+        assert fresh == [{**best, "seed": seed} for seed in (0, 1)]
+    lines = results.read_text().splitlines()
+    results.write_text("\n".join(lines[:-1]) + "\n")
+    again = start_real_model(llama, results)[list(rows)[-1]]
+    assert again["losses"] == list(rows.values())[-1]["losses"]
+    table = report.real_model_table(list(rows.values()))
+    names = [real_model.FULL, real_model.BASE, *ARMS]
+    assert [line.split(" | ")[0] for line in table.splitlines()[2:]] == [f"| {name}" for name in names]
+    assert len({line.count("|") for line in table.splitlines()}) == 1
+    of = {(row["settings"]["arm"], row["settings"]["seed"]): row["recall"]["10"] for row in rows.values()}
+    mean = sum(of["TALAN, all blocks", seed] - of["LoRA", seed] for seed in (0, 1)) / 2
+    assert f"{100 * mean:+.1f}" in table.splitlines()[-1]
+
+
+def test_a_text_holds_its_fact_once_and_asks_for_it_without_the_answer(llama: str) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(llama)
+    texts = real_model.Texts(tokenizer, plain_text()[0])
+    tokens, answers, asked = texts.draw(3, [5, 20, 9], random.Random(0))
+    question = tokenizer.decode(texts.question)
+    for row, answer in zip(tokens, answers, strict=True):
+        text = tokenizer.decode(row)
+        assert text.count(question) == 1 + 3
+        # The fact is the first sentence; no question is followed by its answer.
+        assert text.startswith(real_model.FACT.format(tokenizer.decode(answer)).strip())
+        for place in asked.tolist():
+            assert tokenizer.decode(row[: place + 1]).endswith(question)
+    assert asked[-1] == tokens.shape[1] - 1
+    assert texts.of_length(3, 64, random.Random(0))[0].shape == (3, 64)
