@@ -13,7 +13,6 @@ finished measurement is appended to the results. Without a GPU it runs on the pr
 from __future__ import annotations
 
 import argparse
-import statistics
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ from typing import Any
 import torch
 from calls import Calls, compiled_decode_calls, decode_calls, prefill_calls, train_calls
 from conditions import MATCHED, SHAPES, load_base, make_conditions
-from measure import append_line, code_version, in_turns, machine, ratio_of, read_lines, wait_for_device
+from measure import append_line, code_version, in_turns, machine, read_lines, summary, wait_for_device
 from torch import nn
 
 from peft_talan.functional import fused, one_token, ragged, ragged_reference, reference
@@ -83,16 +82,6 @@ def operator_calls(hidden_size: int, tokens: int, requests: int, device: str, dt
             ),
             "fused": torch.no_grad()(lambda: ragged.ragged_side_path(flat, parameters, options, **together)),
         },
-    }
-
-
-def summary(times: dict[str, list[float]]) -> dict[str, Any]:
-    """Medians, and the ratios within the turns."""
-    matched = {**MATCHED, "fused": "reference"}
-    pairs = [(name, matched[name]) for name in times if matched.get(name) in times]
-    return {
-        "milliseconds": {name: statistics.median(values) for name, values in times.items()},
-        "ratios": {name: {"to": other, **ratio_of(times[name], times[other])._asdict()} for name, other in pairs},
     }
 
 
@@ -195,7 +184,7 @@ def main() -> None:
                 line = {
                     "key": {**key, **({} if what == cell["measure"] else {"what": what})},
                     "code": code,
-                    **summary(times),
+                    **summary(times, {**MATCHED, "fused": "reference"}),
                     "memory": peak_memory(calls),
                 }
                 append_line(options.output, {**line, "machine": environment})

@@ -16,7 +16,6 @@ as left out, with the reason. `--report` prints the tables, and writes them and 
 from __future__ import annotations
 
 import argparse
-import statistics
 import tempfile
 import time
 from collections.abc import Iterator
@@ -37,7 +36,7 @@ from calls import (
     train_calls,
 )
 from conditions import GROUPS, MATCHED, MODELS, SMALLER_GROUPS, load_base, make_conditions, trainable_shares
-from measure import append_line, code_version, in_turns, machine, memory_of, operations_of, ratio_of, read_lines
+from measure import append_line, code_version, in_turns, machine, memory_of, operations_of, read_lines, summary
 from torch import nn
 
 RESULTS = Path(__file__).parent / "results" / "overhead.jsonl"
@@ -66,17 +65,7 @@ def probe(models: dict[str, nn.Module], group: str) -> dict[str, float]:
 def timed(calls: Calls, options: argparse.Namespace, rounds: int, warm_up: int, fewest: int) -> dict[str, Any]:
     """Take turns; give medians, ratios and the times themselves."""
     times = in_turns(calls, rounds, warm_up, options.seconds, fewest)
-    return summary(times)
-
-
-def summary(times: dict[str, list[float]]) -> dict[str, Any]:
-    """Medians and ratios of the turns."""
-    pairs = [(name, MATCHED[name]) for name in times if MATCHED.get(name) in times]
-    return {
-        "milliseconds": {name: statistics.median(values) for name, values in times.items()},
-        "ratios": {name: {"to": other, **ratio_of(times[name], times[other])._asdict()} for name, other in pairs},
-        "times": {name: [round(value, 3) for value in values] for name, values in times.items()},
-    }
+    return summary(times, MATCHED)
 
 
 def choose(group: str, models: dict[str, nn.Module], turns: int, seconds: dict[str, float], bytes_each: float,
@@ -163,7 +152,7 @@ def measure_attach(base: nn.Module, what: str, options: argparse.Namespace) -> d
     with tempfile.TemporaryDirectory() as folder:
         calls = attach_calls(base, names) if what == "attach" else load_calls(base, names, Path(folder))
         times = in_turns(calls, options.rounds * 2, 2, options.seconds, after=lambda model: model.unload())
-    return summary(times)
+    return summary(times, MATCHED)
 
 
 def cells(options: argparse.Namespace) -> Iterator[dict[str, Any]]:

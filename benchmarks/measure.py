@@ -181,6 +181,21 @@ def ratio_of(times: list[float], others: list[float]) -> Ratio:
     return Ratio(statistics.median(ratios.tolist()), low, high)
 
 
+def summary(times: dict[str, list[float]], partners: dict[str, str]) -> dict[str, Any]:
+    """Medians, ratios within the turns, and the turns themselves.
+
+    Args:
+        times: Milliseconds of every turn, by condition.
+        partners: What each condition is compared with, where both were timed.
+    """
+    pairs = [(name, partners[name]) for name in times if partners.get(name) in times]
+    return {
+        "milliseconds": {name: statistics.median(values) for name, values in times.items()},
+        "ratios": {name: {"to": other, **ratio_of(times[name], times[other])._asdict()} for name, other in pairs},
+        "times": {name: [round(value, 3) for value in values] for name, values in times.items()},
+    }
+
+
 def operations_of(call: Callable[[], object]) -> dict[str, int]:
     """Operations of one call: at the dispatcher, those of them that are no view, and torch.profiler's events.
 

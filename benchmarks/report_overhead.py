@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from conditions import SHAPES
 from measure import read_lines
+from pages import filled
 from paper_tables import paper_tables, plot_side_path
 
 DOCS = Path(__file__).parent.parent / "docs"
@@ -337,20 +337,6 @@ def plot(lines: list[Line], file: Path) -> None:
     figure.tight_layout()
     figure.savefig(file, metadata={"Date": None})
     pyplot.close(figure)
-
-
-def filled(page: str, tables: dict[str, str]) -> str:
-    """The page with the tables between its markers.
-
-    Raises:
-        ValueError: The page has no place, or several, for a table.
-    """
-    for name, table in tables.items():
-        marked = re.compile(rf"(<!-- table: {name} -->\n).*?(<!-- end -->)", re.DOTALL)
-        page, count = marked.subn(lambda match, table=table: f"{match[1]}\n{table}\n\n{match[2]}", page)
-        if count != 1:
-            raise ValueError(f"{PAGE.name} has {count} places for the table {name!r}; give it one")
-    return page
 
 
 def all_tables(results: Path) -> dict[str, str]:

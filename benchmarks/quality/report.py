@@ -9,12 +9,12 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from ..pages import filled
 from . import initial_scales, inside, strength
 from .arms import MATCHED, VARIANTS
 from .paired import Summary, summarise
@@ -236,19 +236,10 @@ def forest_plot(rows: list[Row], file: Path, measure: str = "loss, % lower") -> 
     figure.savefig(file, dpi=130)
 
 
-def put_into_page(page: Path, tables: dict[str, str]) -> None:
-    """Replace what stands between `<!-- table NAME -->` and `<!-- end -->`."""
-    text = page.read_text(encoding="utf-8")
-    for name, table in tables.items():
-        marked = re.compile(rf"(<!-- table {re.escape(name)} -->\n).*?(<!-- end -->)", re.DOTALL)
-        text = marked.sub(lambda found, table=table: f"{found[1]}\n{table}\n\n{found[2]}", text)
-    page.write_text(text, encoding="utf-8")
-
-
 def show(tables: dict[str, str], page: Path | None, note: str = "") -> None:
     """Put the tables into a page, or print them, each under its name and the note, if there is none."""
     if page is not None:
-        put_into_page(page, tables)
+        page.write_text(filled(page.read_text(encoding="utf-8"), tables), encoding="utf-8")
         return
     for name, table in tables.items():
         print(f"\n{name}{note}\n\n{table}")

@@ -24,9 +24,10 @@ import statistics
 from pathlib import Path
 from typing import Any
 
+from ..pages import filled
 from .clients import COUNTED, TOPICS, disturb, expected_answers, load, send_too_long, soak, write_folders
 from .servers import SERVERS, all_serving, alone
-from .table import PAGE_WITH_TABLE, RESULTS, filled, ratios, table
+from .table import NAME, PAGE_WITH_TABLE, RESULTS, ratios, table
 
 
 def report(out: Path, row: dict[str, Any]) -> None:
@@ -88,7 +89,7 @@ def main() -> None:
     options = parser.parse_args()
     if options.table:
         page = PAGE_WITH_TABLE.read_text(encoding="utf-8")
-        PAGE_WITH_TABLE.write_text(filled(page, table(options.out)), encoding="utf-8")
+        PAGE_WITH_TABLE.write_text(filled(page, {NAME: table(options.out)}), encoding="utf-8")
         return
     about = {"server": options.server, "threads": options.threads, "tokens": options.tokens}
     about["machine"] = f"{platform.machine()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.0f}"

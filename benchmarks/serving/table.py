@@ -10,7 +10,8 @@ from typing import Any
 
 RESULTS = Path(__file__).parents[1] / "results" / "serving.jsonl"
 PAGE_WITH_TABLE = Path(__file__).parents[2] / "docs" / "how-to" / "serve.md"
-MARKS = ("<!-- table load -->\n", "<!-- end -->")
+NAME = "load"
+"""The table's, on its page."""
 FEWEST_TURNS = 3
 """Fewer say nothing about speed."""
 
@@ -52,9 +53,3 @@ def table(out: Path) -> str:
         cells += [*speed, f"{of_both:.3f}" if row["turns"] >= FEWEST_TURNS else "not measured", *time]
         lines.append(f"| {' | '.join(map(str, cells))} |")
     return "\n".join(lines)
-
-
-def filled(page: str, rows: str) -> str:
-    """The page with the table between its marks."""
-    before, _, rest = page.partition(MARKS[0])
-    return f"{before}{MARKS[0]}\n{rows}\n\n{MARKS[1]}{rest.partition(MARKS[1])[2]}"

@@ -79,7 +79,8 @@ def test_tables_and_picture(results: Path, tmp_path: Path) -> None:
         0 <= share.low <= share.mean <= share.high <= 1 for share in report.curves(rows, "key")["LoRA"].values()
     )
     page = tmp_path / "evidence.md"
-    page.write_text("<!-- table memory key -->\n<!-- end -->\n")
+    names = ("key", "findings", "real model", "generation")
+    page.write_text("".join(f"<!-- table memory {name} -->\n<!-- end -->\n" for name in names))
     none = str(tmp_path / "none.jsonl")
     report.main(["--results", str(results), "--generation", none, "--real-model", none, "--page", str(page)])
     assert "TALAN, all blocks" in page.read_text()

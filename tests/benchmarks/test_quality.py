@@ -155,7 +155,7 @@ def test_tables_pair_by_backbone_task_and_seed(rows: dict[str, dict[str, object]
     page = tmp_path / "evidence.md"
     page.write_text("a\n<!-- table summary -->\nold\n<!-- end -->\nb\n<!-- table scores -->\n<!-- end -->\n")
     found = list(rows.values())
-    report.put_into_page(page, {"summary": report.summary_table(found), "scores": report.scores_table(found)})
+    report.show({"summary": report.summary_table(found), "scores": report.scores_table(found)}, page)
     text = page.read_text()
     assert "old" not in text
     assert text.startswith("a\n")
