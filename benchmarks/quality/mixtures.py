@@ -2,7 +2,8 @@
 
     python -m benchmarks.quality.backbones small-qwen3
     python -m benchmarks.quality.mixtures                          # runs what is not in the results yet
-    python -m benchmarks.quality.mixtures --backbones SmolLM2-135M-Instruct --mixture mixture --batch-size 8 --steps 60
+    python -m benchmarks.quality.mixtures --backbones SmolLM2-135M-Instruct --mixture mixture --batch-size 8 \\
+        --steps 40 --tries 3 --held-out 50
     python -m benchmarks.quality.inside --study benchmarks/results/mixtures.jsonl \\
         --results benchmarks/results/mixtures_inside.jsonl         # sizes of both halves
     python -m benchmarks.quality.mixtures_report --page docs/evidence-tables.md

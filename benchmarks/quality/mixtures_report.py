@@ -136,13 +136,21 @@ def tries_table(rows: Sequence[Row]) -> str:
     return "\n".join(lines)
 
 
+def inside_tables(measured: Sequence[Row]) -> str:
+    """The inner states of the trained adapters, a table for each backbone."""
+    by_place: dict[str, list[Row]] = {}
+    for row in measured:
+        by_place.setdefault(place(row), []).append(row)
+    return "\n\n".join(f"{name}:\n\n{inside.table(found)}" for name, found in by_place.items())
+
+
 def tables_of(results: Path, inside_results: Path) -> dict[str, str]:
     rows, measured = list(finished(results).values()), list(finished(inside_results).values())
     return {
         "mixtures differences": differences_table(rows),
         "mixtures scores": scores_table(rows),
         "mixtures tries": tries_table(rows),
-        "mixtures inside": inside.table(measured) if measured else "",
+        "mixtures inside": inside_tables(measured),
     }
 
 
