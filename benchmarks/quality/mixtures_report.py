@@ -23,6 +23,7 @@ from .report import MEASURES, PAIRS, show
 from .study import finished
 from .tasks import DEVELOPMENT_SEED, TASKS
 
+INSIDE_RESULTS = MIXTURE_RESULTS.with_name("mixtures_inside.jsonl")
 Row = dict[str, Any]
 NAMES = {
     "base": "backbone",
@@ -157,7 +158,7 @@ def tables_of(results: Path, inside_results: Path) -> dict[str, str]:
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", type=Path, default=MIXTURE_RESULTS)
-    parser.add_argument("--inside", type=Path, default=MIXTURE_RESULTS.with_name("mixtures_inside.jsonl"))
+    parser.add_argument("--inside", type=Path, default=INSIDE_RESULTS)
     parser.add_argument(
         "--page", type=Path, default=None, help="a page with marks like <!-- table mixtures scores -->"
     )

@@ -12,6 +12,7 @@ import pytest
 
 from benchmarks.quality import arms, mixtures, mixtures_report, one_run, study, tasks
 
+PAGE = Path(__file__).parents[2] / "docs" / "evidence-tables.md"
 ARMS = ["lora", "lora+talan", "lora-matched"]
 TRIES = 3
 Rows = dict[str, dict[str, Any]]
@@ -155,3 +156,10 @@ def test_tables_show_every_arm_and_the_choice(rows: Rows) -> None:
         "LoRA+TALAN against LoRA, as many parameters": 5,
         "LoRA, as many parameters against LoRA": 5,
     }
+
+
+def test_the_page_shows_the_stored_results() -> None:
+    text = PAGE.read_text(encoding="utf-8")
+    tables = mixtures_report.tables_of(mixtures.MIXTURE_RESULTS, mixtures_report.INSIDE_RESULTS)
+    for name, table in tables.items():
+        assert table in text, f"{name}: python -m benchmarks.quality.mixtures_report --page docs/evidence-tables.md"
