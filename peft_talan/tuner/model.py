@@ -140,7 +140,7 @@ class TalanModel(CheckpointedModel):
             tensor_parallel.synchronize(model, adapter_name)
             if not first or config.talan_trainable != "joint":
                 declare_scope(model, adapter_name, config.talan_trainable)
-            if header is not None and (config.modules_to_save or config.trainable_token_indices):
+            if header is not None and (config.modules_to_save or config.trainable_token_indices is not None):
                 check_whole_modules(adapter_name, header.names, model)
             config.talan_kept = False
         except BaseException:
