@@ -89,25 +89,32 @@ def over_lora(arm: str, runs: dict[int, Row], its: dict[int, Row]) -> str:
     return f"{symbol(over)} {over.text(1, 100.0, sign='+')}"
 
 
+def lengths(shown: Sequence[int]) -> str:
+    """The heads of the columns of recall."""
+    return " | ".join(f"{windows} window{'s' if windows > 1 else ''}" for windows in shown)
+
+
+def recall_cells(shares: dict[int, Interval], shown: Sequence[int]) -> str:
+    return " | ".join(shares[windows].text(1, 100.0) + "%" if windows in shares else "" for windows in shown)
+
+
 def task_table(rows: Sequence[Row], task: str, base: str = "window", shown: Sequence[int] = (1, 4, 10, 32)) -> str:
     """Recall of every arm on one task at some distances, and what it has over LoRA."""
     lines = [
-        "| arm | trainable | learning rate | seeds | "
-        + " | ".join(f"{windows} window{'s' if windows > 1 else ''}" for windows in shown)
-        + f" | minus LoRA at {COMPARED} windows, points |",
+        f"| arm | trainable | learning rate | seeds | {lengths(shown)} | minus LoRA at {COMPARED} windows, points |",
         "|---|---|---|---|" + "---|" * len(shown) + "---|",
     ]
     for arm, shares in curves(rows, task, base).items():
-        cells = [shares[windows].text(1, 100.0) + "%" if windows in shares else "" for windows in shown]
+        cells = recall_cells(shares, shown)
         if arm not in ARMS:
-            lines.append(f"| {arm} | | | | {' | '.join(cells)} | |")
+            lines.append(f"| {arm} | | | | {cells} | |")
             continue
         runs = of_arm(rows, task, arm, base)
         first = next(iter(runs.values()))
         against = over_lora(arm, runs, of_arm(rows, task, REFERENCE, base))
         lines.append(
             f"| {arm} | {first['trainable']:,} | {first['settings']['learning_rate']:g} | {len(runs)} "
-            f"| {' | '.join(cells)} | {against} |"
+            f"| {cells} | {against} |"
         )
     return "\n".join(lines)
 
@@ -124,20 +131,18 @@ def real_model_table(rows: Sequence[Row]) -> str:
     by_arm = {arm: runs for arm, runs in by_arm.items() if runs}
     shown = sorted({int(windows) for runs in by_arm.values() for row in runs.values() for windows in row["recall"]})
     lines = [
-        "| arm | trainable | learning rate, side path's | seeds | "
-        + " | ".join(f"{windows} window{'s' if windows > 1 else ''}" for windows in shown)
-        + f" | minus LoRA at {COMPARED} windows, points | text perplexity |",
+        f"| arm | trainable | learning rate, side path's | seeds | {lengths(shown)} "
+        f"| minus LoRA at {COMPARED} windows, points | text perplexity |",
         "|---|---|---|---|" + "---|" * len(shown) + "---|---|",
     ]
     for arm, runs in by_arm.items():
-        shares, first = curve(runs), next(iter(runs.values()))
-        cells = [shares[windows].text(1, 100.0) + "%" if windows in shares else "" for windows in shown]
+        first = next(iter(runs.values()))
         rate, scale = first["settings"]["learning_rate"], first["settings"]["side_path_lr_scale"]
         rates = f"{rate:g}" + (f", {rate * scale:g}" if arm.startswith("TALAN") else "")
         size = f"{first['trainable']:,} | {rates} | {len(runs)}" if arm in ARMS else " | | "
         perplexity = math.exp(sum(row["text_loss"] for row in runs.values()) / len(runs))
         against = over_lora(arm, runs, by_arm.get(REFERENCE, {})) if arm in ARMS else ""
-        lines.append(f"| {arm} | {size} | {' | '.join(cells)} | {against} | {perplexity:.1f} |")
+        lines.append(f"| {arm} | {size} | {recall_cells(curve(runs), shown)} | {against} | {perplexity:.1f} |")
     return "\n".join(lines)
 
 
