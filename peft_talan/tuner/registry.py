@@ -11,6 +11,7 @@ from transformers.core_model_loading import WeightRenaming
 from ..checkpoint.card import write_cards_on_save
 from ..config import TalanConfig
 from .lorafa import let_lorafa_train_side_paths
+from .merged_loading import let_transformers_build_merged_models
 from .model import TalanModel
 
 
@@ -30,6 +31,7 @@ def register_talan() -> None:
         _let_transformers_load_magnitudes()
         write_cards_on_save()
         let_lorafa_train_side_paths()
+        let_transformers_build_merged_models()
 
 
 def _let_transformers_load_magnitudes() -> None:
