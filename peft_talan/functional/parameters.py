@@ -124,7 +124,7 @@ class RaggedOutput(NamedTuple):
 
     Args:
         hidden_states: h', [tokens, hidden_size]; rows of padding hold finite numbers, and nothing that means anything.
-        states: The memories that were asked for, [leaves or requests, slots, width + 1], in the dtype of those before.
+        states: The states at the snapshots, [snapshots or requests, slots, width + 1], in the dtype of those before.
     """
 
     hidden_states: torch.Tensor

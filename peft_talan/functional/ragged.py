@@ -154,7 +154,7 @@ def _remix_requests(
     state: torch.Tensor,
     query_start_loc: torch.Tensor,
     max_query_length: int,
-    leave_at: torch.Tensor | None,
+    snapshot_positions: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Requests of any lengths, in chunks: read-outs, and the memories that are wanted."""
     tokens, query_start_loc = values.shape[0], query_start_loc.long()
@@ -165,9 +165,9 @@ def _remix_requests(
     else:
         remixed = forward_slab(slab, probabilities(slab, mixer, parameters[0]))
     readout = remixed.flatten(0, 1).index_select(0, lay.slot.clamp(max=lay.items * lay.chunk - 1))
-    wanted = query_start_loc[1:] - 1 if leave_at is None else leave_at
+    wanted = query_start_loc[1:] - 1 if snapshot_positions is None else snapshot_positions
     states = _memories_after(wanted.clamp(0, tokens - 1), slab, lay)
-    if leave_at is None:
+    if snapshot_positions is None:
         empty = query_start_loc[1:] == query_start_loc[:-1]
         states = torch.where(empty[:, None, None], state, states)
     return readout, states
@@ -181,7 +181,7 @@ def ragged_side_path(
     query_start_loc: torch.Tensor | None,
     state: torch.Tensor,
     max_query_length: int,
-    leave_at: torch.Tensor | None = None,
+    snapshot_positions: torch.Tensor | None = None,
     alpha: float | torch.Tensor = 1.0,
 ) -> RaggedOutput:
     """Run a side path on requests laid end to end; see `ragged_reference.ragged_side_path`."""
@@ -194,10 +194,10 @@ def ragged_side_path(
         call = (values, queries, slot_weights(logits, None), options.mixer, mixer, before)
         if query_start_loc is None:
             readout, states = _remix_one_token(*call)
-            if leave_at is not None:
-                states = states.index_select(0, leave_at.clamp(0, states.shape[0] - 1))
+            if snapshot_positions is not None:
+                states = states.index_select(0, snapshot_positions.clamp(0, states.shape[0] - 1))
         else:
-            readout, states = _remix_requests(*call, query_start_loc, max_query_length, leave_at)
+            readout, states = _remix_requests(*call, query_start_loc, max_query_length, snapshot_positions)
         if isinstance(alpha, torch.Tensor):
             readout, alpha = readout * alpha.to(dtype).unsqueeze(1), 1.0
         written = write_back(

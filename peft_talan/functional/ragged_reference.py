@@ -18,7 +18,7 @@ def ragged_side_path(
     query_start_loc: torch.Tensor | None,
     state: torch.Tensor,
     max_query_length: int,
-    leave_at: torch.Tensor | None = None,
+    snapshot_positions: torch.Tensor | None = None,
     alpha: float | torch.Tensor = 1.0,
 ) -> RaggedOutput:
     """Run a side path with a causal memory on requests of different lengths, laid end to end.
@@ -32,8 +32,8 @@ def ragged_side_path(
             token is a request.
         state: The memory before each request's first token, [requests, slots, width + 1].
         max_query_length: The number of tokens of the longest request, or more; it is known without asking the device.
-        leave_at: The tokens after which the memory is wanted, [leaves], int64; a number that is no token's asks for
-            nothing in particular. None: after each request's last token. Default None.
+        snapshot_positions: The tokens after which the state is returned, [snapshots], int64; for a number that is no
+            token's, some state. None: after each request's last token. Default None.
         alpha: The strength of the perturbation, or that of each token's, [tokens]. Default 1.
 
     Returns:
@@ -54,7 +54,9 @@ def ragged_side_path(
         written[start:end] = output.hidden_states[0]
         memories[start:end] = reference.compress(output.values, output.weights, state=before)[0][0]
         after[request] = memories[end - 1]
-    if leave_at is None:
+    if snapshot_positions is None:
         return RaggedOutput(written, after)
-    tokens = torch.where((leave_at >= 0) & (leave_at < bounds[-1]), leave_at, hidden_states.shape[0])
+    tokens = torch.where(
+        (snapshot_positions >= 0) & (snapshot_positions < bounds[-1]), snapshot_positions, hidden_states.shape[0]
+    )
     return RaggedOutput(written, memories[tokens])

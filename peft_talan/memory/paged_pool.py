@@ -18,7 +18,7 @@ from ..functional.ragged import request_of
 def page_ends(
     page_of_token: torch.Tensor, query_start_loc: torch.Tensor, page_size: int, unused_page: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Find the tokens after which a page is left: the last one of each page and of each request.
+    """Find the tokens after which a state is stored: the last one of each page and of each request.
 
     Args:
         page_of_token: The page that each token is written to, [tokens], int64.
@@ -27,11 +27,11 @@ def page_ends(
         unused_page: A page that belongs to no request.
 
     Returns:
-        The tokens and their pages, [leaves], int64, as `ragged_side_path` and `write_states` take them; there are more
-        places than needed, and what is left over is -1 and the unused page.
+        The tokens and their pages, [snapshots], int64, as `ragged_side_path` and `write_states` take them; there are
+        more places than needed, and what is left over is -1 and the unused page.
     """
     tokens, requests = page_of_token.shape[0], query_start_loc.shape[0] - 1
-    leaves = min(tokens, tokens // page_size + 2 * requests)
+    snapshots = min(tokens, tokens // page_size + 2 * requests)
     index = torch.arange(tokens, device=page_of_token.device)
     ends = query_start_loc[1:].long()
     request = request_of(index, ends)
@@ -39,10 +39,10 @@ def page_ends(
     last = torch.ones_like(index, dtype=torch.bool)
     last[:-1] = (request[1:] != request[:-1]) | (page_of_token[1:] != page_of_token[:-1])
     last = (last | (index + 1 == ends[-1])) & (index < ends[-1])
-    place = torch.where(last, last.cumsum(0) - 1, leaves)
-    leave_at = index.new_full((leaves + 1,), -1).index_copy_(0, place, index)[:-1]
-    pages = page_of_token.index_select(0, leave_at.clamp(min=0))
-    return leave_at, torch.where(leave_at < 0, unused_page, pages)
+    place = torch.where(last, last.cumsum(0) - 1, snapshots)
+    snapshot_positions = index.new_full((snapshots + 1,), -1).index_copy_(0, place, index)[:-1]
+    pages = page_of_token.index_select(0, snapshot_positions.clamp(min=0))
+    return snapshot_positions, torch.where(snapshot_positions < 0, unused_page, pages)
 
 
 def request_ends(page_of_token: torch.Tensor, query_start_loc: torch.Tensor, unused_page: int) -> torch.Tensor:
@@ -95,8 +95,8 @@ def write_states(pool: torch.Tensor, pages: torch.Tensor, states: torch.Tensor) 
 
     Args:
         pool: [pages, slots, width + 1]; it is changed in place.
-        pages: [leaves], int64, each page once but for one that nobody reads.
-        states: [leaves, slots, width + 1].
+        pages: [snapshots], int64, each page once but for one that nobody reads.
+        states: [snapshots, slots, width + 1].
     """
     pool.index_copy_(0, pages, states)
 

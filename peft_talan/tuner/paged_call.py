@@ -40,15 +40,15 @@ class Pages(NamedTuple):
         starts: Where each request starts, and where the last one ends, [requests + 1], int; None: each token is one.
         before: The page of each request's previous token, [requests], int64.
         is_new: Whether the request begins with this call, [requests], bool.
-        leave_at: The tokens after which a page is left, [leaves], int64; None: each request's last.
-        after: Their pages, [leaves or requests], int64.
+        snapshot_positions: The tokens after which a state is stored, [snapshots], int64; None: each request's last.
+        after: Their pages, [snapshots or requests], int64.
     """
 
     number: int
     starts: torch.Tensor | None
     before: torch.Tensor
     is_new: torch.Tensor
-    leave_at: torch.Tensor | None
+    snapshot_positions: torch.Tensor | None
     after: torch.Tensor
 
 
@@ -113,10 +113,10 @@ class PagedCall:
             before, after = of_tokens(before, tokens, unused), of_tokens(after, tokens, unused)
             return Pages(number, None, before, positions == 0, None, after)
         if self.cache.use_prefix_sharing:
-            leave_at, after = page_ends(of_token, self.query_start_loc, allocator.tokens_per_page, unused)
+            snapshot_positions, after = page_ends(of_token, self.query_start_loc, allocator.tokens_per_page, unused)
         else:
-            leave_at, after = None, request_ends(of_token, self.query_start_loc, unused)
-        return Pages(number, self.query_start_loc, before, past == 0, leave_at, after)
+            snapshot_positions, after = None, request_ends(of_token, self.query_start_loc, unused)
+        return Pages(number, self.query_start_loc, before, past == 0, snapshot_positions, after)
 
     def _pages_read(self, allocator: Any, queries: torch.Tensor | int) -> torch.Tensor:
         """The page of each request's previous token: it is the last one that is read and not written."""
@@ -243,7 +243,7 @@ def run_paged(
                 query_start_loc=pages.starts,
                 state=read_states(pool, pages.before, pages.is_new),
                 max_query_length=call.max_query_length,
-                leave_at=pages.leave_at,
+                snapshot_positions=pages.snapshot_positions,
                 alpha=alpha,
             )
             write_states(pool, pages.after, output.states)

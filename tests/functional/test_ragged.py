@@ -49,14 +49,16 @@ def test_outputs_and_memories_equal_the_reference(lengths: list[int], mixer: Any
             arguments, given, real = call(lengths, padded, mixer, writeback)
             if not real + padded:
                 continue
-            for leave_at in (None, torch.tensor([0, *range(0, real, 3), -1, real + padded])):
-                found = ragged.ragged_side_path(*arguments, **given, leave_at=leave_at)
-                expected = ragged_reference.ragged_side_path(*arguments, **given, leave_at=leave_at)
+            for snapshot_positions in (None, torch.tensor([0, *range(0, real, 3), -1, real + padded])):
+                found = ragged.ragged_side_path(*arguments, **given, snapshot_positions=snapshot_positions)
+                expected = ragged_reference.ragged_side_path(
+                    *arguments, **given, snapshot_positions=snapshot_positions
+                )
                 assert found.hidden_states.isfinite().all() and found.states.isfinite().all()
                 if real:
                     assert_equal_up_to_rounding(found.hidden_states[:real], expected.hidden_states[:real])
-                if real or leave_at is None:
-                    wanted = slice(None) if leave_at is None else slice(-2)
+                if real or snapshot_positions is None:
+                    wanted = slice(None) if snapshot_positions is None else slice(-2)
                     assert_equal_up_to_rounding(found.states[wanted], expected.states[wanted])
 
 
@@ -65,10 +67,10 @@ def test_calls_in_which_each_token_is_a_request(mixer: Any) -> None:
     for writeback in WRITEBACKS:
         arguments, given, _ = call([1] * 7, 0, mixer, writeback)
         given |= {"query_start_loc": None, "alpha": torch.randn(7, dtype=torch.float64)}
-        for leave_at in (None, torch.tensor([5, -1, 2, 7])):
-            found = ragged.ragged_side_path(*arguments, **given, leave_at=leave_at)
-            expected = ragged_reference.ragged_side_path(*arguments, **given, leave_at=leave_at)
-            wanted = slice(None) if leave_at is None else [0, 2]
+        for snapshot_positions in (None, torch.tensor([5, -1, 2, 7])):
+            found = ragged.ragged_side_path(*arguments, **given, snapshot_positions=snapshot_positions)
+            expected = ragged_reference.ragged_side_path(*arguments, **given, snapshot_positions=snapshot_positions)
+            wanted = slice(None) if snapshot_positions is None else [0, 2]
             assert_equal_up_to_rounding(found.hidden_states, expected.hidden_states)
             assert_equal_up_to_rounding(found.states[wanted], expected.states[wanted])
 

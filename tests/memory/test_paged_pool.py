@@ -1,4 +1,4 @@
-"""The arithmetic of pages: after which tokens a page is left, and what is read from and left in a pool."""
+"""The arithmetic of pages: after which tokens a state is stored, and what is read from and left in a pool."""
 
 from __future__ import annotations
 
@@ -35,9 +35,9 @@ def test_every_page_and_every_request_is_left_once() -> None:
         expected = expected_ends(pages, bounds)
         padding = 4
         page_of_token = torch.tensor([*pages, *[UNUSED] * padding])
-        leave_at, left = page_ends(page_of_token, torch.tensor(bounds, dtype=torch.int32), size, UNUSED)
-        used = leave_at >= 0
-        assert dict(zip(leave_at[used].tolist(), left[used].tolist(), strict=True)) == expected
+        snapshot_positions, left = page_ends(page_of_token, torch.tensor(bounds, dtype=torch.int32), size, UNUSED)
+        used = snapshot_positions >= 0
+        assert dict(zip(snapshot_positions[used].tolist(), left[used].tolist(), strict=True)) == expected
         assert (left[~used] == UNUSED).all()
         ends = request_ends(page_of_token, torch.tensor(bounds), UNUSED).tolist()
         assert ends == [pages[end - 1] if end > start else UNUSED for start, end in pairwise(bounds)]
