@@ -72,27 +72,27 @@ def choose_chunk(tokens: int, requests: int, max_query_length: int) -> int:
     return 1 << (length - 1).bit_length()
 
 
-def lay_out(query_start_loc: torch.Tensor, tokens: int, max_query_length: int) -> Layout:
+def lay_out(cu_seqlens: torch.Tensor, tokens: int, max_query_length: int) -> Layout:
     """Cut every request into chunks.
 
     Args:
-        query_start_loc: [requests + 1], int64.
+        cu_seqlens: [requests + 1], int64.
         tokens: Of the call, padding included.
         max_query_length: The tokens of the longest request.
 
     Returns:
         The layout.
     """
-    requests = query_start_loc.shape[0] - 1
+    requests = cu_seqlens.shape[0] - 1
     chunk = choose_chunk(tokens, requests, max_query_length)
     items = min(tokens // chunk + requests, tokens)
-    starts, ends = query_start_loc[:-1], query_start_loc[1:]
+    starts, ends = cu_seqlens[:-1], cu_seqlens[1:]
     chunk_ends = ((ends - starts + chunk - 1) // chunk).cumsum(0)
     # A request's first chunk minus its first token, so that a token's own place falls out of one addition.
     shift = F.pad(chunk_ends[:-1], (1, 0)) * chunk - starts
-    token = torch.arange(tokens, device=query_start_loc.device)
+    token = torch.arange(tokens, device=cu_seqlens.device)
     slot = torch.where(token < ends[-1], token + shift.index_select(0, request_of(token, ends)), items * chunk)
-    request = request_of(torch.arange(items, device=query_start_loc.device), chunk_ends)
+    request = request_of(torch.arange(items, device=cu_seqlens.device), chunk_ends)
     return Layout(chunk, items, slot, request)
 
 
@@ -152,23 +152,23 @@ def _remix_requests(
     mixer: str,
     parameters: tuple[torch.Tensor, ...],
     state: torch.Tensor,
-    query_start_loc: torch.Tensor,
+    cu_seqlens: torch.Tensor,
     max_query_length: int,
     snapshot_positions: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Requests of any lengths, in chunks: read-outs, and the memories that are wanted."""
-    tokens, query_start_loc = values.shape[0], query_start_loc.long()
-    lay = lay_out(query_start_loc, tokens, max_query_length)
+    tokens, cu_seqlens = values.shape[0], cu_seqlens.long()
+    lay = lay_out(cu_seqlens, tokens, max_query_length)
     slab = _cut(values, queries, weights, state, lay)
     if mixer == "mlp":
         remixed = _remix_mlp(slab, parameters)
     else:
         remixed = forward_slab(slab, probabilities(slab, mixer, parameters[0]))
     readout = remixed.flatten(0, 1).index_select(0, lay.slot.clamp(max=lay.items * lay.chunk - 1))
-    wanted = query_start_loc[1:] - 1 if snapshot_positions is None else snapshot_positions
+    wanted = cu_seqlens[1:] - 1 if snapshot_positions is None else snapshot_positions
     states = _memories_after(wanted.clamp(0, tokens - 1), slab, lay)
     if snapshot_positions is None:
-        empty = query_start_loc[1:] == query_start_loc[:-1]
+        empty = cu_seqlens[1:] == cu_seqlens[:-1]
         states = torch.where(empty[:, None, None], state, states)
     return readout, states
 
@@ -178,7 +178,7 @@ def ragged_side_path(
     parameters: SidePathParameters,
     options: SidePathOptions,
     *,
-    query_start_loc: torch.Tensor | None,
+    cu_seqlens: torch.Tensor | None,
     state: torch.Tensor,
     max_query_length: int,
     snapshot_positions: torch.Tensor | None = None,
@@ -192,12 +192,12 @@ def ragged_side_path(
         values, queries, logits = read(stream, parameters.read, slots)
         mixer = tuple(tensor.to(dtype) for tensor in parameters.mixer)
         call = (values, queries, slot_weights(logits, None), options.mixer, mixer, before)
-        if query_start_loc is None:
+        if cu_seqlens is None:
             readout, states = _remix_one_token(*call)
             if snapshot_positions is not None:
                 states = states.index_select(0, snapshot_positions.clamp(0, states.shape[0] - 1))
         else:
-            readout, states = _remix_requests(*call, query_start_loc, max_query_length, snapshot_positions)
+            readout, states = _remix_requests(*call, cu_seqlens, max_query_length, snapshot_positions)
         if isinstance(alpha, torch.Tensor):
             readout, alpha = readout * alpha.to(dtype).unsqueeze(1), 1.0
         written = write_back(

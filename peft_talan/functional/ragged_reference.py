@@ -15,7 +15,7 @@ def ragged_side_path(
     parameters: SidePathParameters,
     options: SidePathOptions,
     *,
-    query_start_loc: torch.Tensor | None,
+    cu_seqlens: torch.Tensor | None,
     state: torch.Tensor,
     max_query_length: int,
     snapshot_positions: torch.Tensor | None = None,
@@ -27,7 +27,7 @@ def ragged_side_path(
         hidden_states: h, [tokens, hidden_size].
         parameters: The side path's tensors.
         options: The side path's axes.
-        query_start_loc: Where each request starts and the last one ends, [requests + 1], int, not falling and starting
+        cu_seqlens: Where each request starts and the last one ends, [requests + 1], int, not falling and starting
             at 0. Equal neighbours: a request without tokens. Tokens from the last number on are padding. None: each
             token is a request.
         state: The memory before each request's first token, [requests, slots, width + 1].
@@ -39,12 +39,12 @@ def ragged_side_path(
     Returns:
         h' and the memories; where a request has no tokens, its memory is the one before.
     """
-    if query_start_loc is None:
-        query_start_loc = torch.arange(hidden_states.shape[0] + 1)
+    if cu_seqlens is None:
+        cu_seqlens = torch.arange(hidden_states.shape[0] + 1)
     written = hidden_states.clone()
     memories = state.new_zeros(hidden_states.shape[0] + 1, *state.shape[1:])
     after = state.clone()
-    bounds = query_start_loc.tolist()
+    bounds = cu_seqlens.tolist()
     for request, (start, end) in enumerate(pairwise(bounds)):
         if start == end:
             continue

@@ -240,7 +240,7 @@ def run_paged(
                 hidden_states[0],
                 parameters,
                 options,
-                query_start_loc=pages.starts,
+                cu_seqlens=pages.starts,
                 state=read_states(pool, pages.before, pages.is_new),
                 max_query_length=call.max_query_length,
                 snapshot_positions=pages.snapshot_positions,

@@ -31,7 +31,7 @@ def call(lengths: list[int], padded: int, mixer: Any, writeback: Any) -> tuple[t
     real = sum(lengths)
     hidden = torch.randn(real + padded, HIDDEN_SIZE, dtype=torch.float64)
     given = {
-        "query_start_loc": torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32),
+        "cu_seqlens": torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32),
         "state": memory(len(lengths)),
         "max_query_length": max(lengths),
         "alpha": 0.7,
@@ -66,7 +66,7 @@ def test_outputs_and_memories_equal_the_reference(lengths: list[int], mixer: Any
 def test_calls_in_which_each_token_is_a_request(mixer: Any) -> None:
     for writeback in WRITEBACKS:
         arguments, given, _ = call([1] * 7, 0, mixer, writeback)
-        given |= {"query_start_loc": None, "alpha": torch.randn(7, dtype=torch.float64)}
+        given |= {"cu_seqlens": None, "alpha": torch.randn(7, dtype=torch.float64)}
         for snapshot_positions in (None, torch.tensor([5, -1, 2, 7])):
             found = ragged.ragged_side_path(*arguments, **given, snapshot_positions=snapshot_positions)
             expected = ragged_reference.ragged_side_path(*arguments, **given, snapshot_positions=snapshot_positions)
@@ -110,7 +110,7 @@ def test_a_call_cut_into_pieces_gives_what_the_whole_gives(mixer: Any) -> None:
         pieces = [row[start : start + 11] for row in rows]
         ends = torch.tensor([0, *(len(piece) for piece in pieces)]).cumsum(0)
         part = ragged.ragged_side_path(
-            torch.cat(pieces), parameters, options, query_start_loc=ends, state=state, max_query_length=11, alpha=0.7
+            torch.cat(pieces), parameters, options, cu_seqlens=ends, state=state, max_query_length=11, alpha=0.7
         )
         state = part.states
         for request, piece in enumerate(part.hidden_states.split([len(piece) for piece in pieces])):
@@ -167,7 +167,7 @@ def test_no_memory_is_made_for_every_token(mixer: Any) -> None:
             torch.randn(tokens, HIDDEN_SIZE),
             parameters,
             SidePathOptions(mixer=mixer),
-            query_start_loc=torch.tensor([0, 700, 1200]),
+            cu_seqlens=torch.tensor([0, 700, 1200]),
             state=torch.zeros(2, slots, width + 1),
             max_query_length=700,
         )

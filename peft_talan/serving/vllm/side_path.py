@@ -152,7 +152,7 @@ class PagedSidePath(AdapterTensors):
             hidden_states,
             self.parameters_of(ADAPTER_NAME),
             self.talan_options[ADAPTER_NAME],
-            query_start_loc=pages.starts,
+            cu_seqlens=pages.starts,
             state=read_states(pool, pages.before, pages.is_new),
             max_query_length=pages.longest,
             snapshot_positions=pages.snapshot_positions,
