@@ -1,4 +1,4 @@
-"""The chunked memory read as one function for autograd: long sequences in slabs, with the backward pass by hand."""
+"""The chunked memory read as one function for autograd: long sequences in tiles, with the backward pass by hand."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ import torch
 
 from . import reference
 from .chunked import (
-    CHUNK,
-    Plan,
+    CHUNK_SIZE,
+    ChunkMasks,
     Probabilities,
-    Slab,
-    backward_slab,
-    cut_slab,
-    forward_slab,
+    Tile,
+    backward_tile,
+    cut_tile,
+    forward_tile,
     part_of,
     probabilities,
     to_chunks,
@@ -22,12 +22,12 @@ from .chunked import (
 )
 from .parameters import full_precision
 
-SLAB = 4096
+TILE_TOKENS = 4096
 """Tokens of all sequences that are taken at a time: the temporaries stay in the processor's cache."""
 
 
-def _slabs(tokens: int, sequences: int) -> list[slice]:
-    length = max(SLAB // sequences // CHUNK, 1) * CHUNK
+def _tiles(tokens: int, sequences: int) -> list[slice]:
+    length = max(TILE_TOKENS // sequences // CHUNK_SIZE, 1) * CHUNK_SIZE
     return [slice(start, min(start + length, tokens)) for start in range(0, tokens, length)]
 
 
@@ -75,20 +75,20 @@ def _backward(mixer: str, saved: tuple[Any, ...], grad_outputs: tuple[Any, ...])
     if grad_readouts is None:
         grad_readouts = torch.zeros_like(values)
     sequences, tokens, _ = values.shape
-    slabs = _slabs(tokens, sequences)
-    states, kept = memory[: len(slabs)], memory[len(slabs) :]
-    gradients = [tensor.new_empty(tensor.shape) if len(slabs) > 1 else None for tensor in (values, queries, weights)]
+    tiles = _tiles(tokens, sequences)
+    states, kept = memory[: len(tiles)], memory[len(tiles) :]
+    gradients = [tensor.new_empty(tensor.shape) if len(tiles) > 1 else None for tensor in (values, queries, weights)]
     grad_parameter: torch.Tensor | None = None
-    for piece, state in reversed(list(zip(slabs, states, strict=True))):
+    for piece, state in reversed(list(zip(tiles, states, strict=True))):
         if kept:
             z, q, e, s, d, *masks = kept[:10]
-            slab, read = Slab(z, q, e, Plan(*masks), s, d, state), Probabilities(*kept[10:])
+            tile, read = Tile(z, q, e, ChunkMasks(*masks), s, d, state), Probabilities(*kept[10:])
         else:
             z, q, e = (part_of(tensor, piece) for tensor in (values, queries, weights))
-            slab = cut_slab(z, q, e, state, relative_segments(segment_ids, piece))
-            read = probabilities(slab, mixer, parameter)
-        grad_r = to_chunks(part_of(grad_readouts, piece), slab.z.shape[1])
-        *by_item, grad_state, by_parameter = backward_slab(slab, read, parameter, grad_r, grad_state)
+            tile = cut_tile(z, q, e, state, relative_segments(segment_ids, piece))
+            read = probabilities(tile, mixer, parameter)
+        grad_r = to_chunks(part_of(grad_readouts, piece), tile.z.shape[1])
+        *by_item, grad_state, by_parameter = backward_tile(tile, read, parameter, grad_r, grad_state)
         by_token = (to_tokens(gradient, sequences, piece.stop - piece.start) for gradient in by_item)
         gradients = [_put(part, piece, whole) for part, whole in zip(by_token, gradients, strict=True)]
         grad_parameter = by_parameter if grad_parameter is None else grad_parameter + by_parameter
@@ -109,7 +109,7 @@ class ChunkwiseRemix(torch.autograd.Function):
         mixer: str,
         parameter: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Compute read-outs and final memory, and keep the memory at each slab's start.
+        """Compute read-outs and final memory, and keep the memory at each tile's start.
 
         Args:
             ctx: The autograd context.
@@ -125,26 +125,26 @@ class ChunkwiseRemix(torch.autograd.Function):
             r, [sequences, tokens, width], and the final memory, [sequences, slots, width + 1].
         """
         sequences, tokens, _ = values.shape
-        slabs = _slabs(tokens, sequences)
-        readouts = values.new_empty(values.shape) if len(slabs) > 1 else None
+        tiles = _tiles(tokens, sequences)
+        readouts = values.new_empty(values.shape) if len(tiles) > 1 else None
         states = [state]
-        for piece in slabs:
+        for piece in tiles:
             z, q, e = (part_of(tensor, piece) for tensor in (values, queries, weights))
-            slab = cut_slab(z, q, e, states[-1], relative_segments(segment_ids, piece))
-            read = probabilities(slab, mixer, parameter)
-            part = to_tokens(forward_slab(slab, read), sequences, piece.stop - piece.start)
+            tile = cut_tile(z, q, e, states[-1], relative_segments(segment_ids, piece))
+            read = probabilities(tile, mixer, parameter)
+            part = to_tokens(forward_tile(tile, read), sequences, piece.stop - piece.start)
             readouts = _put(part, piece, readouts)
-            states.append(slab.final_state)
+            states.append(tile.final_state)
         ctx.mixer = mixer
         ctx.set_materialize_grads(False)
-        # Of a short sequence all is kept, some slots a token; of a long one what a slab begins with.
-        kept = () if len(slabs) > 1 else (slab.z, slab.q, slab.e, slab.s, slab.d, *slab.plan, *read)
+        # Of a short sequence all is kept, some slots a token; of a long one what a tile begins with.
+        kept = () if len(tiles) > 1 else (tile.z, tile.q, tile.e, tile.s, tile.d, *tile.masks, *read)
         ctx.save_for_backward(values, queries, weights, segment_ids, parameter, *states[:-1], *kept)
         return cast("torch.Tensor", readouts), states[-1].clone()
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Any) -> tuple[torch.Tensor | None, ...]:
-        """Walk the slabs backwards; of several, each is computed again from the memory at its start."""
+        """Walk the tiles backwards; of several, each is computed again from the memory at its start."""
         if all(grad is None for grad in grad_outputs):
             return (None,) * 7
         saved = ctx.saved_tensors  # Once: torch's checkpoints hand each tensor out a single time.

@@ -1,7 +1,7 @@
 """The side path on the flat tokens of many requests: no loop over requests, and no question to the device.
 
 Each request is cut into chunks of its own, so every chunk has one memory to go on from, and what lies inside of a
-chunk is `chunked.forward_slab`. The number of chunks is bounded by the shapes alone; chunks that are not needed are
+chunk is `chunked.forward_tile`. The number of chunks is bounded by the shapes alone; chunks that are not needed are
 empty. The results are those of `ragged_reference` up to rounding. Gradients are not supported: it serves generation.
 """
 
@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch.nn import functional as F
 
-from .chunked import CHUNK, Plan, Slab, forward_slab, probabilities
+from .chunked import CHUNK_SIZE, ChunkMasks, Tile, forward_tile, probabilities
 from .fused import read, read_mean, slot_weights, write_back
 from .parameters import (
     SMALLEST_DENOMINATOR,
@@ -22,25 +22,25 @@ from .parameters import (
     full_precision,
     working_dtype,
 )
-from .recomputed import PIECE, remix_piece
+from .recomputed import TILE_TOKENS, remix_tile
 
-SMALLEST_CHUNK = 8
-"""Tokens a chunk where requests are short: fewer would make the products small and their number large."""
+SMALLEST_CHUNK_SIZE = 8
+"""Tokens per chunk where requests are short: fewer would make the products small and their number large."""
 
 
-class Layout(NamedTuple):
+class ChunkLayout(NamedTuple):
     """Where the tokens of a call lie once each request is cut into chunks of its own.
 
     Args:
-        chunk: Tokens a chunk.
-        items: The number of chunks.
-        slot: Each token's place among the items x chunk places, [tokens], int64; padding: the place after the last.
-        request: Each chunk's request, [items], int64.
+        chunk_size: Tokens per chunk.
+        num_chunks: The number of chunks.
+        place: Each token's among the num_chunks x chunk_size places, [tokens], int64; padding: the one after the last.
+        request: Each chunk's request, [num_chunks], int64.
     """
 
-    chunk: int
-    items: int
-    slot: torch.Tensor
+    chunk_size: int
+    num_chunks: int
+    place: torch.Tensor
     request: torch.Tensor
 
 
@@ -57,8 +57,8 @@ def request_of(index: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
     return torch.searchsorted(ends, index, right=True).clamp_(max=ends.shape[0] - 1)
 
 
-def choose_chunk(tokens: int, requests: int, max_query_length: int) -> int:
-    """Choose the tokens a chunk: a power of two near the mean length, since a request's last chunk is half empty.
+def choose_chunk_size(tokens: int, requests: int, max_query_length: int) -> int:
+    """Choose the tokens per chunk: a power of two near the mean length, since a request's last chunk is half empty.
 
     Args:
         tokens: Of the call.
@@ -66,13 +66,13 @@ def choose_chunk(tokens: int, requests: int, max_query_length: int) -> int:
         max_query_length: The tokens of the longest request.
 
     Returns:
-        Between `SMALLEST_CHUNK` and `chunked.CHUNK`.
+        Between `SMALLEST_CHUNK_SIZE` and `chunked.CHUNK_SIZE`.
     """
-    length = min(max(tokens // max(requests, 1), SMALLEST_CHUNK), max_query_length, CHUNK)
+    length = min(max(tokens // max(requests, 1), SMALLEST_CHUNK_SIZE), max_query_length, CHUNK_SIZE)
     return 1 << (length - 1).bit_length()
 
 
-def lay_out(cu_seqlens: torch.Tensor, tokens: int, max_query_length: int) -> Layout:
+def lay_out(cu_seqlens: torch.Tensor, tokens: int, max_query_length: int) -> ChunkLayout:
     """Cut every request into chunks.
 
     Args:
@@ -84,51 +84,64 @@ def lay_out(cu_seqlens: torch.Tensor, tokens: int, max_query_length: int) -> Lay
         The layout.
     """
     requests = cu_seqlens.shape[0] - 1
-    chunk = choose_chunk(tokens, requests, max_query_length)
-    items = min(tokens // chunk + requests, tokens)
+    chunk_size = choose_chunk_size(tokens, requests, max_query_length)
+    num_chunks = min(tokens // chunk_size + requests, tokens)
     starts, ends = cu_seqlens[:-1], cu_seqlens[1:]
-    chunk_ends = ((ends - starts + chunk - 1) // chunk).cumsum(0)
+    chunk_ends = ((ends - starts + chunk_size - 1) // chunk_size).cumsum(0)
     # A request's first chunk minus its first token, so that a token's own place falls out of one addition.
-    shift = F.pad(chunk_ends[:-1], (1, 0)) * chunk - starts
+    shift = F.pad(chunk_ends[:-1], (1, 0)) * chunk_size - starts
     token = torch.arange(tokens, device=cu_seqlens.device)
-    slot = torch.where(token < ends[-1], token + shift.index_select(0, request_of(token, ends)), items * chunk)
-    request = request_of(torch.arange(items, device=cu_seqlens.device), chunk_ends)
-    return Layout(chunk, items, slot, request)
+    place = torch.where(
+        token < ends[-1], token + shift.index_select(0, request_of(token, ends)), num_chunks * chunk_size
+    )
+    request = request_of(torch.arange(num_chunks, device=cu_seqlens.device), chunk_ends)
+    return ChunkLayout(chunk_size, num_chunks, place, request)
 
 
-def _cut(values: torch.Tensor, queries: torch.Tensor, weights: torch.Tensor, state: torch.Tensor, lay: Layout) -> Slab:
-    """Put the tokens into their chunks and sum the memory that each chunk finds; `Slab.final_state` is after it."""
+def _cut(
+    values: torch.Tensor, queries: torch.Tensor, weights: torch.Tensor, state: torch.Tensor, layout: ChunkLayout
+) -> Tile:
+    """Put the tokens into their chunks and sum the state at the start of each chunk, `Tile.final_state`."""
     width = values.shape[1]
     flat = torch.cat([values, queries, weights], dim=-1)
-    placed = flat.new_zeros(lay.items * lay.chunk + 1, flat.shape[1]).index_copy_(0, lay.slot, flat)
-    z, q, e = placed[:-1].unflatten(0, (lay.items, lay.chunk)).split([width, width, weights.shape[1]], dim=-1)
+    placed = flat.new_zeros(layout.num_chunks * layout.chunk_size + 1, flat.shape[1]).index_copy_(
+        0, layout.place, flat
+    )
+    z, q, e = (
+        placed[:-1]
+        .unflatten(0, (layout.num_chunks, layout.chunk_size))
+        .split([width, width, weights.shape[1]], dim=-1)
+    )
     e = e.mT.contiguous()
-    own = torch.cat([e @ z, e.sum(-1, keepdim=True)], dim=-1)
-    earlier = (lay.request.unsqueeze(1) == lay.request).to(flat.dtype).tril_(-1)
-    found = torch.addmm(state.index_select(0, lay.request).flatten(1), earlier, own.flatten(1)).view_as(own)
-    triangle = torch.ones(1, lay.chunk, lay.chunk, dtype=flat.dtype, device=flat.device).tril_()
-    d = torch.matmul(e, triangle.mT).add_(found[..., -1:]).clamp_min_(SMALLEST_DENOMINATOR)
-    return Slab(z, q, e, Plan(triangle, earlier), found[..., :-1], d, found)
+    chunk_sums = torch.cat([e @ z, e.sum(-1, keepdim=True)], dim=-1)
+    earlier = (layout.request.unsqueeze(1) == layout.request).to(flat.dtype).tril_(-1)
+    chunk_states = torch.addmm(
+        state.index_select(0, layout.request).flatten(1), earlier, chunk_sums.flatten(1)
+    ).view_as(chunk_sums)
+    triangle = torch.ones(1, layout.chunk_size, layout.chunk_size, dtype=flat.dtype, device=flat.device).tril_()
+    d = torch.matmul(e, triangle.mT).add_(chunk_states[..., -1:]).clamp_min_(SMALLEST_DENOMINATOR)
+    return Tile(z, q, e, ChunkMasks(triangle, earlier), chunk_states[..., :-1], d, chunk_states)
 
 
-def _remix_mlp(slab: Slab, parameters: tuple[torch.Tensor, ...]) -> torch.Tensor:
+def _remix_mlp(tile: Tile, parameters: tuple[torch.Tensor, ...]) -> torch.Tensor:
     """The `mlp` mixer is not linear in the memory: some chunks at a time, with the memory of each of their tokens."""
-    count = max(PIECE // slab.z.shape[1], 1)
-    pieces = (part.split(count) for part in (slab.z, slab.q, slab.e, slab.final_state))
+    count = max(TILE_TOKENS // tile.z.shape[1], 1)
+    pieces = (part.split(count) for part in (tile.z, tile.q, tile.e, tile.final_state))
     readouts = [
-        remix_piece(z, q, e.mT, "mlp", parameters, None, found)[0] for z, q, e, found in zip(*pieces, strict=True)
+        remix_tile(z, q, e.mT, "mlp", parameters, None, chunk_states)[0]
+        for z, q, e, chunk_states in zip(*pieces, strict=True)
     ]
     return torch.cat(readouts)
 
 
-def _memories_after(tokens: torch.Tensor, slab: Slab, lay: Layout) -> torch.Tensor:
-    """The memory after each of some tokens: what its chunk found, and what the chunk put in up to the token."""
-    slot = lay.slot.index_select(0, tokens).clamp_(max=lay.items * lay.chunk - 1)
-    item, place = slot // lay.chunk, slot % lay.chunk
-    upto = torch.arange(lay.chunk, device=tokens.device) <= place.unsqueeze(1)
-    e = slab.e.index_select(0, item) * upto.unsqueeze(1)
-    z = F.pad(slab.z.index_select(0, item), (0, 1), value=1.0)
-    return torch.baddbmm(slab.final_state.index_select(0, item), e, z)
+def _memories_after(tokens: torch.Tensor, tile: Tile, layout: ChunkLayout) -> torch.Tensor:
+    """The state after each of some tokens: that at the start of its chunk, and what the chunk put in up to the token."""
+    index = layout.place.index_select(0, tokens).clamp_(max=layout.num_chunks * layout.chunk_size - 1)
+    chunk, place = index // layout.chunk_size, index % layout.chunk_size
+    upto = torch.arange(layout.chunk_size, device=tokens.device) <= place.unsqueeze(1)
+    e = tile.e.index_select(0, chunk) * upto.unsqueeze(1)
+    z = F.pad(tile.z.index_select(0, chunk), (0, 1), value=1.0)
+    return torch.baddbmm(tile.final_state.index_select(0, chunk), e, z)
 
 
 def _remix_one_token(
@@ -158,15 +171,15 @@ def _remix_requests(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Requests of any lengths, in chunks: read-outs, and the memories that are wanted."""
     tokens, cu_seqlens = values.shape[0], cu_seqlens.long()
-    lay = lay_out(cu_seqlens, tokens, max_query_length)
-    slab = _cut(values, queries, weights, state, lay)
+    layout = lay_out(cu_seqlens, tokens, max_query_length)
+    tile = _cut(values, queries, weights, state, layout)
     if mixer == "mlp":
-        remixed = _remix_mlp(slab, parameters)
+        remixed = _remix_mlp(tile, parameters)
     else:
-        remixed = forward_slab(slab, probabilities(slab, mixer, parameters[0]))
-    readout = remixed.flatten(0, 1).index_select(0, lay.slot.clamp(max=lay.items * lay.chunk - 1))
+        remixed = forward_tile(tile, probabilities(tile, mixer, parameters[0]))
+    readout = remixed.flatten(0, 1).index_select(0, layout.place.clamp(max=layout.num_chunks * layout.chunk_size - 1))
     wanted = cu_seqlens[1:] - 1 if snapshot_positions is None else snapshot_positions
-    states = _memories_after(wanted.clamp(0, tokens - 1), slab, lay)
+    states = _memories_after(wanted.clamp(0, tokens - 1), tile, layout)
     if snapshot_positions is None:
         empty = cu_seqlens[1:] == cu_seqlens[:-1]
         states = torch.where(empty[:, None, None], state, states)

@@ -12,7 +12,7 @@ from . import reference
 from .chunked_autograd import relative_segments
 from .parameters import SMALLEST_DENOMINATOR
 
-PIECE, SHORTEST_PIECE = 256, 64
+TILE_TOKENS, SHORTEST_TILE = 256, 64
 """Tokens of all sequences that are taken at a time, each with a [slots, width] memory; and of one, however many."""
 
 
@@ -38,7 +38,7 @@ def mix_mlp(memory: torch.Tensor, queries: torch.Tensor, parameters: tuple[torch
 MIXER_RULES = {**reference.MIXER_RULES, "mlp": mix_mlp}
 
 
-def remix_piece(
+def remix_tile(
     values: torch.Tensor,
     queries: torch.Tensor,
     weights: torch.Tensor,
@@ -90,15 +90,15 @@ def recomputed_remix(
         r, [sequences, tokens, width], and the final memory, [sequences, slots, width + 1].
     """
     readouts, start = [], 0
-    length = max(PIECE // max(values.shape[0], 1), SHORTEST_PIECE)
+    length = max(TILE_TOKENS // max(values.shape[0], 1), SHORTEST_TILE)
     # Split and not sliced: the gradient of a slice would be as long as the sequence, once a piece.
     for z, q, e in zip(*(tensor.split(length, 1) for tensor in (values, queries, weights)), strict=True):
         piece = slice(start, start + length)
         arguments = (z, q, e, mixer, parameters, relative_segments(segment_ids, piece), state)
         if torch.is_grad_enabled():
-            r, state = checkpoint(remix_piece, *arguments, use_reentrant=False, preserve_rng_state=False)
+            r, state = checkpoint(remix_tile, *arguments, use_reentrant=False, preserve_rng_state=False)
         else:
-            r, state = remix_piece(*arguments)
+            r, state = remix_tile(*arguments)
         # The memory is a view of those that each token saw: without a copy it would keep them all.
         state = state.clone()
         readouts.append(r)

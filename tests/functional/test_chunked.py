@@ -56,11 +56,11 @@ def test_gradcheck_of_the_remix(mixer: Any, tokens: int) -> None:
 
 
 @pytest.mark.parametrize("mixer", ["attention", "linear"])
-def test_several_slabs_equal_the_reference(mixer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_several_tiles_equal_the_reference(mixer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     batch, tokens = 3, 200
-    # A slab of one chunk a sequence, and one of several with a remainder: both occur at full size with long sequences.
-    for slab in (64, 3 * 64):
-        monkeypatch.setattr(chunked_autograd, "SLAB", slab)
+    # A tile of one chunk a sequence, and one of several with a remainder: both occur at full size with long sequences.
+    for tile_tokens in (64, 3 * 64):
+        monkeypatch.setattr(chunked_autograd, "TILE_TOKENS", tile_tokens)
         for ids, state in ((None, None), (segments(batch, tokens), memory(batch))):
             leaves = [leaf.requires_grad_() for leaf in (*inputs(batch, tokens), *mixer_tensors(mixer))]
             if state is not None:
