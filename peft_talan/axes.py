@@ -64,6 +64,23 @@ def refusal(name: str, value: object, remedy: str) -> ValueError:
     return ValueError(f"{name}={value!r}: {remedy}")
 
 
+def check_causal(scope: str, adapter_name: str) -> None:
+    """Refuse to generate with a memory that holds later tokens.
+
+    Args:
+        scope: An adapter's memory scope.
+        adapter_name: The adapter's name.
+
+    Raises:
+        ValueError: The scope is not causal.
+    """
+    if scope != "causal":
+        raise ValueError(
+            f"talan_memory_scope={scope!r} of adapter {adapter_name!r} can't generate: later tokens would change the "
+            "memory of earlier ones; train an adapter with 'causal' (a forward pass with use_cache=False still works)"
+        )
+
+
 def plain_value(value: object) -> object:
     """Turn a number or a sequence of another library into what a JSON file can hold.
 

@@ -5,22 +5,20 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 
-import torch
 from torch import nn
 
 from ..checkpoint.names import CHILD_NAME
 from ..config import TalanConfig
 from .attachment import attached_side_paths
 from .blocks import find_decoder
-from .decoder_call import BlockCall
 from .layer import TalanLayer
-from .side_paths import SidePaths
+from .side_path_layer import SidePathLayer
 
 KEPT_TENSOR = re.compile(r"(.*\.)?kept_side_path_\d+\.(\w+)\.\d+\.values")
 """Names like `model.layers.3.kept_side_path_0.read.0.values`."""
 
 
-class KeptSidePaths(SidePaths):
+class KeptSidePaths(SidePathLayer):
     """Holds the side paths that one merge left on a block: frozen, always on, and no adapters to PEFT.
 
     PEFT and transformers switch, train, save and delete what is a `BaseTunerLayer`, and find an adapter's tensors by
@@ -31,11 +29,6 @@ class KeptSidePaths(SidePaths):
         configs: The configurations of those that stay, by adapter name.
         stage: The number of earlier merges that left side paths on the model.
     """
-
-    tensor_prefix: str = ""
-    adapter_layer_names: tuple[str, ...] = tuple(
-        name.removeprefix(SidePaths.tensor_prefix) for name in SidePaths.adapter_layer_names
-    )
 
     def __init__(self, layer: TalanLayer, configs: Mapping[str, TalanConfig], stage: int) -> None:
         super().__init__(layer.in_features, layer.block_index, layer.depth)
@@ -59,30 +52,6 @@ class KeptSidePaths(SidePaths):
         self.talan_alpha[name] = layer.talan_alpha[adapter_name]
         self.talan_position[name] = layer.talan_position[adapter_name]
         self.talan_strength[name] = layer.talan_strength.get(adapter_name, 1.0)
-
-    def memory_name(self, name: str) -> str:
-        """The name by which a cache carries a memory; the dot tells it from an adapter's."""
-        return f"{self.child_name}.{name}"
-
-    def forward(self, hidden_states: torch.Tensor, position: str, call: BlockCall) -> torch.Tensor:
-        """Run every side path of the layer on the residual stream at one end of the block.
-
-        Args:
-            hidden_states: h, [batch, tokens, hidden_size].
-            position: `input` or `output`: which end this is.
-            call: What the block was called with.
-
-        Returns:
-            h', [batch, tokens, hidden_size].
-
-        Raises:
-            ValueError: The cache holds tokens that a side path has not seen.
-        """
-        return self.apply_side_paths(hidden_states, position, call, dict.fromkeys(self.talan_options))
-
-    def extra_repr(self) -> str:
-        """Name the block and the axes."""
-        return f"block_index={self.block_index}, side_paths={self.talan_options}"
 
 
 def kept_side_paths(model: nn.Module) -> Iterator[KeptSidePaths]:

@@ -11,25 +11,11 @@ from typing import Any, NamedTuple
 import torch
 from transformers.generation.continuous_batching import PagedAttentionCache
 
+from ..axes import check_causal
 from ..functional.parameters import SidePathOptions, SidePathParameters
 from ..functional.ragged import ragged_side_path, request_of
 from ..memory.paged_pool import PagedMemory, of_tokens, page_ends, read_states, request_ends, write_states
-
-
-class SidePath(NamedTuple):
-    """One adapter's side path as it runs now.
-
-    Args:
-        adapter_name: The adapter's name.
-        parameters: Its tensors at this block.
-        options: Its axes.
-        alpha: The strength of the perturbation.
-    """
-
-    adapter_name: str
-    parameters: SidePathParameters
-    options: SidePathOptions
-    alpha: float
+from ..memory.token_layout import TokenLayout
 
 
 class Pages(NamedTuple):
@@ -93,6 +79,10 @@ class PagedCall:
         if allocator.index not in self.known_pages:
             self.known_pages[allocator.index] = self._find_pages(allocator)
         return self.known_pages[allocator.index]
+
+    def memory(self, block_index: int, adapter_name: str) -> RequestsMemory:
+        """The memory of a side path at a block for all requests of this call."""
+        return RequestsMemory(self, block_index, adapter_name)
 
     def _find_pages(self, allocator: Any) -> Pages:
         unused = allocator.write_trash_index // allocator.block_physical_stride
@@ -207,46 +197,44 @@ def _copy_pages(
     memory.copy_pages(block_indices, source_block_ids, dest_block_ids)
 
 
-def run_paged(
-    hidden_states: torch.Tensor, side_paths: list[SidePath], block_index: int, call: PagedCall
-) -> torch.Tensor:
-    """Run the side paths of a block on the flat tokens of many requests; those of several adapters add up.
+class RequestsMemory:
+    """The memory of one side path for all requests of a call; see `peft_talan.memory.interface.Memory`.
 
     Args:
-        hidden_states: h, [1, tokens, hidden_size].
-        side_paths: The side paths.
-        block_index: The block's index.
         call: What the block was called with.
-
-    Returns:
-        h', [1, tokens, hidden_size].
-
-    Raises:
-        ValueError: A memory is bidirectional.
+        block_index: The block's index.
+        adapter_name: The adapter's name.
     """
-    if not side_paths:
-        return hidden_states
-    written, memory, pages = hidden_states, paged_memory(call.cache), call.pages(block_index)
-    for adapter_name, parameters, options, alpha in side_paths:
-        if options.scope != "causal":
-            raise ValueError(
-                f"talan_memory_scope={options.scope!r} of adapter {adapter_name!r} can't generate; use 'causal'"
-            )
+
+    def __init__(self, call: PagedCall, block_index: int, adapter_name: str) -> None:
+        self.call, self.block_index, self.adapter_name = call, block_index, adapter_name
+
+    def append(
+        self,
+        hidden_states: torch.Tensor,
+        parameters: SidePathParameters,
+        options: SidePathOptions,
+        layout: TokenLayout,
+        *,
+        alpha: float = 1.0,
+        training: bool = False,
+    ) -> torch.Tensor:
+        """Run a side path on the flat tokens of many requests, [1, tokens, hidden_size]; it needs no layout."""
+        check_causal(options.scope, self.adapter_name)
+        pages = self.call.pages(self.block_index)
         width = parameters.write.shape[1]
         shape = (pages.number, parameters.read.shape[0] - 2 * width, width + 1)
         with torch.no_grad():
-            pool = memory.pool(block_index, adapter_name, shape, hidden_states)
+            pool = paged_memory(self.call.cache).pool(self.block_index, self.adapter_name, shape, hidden_states)
             output = ragged_side_path(
                 hidden_states[0],
                 parameters,
                 options,
                 cu_seqlens=pages.starts,
                 state=read_states(pool, pages.before, pages.is_new),
-                max_query_length=call.max_query_length,
+                max_query_length=self.call.max_query_length,
                 snapshot_positions=pages.snapshot_positions,
                 alpha=alpha,
             )
             write_states(pool, pages.after, output.states)
-        changed = output.hidden_states.unsqueeze(0)
-        written = changed if written is hidden_states else written + (changed - hidden_states)
-    return written
+        return output.hidden_states.unsqueeze(0)
