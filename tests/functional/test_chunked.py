@@ -36,7 +36,7 @@ class LargestTensor(TorchDispatchMode):
 def inputs(batch: int, tokens: int) -> list[torch.Tensor]:
     """z, q, e."""
     values = torch.randn(batch, tokens, WIDTH, dtype=torch.float64)
-    weights = fused.slot_weights(torch.randn(batch, tokens, SLOTS, dtype=torch.float64), padding(batch, tokens))
+    weights = reference.slot_weights(torch.randn(batch, tokens, SLOTS, dtype=torch.float64), padding(batch, tokens))
     return [values, torch.randn_like(values), weights]
 
 
@@ -80,7 +80,7 @@ def test_no_tensor_has_tokens_times_slots_times_width(mixer: Any, with_segments:
     batch, tokens, slots, width = 1, 2048, 8, 32
     values = torch.randn(batch, tokens, width).requires_grad_()
     queries = torch.randn(batch, tokens, width).requires_grad_()
-    weights = fused.slot_weights(torch.randn(batch, tokens, slots), None).requires_grad_()
+    weights = reference.slot_weights(torch.randn(batch, tokens, slots), None).requires_grad_()
     parameters = tuple(tensor.float().requires_grad_() for tensor in mixer_tensors(mixer, slots, width))
     ids = (torch.arange(tokens) // 300).unsqueeze(0) if with_segments else None
     direction = torch.randn(batch, tokens, width)
