@@ -131,7 +131,7 @@ def make_tile(z: torch.Tensor, q: torch.Tensor, e: torch.Tensor, state: torch.Te
     """Add the denominators: `D[t] = D at the chunk's start + sum_{i <= t} e[i]`, the sum being E L^T."""
     inside = torch.matmul(e, masks.intra_chunk.mT)
     d = inside.add_(_masked_transposed(state[..., -1:], masks.reads_chunk_state))
-    # In place of `mean_of`: N, which D divides, is never made for every token.
+    # As in `mean_of`; but N of a token never exists here, so D divides the products that are made of it instead.
     return Tile(z, q, e, state, d.clamp_min_(SMALLEST_DENOMINATOR), masks)
 
 
@@ -157,6 +157,7 @@ def cut_tile(
 
 def _products(x: torch.Tensor, tile: Tile, scale: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:
     """(X Z^T) . L, [num_chunks, C, C], and with it x[t] . N[t, m], scaled, as E ((X Z^T) . L)^T + S X^T."""
+    # x[t] . N[t, m] = S[m] . x[t] + sum_{i <= t} e[i, m] z[i] . x[t]
     inside = torch.bmm(x, tile.z.mT).mul_(tile.masks.intra_chunk)
     carried = torch.bmm(tile.s, _masked(x, tile.masks.reads_chunk_state).mT)
     return inside, carried.baddbmm_(tile.e, inside.mT, beta=scale, alpha=scale)
@@ -164,6 +165,7 @@ def _products(x: torch.Tensor, tile: Tile, scale: float = 1.0) -> tuple[torch.Te
 
 def _readouts(y: torch.Tensor, tile: Tile) -> tuple[torch.Tensor, torch.Tensor]:
     """(Y^T E) . L, [num_chunks, C, C], and with it sum_m y[m, t] N[t, m] as ((Y^T E) . L) Z + Y^T S."""
+    # sum_m y[m, t] N[t, m] = sum_m y[m, t] S[m] + sum_{i <= t} (sum_m y[m, t] e[i, m]) z[i]
     inside = torch.bmm(y.mT, tile.e).mul_(tile.masks.intra_chunk)
     carried = _masked(torch.bmm(y.mT, tile.s), tile.masks.reads_chunk_state)
     return inside, carried.baddbmm_(inside, tile.z)
@@ -218,7 +220,7 @@ def backward_tile(
     grad_p = u.div_(d)
     grad_d = (p * grad_p).neg_()  # Still times D, which divides it below.
     # Each reader (x, y) puts y[m, t] x[t] into grad_N[t, m]. r = sum_m w N is the first: grad_N = w grad_r.
-    # With each go (X Z^T) . L and (Y^T E) . L; the latter of the first is made where it is used.
+    # With each stand (X Z^T) . L and (Y^T E) . L; the latter of the first is computed where it is used.
     readers: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]] = [(grad_r, w, inside_r, None)]
     if inside_q is None or scores is None:
         # p = q B

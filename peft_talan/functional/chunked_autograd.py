@@ -28,7 +28,7 @@ TILE_TOKENS = 4096
 
 
 class _Saved(NamedTuple):
-    """What the backward pass needs: the inputs, the state at each tile's start and, of an only tile, all of it."""
+    """What the backward pass needs: the inputs, each tile's initial state and, where there is one tile, the tile."""
 
     values: torch.Tensor
     queries: torch.Tensor
@@ -40,7 +40,7 @@ class _Saved(NamedTuple):
     read: Probabilities | None = None
 
     def flatten(self) -> tuple[torch.Tensor | None, ...]:
-        """All tensors, as `save_for_backward` takes them."""
+        """All tensors in a row: `save_for_backward` takes no others."""
         only = () if self.tile is None or self.read is None else (*self.tile[:-1], *self.tile.masks, *self.read)
         return *self[:5], *self.states, *only
 
@@ -59,6 +59,7 @@ class _Saved(NamedTuple):
 
 
 def _tiles(sequences: int, tokens: int) -> list[slice]:
+    # Whole chunks, so that only the end of the sequence is padded.
     length = max(TILE_TOKENS // sequences // CHUNK_SIZE, 1) * CHUNK_SIZE
     return [slice(start, min(start + length, tokens)) for start in range(0, tokens, length)]
 
@@ -75,8 +76,10 @@ def _differentiable_backward(
     mixer: str, saved: _Saved, grad_outputs: tuple[Any, ...]
 ) -> tuple[torch.Tensor | None, ...]:
     """The gradients as functions that autograd differentiates again: those of the readable equations."""
+    # `backward_tile` works in place, which autograd can't differentiate.
     inputs = (saved.values, saved.queries, saved.weights, saved.states[0], saved.parameter)
     outputs = reference.remix(*inputs[:3], mixer, (saved.parameter,), saved.segment_ids, saved.states[0])
+    # An output without a gradient is one that nothing used.
     used = [(output, grad) for output, grad in zip(outputs, grad_outputs, strict=True) if grad is not None]
     outputs, grad_outputs = zip(*used, strict=True)
     trained = [tensor for tensor in inputs if tensor.requires_grad]
@@ -88,10 +91,11 @@ def _differentiable_backward(
 def _backward(mixer: str, saved: _Saved, grad_outputs: tuple[Any, ...]) -> tuple[torch.Tensor | None, ...]:
     inputs, parameter = saved[:3], saved.parameter
     grad_readouts, grad_state = grad_outputs
-    if grad_readouts is None:
+    if grad_readouts is None:  # The final state alone was used.
         grad_readouts = torch.zeros_like(saved.values)
     sequences, tokens, _ = saved.values.shape
     tiles = _tiles(sequences, tokens)
+    # Several tiles fill one tensor; a single one returns its own.
     gradients = [tensor.new_empty(tensor.shape) if len(tiles) > 1 else None for tensor in inputs]
     grad_parameter: torch.Tensor | None = None
     # From the last tile to the first: the gradient of a tile's initial state is that of the final state before it.
@@ -134,8 +138,10 @@ class ChunkwiseRemix(torch.autograd.Function):
             read = probabilities(tile, mixer, parameter)
             part = to_tokens(forward_tile(tile, read), sequences, span.stop - span.start)
             readouts = _put(part, span, readouts)
+            # What comes later sees this tile through its final state alone.
             states.append(final_state)
         ctx.mixer = mixer
+        # An unused output costs nothing in backward: None instead of zeros.
         ctx.set_materialize_grads(False)
         saved = _Saved(values, queries, weights, segment_ids, parameter, tuple(states[:-1]))
         # Of a short sequence all is kept, some slots per token; of a long one the states, and the rest is recomputed.

@@ -1,8 +1,8 @@
 """The side path as few and large operations: the fast twin of `peft_talan.functional.reference`.
 
 `read`, `remix`, `write_back` and `side_path` take the arguments of their readable twins and return the same up to
-rounding; `alpha` is a number here. The causal memory never exists as a [tokens, slots, width] tensor of all tokens (see
-`chunked` and `recomputed`), and one decoded token is a rank-one update of the state and a read.
+rounding; `alpha` is a number here. The causal memory never exists as a [tokens, slots, width] tensor of all tokens
+(see `chunked` and `recomputed`). One decoded token is a rank-one update of the state and a read.
 """
 
 from __future__ import annotations

@@ -78,6 +78,7 @@ class TokenBuffers:
 
     def next_place(self) -> TokenPlace:
         """Take the place of the next token, which is pending from now on."""
+        # At the end, the last place again: see above.
         self.pending = min(self.pending + 1, self.capacity)
         return self._places[self.pending - 1]
 
@@ -134,6 +135,7 @@ def one_token(
     dtype, place = buffers.dtype, buffers.next_place()
     read, write = buffers.matrices(parameters)
     with full_precision(hidden_states.device.type):
+        # Where nothing changes, `to` would still be a call.
         stream = hidden_states if hidden_states.dtype is dtype else hidden_states.to(dtype)
         rows = _swap(stream)
         # h / sqrt(|h|^2 + H eps) is RMSNorm(h) / sqrt(H).
@@ -141,6 +143,7 @@ def one_token(
         place.projected.baddbmm_(rows / length, read, beta=0, alpha=math.sqrt(rows.shape[-1]))
         # e = exp(c tanh(a / c)) as a power of exp(c).
         torch.pow(math.exp(SOFT_CAP), place.logits.div_(SOFT_CAP).tanh_(), out=place.weights)
+        # Padding has no weight, so it changes neither N nor D.
         if valid is not None:
             place.weights.mul_(valid.unsqueeze(-1))
         # N += e z^T and D += e.

@@ -61,11 +61,13 @@ def request_of(index: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
     Returns:
         [tokens], int64.
     """
+    # From the right: a request without tokens ends where the one before does, and has none of them.
     return torch.searchsorted(ends, index, right=True).clamp_(max=ends.shape[0] - 1)
 
 
 def _choose_chunk_size(tokens: int, requests: int, max_query_length: int) -> int:
-    """A power of two near the mean length, since a request's last chunk is half empty."""
+    """The tokens per chunk: a power of two near the mean length."""
+    # A request's last chunk is half empty on average, and a token costs as many products as its chunk has tokens.
     length = min(max(tokens // max(requests, 1), SMALLEST_CHUNK_SIZE), max_query_length, CHUNK_SIZE)
     return 1 << (length - 1).bit_length()
 
@@ -74,7 +76,7 @@ def _lay_out(cu_seqlens: torch.Tensor, tokens: int, max_query_length: int) -> Ch
     """Cut every request of [requests + 1] int64 bounds into chunks; `tokens` includes padding."""
     requests = cu_seqlens.shape[0] - 1
     chunk_size = _choose_chunk_size(tokens, requests, max_query_length)
-    # The shapes bound the number of chunks: each request fills its last one only in part.
+    # At most one chunk per request is not full, so this is enough for any lengths; the lengths are on the device.
     num_chunks = min(tokens // chunk_size + requests, tokens)
     starts, ends = cu_seqlens[:-1], cu_seqlens[1:]
     chunk_ends = ((ends - starts + chunk_size - 1) // chunk_size).cumsum(0)
@@ -94,6 +96,7 @@ def _cut(inputs: RemixInputs, state: torch.Tensor, layout: ChunkLayout) -> Tile:
     rows = flat.new_zeros(layout.num_chunks * layout.chunk_size + 1, flat.shape[1])
     placed = rows.index_copy_(0, layout.place, flat)[:-1].unflatten(0, (layout.num_chunks, layout.chunk_size))
     z, q, e = placed.split([tensor.shape[1] for tensor in inputs[:3]], dim=-1)
+    # As in `chunked`, products over slots run along the tokens.
     e = e.mT.contiguous()
     # Earlier chunks of the same request, and its initial state: the requests are one sequence to the masks.
     earlier = (layout.request.unsqueeze(1) == layout.request).to(flat.dtype).tril_(-1)
@@ -128,6 +131,7 @@ def _remix_requests(
     snapshot_positions: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Requests of any lengths, in chunks: read-outs, and the states at the snapshots."""
+    # Servers count in int32, indices are int64.
     tokens, cu_seqlens = inputs.values.shape[0], cu_seqlens.long()
     layout = _lay_out(cu_seqlens, tokens, max_query_length)
     tile = _cut(inputs, state, layout)
@@ -136,10 +140,12 @@ def _remix_requests(
     else:
         remixed = forward_tile(tile, probabilities(tile, inputs.mixer, inputs.parameters[0]))
     readout = remixed.flatten(0, 1).index_select(0, layout.place_of())
+    # Positions that are no token's get the state of some token, which nobody reads: to leave them out, their number
+    # would have to be known.
     positions = cu_seqlens[1:] - 1 if snapshot_positions is None else snapshot_positions
     states = _states_after(positions.clamp(0, tokens - 1), tile, layout)
     if snapshot_positions is None:
-        # A request without tokens has no last one.
+        # Without tokens, the state stays as it is.
         empty = cu_seqlens[1:] == cu_seqlens[:-1]
         states = torch.where(empty[:, None, None], state, states)
     return readout, states
@@ -159,6 +165,7 @@ def ragged_side_path(
     """Run a side path on requests laid end to end; see `ragged_reference.ragged_side_path`."""
     dtype = working_dtype(hidden_states.dtype)
     with full_precision(hidden_states.device.type):
+        # A pool may be in another dtype than the tokens are computed in.
         stream, initial_state = hidden_states.to(dtype), state.to(dtype)
         values, queries, logits = read(stream, parameters.read, parameters.slots)
         mixer = tuple(tensor.to(dtype) for tensor in parameters.mixer)
@@ -172,6 +179,7 @@ def ragged_side_path(
                 states = states.index_select(0, snapshot_positions.clamp(0, states.shape[0] - 1))
         else:
             readout, states = _remix_requests(inputs, initial_state, cu_seqlens, max_query_length, snapshot_positions)
+        # delta = alpha r W_write^T: a strength per token scales r.
         if isinstance(alpha, torch.Tensor):
             readout, alpha = readout * alpha.to(dtype).unsqueeze(1), 1.0
         written = write_back(stream, readout, parameters, options, alpha)
