@@ -17,6 +17,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 from ..memory.cache_memories import memories_of, note_recurrent_state, recurrent_state_is_new
 from ..memory.token_layout import TokenLayout
+from ..serving.paged_cache import PagedCall, find_paged_call
 from .block_call import (
     CallArguments,
     argument_names,
@@ -25,7 +26,6 @@ from .block_call import (
     tensors_of_call,
     withholds_cache,
 )
-from .paged_call import PagedCall, find_paged_call
 from .segments import Positions, token_layout
 
 LAYOUT = "_talan_layout"

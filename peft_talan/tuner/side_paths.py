@@ -10,9 +10,9 @@ from torch.utils.hooks import RemovableHandle
 
 from ..functional import fused
 from ..memory.cache_memories import MemoryRequest, continue_or_start_memory
+from ..serving.paged_cache import SidePath, run_paged
 from .block_call import argument_names, replace_recorded_state, replace_stream, stream_of
 from .decoder_call import BlockCall, DecoderCall
-from .paged_call import SidePath, run_paged
 from .tensors import AdapterTensors
 
 

@@ -14,7 +14,7 @@ from transformers.generation.continuous_batching import ContinuousBatchingManage
 from transformers.generation.continuous_batching.offloading_manager import OffloadingManager
 
 from peft_talan import set_talan_strength
-from peft_talan.memory.paged_pool import PagedMemory
+from peft_talan.serving.pages import PagedMemory
 from tests.small_models import VOCABULARY, make_config, make_model, make_several
 
 NEW_TOKENS = 9

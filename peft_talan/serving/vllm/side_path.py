@@ -12,8 +12,8 @@ from vllm.utils.torch_utils import direct_register_custom_op
 
 from ...config import TalanConfig
 from ...functional.ragged import ragged_side_path
-from ...memory.paged_pool import PagedMemory, of_tokens, page_ends, read_states, request_ends, write_states
 from ...tuner.tensors import AdapterTensors
+from ..pages import PagedMemory, of_tokens, page_ends, read_states, request_ends, write_states
 from .strength import PageStrengths
 
 ADAPTER_NAME = "default"

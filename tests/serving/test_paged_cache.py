@@ -9,7 +9,7 @@ import torch
 from transformers import ContinuousBatchingConfig, GenerationConfig
 from transformers.generation.continuous_batching import PagedAttentionCache, RequestState
 
-from peft_talan.tuner.paged_call import find_paged_call
+from peft_talan.serving.paged_cache import find_paged_call
 from tests.small_models import make_model
 
 PAGE = 4

@@ -6,7 +6,7 @@ from itertools import pairwise
 
 import torch
 
-from peft_talan.memory.paged_pool import PagedMemory, of_tokens, page_ends, read_states, request_ends, write_states
+from peft_talan.serving.pages import PagedMemory, of_tokens, page_ends, read_states, request_ends, write_states
 
 UNUSED = 0
 

@@ -13,7 +13,7 @@ from transformers.generation.continuous_batching import PagedAttentionCache
 
 from ..functional.parameters import SidePathOptions, SidePathParameters
 from ..functional.ragged import ragged_side_path, request_of
-from ..memory.paged_pool import PagedMemory, of_tokens, page_ends, read_states, request_ends, write_states
+from .pages import PagedMemory, of_tokens, page_ends, read_states, request_ends, write_states
 
 
 class SidePath(NamedTuple):
