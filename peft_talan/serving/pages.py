@@ -22,7 +22,7 @@ class Pages(NamedTuple):
 
     Args:
         num_pages: The number of pages, those that belong to no request included.
-        cu_seqlens: Where each request starts and the last one ends, [requests + 1], int; None: each token is a request.
+        cu_seqlens: Where each request starts and the last one ends, [requests + 1], int; None: a request per token.
         max_query_length: The number of tokens of the longest request, or more.
         previous: The page of each request's previous token, [requests], int64; any page for a new request.
         is_new: Whether the request begins with this call, [requests], bool.
@@ -60,7 +60,7 @@ class Pages(NamedTuple):
             max_query_length: As above.
             previous: As above.
             is_new: As above.
-            page_size: Tokens per page. None: no page is shared, so only the state after a request's last token is read.
+            page_size: Tokens per page. None: no page is shared, so only the state after a request's end is read.
             unused_page: A page that belongs to no request.
 
         Returns:
@@ -81,7 +81,7 @@ class Pages(NamedTuple):
 def _page_ends(
     page_of_token: torch.Tensor, cu_seqlens: torch.Tensor, page_size: int, unused_page: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The last token of each page and of each request, and their pages; places left over are -1 and the unused page."""
+    """The last token of each page and of each request, and their pages; what is left over: -1 and the unused page."""
     tokens, requests = page_of_token.shape[0], cu_seqlens.shape[0] - 1
     snapshots = min(tokens, tokens // page_size + 2 * requests)
     index = torch.arange(tokens, device=page_of_token.device)
