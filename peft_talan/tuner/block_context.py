@@ -15,8 +15,8 @@ from ..functional.parameters import SidePathOptions
 from ..memory.cache import MemoryRequest, continue_or_start_memory, memories_of, tokens_before
 from ..memory.interface import Memory, NoMemory
 from ..memory.token_layout import Positions, TokenLayout, token_layout
+from ..serving.paged_cache import find_paged_call
 from .forward_context import CallArguments, DecoderHooks, ForwardContext, read_arguments
-from .paged_call import find_paged_call
 
 BEFORE_ALL = 2**40
 """In place of an unknown number of earlier tokens: more than any mask has columns, so the call's are its last ones."""
@@ -155,7 +155,7 @@ class BlockContext:
             ValueError: The cache holds tokens that did not pass through this side path.
         """
         if self._paged is not None:
-            return self._paged.memory(self._block_index, adapter_name)
+            return self._paged.memory(self._block_index, f"{child_name}.{adapter_name}")
         if self.cache is None:
             return NoMemory()
         batch, tokens = hidden_states.shape[:2]

@@ -20,7 +20,7 @@ from transformers.cache_utils import Cache, EncoderDecoderCache
 
 from ..memory.cache import note_recurrent_state, recurrent_state_is_new, tokens_before
 from ..memory.token_layout import TokenLayout
-from .paged_call import PagedCall, find_paged_call
+from ..serving.paged_cache import PagedCall, find_paged_call
 
 STATE_ARGUMENTS = frozenset(
     {

@@ -12,8 +12,8 @@ from vllm.utils.torch_utils import direct_register_custom_op
 
 from ...config import TalanConfig
 from ...functional.ragged import ragged_side_path
-from ...memory.paged_pool import PagedMemory, of_tokens, page_ends, read_states, request_ends, write_states
-from ...tuner.tensors import AdapterTensors
+from ...tuner.layer import TalanLayer
+from ..pages import PagedMemory, of_tokens, page_ends, read_states, request_ends, write_states
 from .strength import PageStrengths
 
 ADAPTER_NAME = "default"
@@ -79,7 +79,7 @@ def find_pages(metadata: Any, tokens: int, pages: int, page_size: int, strengths
     return Pages(starts, metadata.max_query_len, page_before, is_new, snapshot_positions, after, alpha)
 
 
-class PagedSidePath(AdapterTensors):
+class PagedSidePath(TalanLayer):
     """The side path of one block, with the memory of all requests in a pool of pages as the block's attention has it.
 
     Args:
@@ -94,7 +94,7 @@ class PagedSidePath(AdapterTensors):
         self, hidden_size: int, block_index: int, config: TalanConfig, strengths: PageStrengths, attention: Any
     ) -> None:
         super().__init__(hidden_size, block_index)
-        self.add_tensors(ADAPTER_NAME, config)
+        self.add_side_path(ADAPTER_NAME, config)
         self.requires_grad_(False)
         self.strengths = strengths
         self.position = config.talan_position
