@@ -13,6 +13,7 @@ from ..checkpoint.card import write_cards_on_save
 from ..config import TalanConfig
 from ..memory.cache import follow_class
 from .lorafa import let_lorafa_train_side_paths
+from .merged_loading import let_transformers_build_merged_models
 from .model import TalanModel
 
 
@@ -33,6 +34,7 @@ def register_talan() -> None:
         write_cards_on_save()
         let_lorafa_train_side_paths()
         follow_class(Cache)
+        let_transformers_build_merged_models()
 
 
 def _let_transformers_load_magnitudes() -> None:
