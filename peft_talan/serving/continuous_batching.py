@@ -10,6 +10,7 @@ from torch import nn
 from transformers import ContinuousBatchingConfig, GenerationConfig
 from transformers.generation.continuous_batching import ContinuousBatchingManager
 
+from ..axes import check_causal
 from ..tuner.attachment import attached_side_paths
 from ..tuner.merged import merged_layers
 from ..tuner.mixed_batch import NO_ROWS
@@ -46,11 +47,7 @@ def check_continuous_batching(model: nn.Module, config: ContinuousBatchingConfig
         for key, one in layer.side_paths.items()
     }
     for name, scope in (*scopes.items(), *merged.items()):
-        if scope != "causal":
-            raise ValueError(
-                f"talan_memory_scope={scope!r} of adapter {name!r} can't generate: later tokens would "
-                "change the memory of earlier ones; train an adapter with 'causal'"
-            )
+        check_causal(scope, name)
     for layer in layers:
         if any("adapter_names" in getattr(hook, "keywords", {}) for hook in layer._forward_pre_hooks.values()):
             raise ValueError(NO_ROWS)

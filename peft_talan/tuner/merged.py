@@ -23,9 +23,8 @@ from ..config import TalanConfig
 from ..version import __version__
 from .attachment import attached_side_paths
 from .blocks import find_decoder
-from .decoder_call import BlockCall
 from .layer import TalanLayer
-from .side_paths import SidePaths
+from .side_path_layer import SidePathLayer
 
 
 def config_of(side_path: MergedSidePath) -> TalanConfig:
@@ -43,7 +42,7 @@ def config_of(side_path: MergedSidePath) -> TalanConfig:
     return TalanConfig(r=0, inference_mode=True, talan_version=side_path.talan_version, **side_path.axes)
 
 
-class MergedSidePaths(SidePaths):
+class MergedSidePaths(SidePathLayer):
     """Holds the side paths that one merge left on a block: always on, and no adapters to PEFT.
 
     Args:
@@ -52,11 +51,6 @@ class MergedSidePaths(SidePaths):
         depth: The number of the model's blocks.
         stage: Which merge left them, counted from 0.
     """
-
-    tensor_prefix: str = ""
-    adapter_layer_names: tuple[str, ...] = tuple(
-        name.removeprefix(SidePaths.tensor_prefix) for name in SidePaths.adapter_layer_names
-    )
 
     def __init__(self, hidden_size: int, block_index: int, depth: int, stage: int) -> None:
         super().__init__(hidden_size, block_index, depth)
@@ -87,30 +81,6 @@ class MergedSidePaths(SidePaths):
         self.talan_alpha[name] = float(config.talan_alpha)
         self.talan_position[name] = config.talan_position
         return name
-
-    def memory_name(self, name: str) -> str:
-        """The name by which a cache carries a memory; the dot tells it from an adapter's."""
-        return f"{self.child_name}.{name}"
-
-    def forward(self, hidden_states: torch.Tensor, position: str, call: BlockCall) -> torch.Tensor:
-        """Run every side path of the layer on the residual stream at one end of the block.
-
-        Args:
-            hidden_states: h, [batch, tokens, hidden_size].
-            position: `input` or `output`: which end this is.
-            call: What the block was called with.
-
-        Returns:
-            h', [batch, tokens, hidden_size].
-
-        Raises:
-            ValueError: The cache holds tokens that a side path has not seen.
-        """
-        return self.apply_side_paths(hidden_states, position, call, dict.fromkeys(self.talan_options))
-
-    def extra_repr(self) -> str:
-        """Name the block and the axes."""
-        return f"block_index={self.block_index}, side_paths={self.talan_options}"
 
 
 def merged_layers(model: nn.Module) -> Iterator[MergedSidePaths]:
@@ -244,7 +214,7 @@ def attach_described(model: PreTrainedModel) -> None:
             layer.awaits_values = device.type == "meta"
             # Without that, they are fresh, and have no effect.
             with torch.device(device):
-                layer.add_tensors(layer.describe(side_path), config_of(side_path))
+                layer.add_side_path(layer.describe(side_path), config_of(side_path))
 
 
 def _find(model: PreTrainedModel, block_name: str) -> str | None:

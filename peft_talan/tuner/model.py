@@ -14,6 +14,7 @@ from peft.utils.integrations import init_empty_weights
 from torch import nn
 from transformers import PreTrainedModel
 
+from ..axes import check_causal
 from ..checkpoint.checks import check_side_path, check_whole_modules, read_header
 from ..checkpoint.names import CHILD_NAME, check_new_name, is_side_path_key
 from ..checkpoint.rollback import Snapshot, attributes_unchanged_on_error
@@ -144,16 +145,16 @@ class TalanModel(CheckpointedModel):
         if self._before_loading is not None:
             self._before_loading = None  # A model that runs is not being loaded.
         adapter_names = kwargs.pop("adapter_names", None)
-        tell = super()._enable_peft_forward_hooks
+        enable = super()._enable_peft_forward_hooks
         if adapter_names is None:
-            context = tell(*args, **kwargs)
+            context = enable(*args, **kwargs)
         else:
             context = rows_named(
                 self.model,
                 adapter_names,
                 self.peft_config,
                 kwargs.get("num_beams") or 1,
-                lambda names: tell(*args, adapter_names=names, **kwargs),
+                lambda names: enable(*args, adapter_names=names, **kwargs),
             )
         with context:
             yield
@@ -195,12 +196,7 @@ class TalanModel(CheckpointedModel):
             >>> model.generate(**tokenizer("What is 27 + 48?", return_tensors="pt"), max_new_tokens=16)
         """
         for name in self.active_adapters:
-            scope = getattr(self.peft_config[name], "talan_memory_scope", "causal")
-            if scope != "causal":
-                raise ValueError(
-                    f"talan_memory_scope={scope!r} of adapter {name!r} can't generate: later tokens would change the "
-                    "memory of earlier ones; train an adapter with 'causal'"
-                )
+            check_causal(getattr(self.peft_config[name], "talan_memory_scope", "causal"), name)
         return self.model.generate(*args, **kwargs)
 
     def generate_batch(self, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Any:

@@ -10,12 +10,12 @@ from torch import nn
 
 from .attachment import attached_side_paths
 from .merged import merged_layers
-from .side_paths import SidePaths
+from .side_path_layer import SidePathLayer
 
 
 def _side_paths_named(
     model: nn.Module, adapter_name: str | None, layers: Sequence[int] | None
-) -> list[tuple[SidePaths, str]]:
+) -> list[tuple[SidePathLayer, str]]:
     """The side paths that adapter and blocks select; everything is checked before any of them changes."""
     adapters = [(layer, name, name) for _, layer in attached_side_paths(model) for name in layer.talan_options]
     merged = [
@@ -23,7 +23,7 @@ def _side_paths_named(
     ]
     if not adapters and not merged:
         raise ValueError(f"model={type(model).__name__}: it has no side path; give a model with a TALAN adapter")
-    candidates: list[tuple[SidePaths, str, str]] = []
+    candidates: list[tuple[SidePathLayer, str, str]] = []
     for group in (adapters, merged):  # An adapter comes before what was merged earlier.
         candidates = candidates or [found for found in group if adapter_name in (None, found[2])]
     if not candidates:

@@ -12,7 +12,6 @@ import pytest
 import torch
 from peft import (
     AdaLoraConfig,
-    AutoPeftModelForCausalLM,
     IA3Config,
     LoKrConfig,
     PeftConfig,
