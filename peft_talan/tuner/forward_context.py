@@ -85,6 +85,10 @@ def read_arguments(names: tuple[str, ...], args: tuple[Any, ...], kwargs: dict[s
         elif name in STATE_ARGUMENTS and _holds_state(value):
             unknown = name
     positions = given.get("position_ids")
+    if isinstance(positions, torch.Tensor) and positions.dim() == 3 and positions.shape[0] == 4:
+        # Multimodal positions [4, batch, tokens]: the first row is that of the text, by which the model separates
+        # packed samples; the other three (time, height, width) repeat inside one sample.
+        positions = positions[0]
     return CallArguments(
         given.get("attention_mask"),
         positions if isinstance(positions, torch.Tensor) else None,
