@@ -53,7 +53,7 @@ def demo(
         check_source("--model", model, "model")
     try:
         # Imported here: bad options are reported before the demo's own packages load.
-        from peft_talan.demo.run import DemoOptions, run_demo
+        from ..demo.run import DemoOptions, run_demo
 
         run_demo(
             DemoOptions(

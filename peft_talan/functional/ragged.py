@@ -1,6 +1,6 @@
 """The side path on the flat tokens of many requests: no loop over requests, and no question to the device.
 
-Each request is cut into chunks of its own, so every chunk has one memory to go on from, and what lies inside of a
+Each request is cut into chunks of its own, so every chunk has one state to continue from, and what lies inside of a
 chunk is `chunked.forward_tile`. The number of chunks is bounded by the shapes alone; chunks that are not needed are
 empty. The results are those of `ragged_reference` up to rounding. Gradients are not supported: it serves generation.
 """
@@ -12,17 +12,19 @@ from typing import NamedTuple
 import torch
 from torch.nn import functional as F
 
-from .chunked import CHUNK_SIZE, ChunkMasks, Tile, forward_tile, probabilities
-from .fused import read, read_mean, slot_weights, write_back
+from .chunked import CHUNK_SIZE, ChunkMasks, Tile, chunk_states, forward_tile, make_tile, probabilities
+from .fused import read, remix, write_back
 from .parameters import (
-    SMALLEST_DENOMINATOR,
     RaggedOutput,
+    RemixInputs,
     SidePathOptions,
     SidePathParameters,
     full_precision,
     working_dtype,
 )
 from .recomputed import TILE_TOKENS, remix_tile
+from .records import memory_after
+from .reference import slot_weights
 
 SMALLEST_CHUNK_SIZE = 8
 """Tokens per chunk where requests are short: fewer would make the products small and their number large."""
@@ -43,6 +45,11 @@ class ChunkLayout(NamedTuple):
     place: torch.Tensor
     request: torch.Tensor
 
+    def place_of(self, tokens: torch.Tensor | None = None) -> torch.Tensor:
+        """The places of some tokens, or of all; padding gets the last one, which holds something finite."""
+        place = self.place if tokens is None else self.place.index_select(0, tokens)
+        return place.clamp(max=self.num_chunks * self.chunk_size - 1)
+
 
 def request_of(index: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
     """Find the request of each token (or chunk); what comes after the last request's end counts as its.
@@ -54,133 +61,91 @@ def request_of(index: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
     Returns:
         [tokens], int64.
     """
+    # From the right: a request without tokens ends where the one before does, and has none of them.
     return torch.searchsorted(ends, index, right=True).clamp_(max=ends.shape[0] - 1)
 
 
-def choose_chunk_size(tokens: int, requests: int, max_query_length: int) -> int:
-    """Choose the tokens per chunk: a power of two near the mean length, since a request's last chunk is half empty.
-
-    Args:
-        tokens: Of the call.
-        requests: Of the call.
-        max_query_length: The tokens of the longest request.
-
-    Returns:
-        Between `SMALLEST_CHUNK_SIZE` and `chunked.CHUNK_SIZE`.
-    """
+def _choose_chunk_size(tokens: int, requests: int, max_query_length: int) -> int:
+    """The tokens per chunk: a power of two near the mean length."""
+    # A request's last chunk is half empty on average, and a token costs as many products as its chunk has tokens.
     length = min(max(tokens // max(requests, 1), SMALLEST_CHUNK_SIZE), max_query_length, CHUNK_SIZE)
     return 1 << (length - 1).bit_length()
 
 
-def lay_out(cu_seqlens: torch.Tensor, tokens: int, max_query_length: int) -> ChunkLayout:
-    """Cut every request into chunks.
-
-    Args:
-        cu_seqlens: [requests + 1], int64.
-        tokens: Of the call, padding included.
-        max_query_length: The tokens of the longest request.
-
-    Returns:
-        The layout.
-    """
+def _lay_out(cu_seqlens: torch.Tensor, tokens: int, max_query_length: int) -> ChunkLayout:
+    """Cut every request of [requests + 1] int64 bounds into chunks; `tokens` includes padding."""
     requests = cu_seqlens.shape[0] - 1
-    chunk_size = choose_chunk_size(tokens, requests, max_query_length)
+    chunk_size = _choose_chunk_size(tokens, requests, max_query_length)
+    # At most one chunk per request is not full, so this is enough for any lengths; the lengths are on the device.
     num_chunks = min(tokens // chunk_size + requests, tokens)
     starts, ends = cu_seqlens[:-1], cu_seqlens[1:]
     chunk_ends = ((ends - starts + chunk_size - 1) // chunk_size).cumsum(0)
     # A request's first chunk minus its first token, so that a token's own place falls out of one addition.
     shift = F.pad(chunk_ends[:-1], (1, 0)) * chunk_size - starts
     token = torch.arange(tokens, device=cu_seqlens.device)
-    place = torch.where(
-        token < ends[-1], token + shift.index_select(0, request_of(token, ends)), num_chunks * chunk_size
-    )
+    place = token + shift.index_select(0, request_of(token, ends))
+    place = torch.where(token < ends[-1], place, num_chunks * chunk_size)
     request = request_of(torch.arange(num_chunks, device=cu_seqlens.device), chunk_ends)
     return ChunkLayout(chunk_size, num_chunks, place, request)
 
 
-def _cut(
-    values: torch.Tensor, queries: torch.Tensor, weights: torch.Tensor, state: torch.Tensor, layout: ChunkLayout
-) -> Tile:
-    """Put the tokens into their chunks and sum the state at the start of each chunk, `Tile.final_state`."""
-    width = values.shape[1]
-    flat = torch.cat([values, queries, weights], dim=-1)
-    placed = flat.new_zeros(layout.num_chunks * layout.chunk_size + 1, flat.shape[1]).index_copy_(
-        0, layout.place, flat
-    )
-    z, q, e = (
-        placed[:-1]
-        .unflatten(0, (layout.num_chunks, layout.chunk_size))
-        .split([width, width, weights.shape[1]], dim=-1)
-    )
+def _cut(inputs: RemixInputs, state: torch.Tensor, layout: ChunkLayout) -> Tile:
+    """Put the flat tokens into their chunks and sum the state at the start of each."""
+    flat = torch.cat(inputs[:3], dim=-1)
+    # One row more than there are places takes the padding.
+    rows = flat.new_zeros(layout.num_chunks * layout.chunk_size + 1, flat.shape[1])
+    placed = rows.index_copy_(0, layout.place, flat)[:-1].unflatten(0, (layout.num_chunks, layout.chunk_size))
+    z, q, e = placed.split([tensor.shape[1] for tensor in inputs[:3]], dim=-1)
+    # As in `chunked`, products over slots run along the tokens.
     e = e.mT.contiguous()
-    chunk_sums = torch.cat([e @ z, e.sum(-1, keepdim=True)], dim=-1)
+    # Earlier chunks of the same request, and its initial state: the requests are one sequence to the masks.
     earlier = (layout.request.unsqueeze(1) == layout.request).to(flat.dtype).tril_(-1)
-    chunk_states = torch.addmm(
-        state.index_select(0, layout.request).flatten(1), earlier, chunk_sums.flatten(1)
-    ).view_as(chunk_sums)
     triangle = torch.ones(1, layout.chunk_size, layout.chunk_size, dtype=flat.dtype, device=flat.device).tril_()
-    d = torch.matmul(e, triangle.mT).add_(chunk_states[..., -1:]).clamp_min_(SMALLEST_DENOMINATOR)
-    return Tile(z, q, e, ChunkMasks(triangle, earlier), chunk_states[..., :-1], d, chunk_states)
+    masks = ChunkMasks(triangle, earlier.unsqueeze(0))
+    states = chunk_states(z, e, masks, state.index_select(0, layout.request).unsqueeze(0), 1)
+    return make_tile(z, q, e, states.squeeze(0), masks)
 
 
 def _remix_mlp(tile: Tile, parameters: tuple[torch.Tensor, ...]) -> torch.Tensor:
     """The `mlp` mixer is not linear in the memory: some chunks at a time, with the memory of each of their tokens."""
     count = max(TILE_TOKENS // tile.z.shape[1], 1)
-    pieces = (part.split(count) for part in (tile.z, tile.q, tile.e, tile.final_state))
-    readouts = [
-        remix_tile(z, q, e.mT, "mlp", parameters, None, chunk_states)[0]
-        for z, q, e, chunk_states in zip(*pieces, strict=True)
-    ]
-    return torch.cat(readouts)
+    parts = zip(*(tensor.split(count) for tensor in tile[:4]), strict=True)
+    return torch.cat([remix_tile(z, q, e.mT, "mlp", parameters, None, state)[0] for z, q, e, state in parts])
 
 
-def _memories_after(tokens: torch.Tensor, tile: Tile, layout: ChunkLayout) -> torch.Tensor:
-    """The state after each of some tokens: that at the start of its chunk, and what the chunk put in up to the token."""
-    index = layout.place.index_select(0, tokens).clamp_(max=layout.num_chunks * layout.chunk_size - 1)
-    chunk, place = index // layout.chunk_size, index % layout.chunk_size
-    upto = torch.arange(layout.chunk_size, device=tokens.device) <= place.unsqueeze(1)
-    e = tile.e.index_select(0, chunk) * upto.unsqueeze(1)
-    z = F.pad(tile.z.index_select(0, chunk), (0, 1), value=1.0)
-    return torch.baddbmm(tile.final_state.index_select(0, chunk), e, z)
-
-
-def _remix_one_token(
-    values: torch.Tensor,
-    queries: torch.Tensor,
-    weights: torch.Tensor,
-    mixer: str,
-    parameters: tuple[torch.Tensor, ...],
-    state: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Each token is a request: a rank-one update of its memory and a read."""
-    memory = torch.addcmul(state, weights.unsqueeze(-1), F.pad(values, (0, 1), value=1.0).unsqueeze(1))
-    mean = memory[..., :-1] / memory[..., -1:].clamp_min(SMALLEST_DENOMINATOR)
-    return read_mean(mean, queries.unsqueeze(1), mixer, parameters).squeeze(1), memory
+def _states_after(tokens: torch.Tensor, tile: Tile, layout: ChunkLayout) -> torch.Tensor:
+    """The state after each of some tokens: that at the start of its chunk, and what the chunk adds up to the token."""
+    place = layout.place_of(tokens)
+    chunk, place = place // layout.chunk_size, place % layout.chunk_size
+    z, e, state = (tensor.index_select(0, chunk) for tensor in (tile.z, tile.e, tile.state))
+    # Later tokens of the chunk as padding: of no weight.
+    up_to = torch.arange(layout.chunk_size, device=tokens.device) <= place.unsqueeze(1)
+    return memory_after(z, (e * up_to.unsqueeze(1)).mT, None, state)
 
 
 def _remix_requests(
-    values: torch.Tensor,
-    queries: torch.Tensor,
-    weights: torch.Tensor,
-    mixer: str,
-    parameters: tuple[torch.Tensor, ...],
+    inputs: RemixInputs,
     state: torch.Tensor,
     cu_seqlens: torch.Tensor,
     max_query_length: int,
     snapshot_positions: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Requests of any lengths, in chunks: read-outs, and the memories that are wanted."""
-    tokens, cu_seqlens = values.shape[0], cu_seqlens.long()
-    layout = lay_out(cu_seqlens, tokens, max_query_length)
-    tile = _cut(values, queries, weights, state, layout)
-    if mixer == "mlp":
-        remixed = _remix_mlp(tile, parameters)
+    """Requests of any lengths, in chunks: read-outs, and the states at the snapshots."""
+    # Servers count in int32, indices are int64.
+    tokens, cu_seqlens = inputs.values.shape[0], cu_seqlens.long()
+    layout = _lay_out(cu_seqlens, tokens, max_query_length)
+    tile = _cut(inputs, state, layout)
+    if inputs.mixer == "mlp":
+        remixed = _remix_mlp(tile, inputs.parameters)
     else:
-        remixed = forward_tile(tile, probabilities(tile, mixer, parameters[0]))
-    readout = remixed.flatten(0, 1).index_select(0, layout.place.clamp(max=layout.num_chunks * layout.chunk_size - 1))
-    wanted = cu_seqlens[1:] - 1 if snapshot_positions is None else snapshot_positions
-    states = _memories_after(wanted.clamp(0, tokens - 1), tile, layout)
+        remixed = forward_tile(tile, probabilities(tile, inputs.mixer, inputs.parameters[0]))
+    readout = remixed.flatten(0, 1).index_select(0, layout.place_of())
+    # Positions that are no token's get the state of some token, which nobody reads: to leave them out, their number
+    # would have to be known.
+    positions = cu_seqlens[1:] - 1 if snapshot_positions is None else snapshot_positions
+    states = _states_after(positions.clamp(0, tokens - 1), tile, layout)
     if snapshot_positions is None:
+        # Without tokens, the state stays as it is.
         empty = cu_seqlens[1:] == cu_seqlens[:-1]
         states = torch.where(empty[:, None, None], state, states)
     return readout, states
@@ -200,26 +165,22 @@ def ragged_side_path(
     """Run a side path on requests laid end to end; see `ragged_reference.ragged_side_path`."""
     dtype = working_dtype(hidden_states.dtype)
     with full_precision(hidden_states.device.type):
-        stream, before = hidden_states.to(dtype), state.to(dtype)
-        slots = parameters.read.shape[0] - 2 * parameters.write.shape[1]
-        values, queries, logits = read(stream, parameters.read, slots)
+        # A pool may be in another dtype than the tokens are computed in.
+        stream, initial_state = hidden_states.to(dtype), state.to(dtype)
+        values, queries, logits = read(stream, parameters.read, parameters.slots)
         mixer = tuple(tensor.to(dtype) for tensor in parameters.mixer)
-        call = (values, queries, slot_weights(logits, None), options.mixer, mixer, before)
+        inputs = RemixInputs(values, queries, slot_weights(logits, None), options.mixer, mixer, None, None)
         if cu_seqlens is None:
-            readout, states = _remix_one_token(*call)
+            # Each token is a request, and so a batch row of one token.
+            z, q, e = (tensor.unsqueeze(1) for tensor in inputs[:3])
+            readout, states = remix(z, q, e, options.mixer, mixer, None, initial_state)
+            readout = readout.squeeze(1)
             if snapshot_positions is not None:
                 states = states.index_select(0, snapshot_positions.clamp(0, states.shape[0] - 1))
         else:
-            readout, states = _remix_requests(*call, cu_seqlens, max_query_length, snapshot_positions)
+            readout, states = _remix_requests(inputs, initial_state, cu_seqlens, max_query_length, snapshot_positions)
+        # delta = alpha r W_write^T: a strength per token scales r.
         if isinstance(alpha, torch.Tensor):
             readout, alpha = readout * alpha.to(dtype).unsqueeze(1), 1.0
-        written = write_back(
-            stream,
-            readout,
-            parameters.write,
-            options.writeback,
-            alpha=alpha,
-            gate=parameters.gate,
-            cap=options.cap,
-        )
+        written = write_back(stream, readout, parameters, options, alpha)
     return RaggedOutput(written.to(hidden_states.dtype), states.to(state.dtype))

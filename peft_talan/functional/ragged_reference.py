@@ -1,4 +1,4 @@
-"""The side path on the flat tokens of many requests, one request after the other: what `ragged` is held against."""
+"""The side path on the flat tokens of many requests, one request after the other: the oracle of `ragged`."""
 
 from __future__ import annotations
 
@@ -30,19 +30,19 @@ def ragged_side_path(
         cu_seqlens: Where each request starts and the last one ends, [requests + 1], int, not falling and starting
             at 0. Equal neighbours: a request without tokens. Tokens from the last number on are padding. None: each
             token is a request.
-        state: The memory before each request's first token, [requests, slots, width + 1].
-        max_query_length: The number of tokens of the longest request, or more; it is known without asking the device.
+        state: The state before each request's first token, [requests, slots, width + 1].
+        max_query_length: The number of tokens of the longest request, or more, known without asking the device.
         snapshot_positions: The tokens after which the state is returned, [snapshots], int64; for a number that is no
             token's, some state. None: after each request's last token. Default None.
         alpha: The strength of the perturbation, or that of each token's, [tokens]. Default 1.
 
     Returns:
-        h' and the memories; where a request has no tokens, its memory is the one before.
+        h' and the states; a request without tokens keeps the one before.
     """
     if cu_seqlens is None:
         cu_seqlens = torch.arange(hidden_states.shape[0] + 1)
     written = hidden_states.clone()
-    memories = state.new_zeros(hidden_states.shape[0] + 1, *state.shape[1:])
+    snapshots = state.new_zeros(hidden_states.shape[0] + 1, *state.shape[1:])
     after = state.clone()
     bounds = cu_seqlens.tolist()
     for request, (start, end) in enumerate(pairwise(bounds)):
@@ -52,11 +52,11 @@ def ragged_side_path(
         strength = alpha[start:end].unsqueeze(1) if isinstance(alpha, torch.Tensor) else alpha
         output = reference.side_path(hidden_states[None, start:end], parameters, options, alpha=strength, state=before)
         written[start:end] = output.hidden_states[0]
-        memories[start:end] = reference.compress(output.values, output.weights, state=before)[0][0]
-        after[request] = memories[end - 1]
+        snapshots[start:end] = reference.compress(output.record.values, output.record.weights, state=before)[0][0]
+        after[request] = snapshots[end - 1]
     if snapshot_positions is None:
         return RaggedOutput(written, after)
     tokens = torch.where(
         (snapshot_positions >= 0) & (snapshot_positions < bounds[-1]), snapshot_positions, hidden_states.shape[0]
     )
-    return RaggedOutput(written, memories[tokens])
+    return RaggedOutput(written, snapshots[tokens])

@@ -6,30 +6,15 @@ import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from transformers.generation.continuous_batching import PagedAttentionCache
 
 from ..functional.parameters import SidePathOptions, SidePathParameters
 from ..functional.ragged import request_of
+from ..memory.token_layout import TokenLayout
 from .pages import PagedMemory, Pages, run_on_pages
-
-
-class SidePath(NamedTuple):
-    """One adapter's side path as it runs now.
-
-    Args:
-        adapter_name: The adapter's name.
-        parameters: Its tensors at this block.
-        options: Its axes.
-        alpha: The strength of the perturbation.
-    """
-
-    adapter_name: str
-    parameters: SidePathParameters
-    options: SidePathOptions
-    alpha: float
 
 
 @dataclass
@@ -72,6 +57,10 @@ class PagedCall:
         if allocator.index not in self.known_pages:
             self.known_pages[allocator.index] = self._find_pages(allocator)
         return self.known_pages[allocator.index]
+
+    def memory(self, block_index: int, name: str) -> RequestsMemory:
+        """The memory of a side path at a block for all requests of this call."""
+        return RequestsMemory(self, block_index, name)
 
     def _find_pages(self, allocator: Any) -> Pages:
         unused = allocator.write_trash_index // allocator.block_physical_stride
@@ -184,29 +173,31 @@ def _follow_copies(cache: Any) -> _CacheCopy:
     return cache.perform_cache_copy
 
 
-def run_paged(
-    hidden_states: torch.Tensor, side_paths: list[SidePath], block_index: int, call: PagedCall
-) -> torch.Tensor:
-    """Run the side paths of a block on the flat tokens of many requests; those of several adapters add up.
+class RequestsMemory:
+    """The memory of one side path for all requests of a call; see `peft_talan.memory.interface.Memory`.
 
     Args:
-        hidden_states: h, [1, tokens, hidden_size].
-        side_paths: The side paths.
-        block_index: The block's index.
         call: What the block was called with.
-
-    Returns:
-        h', [1, tokens, hidden_size].
-
-    Raises:
-        ValueError: A memory is bidirectional.
+        block_index: The block's index.
+        name: The side path's name, which no other one of the block has.
     """
-    if not side_paths:
-        return hidden_states
-    written, memory, pages = hidden_states, paged_memory(call.cache), call.pages(block_index)
-    for adapter_name, parameters, options, alpha in side_paths:
-        with torch.no_grad():
-            pool = memory.pool(block_index, adapter_name, pages.num_pages, parameters, hidden_states)
-            changed = run_on_pages(hidden_states[0], parameters, options, pool, pages, alpha).unsqueeze(0)
-        written = changed if written is hidden_states else written + (changed - hidden_states)
-    return written
+
+    def __init__(self, call: PagedCall, block_index: int, name: str) -> None:
+        self.call, self.block_index, self.name = call, block_index, name
+
+    @torch.no_grad()
+    def append(
+        self,
+        hidden_states: torch.Tensor,
+        parameters: SidePathParameters,
+        options: SidePathOptions,
+        layout: TokenLayout,
+        *,
+        alpha: float = 1.0,
+        training: bool = False,
+    ) -> torch.Tensor:
+        """Run a side path on the flat tokens of many requests, [1, tokens, hidden_size]; it needs no layout."""
+        pages = self.call.pages(self.block_index)
+        memory = paged_memory(self.call.cache)
+        pool = memory.pool(self.block_index, self.name, pages.num_pages, parameters, hidden_states)
+        return run_on_pages(hidden_states[0], parameters, options, pool, pages, alpha).unsqueeze(0)

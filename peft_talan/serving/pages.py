@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 from torch.nn import functional as F
 
+from ..axes import check_causal
 from ..functional.parameters import SidePathOptions, SidePathParameters, working_dtype
 from ..functional.ragged import ragged_side_path, request_of
 
@@ -134,8 +135,7 @@ def run_on_pages(
     Raises:
         ValueError: The memory is bidirectional.
     """
-    if options.scope != "causal":
-        raise ValueError(f"talan_memory_scope={options.scope!r} can't generate; use an adapter with 'causal'")
+    check_causal(options.scope)
     output = ragged_side_path(
         hidden_states,
         parameters,

@@ -6,13 +6,11 @@ from typing import Any
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from peft_talan.functional import ragged, ragged_reference, reference
 from peft_talan.functional.parameters import MIXERS, WRITEBACKS, SidePathOptions, SidePathParameters
 
-from .inputs import HIDDEN_SIZE, assert_equal_up_to_rounding, memory, mixer_tensors, side_path_tensors
+from .inputs import HIDDEN_SIZE, LargestTensor, assert_equal_up_to_rounding, memory, mixer_tensors, side_path_tensors
 
 PADDING = 5
 LENGTHS = {
@@ -100,7 +98,7 @@ def test_the_reference_runs_each_request_as_a_sequence_of_its_own() -> None:
 
 
 @pytest.mark.parametrize("mixer", MIXERS)
-def test_a_call_cut_into_pieces_gives_what_the_whole_gives(mixer: Any) -> None:
+def test_a_call_cut_into_pieces_returns_what_the_whole_returns(mixer: Any) -> None:
     lengths = [40, 13, 77]
     (hidden, parameters, options), given, _ = call(lengths, 0, mixer, "gated")
     whole = ragged.ragged_side_path(hidden, parameters, options, **given)
@@ -140,18 +138,6 @@ def test_the_operator_compiles_as_one_graph_without_asking_the_device(lengths: l
         found = compiled(hidden, parameters, options, **given)
     assert_equal_up_to_rounding(found.hidden_states, expected.hidden_states)
     assert_equal_up_to_rounding(found.states, expected.states)
-
-
-class LargestTensor(TorchDispatchMode):
-    """Notes the number of elements of the largest tensor that any operation gives."""
-
-    elements = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        sizes = [tensor.numel() for tensor in tree_leaves(result) if isinstance(tensor, torch.Tensor)]
-        self.elements = max(self.elements, *sizes, 0)
-        return result
 
 
 @pytest.mark.parametrize("mixer", MIXERS)

@@ -48,7 +48,7 @@ def _configuring(original: Callable[..., Any]) -> Callable[..., Any]:
         model = vllm_config.model_config
         if has_embedded_adapter(model.model, model.revision):
             try:
-                checks, *_ = (importlib.import_module(f"peft_talan.serving.vllm.{part}") for part in _PARTS)
+                checks, *_ = (importlib.import_module(f".{part}", __package__) for part in _PARTS)
             except (ImportError, AttributeError) as error:
                 raise RuntimeError(
                     f"model={model.model!r}: this version of vLLM lacks what its TALAN side path needs ({error}); "
