@@ -1,19 +1,20 @@
-"""A block's side path in vLLM: one memory state a page, read and written by one operator a call."""
+"""A block's side path in vLLM: one state per page, read and written by one operator per call."""
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
+from torch import nn
 from torch.nn import functional as F
 from vllm.compilation.breakable_cudagraph import eager_break_during_capture
 from vllm.forward_context import get_forward_context
 from vllm.utils.torch_utils import direct_register_custom_op
 
 from ...config import TalanConfig
-from ...functional.ragged import ragged_side_path
-from ...tuner.layer import TalanLayer
-from ..pages import PagedMemory, of_tokens, page_ends, read_states, request_ends, write_states
+from ...functional.initialization import empty_parameters
+from ...functional.parameters import MIXER_PARAMETERS, SidePathParameters
+from ..pages import PagedMemory, Pages, run_on_pages
 from .strength import PageStrengths
 
 ADAPTER_NAME = "default"
@@ -27,60 +28,46 @@ _PAGES = "peft_talan.pages"
 """Where the context of a forward pass keeps the pages of its calls."""
 
 
-class Pages(NamedTuple):
-    """The pages that one forward pass reads and writes, for all blocks of one kind of attention.
-
-    Args:
-        starts: Where each request starts and the last one ends, [requests + 1], int; None: each token is a request.
-        longest: The number of tokens of the longest request, or more.
-        before: The page of each request's previous token, [requests], int64.
-        is_new: Whether the request begins with this call, [requests], bool.
-        snapshot_positions: The tokens after which a state is stored, [snapshots], int64; None: each request's last.
-        after: Their pages, [snapshots or requests], int64.
-        alpha: The strength of each token's perturbation, [tokens], float32.
-    """
-
-    starts: torch.Tensor | None
-    longest: int
-    before: torch.Tensor
-    is_new: torch.Tensor
-    snapshot_positions: torch.Tensor | None
-    after: torch.Tensor
-    alpha: torch.Tensor
-
-
-def find_pages(metadata: Any, tokens: int, pages: int, page_size: int, strengths: PageStrengths) -> Pages:
+def find_pages(
+    metadata: Any, tokens: int, num_pages: int, page_size: int, strengths: PageStrengths
+) -> tuple[Pages, torch.Tensor]:
     """Find the pages of a forward pass.
 
     Args:
         metadata: What vLLM tells the attention of some blocks about the batch.
         tokens: The number of tokens, with padding.
-        pages: The number of pages.
-        page_size: Tokens a page.
+        num_pages: The number of pages.
+        page_size: Tokens per page.
         strengths: The strengths of the pages' tokens.
 
     Returns:
-        The pages.
+        The pages, and the alpha of each token, [tokens], float32.
     """
-    starts, block_table = metadata.query_start_loc, metadata.block_table
-    requests = starts.shape[0] - 1
-    before = metadata.seq_lens[:requests] - (starts[1:] - starts[:-1])
-    last = (before - 1).clamp_(min=0) // page_size
-    page_before = block_table[:requests].gather(1, last.long().unsqueeze(1)).squeeze(1).long()
+    cu_seqlens, block_table = metadata.query_start_loc, metadata.block_table
+    requests = cu_seqlens.shape[0] - 1
+    past = metadata.seq_lens[:requests] - cu_seqlens.diff()
+    last = (past - 1).clamp_(min=0) // page_size
+    previous = block_table[:requests].gather(1, last.long().unsqueeze(1)).squeeze(1).long()
     # Padding has no place in a page, and a batch that is padded for a CUDA graph may have no places for it at all.
     slots = F.pad(metadata.slot_mapping, (0, tokens - metadata.slot_mapping.shape[0]), value=-1)
     page_of_token = torch.where(slots < 0, NULL_PAGE, slots // page_size).long()
-    alpha, is_new = strengths.of_tokens(page_of_token, pages), before == 0
-    if metadata.max_query_len == 1:
-        of_requests = (page_before, is_new, request_ends(page_of_token, starts, NULL_PAGE))
-        page_before, is_new, after = (of_tokens(tensor, tokens, NULL_PAGE) for tensor in of_requests)
-        return Pages(None, 1, page_before, is_new, None, after, alpha)
-    snapshot_positions, after = page_ends(page_of_token, starts, page_size, NULL_PAGE)
-    return Pages(starts, metadata.max_query_len, page_before, is_new, snapshot_positions, after, alpha)
+    pages = Pages.of_call(
+        num_pages,
+        page_of_token,
+        cu_seqlens,
+        metadata.max_query_len,
+        previous,
+        past == 0,
+        page_size=page_size,
+        unused_page=NULL_PAGE,
+    )
+    return pages, strengths.per_token(page_of_token, num_pages)
 
 
-class PagedSidePath(TalanLayer):
-    """The side path of one block, with the memory of all requests in a pool of pages as the block's attention has it.
+class PagedSidePath(nn.Module):
+    """The side path of one block, with the states of all requests in a pool of pages as the block's attention has it.
+
+    Its tensors are buffers: vLLM requires of parameters that the model itself loads them.
 
     Args:
         hidden_size: H, the width of the residual stream.
@@ -93,12 +80,12 @@ class PagedSidePath(TalanLayer):
     def __init__(
         self, hidden_size: int, block_index: int, config: TalanConfig, strengths: PageStrengths, attention: Any
     ) -> None:
-        super().__init__(hidden_size, block_index)
-        self.add_side_path(ADAPTER_NAME, config)
-        self.requires_grad_(False)
-        self.strengths = strengths
-        self.position = config.talan_position
-        self.slots, self.width = config.talan_slots, config.talan_dim
+        super().__init__()
+        self.hidden_size, self.block_index, self.config, self.strengths = hidden_size, block_index, config, strengths
+        self.options = config.side_path_options
+        shapes = empty_parameters(self.options, hidden_size, config.talan_slots, config.talan_dim)
+        for name, shape in shapes.items():
+            self.register_buffer(name, torch.empty(shape.shape))
         # In a tuple: it is the block's module.
         self._attention = (attention,)
         self.layer_name = f"{attention.layer_name}{_ENDING}"
@@ -117,13 +104,13 @@ class PagedSidePath(TalanLayer):
         flat = hidden_states if hidden_states.dim() == 2 else hidden_states.squeeze(0)
         if flat.dim() != 2:
             raise ValueError(f"hidden states of shape {tuple(hidden_states.shape)} are not one residual stream")
-        # Made outside of the operator: CUDA graphs around it then find the output in the same place every time.
+        # Created outside of the operator: CUDA graphs around it then find the output in the same place every time.
         output = torch.empty_like(flat)
         torch.ops.peft_talan.paged_side_path(flat, output, self.layer_name)
         return output.view_as(hidden_states)
 
     def run(self, hidden_states: torch.Tensor, output: torch.Tensor, context: Any) -> None:
-        """Compute what `forward` gives.
+        """Compute what `forward` returns.
 
         Args:
             hidden_states: h, [tokens, hidden_size].
@@ -145,21 +132,15 @@ class PagedSidePath(TalanLayer):
         known, key = context.additional_kwargs.setdefault(_PAGES, {}), id(metadata)
         if key not in known:
             known[key] = find_pages(metadata, hidden_states.shape[0], cache.shape[0], cache.shape[2], self.strengths)
-        pages: Pages = known[key]
-        shape = (cache.shape[0], self.slots, self.width + 1)
-        pool = self.memory.pool(self.block_index, ADAPTER_NAME, shape, hidden_states)
-        result = ragged_side_path(
-            hidden_states,
-            self.parameters_of(ADAPTER_NAME),
-            self.talan_options[ADAPTER_NAME],
-            cu_seqlens=pages.starts,
-            state=read_states(pool, pages.before, pages.is_new),
-            max_query_length=pages.longest,
-            snapshot_positions=pages.snapshot_positions,
-            alpha=pages.alpha,
+        pages, alpha = known[key]
+        parameters = SidePathParameters(
+            self.read,
+            tuple(getattr(self, name) for name in MIXER_PARAMETERS[self.options.mixer]),
+            self.write,
+            getattr(self, "gate", None),
         )
-        write_states(pool, pages.after, result.states)
-        output.copy_(result.hidden_states)
+        pool = self.memory.pool(self.block_index, ADAPTER_NAME, pages.num_pages, parameters, hidden_states)
+        output.copy_(run_on_pages(hidden_states, parameters, self.options, pool, pages, alpha))
 
 
 def paged_side_path(hidden_states: torch.Tensor, output: torch.Tensor, layer_name: str) -> None:
