@@ -1,6 +1,6 @@
 """The axes of the side path as a plain dataclass: names, types, defaults, help and bounds.
 
-It uses the standard library alone: the command line reads this file without the package, whose import costs seconds.
+It uses the standard library alone: the command line offers these options without importing torch.
 """
 
 from __future__ import annotations

@@ -25,7 +25,7 @@ REGISTERED = """
 config = peft.PeftConfig.from_pretrained("adapter")
 print(type(config).__name__, peft.PEFT_TYPE_TO_TUNER_MAPPING[config.peft_type].__name__)
 print(type(peft.__loader__) is type(torch.__loader__))
-print(any(finder.__class__.__module__ == "peft_talan_autoload" for finder in sys.meta_path))
+print(any(finder.__class__.__module__ == "peft_talan.autoload" for finder in sys.meta_path))
 importlib.reload(peft)
 """
 LOADED = """
@@ -50,7 +50,7 @@ def run(script: str, folder: Path, **environment: str) -> subprocess.CompletedPr
 @pytest.fixture(scope="module", autouse=True)
 def _installed() -> None:
     names = [point.value for point in entry_points(group="torch.backends")]
-    assert "peft_talan_autoload:prepare" in names, "these tests need the package installed: pip install -e ."
+    assert "peft_talan.autoload:prepare" in names, "these tests need the package installed: pip install -e ."
 
 
 @pytest.fixture(scope="module")
@@ -85,18 +85,20 @@ print("TALAN" in peft.PeftType.__members__)
     assert run(script, tmp_path, PEFT_TALAN_AUTOLOAD="0").stdout.split() == ["False", "False", "True"]
 
 
-def test_torch_alone_imports_nothing_of_ours(tmp_path: Path) -> None:
-    script = "import torch, sys; print(*[name in sys.modules for name in ('peft', 'peft_talan', 'transformers')])"
+def test_torch_alone_imports_neither_peft_nor_the_tuner(tmp_path: Path) -> None:
+    script = (
+        "import torch, sys; print(*[name in sys.modules for name in ('peft', 'peft_talan.tuner', 'transformers')])"
+    )
     assert run(script, tmp_path).stdout.split() == ["False", "False", "False"]
 
 
-def test_without_this_package_there_is_one_warning_and_an_exported_half_loads(saved: Path) -> None:
+def test_without_the_tuner_there_is_one_warning_and_an_exported_half_loads(saved: Path) -> None:
     with pytest.warns(UserWarning, match="not equivalent"):
         export_lora(make_model("qwen3", dtype=torch.float32), saved / "lora")
     # One function registers, whatever the order; here it fails in the middle of PEFT's own import.
     script = """
 import sys
-sys.modules["peft_talan"] = None
+sys.modules["peft_talan.tuner"] = None
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 print(type(PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("base"), "lora").base_model).__name__)
@@ -106,9 +108,9 @@ print(type(PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("base"
     assert finished.stderr.count("peft_talan could not register itself") == 1
 
 
-def test_import_of_torch_loads_this_one_module_more(tmp_path: Path) -> None:
+def test_import_of_torch_loads_three_small_modules_more(tmp_path: Path) -> None:
     # Whatever else it imports is loaded already when torch reaches its entry points, so a program that never uses
-    # PEFT pays for executing one small file.
+    # PEFT pays for executing three small files.
     script = """
 import sys, torch
 before = set(sys.modules)
@@ -120,4 +122,4 @@ point.load()()
 print(*sorted(set(sys.modules) - before))
 """
     finished = run(script, tmp_path, TORCH_DEVICE_BACKEND_AUTOLOAD="0")
-    assert finished.stdout.split() == ["peft_talan_autoload"], finished.stderr
+    assert finished.stdout.split() == ["peft_talan", "peft_talan.autoload", "peft_talan.version"], finished.stderr

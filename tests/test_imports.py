@@ -18,21 +18,21 @@ ROOMS: tuple[tuple[str, ...], ...] = (
     ("checkpoint",),
     ("tuner",),
     ("serving",),
+    ("autoload",),
     ("sft",),
     ("analysis",),
     ("demo",),
+    ("cli",),
+    ("__main__",),
 )
 """In each item: the files and folders that may import each other, and everything before them."""
-
-PROGRAMS = {"__main__", "autoload", "cli"}
-"""Installed beside the package, which they import by its name."""
 
 
 def files() -> dict[str, Path]:
     found = {}
     for path in sorted(ROOT.rglob("*.py")):
         parts = path.relative_to(ROOT).with_suffix("").parts
-        if parts[0] not in PROGRAMS and parts != ("__init__",):
+        if parts != ("__init__",):
             found[".".join(part for part in parts if part != "__init__")] = path
     return found
 

@@ -16,10 +16,6 @@ import pytest
 from peft_talan import __version__
 
 ROOT = Path(__file__).parents[1]
-MOVED = {"autoload": "peft_talan_autoload", "cli": "peft_talan_cli"}
-"""Folders that are installed under a name of their own."""
-
-
 FOLDERS = (".ci", "benchmarks", "docs", "examples", "peft_talan", "tests")
 FILES = ("LICENSE", "MANIFEST.in", "Makefile", "README.md", "mkdocs.yml", "pyproject.toml", "setup.cfg")
 
@@ -61,9 +57,8 @@ def test_the_source_distribution_is_the_repository(unpacked: Path) -> None:
 def test_every_file_of_the_package_is_in_the_wheel(wheel: Path) -> None:
     expected = set()
     for file in (ROOT / "peft_talan").rglob("*"):
-        first, *rest = file.relative_to(ROOT / "peft_talan").parts
         if file.is_file() and "__pycache__" not in file.parts:
-            expected.add("/".join([MOVED[first], *rest] if first in MOVED else ["peft_talan", first, *rest]))
+            expected.add(file.relative_to(ROOT).as_posix())
     with ZipFile(wheel) as opened:
         names = {name for name in opened.namelist() if ".dist-info/" not in name}
         (metadata,) = (name for name in opened.namelist() if name.endswith(".dist-info/METADATA"))
@@ -77,7 +72,7 @@ def test_the_installed_wheel_works(wheel: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", "site", str(wheel)]
     subprocess.run(command, cwd=tmp_path, check=True, capture_output=True)
     lines = (
-        "import sys, peft_talan_cli; print(peft_talan_cli.__file__); code = peft_talan_cli.main(['doctor', '--json']);"
+        "import sys, peft_talan.cli; print(peft_talan.cli.__file__); code = peft_talan.cli.main(['doctor', '--json']);"
         "print(sys.modules['peft_talan'].__file__); sys.exit(code)"
     )
     environment = {**os.environ, "PYTHONPATH": str(tmp_path / "site")}

@@ -1,7 +1,6 @@
 """The command line `peft-talan`: reads words, calls one command, turns its errors into one line and an exit code.
 
-This folder is installed as the package `peft_talan_cli`, apart from `peft_talan`, whose import costs seconds: `--help`
-answers at once, and a command imports what it needs when it runs.
+Importing torch and PEFT costs seconds: `--help` answers at once, and a command imports what it needs when it runs.
 """
 
 from __future__ import annotations

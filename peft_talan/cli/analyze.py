@@ -41,8 +41,8 @@ def analyze(
     import matplotlib
 
     matplotlib.use("agg")
-    from peft_talan.analysis import analyze as measure
-    from peft_talan.sft.models import choose_device
+    from ..analysis import analyze as measure
+    from ..sft.models import choose_device
 
     with stdout_kept_clean():
         files = measure(

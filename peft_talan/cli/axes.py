@@ -3,39 +3,20 @@
 from __future__ import annotations
 
 import inspect
-import sys
 from collections.abc import Callable
 from dataclasses import fields
 from functools import partial, wraps
-from importlib.util import find_spec, module_from_spec, spec_from_file_location
-from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 import typer
 from typer import Option
 
+from ..axes import SidePathAxes, check_axes
 from .console import Misuse
 
 LAYERS = "talan_layers"
 LEFT_OUT = "talan_memory_scope"
 """Models that generate have one memory scope alone."""
-
-
-def _load_definition() -> Any:
-    """Load peft_talan/axes.py by its place: importing the package itself takes seconds."""
-    package = find_spec("peft_talan")
-    file = Path(str(package and package.origin)).with_name("axes.py")
-    spec = spec_from_file_location("peft_talan_cli._axes", file)
-    if spec is None or spec.loader is None:
-        raise ModuleNotFoundError("No module named 'peft_talan.axes'", name="peft_talan.axes")
-    module = module_from_spec(spec)
-    # The dataclass looks its own module up there.
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-definition = _load_definition()
 
 
 def parse_layers(text: str) -> str | list[int] | list[float]:
@@ -84,8 +65,8 @@ def with_axes(command: Callable[..., None]) -> Callable[..., None]:
     Returns:
         The command with an option for each axis.
     """
-    hints = get_type_hints(definition.SidePathAxes)
-    axes = [field for field in fields(definition.SidePathAxes) if field.name != LEFT_OUT]
+    hints = get_type_hints(SidePathAxes)
+    axes = [field for field in fields(SidePathAxes) if field.name != LEFT_OUT]
     added = [_parameter(field, hints[field.name]) for field in axes]
 
     @wraps(command)
@@ -94,7 +75,7 @@ def with_axes(command: Callable[..., None]) -> Callable[..., None]:
         if LAYERS in given:
             given[LAYERS] = parse_layers(given[LAYERS])
         try:
-            definition.check_axes(definition.SidePathAxes(**given))
+            check_axes(SidePathAxes(**given))
         except ValueError as error:
             raise Misuse(str(error)) from None
         command(**options, axes=given)

@@ -86,17 +86,17 @@ def compare(
     if not given and held_out is None:
         rows, held_out = rows.split(min(200, max(1, len(rows) // 5)), 0)
 
-    from peft_talan.sft.comparison import ARMS, Job
-    from peft_talan.sft.models import load_tokenizer
-    from peft_talan.sft.reporting import (
+    from ..sft.comparison import ARMS, Job
+    from ..sft.models import load_tokenizer
+    from ..sft.reporting import (
         compare_with_bars,
         comparison_table,
         difference_lines,
         draw_comparison,
         make_console,
     )
-    from peft_talan.sft.scores import default_text
-    from peft_talan.sft.training import describe_lengths
+    from ..sft.scores import default_text
+    from ..sft.training import describe_lengths
 
     tokenizer = load_tokenizer(model)
     for line in (line for part in (rows, held_out) for line in describe_lengths(tokenizer, part, max_length)):

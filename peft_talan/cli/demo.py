@@ -54,7 +54,7 @@ def demo(
         check_source("--model", model, "model")
     try:
         # Imported here: bad options are reported before the demo's own packages load.
-        from peft_talan.demo.run import run_demo
+        from ..demo.run import run_demo
 
         run_demo(
             model=model,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import platform
-import sys
 import time
 from importlib.metadata import PackageNotFoundError, entry_points, requires, version
 from typing import Annotated, NamedTuple
@@ -12,6 +11,7 @@ from typing import Annotated, NamedTuple
 import typer
 from typer import Option
 
+from ..autoload import prepare
 from .console import FAILED, JSON_HELP, print_json, print_rows
 
 PACKAGES = ("torch", "peft", "transformers", "safetensors", "huggingface-hub", "accelerate", "trl", "bitsandbytes")
@@ -91,7 +91,7 @@ def check_ranges(versions: dict[str, str | None]) -> Check:
 
 
 def check_autoload() -> Check:
-    """See whether `import peft` alone makes PEFT know TALAN; unknown if this package was imported before.
+    """See whether `import peft` alone makes PEFT know TALAN: torch finds the entry point, and what it names works.
 
     Returns:
         The check.
@@ -99,15 +99,14 @@ def check_autoload() -> Check:
     name = "autoload"
     if os.environ.get("PEFT_TALAN_AUTOLOAD") == "0":
         return Check(name, None, "switched off by PEFT_TALAN_AUTOLOAD=0; programs must import peft_talan")
-    if not any(entry.name == "peft_talan" for entry in entry_points(group="torch.backends")):
+    called = f"{prepare.__module__}:{prepare.__name__}"
+    if called not in [entry.value for entry in entry_points(group="torch.backends")]:
         return Check(name, False, "the entry point is missing; install the package again with pip")
     if os.environ.get("TORCH_DEVICE_BACKEND_AUTOLOAD") == "0":
         return Check(name, None, "switched off by TORCH_DEVICE_BACKEND_AUTOLOAD=0; programs must import peft_talan")
-    if "peft_talan" in sys.modules:
-        return Check(name, None, "unknown inside python -m peft_talan; run peft-talan doctor")
-    import peft  # noqa: F401 - what its import does is what is asked
+    import peft
 
-    worked = "peft_talan" in sys.modules
+    worked = "TALAN" in peft.PeftType.__members__
     return Check(name, worked, "import peft registers TALAN" if worked else "import peft did not register TALAN")
 
 
@@ -119,13 +118,14 @@ def check_registration() -> Check:
     """
     from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING, PeftType
 
-    import peft_talan
+    from ..config import TalanConfig
+    from ..tuner.model import TalanModel
 
     member = PeftType.__members__.get("TALAN")
     known = (
         member is not None
-        and PEFT_TYPE_TO_CONFIG_MAPPING.get(member) is peft_talan.TalanConfig
-        and PEFT_TYPE_TO_TUNER_MAPPING.get(member) is peft_talan.TalanModel
+        and PEFT_TYPE_TO_CONFIG_MAPPING.get(member) is TalanConfig
+        and PEFT_TYPE_TO_TUNER_MAPPING.get(member) is TalanModel
     )
     return Check("registration", known, f"PEFT {'knows' if known else 'does not know'} the type TALAN")
 

@@ -35,7 +35,7 @@ def export(
     """
     read_config(adapter)
     check_output(output, overwrite)
-    from peft_talan import export_lora
+    from ..checkpoint.lora import export_lora
 
     with warnings.catch_warnings():
         # The command's own help says what the warning would.

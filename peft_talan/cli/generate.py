@@ -69,10 +69,10 @@ def generate(
 
         from transformers import set_seed
 
-        from peft_talan import set_talan_strength
-        from peft_talan.sft.generation import answer, generation_settings
-        from peft_talan.sft.models import load_adapter
-        from peft_talan.sft.prompts import PromptForm
+        from ..sft.generation import answer, generation_settings
+        from ..sft.models import load_adapter
+        from ..sft.prompts import PromptForm
+        from ..tuner.strength import set_talan_strength
 
         stored = PromptForm.load(adapter)
         adapted, tokenizer = load_adapter(adapter, model, dtype, device)

@@ -84,7 +84,7 @@ def merge(
         raise Misuse(f"--side-path {side_path}: choose keep or drop")
     check_output(output, overwrite)
     models.check_model_options(adapter, model, dtype, device, kind="TALAN")
-    from peft_talan.sft.models import base_model_of, is_embedded, load_adapter
+    from ..sft.models import base_model_of, is_embedded, load_adapter
 
     if is_embedded(adapter):
         raise Misuse(f"{adapter}: is a model with an embedded side path; its low-rank half is merged already")

@@ -8,7 +8,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, Qwen3Config
 
-from peft_talan import TalanConfig
+from ..config import TalanConfig
 
 TOKENS = 12
 

@@ -208,9 +208,9 @@ def _train(
     adapter: dict[str, Any],
     **arguments: Any,
 ) -> dict[str, Any]:
-    from peft_talan import TalanConfig
-    from peft_talan.sft.models import load_tokenizer
-    from peft_talan.sft.training import (
+    from ..config import TalanConfig
+    from ..sft.models import load_tokenizer
+    from ..sft.training import (
         StopOnInterrupt,
         TrainingProgress,
         describe_lengths,

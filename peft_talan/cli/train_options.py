@@ -107,7 +107,7 @@ def load_rows(
     if any(Path(name).suffix.lower() not in own for name in (data, eval_data or data)):
         need("train", "datasets")
     # The reader alone: faults of a file are reported before a trainer is imported.
-    from peft_talan.sft.data import read_rows
+    from ..sft.data import read_rows
 
     rows, held_out = read_rows(data, config=config, split=split), None
     if eval_data is not None:

@@ -16,12 +16,12 @@ import pytest
 import torch
 import typer
 from peft import PEFT_TYPE_TO_TUNER_MAPPING, LoraConfig, PeftConfig, PeftModel, PeftType, get_peft_model
-from peft_talan_cli import app, main
-from peft_talan_cli.console import FAILED, MISUSED
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from peft_talan import TalanConfig, __version__, set_talan_strength
+from peft_talan.cli import app, main
+from peft_talan.cli.console import FAILED, MISUSED
 from peft_talan.sft.prompts import PromptForm
 
 from ..offline_hub import make_tokenizer, write_conversations
@@ -131,7 +131,7 @@ def test_inspect_reads_no_base_model_and_is_quick(saved: Path, tmp_path: Path) -
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     (tmp_path / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": "no/where"}))
     lines = (
-        "import sys; from peft_talan_cli import main; code = main(['inspect', sys.argv[1]]);"
+        "import sys; from peft_talan.cli import main; code = main(['inspect', sys.argv[1]]);"
         "sys.exit(code or 'torch' in sys.modules)"
     )
     shown = subprocess.run([sys.executable, "-c", lines, str(tmp_path)], check=True, capture_output=True, text=True)
@@ -317,7 +317,7 @@ def test_bad_option_is_named(arguments: list[str], named: str, fails: Fails) -> 
 
 def test_options_are_checked_before_anything_heavy_is_imported(saved: Path, tmp_path: Path) -> None:
     lines = (
-        "import sys; from peft_talan_cli import main; code = main(sys.argv[1:]);"
+        "import sys; from peft_talan.cli import main; code = main(sys.argv[1:]);"
         "sys.exit(code if 'torch' not in sys.modules and 'peft' not in sys.modules else 99)"
     )
     words = ["--model", saved / "model", "--data", saved / "model" / "config.json", "--output", tmp_path / "out"]

@@ -13,13 +13,13 @@ from pathlib import Path
 import pytest
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel
-from peft_talan_cli import main
-from peft_talan_cli.console import INTERRUPTED
 from safetensors.torch import load_file
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from peft_talan import TalanConfig
+from peft_talan.cli import main
+from peft_talan.cli.console import INTERRUPTED
 from peft_talan.sft.intervals import Interval
 from peft_talan.sft.prompts import encode
 from peft_talan.sft.scores import score_rows

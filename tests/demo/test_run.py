@@ -6,9 +6,9 @@ import json
 from pathlib import Path
 
 import pytest
-from peft_talan_cli import main
-from peft_talan_cli.console import MISUSED
 
+from peft_talan.cli import main
+from peft_talan.cli.console import MISUSED
 from peft_talan.sft.comparison import LORA, TALAN, Outcome
 from peft_talan.sft.reporting import difference_lines
 from peft_talan.sft.scores import Scores

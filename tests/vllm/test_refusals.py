@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 import torch
-from peft_talan_autoload.vllm import register
 from torch import nn
+
+from peft_talan.serving.vllm.plugin import register
 
 from . import engines
 

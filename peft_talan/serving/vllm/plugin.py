@@ -78,7 +78,7 @@ def _create_engine_config(original: Callable[..., Any], self: Any, *args: Any, *
     vllm_config = original(self, *args, **kwargs)
     model = vllm_config.model_config
     if has_embedded_adapter(model.model, model.revision):
-        from peft_talan.serving.vllm.checks import check_engine, choose_scheduler
+        from .checks import check_engine, choose_scheduler
 
         check_engine(vllm_config)
         choose_scheduler(vllm_config)
@@ -91,7 +91,7 @@ def _create_model(
     if not has_embedded_adapter(model_config.model, model_config.revision):
         return original(self, vllm_config, model_config, *args, **kwargs)
     try:
-        from peft_talan.serving.vllm.models import model_with_side_paths
+        from .models import model_with_side_paths
     except (ImportError, AttributeError) as error:
         raise RuntimeError(
             f"model={model_config.model!r}: this version of vLLM lacks what its TALAN side path needs ({error}); "
@@ -105,7 +105,7 @@ def _create_model(
 def _process_inputs(original: Callable[..., Any], self: Any, *args: Any, **kwargs: Any) -> Any:
     request = original(self, *args, **kwargs)
     if str(self.vllm_config.scheduler_config.scheduler_cls).startswith("peft_talan."):
-        from peft_talan.serving.vllm.strength import check_request
+        from .strength import check_request
 
         check_request(self.vllm_config, request)
     return request
