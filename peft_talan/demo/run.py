@@ -20,8 +20,9 @@ import transformers
 from rich.console import Console
 
 from ..sft.comparison import LORA, TALAN, Job, Outcome
+from ..sft.display import make_console
 from ..sft.models import load_model, load_tokenizer
-from ..sft.reporting import compare_with_bars, comparison_table, difference_lines, draw_comparison, make_console
+from ..sft.reporting import compare_with_bars, comparison_table, difference_lines, draw_comparison
 from ..sft.scores import default_text, score_rows
 from ..version import __version__
 from .base_model import default_model_folder

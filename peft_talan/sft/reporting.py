@@ -1,80 +1,22 @@
-"""What comparisons show: bars while they run, then tables, differences and pictures."""
+"""What comparisons show: bars while they run, then a table, the differences and a picture."""
 
 from __future__ import annotations
 
-import os
-import sys
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Hashable, Sequence
 from itertools import accumulate
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
 from .comparison import BASE, LORA, Job, Outcome, compare
+from .display import make_figure, make_table, progress_bars
 from .intervals import Interval
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 SMOOTHING = 10
 """Steps in the running mean of a loss."""
 
-PIPE_WIDTH = 200
-
 STYLES = (("tab:blue", "-"), ("tab:orange", "--"), ("tab:green", ":"), ("tab:red", "-."))
-
-
-def make_console(stderr: bool = False) -> Console:
-    """A console on stdout or stderr whose lines are not broken in a pipe or a file, which have no width."""
-    stream = sys.stderr if stderr else sys.stdout
-    width = None if stream.isatty() or "COLUMNS" in os.environ else PIPE_WIDTH
-    return Console(stderr=stderr, highlight=False, width=width)
-
-
-def make_table(title: str, *columns: str) -> Table:
-    """A table whose first column is aligned to the left, and the others to the right."""
-    table = Table(title=title, title_justify="left")
-    for place, column in enumerate(columns):
-        table.add_column(column, justify="right" if place else "left")
-    return table
-
-
-def make_figure(width: float, height: float) -> Figure:
-    """An empty figure of matplotlib, in inches; nothing global is set, and no window is opened."""
-    from matplotlib.figure import Figure
-
-    return Figure(figsize=(width, height), layout="constrained")
-
-
-@contextmanager
-def progress_bars(
-    totals: Mapping[Hashable, tuple[str, int]], console: Console
-) -> Iterator[Callable[[Any, str, int], None]]:
-    """Show a bar for each part of a long run.
-
-    Args:
-        totals: By part, its name and its number of steps.
-        console: Where the bars go.
-
-    Yields:
-        What reports on a part: called with the part, what is being done, and how many steps were.
-    """
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[note]}"))
-    with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console) as progress:
-        bars = {
-            key: progress.add_task(name, total=total, note="waits", start=False)
-            for key, (name, total) in totals.items()
-        }
-
-        def report(key: Hashable, note: str, steps: int) -> None:
-            progress.start_task(bars[key])
-            progress.update(bars[key], advance=steps, note=note)
-
-        yield report
 
 
 def compare_with_bars(

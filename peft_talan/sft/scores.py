@@ -51,13 +51,13 @@ def pad_batch(rows: Sequence[Encoded], tokenizer: PreTrainedTokenizerBase) -> di
 
     Args:
         rows: The tokens of each row.
-        tokenizer: The model's tokenizer, with a padding token.
+        tokenizer: The model's tokenizer.
 
     Returns:
         `input_ids`, `attention_mask` and `labels`, [rows, tokens].
     """
     columns = {
-        "input_ids": ([[*prompt, *completion] for prompt, completion in rows], tokenizer.pad_token_id),
+        "input_ids": ([[*prompt, *completion] for prompt, completion in rows], tokenizer.pad_token_id or 0),
         "attention_mask": ([[1] * (len(prompt) + len(completion)) for prompt, completion in rows], 0),
         "labels": ([[IGNORED] * len(prompt) + completion for prompt, completion in rows], IGNORED),
     }
