@@ -64,7 +64,7 @@ def operator_calls(hidden_size: int, tokens: int, requests: int, device: str, dt
     longest = max(tokens // requests, 1)
     starts = torch.arange(0, tokens + 1, longest, device=device)
     together = {
-        "query_start_loc": starts,
+        "cu_seqlens": starts,
         "state": torch.zeros(len(starts) - 1, SLOTS, WIDTH + 1, device=device),
         "max_query_length": longest,
     }

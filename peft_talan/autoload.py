@@ -46,17 +46,21 @@ class _Registration:
             self.busy = True
             try:
                 loader.exec_module(module)
-                if name.startswith("peft_talan."):
-                    if "peft" in sys.modules:
-                        register()
-                else:
+                if not name.startswith("peft_talan."):
                     _register_or_warn()
+                elif _peft_is_imported():
+                    register()
             finally:
                 self.busy = False
 
         # On the loader itself, which was made for this spec: the module keeps the loader that it would have had.
         loader.exec_module = execute_and_register  # type: ignore[method-assign]
         return spec
+
+
+def _peft_is_imported() -> bool:
+    """Whether PEFT's own import is past all that is needed of it."""
+    return hasattr(sys.modules.get("peft"), "get_peft_model")
 
 
 def register() -> None:
@@ -86,7 +90,7 @@ def _warn(error: Exception) -> None:
 
 def wait_for_peft() -> None:
     """Register as soon as PEFT is imported: at once where it is already."""
-    if hasattr(sys.modules.get("peft"), "get_peft_model"):  # Its import is past all that is needed of it.
+    if _peft_is_imported():
         register()
     elif not any(isinstance(finder, _Registration) for finder in sys.meta_path):
         sys.meta_path.insert(0, _Registration())

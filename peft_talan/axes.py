@@ -64,6 +64,24 @@ def refusal(name: str, value: object, remedy: str) -> ValueError:
     return ValueError(f"{name}={value!r}: {remedy}")
 
 
+def check_causal(scope: str, adapter_name: str | None = None) -> None:
+    """Refuse to generate with a memory that holds later tokens.
+
+    Args:
+        scope: An adapter's memory scope.
+        adapter_name: The adapter's name, if it is known. Default None.
+
+    Raises:
+        ValueError: The scope is not causal.
+    """
+    if scope != "causal":
+        owner = "" if adapter_name is None else f" of adapter {adapter_name!r}"
+        raise ValueError(
+            f"talan_memory_scope={scope!r}{owner} can't generate: later tokens would change the memory of earlier "
+            "ones; train an adapter with 'causal', or pass use_cache=False for features"
+        )
+
+
 def plain_value(value: object) -> object:
     """Turn a number or a sequence of another library into what a JSON file can hold.
 

@@ -90,8 +90,6 @@ class TalanConfig(SidePathAxes, LoraConfig):
         talan_blocks (str | None): The name of the `nn.ModuleList` that holds the blocks, such as
             `"model.layers"`, if it can't be found. Default None.
         talan_hidden_size (int | None): H, the width of the residual stream, if it can't be found. Default None.
-        talan_kept (bool): Whether the side path belongs to the model in whose folder it lies; `merge_and_unload()`
-            sets it, leave it at False. Default False.
         talan_version (str | None): The version of this package that made the adapter, filled in by itself.
             Default None.
 
@@ -108,9 +106,6 @@ class TalanConfig(SidePathAxes, LoraConfig):
     init_talan_weights: bool = field(default=True, metadata={"help": "Whether the write-back starts at zero."})
     talan_blocks: str | None = field(default=None, metadata={"help": "Name of the ModuleList that holds the blocks."})
     talan_hidden_size: int | None = field(default=None, metadata={"help": "Width of the residual stream."})
-    talan_kept: bool = field(
-        default=False, metadata={"help": "Whether merge_and_unload() made it a part of the model beside it."}
-    )
     talan_version: str | None = field(default=None, metadata={"help": "peft_talan version, leave empty to auto-fill."})
     runtime_config: LoraRuntimeConfig = field(
         default_factory=TalanRuntimeConfig, metadata={"help": "What is not saved with the adapter."}
@@ -221,8 +216,6 @@ class TalanConfig(SidePathAxes, LoraConfig):
         check_axes(self)
         if not isinstance(self.init_talan_weights, bool):
             raise refusal("init_talan_weights", self.init_talan_weights, "give True or False")
-        if not isinstance(self.talan_kept, bool):
-            raise refusal("talan_kept", self.talan_kept, "leave it at False; merge_and_unload() sets it")
         if self.talan_blocks is not None and (not isinstance(self.talan_blocks, str) or not self.talan_blocks):
             raise refusal(
                 "talan_blocks", self.talan_blocks, "give the ModuleList's name such as 'model.layers', or None"

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import peft_talan
 from peft_talan import export_lora
 
 from .small_models import make_base, make_model, make_tokens
@@ -20,6 +21,18 @@ ORDERS = {
     # Python imports a package before its submodule, so this is also the order of `import peft`.
     "a submodule of peft first": "from peft.utils import PeftType\nimport peft, torch",
     "transformers first": "import transformers\nimport torch\nimport peft",
+    "this package first": "import peft_talan\nassert not {'torch', 'peft'} & set(sys.modules)\nimport peft, torch",
+    # It imports PEFT itself, and is not whole when PEFT is.
+    "a module of this package first": "import peft_talan.tuner.model\nimport peft, torch",
+    "a name of this package first": "from peft_talan import TalanConfig\nimport peft, torch",
+    "this package while peft is half imported": """
+class Importer:
+    def find_spec(name, *rest):
+        if name.startswith("peft."):
+            import peft_talan.axes
+sys.meta_path.insert(0, Importer)
+import peft, torch
+""",
 }
 REGISTERED = """
 config = peft.PeftConfig.from_pretrained("adapter")
@@ -83,6 +96,23 @@ import peft_talan
 print("TALAN" in peft.PeftType.__members__)
 """
     assert run(script, tmp_path, PEFT_TALAN_AUTOLOAD="0").stdout.split() == ["False", "False", "True"]
+
+
+def test_the_command_line_and_the_axes_are_imported_without_torch(tmp_path: Path) -> None:
+    script = """
+import sys
+import peft_talan.autoload, peft_talan.axes, peft_talan.cli, peft_talan.version
+print(*{"torch", "peft", "transformers", "numpy"} & set(sys.modules), peft_talan.__version__)
+print("TalanConfig" in dir(peft_talan), hasattr(peft_talan, "no_such_name"), "peft" in sys.modules)
+"""
+    assert run(script, tmp_path).stdout.split() == [peft_talan.__version__, "True", "False", "False"]
+
+
+def test_every_name_of_the_package_is_there() -> None:
+    for name in peft_talan.__all__:
+        assert getattr(peft_talan, name) is getattr(peft_talan, name)
+    with pytest.raises(AttributeError, match="no_such_name"):
+        peft_talan.no_such_name  # noqa: B018
 
 
 def test_torch_alone_imports_neither_peft_nor_the_tuner(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 
 from ..functional import reference
-from ..functional.parameters import SMALLEST_DENOMINATOR, SidePathOptions, SidePathParameters, full_precision
+from ..functional.parameters import SidePathOptions, SidePathParameters, full_precision, mean_of
 from ..functional.writeback import gate_openings
 
 
@@ -109,22 +109,13 @@ def token_measures(
         One number a token, padding included.
     """
     with full_precision(hidden_states.device.type):
-        slots = parameters.read.shape[0] - 2 * parameters.write.shape[1]
-        values, queries, logits = reference.read(hidden_states, parameters.read, slots)
+        values, queries, logits = reference.read(hidden_states, parameters.read, parameters.slots)
         weights = reference.slot_weights(logits, valid)
         memory, _ = reference.compress(values, weights, segment_ids, scope=options.scope)
-        mean = memory[..., :-1] / memory[..., -1:].clamp_min(SMALLEST_DENOMINATOR)
-        readout = reference.MIXER_RULES[options.mixer](mean, queries, parameters.mixer)
+        mean = mean_of(memory)
+        readout = reference.READ_RULES[options.mixer](mean, queries, parameters.mixer)
         stream = hidden_states.to(readout.dtype)
-        written = reference.write_back(
-            stream,
-            readout,
-            parameters.write,
-            options.writeback,
-            alpha=alpha,
-            gate=parameters.gate,
-            cap=options.cap,
-        )
+        written = reference.write_back(stream, readout, parameters, options, alpha)
         norm = torch.linalg.vector_norm
         relative = norm(written - stream, dim=-1) / norm(stream, dim=-1).clamp_min(torch.finfo(stream.dtype).tiny)
         gates = gate_openings(stream, parameters.gate) if options.writeback == "gated" else None

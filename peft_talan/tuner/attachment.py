@@ -39,7 +39,7 @@ def attach_side_path(
         layer.attach(block, find_decoder(tuner.model, block_name))
         layer.set_adapter(tuner.active_adapters)
         layer.enable_adapters(not any(other.disable_adapters for other in others))
-    layer.update_layer(adapter_name, config)
+    layer.add_side_path(adapter_name, config)
     trains = adapter_name in tuner.active_adapters and not config.inference_mode
     for name in layer.adapter_layer_names:
         container = getattr(layer, name)

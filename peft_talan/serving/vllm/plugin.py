@@ -91,7 +91,7 @@ def _create_model(
     if not has_embedded_adapter(model_config.model, model_config.revision):
         return original(self, vllm_config, model_config, *args, **kwargs)
     try:
-        from .models import model_with_side_paths
+        from peft_talan.serving.vllm.loader import model_with_side_paths
     except (ImportError, AttributeError) as error:
         raise RuntimeError(
             f"model={model_config.model!r}: this version of vLLM lacks what its TALAN side path needs ({error}); "

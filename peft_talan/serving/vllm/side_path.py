@@ -12,8 +12,8 @@ from vllm.utils.torch_utils import direct_register_custom_op
 
 from ...config import TalanConfig
 from ...functional.ragged import ragged_side_path
-from ...memory.paged_pool import PagedMemory, of_tokens, page_ends, read_states, request_ends, write_states
-from ...tuner.tensors import AdapterTensors
+from ...tuner.layer import TalanLayer
+from ..pages import PagedMemory, of_tokens, page_ends, read_states, request_ends, write_states
 from .strength import PageStrengths
 
 ADAPTER_NAME = "default"
@@ -35,8 +35,8 @@ class Pages(NamedTuple):
         longest: The number of tokens of the longest request, or more.
         before: The page of each request's previous token, [requests], int64.
         is_new: Whether the request begins with this call, [requests], bool.
-        leave_at: The tokens after which a page is left, [leaves], int64; None: each request's last.
-        after: Their pages, [leaves or requests], int64.
+        snapshot_positions: The tokens after which a state is stored, [snapshots], int64; None: each request's last.
+        after: Their pages, [snapshots or requests], int64.
         alpha: The strength of each token's perturbation, [tokens], float32.
     """
 
@@ -44,7 +44,7 @@ class Pages(NamedTuple):
     longest: int
     before: torch.Tensor
     is_new: torch.Tensor
-    leave_at: torch.Tensor | None
+    snapshot_positions: torch.Tensor | None
     after: torch.Tensor
     alpha: torch.Tensor
 
@@ -75,11 +75,11 @@ def find_pages(metadata: Any, tokens: int, pages: int, page_size: int, strengths
         of_requests = (page_before, is_new, request_ends(page_of_token, starts, NULL_PAGE))
         page_before, is_new, after = (of_tokens(tensor, tokens, NULL_PAGE) for tensor in of_requests)
         return Pages(None, 1, page_before, is_new, None, after, alpha)
-    leave_at, after = page_ends(page_of_token, starts, page_size, NULL_PAGE)
-    return Pages(starts, metadata.max_query_len, page_before, is_new, leave_at, after, alpha)
+    snapshot_positions, after = page_ends(page_of_token, starts, page_size, NULL_PAGE)
+    return Pages(starts, metadata.max_query_len, page_before, is_new, snapshot_positions, after, alpha)
 
 
-class PagedSidePath(AdapterTensors):
+class PagedSidePath(TalanLayer):
     """The side path of one block, with the memory of all requests in a pool of pages as the block's attention has it.
 
     Args:
@@ -94,7 +94,7 @@ class PagedSidePath(AdapterTensors):
         self, hidden_size: int, block_index: int, config: TalanConfig, strengths: PageStrengths, attention: Any
     ) -> None:
         super().__init__(hidden_size, block_index)
-        self.add_tensors(ADAPTER_NAME, config)
+        self.add_side_path(ADAPTER_NAME, config)
         self.requires_grad_(False)
         self.strengths = strengths
         self.position = config.talan_position
@@ -152,10 +152,10 @@ class PagedSidePath(AdapterTensors):
             hidden_states,
             self.parameters_of(ADAPTER_NAME),
             self.talan_options[ADAPTER_NAME],
-            query_start_loc=pages.starts,
+            cu_seqlens=pages.starts,
             state=read_states(pool, pages.before, pages.is_new),
             max_query_length=pages.longest,
-            leave_at=pages.leave_at,
+            snapshot_positions=pages.snapshot_positions,
             alpha=pages.alpha,
         )
         write_states(pool, pages.after, result.states)
