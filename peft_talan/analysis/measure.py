@@ -26,21 +26,7 @@ from .streams import (
     steered_blocks,
     without_adapters,
 )
-from .token_measures import SidePathStatistics, TokenMeasures, side_path_statistics, token_measures
-
-__all__ = [
-    "BlockMeasures",
-    "Propagation",
-    "SidePathReads",
-    "SidePathStatistics",
-    "TokenMeasures",
-    "measure_blocks",
-    "measure_propagation",
-    "measure_reads",
-    "side_path_statistics",
-    "to_rows",
-    "token_measures",
-]
+from .token_measures import TokenMeasures, token_measures
 
 
 @dataclass(frozen=True)

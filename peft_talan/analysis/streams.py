@@ -28,17 +28,7 @@ class Streams(NamedTuple):
 
 
 def steered_blocks(model: nn.Module) -> list[nn.Module]:
-    """Find the list of blocks that the side paths are attached to.
-
-    Args:
-        model: A model with a TALAN adapter.
-
-    Returns:
-        All blocks of the list, in order.
-
-    Raises:
-        ValueError: The model has no side path.
-    """
+    """The list of blocks, in order, that the side paths are attached to; `ValueError` without a side path."""
     attached = {id(block) for block, _ in attached_side_paths(model)}
     for module in model.modules():
         if isinstance(module, nn.ModuleList) and any(id(block) in attached for block in module):
@@ -50,14 +40,7 @@ def steered_blocks(model: nn.Module) -> list[nn.Module]:
 def evaluated(model: nn.Module) -> Iterator[None]:
     """Put a model into evaluation mode; modes, adapters and gradients are restored afterwards.
 
-    Args:
-        model: A model with adapters.
-
-    Yields:
-        Nothing.
-
-    Raises:
-        ValueError: The adapters are disabled or merged.
+    Raises `ValueError` if the adapters are disabled or merged.
     """
     modes = [(module, module.training) for module in model.modules()]
     switched = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
@@ -83,14 +66,7 @@ def evaluated(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def without_adapters(model: nn.Module) -> Iterator[None]:
-    """Run the base model inside; only inside of `evaluated`, which restores gradients.
-
-    Args:
-        model: A model with adapters.
-
-    Yields:
-        Nothing.
-    """
+    """Run the base model inside; only inside of `evaluated`, which restores gradients."""
     layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
     for layer in layers:
         layer.enable_adapters(False)
@@ -197,17 +173,10 @@ class TokenMeans:
 def measure_layer(
     measure: Callable[..., Measured], layer: TalanLayer, args: tuple[Any, ...], most: int | None = None
 ) -> Iterator[tuple[str, Measured, torch.Tensor]]:
-    """Measure the side paths of a layer from a forward pre-hook.
+    """Measure the side paths of a layer from a forward pre-hook, on the first `most` tokens of each row.
 
-    Args:
-        measure: `token_measures` or `side_path_statistics`.
-        layer: The layer that is called.
-        args: What it is called with.
-        most: The number of tokens of each row that are measured. Default None: all.
-
-    Yields:
-        For each active adapter that acts here, its name, what was measured, and which tokens are real,
-        [batch, tokens], bool.
+    Yields, for each active adapter that acts here, its name, what `token_measures` or `side_path_statistics` returned,
+    and which tokens are real, [batch, tokens].
     """
     hidden_states, position, call = args[:3]
     layout = call.layout(hidden_states)

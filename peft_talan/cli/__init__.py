@@ -72,14 +72,7 @@ def _options(
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line.
-
-    Args:
-        arguments: The words after the program's name. Default: the process's own.
-
-    Returns:
-        The exit code: 0, 1 where a run or a check failed, 2 where options, files or packages are not usable.
-    """
+    """Run the command line with some words, or with the own ones of the process; return the exit code."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     if not sys.warnoptions:
         # Other packages' notes to their own callers; python -W default shows them.

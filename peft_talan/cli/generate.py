@@ -48,17 +48,16 @@ def generate(
         raise Misuse(f"--strength {strength}: give a finite number such as 0.5")
     if system is not None and chat is False:
         raise Misuse("--system: plain prompts have no system message; leave out --plain or --system")
-    kind = models.check_adapter(adapter, model)
+    kind = models.check_adapter(adapter, model, merged_too=True)
     models.check_place(dtype, device)
-    if strength != 1.0 and kind != "TALAN":
+    if strength != 1.0 and kind not in ("TALAN", models.MERGED):
         raise Misuse(f"--strength {strength}: {adapter} is of type {kind} and has no side path")
     with stdout_kept_clean():
         from dataclasses import replace
 
         from transformers import set_seed
 
-        from ..sft.generation import answer, generation_settings
-        from ..sft.models import load_adapter
+        from ..sft.models import answer, load_adapter
         from ..sft.prompts import PromptForm
         from ..tuner.strength import set_talan_strength
 
@@ -78,8 +77,7 @@ def generate(
         if strength != 1.0:
             set_talan_strength(adapted, strength)
         set_seed(seed)
-        settings = generation_settings(adapted, tokenizer, max_new_tokens, temperature)
     for prompt in prompts:
         with stdout_kept_clean():
-            completion = answer(adapted, tokenizer, prompt, form, settings)
+            completion = answer(adapted, tokenizer, prompt, form, max_new_tokens, temperature)
         print(json.dumps({"prompt": prompt, "completion": completion}, ensure_ascii=False) if as_json else completion)

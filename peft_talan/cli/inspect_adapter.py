@@ -53,29 +53,39 @@ def _size(part: Mapping[str, Any]) -> str:
     return f"{part['parameters']:,} parameters, {part['bytes'] / 2**20:.2f} MiB, {dtypes}"
 
 
-def find_file(adapter: str, name: str, revision: str | None) -> Path:
+class MissingFile(Misuse):
+    """A folder or repository that exists, but lacks a file."""
+
+
+def find_file(adapter: str, name: str, revision: str | None = None) -> Path:
     """Return the path of an adapter's file, in its folder or fetched from the hub."""
     folder = Path(adapter)
     if folder.is_dir():
         if not (folder / name).is_file():
-            raise Misuse(f"{adapter}: the folder has no {name}; give the folder that save_pretrained wrote")
+            raise MissingFile(f"{adapter}: the folder has no {name}; give the folder that save_pretrained wrote")
         return folder / name
     check_source("ADAPTER", adapter, "adapter")
     from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError
 
     try:
         return Path(hf_hub_download(adapter, name, revision=revision))
     except OSError as error:
-        raise Misuse(f"{adapter}: the hub gave no {name}: {error}") from error
+        kind = MissingFile if isinstance(error, EntryNotFoundError) else Misuse
+        raise kind(f"{adapter}: the hub gave no {name}: {error}") from error
+
+
+def read_json(file: Path) -> Any:
+    """Return what a JSON file holds."""
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise Misuse(f"{file}: not JSON: {error}") from error
 
 
 def read_config(adapter: str, revision: str | None = None, kind: str | None = "TALAN") -> dict[str, Any]:
     """Return the configuration of an adapter of a type (None: of any), by its folder or hub id."""
-    file = find_file(adapter, CONFIG_FILE, revision)
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise Misuse(f"{file}: not JSON: {error}") from error
+    config = read_json(find_file(adapter, CONFIG_FILE, revision))
     peft_type = config.get("peft_type") if isinstance(config, dict) else None
     if peft_type is None or kind not in (None, peft_type):
         raise Misuse(f"{adapter}: peft_type={peft_type!r} in {CONFIG_FILE}; this is not a {kind or 'PEFT'} adapter")

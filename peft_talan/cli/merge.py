@@ -21,7 +21,7 @@ def merge(
         str,
         Option(
             metavar="keep|drop",
-            help="keep: it stays as an embedded adapter, outputs are the adapter's. "
+            help="keep: it stays beside the weights, outputs are the adapter's. "
             "drop: a plain model, the low-rank half alone",
         ),
     ] = "keep",
@@ -39,12 +39,11 @@ def merge(
     if side_path not in ("keep", "drop"):
         raise Misuse(f"--side-path {side_path}: choose keep or drop")
     check_output(output, overwrite)
-    models.check_adapter(adapter, model, "TALAN")
+    if models.check_adapter(adapter, model, "TALAN", merged_too=True) == models.MERGED:
+        raise Misuse(f"{adapter}: is a model with a side path; its low-rank half is merged already")
     models.check_place(dtype, device)
-    from ..sft.models import base_model_of, is_embedded, load_adapter
+    from ..sft.models import base_model_of, load_adapter
 
-    if is_embedded(adapter):
-        raise Misuse(f"{adapter}: is a model with an embedded side path; its low-rank half is merged already")
     with stdout_kept_clean(), warnings.catch_warnings():
         # The option's own help says what the warning would.
         warnings.filterwarnings("ignore", message="The side path depends on its input")

@@ -6,10 +6,12 @@ from typing import Annotated
 
 from typer import Argument, Option
 
+from ..checkpoint.merged_config import merged_side_paths
 from .console import Misuse
-from .inspect_adapter import read_config
+from .inspect_adapter import MissingFile, find_file, read_config, read_json
 from .sources import check_source
 
+MERGED = "merged model"
 DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
 
 Adapter = Annotated[str, Argument(help="The adapter's folder or hub id")]
@@ -21,9 +23,17 @@ Dtype = Annotated[str, Option(help=f"Dtype of the base model: {', '.join(DTYPES)
 Device = Annotated[str | None, Option(help="Such as cpu or cuda:0", show_default="a GPU if there is one")]
 
 
-def check_adapter(adapter: str, model: str | None, kind: str | None = None) -> str:
-    """Refuse an adapter that is not of a type, or without a base model; return its type."""
-    config = read_config(adapter, kind=kind)
+def check_adapter(adapter: str, model: str | None, kind: str | None = None, *, merged_too: bool = False) -> str:
+    """Refuse an adapter that is not of a type (None: of any), or without a base model; return its type.
+
+    That of a merged model, which has its side path and no adapter, is `MERGED`.
+    """
+    try:
+        config = read_config(adapter, kind=kind)
+    except MissingFile:
+        if merged_too and merged_side_paths(read_json(find_file(adapter, "config.json"))):
+            return MERGED
+        raise
     if model is not None:
         check_source("--model", model, "model")
     elif not config.get("base_model_name_or_path"):

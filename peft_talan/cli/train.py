@@ -155,6 +155,7 @@ def _train(
 ) -> dict[str, Any]:
     from ..config import TalanConfig
     from ..sft import training
+    from ..sft.callbacks import StopOnInterrupt, TrainingProgress
     from ..sft.models import load_tokenizer
 
     config = TalanConfig(task_type="CAUSAL_LM", **adapter)
@@ -163,8 +164,8 @@ def _train(
         note(line)
     if checkpoint is None:
         training.remove_checkpoints(output)
-    stop = training.StopOnInterrupt(note)
-    callbacks = [training.TrainingProgress(), stop]
+    stop = StopOnInterrupt(note)
+    callbacks = [TrainingProgress(), stop]
     trainer = training.make_trainer(
         model, tokenizer, rows, config, output, eval_rows=held_out, callbacks=callbacks, **arguments
     )

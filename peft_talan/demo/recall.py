@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from transformers import MistralConfig, MistralForCausalLM, PreTrainedModel, Trainer, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
-from ..sft.training import StepReport
+from ..sft.callbacks import StepReport
 
 Task = Literal["key", "pairs", "count"]
 TASKS: tuple[Task, ...] = get_args(Task)
@@ -129,17 +129,7 @@ def _answer_loss(outputs: Any, labels: torch.Tensor, **kwargs: Any) -> torch.Ten
 def train(
     model: Any, task: Task, training: Training, report: Callable[[float], None] = lambda loss: None
 ) -> list[float]:
-    """Train whatever requires a gradient, on the answers alone.
-
-    Args:
-        model: The window model, with or without an adapter.
-        task: Which task.
-        training: How.
-        report: Called with the loss after each step.
-
-    Returns:
-        The loss of each step, nats.
-    """
+    """Train whatever requires a gradient on the answers alone; return the loss of each step, nats."""
     generator = torch.Generator().manual_seed(training.seed)
     batches: list[dict[str, Any]] = []
     for _ in range(training.steps):
@@ -186,16 +176,8 @@ def pretrained(
 ) -> PreTrainedModel:
     """Train a base model that can do the task inside its window, and nothing beyond.
 
-    Args:
-        task: Which task.
-        seed: Of the weights and the texts.
-        steps: Optimizer steps. Default 400.
-        full_attention: Train with full attention on all of `TRAINED_WINDOWS`; the window is set afterwards, as where
-            a full-attention model's old keys are dropped. Default False.
-        report: Called with the loss after each step.
-
-    Returns:
-        The model.
+    With `full_attention` it is trained so on all of `TRAINED_WINDOWS`, and the window is set afterwards, as where a
+    full-attention model's old keys are dropped.
     """
     torch.manual_seed(seed)
     model = MistralForCausalLM(window_config(task))
@@ -208,18 +190,7 @@ def pretrained(
 
 @torch.no_grad()
 def recall(model: Any, task: Task, windows: int, rows: int = 256, batch_size: int = 64) -> float:
-    """The share of held-out texts whose answer is the likeliest next token.
-
-    Args:
-        model: The window model, with or without an adapter.
-        task: Which task.
-        windows: The texts' length, in windows of 16 tokens.
-        rows: How many texts. Default 256.
-        batch_size: Texts of one forward pass. Default 64.
-
-    Returns:
-        The share, between 0 and 1.
-    """
+    """The share of held-out texts of a length whose answer is the likeliest next token."""
     tokens, answers = make_texts(task, windows, rows, torch.Generator().manual_seed(SCORED_SEED + windows))
     parts = [answer_logits(model, part).argmax(-1) for part in tokens.split(batch_size)]
     return float((torch.cat(parts) == answers).float().mean())

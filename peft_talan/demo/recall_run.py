@@ -28,15 +28,8 @@ RANK = 8
 ROWS = 128
 WINDOWS = (1, 2, 3, 4, 6, 8, 10)
 
-STYLES = (
-    ("tab:grey", "o", ":"),
-    ("tab:blue", "s", "-"),
-    ("tab:orange", "D", "--"),
-    ("tab:green", "^", "-"),
-    ("tab:red", "v", "--"),
-    ("tab:purple", "P", "-."),
-    ("tab:brown", "X", ":"),
-)
+COLOURS = ("tab:grey", "tab:blue", "tab:orange", "tab:green", "tab:red", "tab:purple", "tab:brown")
+MARKERS, LINES = "osD^vPX", (":", "-", "--", "-", "--", "-.", ":")
 
 
 @dataclass(frozen=True)
@@ -62,14 +55,7 @@ class Recall:
 def run_recall(steps: int, seed: int, console: Console, windows: Sequence[int] = WINDOWS) -> list[Recall]:
     """Pretrain the window model, fine-tune it with LoRA and with LoRA+TALAN, and measure what each recalls.
 
-    Args:
-        steps: Optimizer steps of each adapter; the window model takes three times as many.
-        seed: Of weights and texts.
-        console: Where the bars go, one for each model.
-        windows: The distances to measure at.
-
-    Returns:
-        What the base model and both adapters recall.
+    The window model takes three times as many steps as each adapter.
     """
     configurations = {
         LORA: LoraConfig(**lora_options(RANK)),
@@ -130,18 +116,13 @@ def recall_difference(outcomes: Sequence[Recall]) -> str:
 
 
 def draw_recall(curves: Mapping[str, Mapping[int, Interval]], file: Path) -> None:
-    """Draw recall over distance, a line with a band for each arm, with the reach of attention marked.
-
-    Args:
-        curves: By arm, the shares by distance in windows.
-        file: The picture to write.
-    """
+    """Draw recall over distance, a line with a band for each arm, with the reach of attention marked."""
     figure = make_figure(8, 4.5)
     axes = figure.add_subplot()
     axes.axvspan(0.9, REACH / WINDOW, color="tab:grey", alpha=0.12, label="within reach of attention")
     axes.axhline(100 * CHANCE, color="black", linewidth=0.8, linestyle=(0, (1, 2)), label="chance")
     distances = sorted({windows for curve in curves.values() for windows in curve})
-    for (arm, curve), (colour, marker, line) in zip(curves.items(), STYLES, strict=False):
+    for (arm, curve), colour, marker, line in zip(curves.items(), COLOURS, MARKERS, LINES, strict=False):
         windows = sorted(curve)
         mean, low, high = ([100 * getattr(curve[d], end) for d in windows] for end in ("mean", "low", "high"))
         axes.plot(windows, mean, color=colour, marker=marker, markersize=5, linestyle=line, label=arm)

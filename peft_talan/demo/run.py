@@ -26,6 +26,7 @@ from ..sft.reporting import compare_with_bars, comparison_table, difference_line
 from ..sft.scores import default_text, score_rows
 from ..version import __version__
 from .base_model import default_model_folder
+from .options import DemoOptions
 from .recall_run import draw_recall, recall_difference, recall_table, run_recall
 from .tasks import make_rows
 
@@ -43,17 +44,8 @@ SLOWEST = 1.6
 """Two trainings side by side can take that much longer than one alone."""
 
 
-def estimate_minutes(job: Job, rows: int, recall_steps: int) -> tuple[int, int]:
-    """Estimate how long the demo takes at the present speed of the machine, from the base model's scores of some rows.
-
-    Args:
-        job: What is trained.
-        rows: The number of rows that each adapter is trained on.
-        recall_steps: Optimizer steps per adapter of the recall.
-
-    Returns:
-        The least and the most, in minutes.
-    """
+def estimate_minutes(job: Job, options: DemoOptions) -> tuple[int, int]:
+    """Estimate the least and the most minutes of the demo, from the time that the base model takes to score rows."""
     threads = torch.get_num_threads()
     torch.set_num_threads(job.threads or threads)
     model, tokenizer, sample = (
@@ -66,8 +58,8 @@ def estimate_minutes(job: Job, rows: int, recall_steps: int) -> tuple[int, int]:
     score_rows(model, tokenizer, sample)
     seconds = (time.perf_counter() - started) / len(sample)
     torch.set_num_threads(threads)
-    units = TRAINED_ROW * rows + SCORED_ROW * len(job.held_out)
-    units += RECALL_STEP * recall_steps + RECALL_SCORES if recall_steps else 0
+    units = TRAINED_ROW * options.steps * options.batch_size + SCORED_ROW * options.held_out
+    units += RECALL_STEP * options.recall_steps + RECALL_SCORES if options.recall_steps else 0
     total = STARTING + units * seconds
     return max(1, math.floor(total / 60)), math.ceil(SLOWEST * total / 60)
 
@@ -88,63 +80,32 @@ def _generate(adapter: Path, model: str, question: str) -> str:
     return answered.stdout.strip()
 
 
-def run_demo(
-    *,
-    model: str | None,
-    task: str,
-    recall_steps: int,
-    steps: int,
-    batch_size: int,
-    learning_rate: float,
-    rank: int,
-    held_out: int,
-    seed: int,
-    ask: str | None,
-    output: Path,
-    axes: dict[str, Any],
-) -> None:
-    """Show the recall beyond the window, train two adapters, save pictures and adapters, reload one and prompt it.
-
-    Args:
-        model: A hub id or a folder; None: SmolLM2-135M-Instruct from its package.
-        task: The reasoning-gym task.
-        recall_steps: Optimizer steps per adapter of the recall; 0 leaves it out.
-        steps: Optimizer steps per adapter of the task.
-        batch_size: Examples per step.
-        learning_rate: The highest learning rate.
-        rank: The rank of the LoRA weights.
-        held_out: The number of held-out items.
-        seed: Of data, initialization and order.
-        ask: The question that the reloaded adapter answers; None: a held-out one that it answered right.
-        output: The folder for adapters, table and picture.
-        axes: The side path's axes, fields of `TalanConfig`.
-
-    Raises:
-        DataError: The task is unknown.
-        RuntimeError: The reloaded adapter did not answer.
-    """
+def run_demo(options: DemoOptions, axes: dict[str, Any]) -> None:
+    """Show the recall beyond the window, train two adapters, save pictures and adapters, reload one and prompt it."""
     console = make_console()
     started = time.perf_counter()
     console.print(
         f"peft_talan {__version__}, peft {peft.__version__}, transformers {transformers.__version__}, "
         f"torch {torch.__version__}, Python {platform.python_version()}, {platform.machine()}, {os.cpu_count()} cores"
     )
-    rows = make_rows(task, steps * batch_size + held_out, seed, SYSTEM if model is None else None)
-    train, scored = rows.split(held_out, None)
+    seed, output = options.seed, options.output
+    count = options.steps * options.batch_size + options.held_out
+    rows = make_rows(options.task, count, seed, SYSTEM if options.model is None else None)
+    train, held_out = rows.split(options.held_out, None)
     on_cpu = not torch.accelerator.is_available()
     job = Job(
-        model=model or default_model_folder(),
+        model=options.model or default_model_folder(),
         rows=train,
-        held_out=scored,
+        held_out=held_out,
         text=default_text(),
         output=str(output),
-        rank=rank,
+        rank=options.rank,
         axes=axes,
         arguments={
-            "max_steps": steps,
-            "per_device_train_batch_size": batch_size,
-            "learning_rate": learning_rate,
-            "warmup_steps": max(1, steps // 10),
+            "max_steps": options.steps,
+            "per_device_train_batch_size": options.batch_size,
+            "learning_rate": options.learning_rate,
+            "warmup_steps": max(1, options.steps // 10),
             "gradient_checkpointing": False,
         },
         dtype="float32",
@@ -152,39 +113,39 @@ def run_demo(
         threads=1 if on_cpu else None,
     )
     console.print(
-        f"base model {job.model}, task {task}: {len(train)} examples to train on, {len(scored)} held out, "
-        f"{steps} steps of {batch_size}, seed {seed}"
+        f"base model {job.model}, task {options.task}: {len(train)} examples to train on, {len(held_out)} held out, "
+        f"{options.steps} steps of {options.batch_size}, seed {seed}"
     )
     job.check()
     if on_cpu:
-        least, most = estimate_minutes(job, steps * batch_size, recall_steps)
+        least, most = estimate_minutes(job, options)
         console.print(f"takes about {least} to {most} min at the present speed of this machine")
     output.mkdir(parents=True, exist_ok=True)
-    results: dict[str, Any] = {"model": job.model, "task": task}
-    if recall_steps:
-        results["recall"] = _show_recall(recall_steps, seed, output, console)
-    outcomes = compare_with_bars(job, ARMS, [seed], processes=2, steps=steps, console=console)
+    results: dict[str, Any] = {"model": job.model, "task": options.task}
+    if options.recall_steps:
+        results["recall"] = _show_recall(options, console)
+    outcomes = compare_with_bars(job, ARMS, [seed], processes=2, steps=options.steps, console=console)
     console.print(comparison_table(outcomes), *difference_lines(outcomes), sep="\n")
     results["outcomes"] = [outcome.as_dict() for outcome in outcomes]
     (output / "results.json").write_text(json.dumps(results, indent=1), encoding="utf-8")
     draw_comparison(outcomes, output / "losses.png")
     adapter = Path(str(outcomes[-1].folder))
-    question = ask or _right_question(job, outcomes[-1])
+    question = options.ask or _right_question(job, outcomes[-1])
     answer = _generate(adapter, job.model, question)
     console.print(f"{TALAN}, reloaded in a fresh process: {question!r} -> {answer!r}")
-    pictures = "recall.png, losses.png" if recall_steps else "losses.png"
+    pictures = "recall.png, losses.png" if options.recall_steps else "losses.png"
     console.print(f"{output}: adapters, {pictures}, results.json; {time.perf_counter() - started:.0f} s in all\n")
     console.print("Next:", *_next_commands(adapter, job.model, question), sep="\n  ", soft_wrap=True)
 
 
-def _show_recall(steps: int, seed: int, output: Path, console: Console) -> list[dict[str, Any]]:
+def _show_recall(options: DemoOptions, console: Console) -> list[dict[str, Any]]:
     console.print(
         "1. beyond the window: a small Mistral with a sliding window of 16 tokens is trained here; a key stands at "
         "the start of a text and is asked for at its end"
     )
-    outcomes = run_recall(steps, seed, console)
+    outcomes = run_recall(options.recall_steps, options.seed, console)
     console.print(recall_table(outcomes), recall_difference(outcomes), sep="\n")
-    draw_recall({outcome.arm: outcome.shares for outcome in outcomes}, output / "recall.png")
+    draw_recall({outcome.arm: outcome.shares for outcome in outcomes}, options.output / "recall.png")
     console.print("2. a real model: both adapters learn sums, and one is reloaded and asked")
     return [outcome.as_dict() for outcome in outcomes]
 

@@ -21,10 +21,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, set_seed
 from transformers.utils import logging
 
 from ..config import TalanConfig
+from .callbacks import StepReport
 from .data import Rows
 from .models import load_model, load_tokenizer
 from .scores import Scores, score_rows, text_loss
-from .training import StepReport, make_trainer, save
+from .training import make_trainer, save
 
 BASE, LORA, MATCHED, TALAN = "base model", "LoRA", "LoRA-matched", "LoRA+TALAN"
 ARMS = (LORA, MATCHED, TALAN)
@@ -130,18 +131,7 @@ def trainable_parameters(model: torch.nn.Module) -> int:
 
 
 def run_arm(job: Job, arm: str, seed: int, name: str, report: Callable[[str, int], None]) -> Outcome:
-    """Train and score one arm, in this process.
-
-    Args:
-        job: What all arms share.
-        arm: One of `ARMS`, or `BASE`, which is scored alone.
-        seed: Of initialization and order.
-        name: Of the adapter's folder.
-        report: Called with what is being done and how many steps were.
-
-    Returns:
-        The outcome.
-    """
+    """Train and score one arm in this process, and save its adapter as `name`; `BASE` is scored alone."""
     if job.threads is not None:
         torch.set_num_threads(job.threads)
     model: Any = load_model(job.model, job.dtype, job.device)

@@ -63,18 +63,7 @@ class Rows:
         return unusual_rows(self.rows, self.places)
 
     def split(self, held_out: int, seed: int | None) -> tuple[Rows, Rows]:
-        """Hold some rows out.
-
-        Args:
-            held_out: How many to hold out.
-            seed: Of the shuffle before; None: the first rows are held out.
-
-        Returns:
-            The rows to train on, and those held out.
-
-        Raises:
-            DataError: No row would be left to train on.
-        """
+        """Hold out some rows, of those shuffled with a seed, or the first ones; return what is left, and them."""
         if not 0 < held_out < len(self):
             raise DataError(f"{self.source}: {held_out} of {len(self)} rows can't be held out; give more rows")
         order = list(range(len(self)))

@@ -44,14 +44,9 @@ def make_figure(width: float, height: float) -> Figure:
 def progress_bars(
     totals: Mapping[Hashable, tuple[str, int]], console: Console
 ) -> Iterator[Callable[[Any, str, int], None]]:
-    """Show a bar for each part of a long run.
+    """Show a bar for each part of a long run, of which the name and the number of steps are given.
 
-    Args:
-        totals: By part, its name and its number of steps.
-        console: Where the bars go.
-
-    Yields:
-        What reports on a part: called with the part, what is being done, and how many steps were.
+    Yields what reports on a part: called with the part, what is being done, and how many steps were.
     """
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[note]}"))
     with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console) as progress:

@@ -54,14 +54,7 @@ def _check_messages(name: str, value: object) -> list[dict[str, Any]]:
 
 
 def form_of(row: Row) -> Form:
-    """Return the format of a row.
-
-    Args:
-        row: The row.
-
-    Raises:
-        ValueError: It has none; the message says what is missing.
-    """
+    """Return the format of a row, or raise `ValueError`, which says what is missing."""
     if "messages" in row or "conversations" in row:
         return "messages"
     missing = [name for name in PAIR if name not in row]
@@ -75,15 +68,7 @@ def form_of(row: Row) -> Form:
 
 
 def checked(row: Row, form: Form) -> dict[str, Any]:
-    """Check a row, and return the columns of its format alone.
-
-    Args:
-        row: The row.
-        form: The format that it must have.
-
-    Raises:
-        ValueError: It has another format, or a value can't be used.
-    """
+    """Return the columns of a format, which the row must have, with what chat templates take beside them."""
     own_form = form_of(row)
     if own_form != form:
         raise ValueError(f"the row is of the format {own_form!r}, but the first one of {form!r}; use one format")
@@ -117,15 +102,7 @@ def system_of(row: Row) -> str | None:
 
 
 def unusual_rows(rows: Sequence[Row], places: Sequence[str]) -> list[str]:
-    """Count what can be trained on but is seldom meant.
-
-    Args:
-        rows: The checked rows.
-        places: Where each stands, such as `data.jsonl:6`.
-
-    Returns:
-        One line for each kind of row.
-    """
+    """Count what can be trained on but is seldom meant, a line for each kind of row."""
     kinds: dict[str, list[str]] = defaultdict(list)
     for row, place in zip(rows, places, strict=True):
         messages = messages_of(row)

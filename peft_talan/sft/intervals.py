@@ -57,12 +57,6 @@ class Interval:
         return self.low > 0 or self.high < 0
 
     def text(self, digits: int = 4, factor: float = 1.0, sign: str = "") -> str:
-        """Format the mean with both ends.
-
-        Args:
-            digits: After the point. Default 4.
-            factor: Times each number, such as 100 for percent. Default 1.
-            sign: `"+"` shows the sign of positive numbers, too. Default none.
-        """
+        """The mean with both ends, each times a factor, such as 100 for percent; the sign "+" shows that, too."""
         mean, low, high = (f"{factor * value:{sign}.{digits}f}" for value in (self.mean, self.low, self.high))
         return mean if self.low == self.high else f"{mean} [{low}, {high}]"

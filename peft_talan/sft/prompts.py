@@ -81,16 +81,7 @@ def _with_end(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str, form: PromptForm) -> list[int]:
-    """Turn a prompt into tokens as training did.
-
-    Args:
-        tokenizer: The model's tokenizer.
-        prompt: The prompt; with the chat template, the user's message.
-        form: What training did.
-
-    Returns:
-        The tokens.
-    """
+    """Turn a prompt, with the chat template the user's message, into tokens as training did."""
     if not form.chat:
         return list(tokenizer(prompt)["input_ids"])
     system = [{"role": "system", "content": form.system}] if form.system is not None else []
@@ -101,12 +92,14 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str, form: PromptF
 def encode(tokenizer: PreTrainedTokenizerBase, row: Mapping[str, Any]) -> Encoded:
     """Turn a row into tokens as TRL's SFTTrainer does.
 
+    What the last message of a conversation says is its completion if it is the assistant's.
+
     Args:
         tokenizer: The model's tokenizer.
         row: A checked row.
 
     Returns:
-        The tokens. What the last message of a conversation says is its completion if it is the assistant's.
+        The tokens.
     """
     if "text" in row:
         return Encoded([], list(tokenizer(_with_end(tokenizer, row["text"]))["input_ids"]))

@@ -22,19 +22,7 @@ STYLES = (("tab:blue", "-"), ("tab:orange", "--"), ("tab:green", ":"), ("tab:red
 def compare_with_bars(
     job: Job, arms: Sequence[str], seeds: Sequence[int], *, processes: int, steps: int, console: Console
 ) -> list[Outcome]:
-    """Run a comparison with a bar for each arm and seed.
-
-    Args:
-        job: What all arms share.
-        arms: The arms.
-        seeds: Of initialization and order.
-        processes: How many run at a time.
-        steps: Optimizer steps of each.
-        console: Where the bars go.
-
-    Returns:
-        The outcomes.
-    """
+    """Run a comparison of `steps` steps per arm and seed, with a bar for each."""
     totals: dict[Hashable, tuple[str, int]] = {(BASE, 0): (BASE, 1)}
     for seed in seeds:
         for arm in arms:
@@ -44,16 +32,9 @@ def compare_with_bars(
 
 
 def paired_difference(outcomes: Sequence[Outcome], arm: str, other: str, measure: str) -> Interval:
-    """The difference of two arms: over the seeds, or over the held-out rows if there is one seed.
+    """The difference of two arms in `loss` or `exact_match`, the second one subtracted.
 
-    Args:
-        outcomes: All outcomes.
-        arm: The one arm.
-        other: The arm that is subtracted.
-        measure: `loss` or `exact_match`.
-
-    Returns:
-        The mean difference with its interval.
+    It is over the seeds, or over the held-out rows if there is one seed.
     """
     pairs = [
         (mine.scores, its.scores)
@@ -130,12 +111,7 @@ def _running_mean(values: Sequence[float]) -> list[float]:
 
 
 def draw_comparison(outcomes: Sequence[Outcome], file: Path) -> None:
-    """Draw the training losses, their difference from LoRA, and the held-out scores with their intervals.
-
-    Args:
-        outcomes: All outcomes.
-        file: The PNG to write.
-    """
+    """Draw the training losses, their difference from LoRA, and the held-out scores with their intervals."""
     figure = make_figure(11, 4.0)
     curves, apart, scores = figure.subplots(1, 3)
     arms = by_arm(outcomes)

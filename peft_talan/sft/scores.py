@@ -47,15 +47,7 @@ class Scores:
 
 
 def pad_batch(rows: Sequence[Encoded], tokenizer: PreTrainedTokenizerBase) -> dict[str, torch.Tensor]:
-    """Pad rows to one length, on the right; the labels are the completions' tokens.
-
-    Args:
-        rows: The tokens of each row.
-        tokenizer: The model's tokenizer.
-
-    Returns:
-        `input_ids`, `attention_mask` and `labels`, [rows, tokens].
-    """
+    """Pad rows to one length, on the right; the labels, [rows, tokens], are the tokens of the completions."""
     columns = {
         "input_ids": ([[*prompt, *completion] for prompt, completion in rows], tokenizer.pad_token_id or 0),
         "attention_mask": ([[1] * (len(prompt) + len(completion)) for prompt, completion in rows], 0),
@@ -132,17 +124,7 @@ def default_text() -> str:
 
 @torch.no_grad()
 def text_loss(model: Any, tokenizer: PreTrainedTokenizerBase, text: str, window: int = 256) -> float:
-    """Measure the mean loss per token of plain text, in windows; its exponential is the perplexity.
-
-    Args:
-        model: The model, in evaluation mode.
-        tokenizer: Its tokenizer.
-        text: The text.
-        window: Tokens per forward pass. Default 256.
-
-    Returns:
-        The mean negative log-likelihood of a token, nats.
-    """
+    """Measure the mean loss per token of plain text, nats, in windows; its exponential is the perplexity."""
     tokens = torch.tensor(tokenizer(text, add_special_tokens=False)["input_ids"], device=model.device)
     windows = [part[None] for part in tokens.split(window) if len(part) > 1]
     # The first token of a window has no loss.
