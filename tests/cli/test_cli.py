@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from peft_talan import TalanConfig, __version__, set_talan_strength
+from peft_talan.checkpoint.merged_config import merged_side_paths
 from peft_talan.cli import app, main
 from peft_talan.cli.console import FAILED, MISUSED
 from peft_talan.sft.prompts import PromptForm
@@ -243,7 +244,7 @@ def test_merge_writes_a_model(
     if side_path == "drop":
         set_talan_strength(adapted, 0.0)
     torch.testing.assert_close(logits(merged), logits(adapted), **rounding(torch.float32))
-    assert (output / "adapter_config.json").exists() == (side_path == "keep")
+    assert bool(merged_side_paths(json.loads((output / "config.json").read_text()))) == (side_path == "keep")
     assert "not empty" in fails(["merge", saved / "adapter", output])
     if side_path == "keep":
         again = fails(["merge", output, tmp_path / "again"])
