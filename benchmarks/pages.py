@@ -9,10 +9,12 @@ from typing import Any
 
 
 def markdown(header: Sequence[str | None], rows: Iterable[Sequence[Any]], rule: str = "---") -> str:
-    """A table; of a cell that is None, only its border is written."""
-    lines = [[*header], *map(list, rows)]
-    text = ["|" + "".join(" |" if cell is None else f" {cell} |" for cell in line) for line in lines]
-    return "\n".join([text[0], "|" + f"{rule}|" * len(header), *text[1:]])
+    """A table; of a cell that is None, only its border is written. `rule`: of all columns but the first."""
+
+    def line(cells: Sequence[Any]) -> str:
+        return "|" + "".join(" |" if cell is None else f" {cell} |" for cell in cells)
+
+    return "\n".join([line(header), "|---|" + f"{rule}|" * (len(header) - 1), *map(line, rows)])
 
 
 def columns_table(columns: dict[str, Callable[[Any], Any]], items: Iterable[Any]) -> str:

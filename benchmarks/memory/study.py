@@ -65,7 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             scored=DEVELOPMENT_SCORED,
             rows=options.rows,
         )
-        tries[task] = [[replace(first, arm=arm, learning_rate=rate) for rate in LEARNING_RATES] for arm in options.arms]
+        tries[task] = [[replace(first, arm=arm, learning_rate=r) for r in LEARNING_RATES] for arm in options.arms]
 
     def missing() -> Iterator[Settings]:
         for of_task in tries.values():

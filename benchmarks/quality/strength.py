@@ -65,11 +65,10 @@ def plot(rows: Sequence[Row], file: Path) -> None:
 
 def table(rows: Sequence[Row]) -> str:
     """The means over all adapters at each strength."""
-    by_strength = zip(STRENGTHS, *(means(rows, name) for name in CURVES), strict=True)
-    lines = [
-        [f"{strength:g}", len(rows), f"{100 * exact:.1f}%", f"{loss:.4f}", f"{100 * known:.1f}%", f"{math.exp(text):.2f}"]
-        for strength, exact, loss, known, text in by_strength
-    ]
+    lines = []
+    for strength, exact, loss, known, text in zip(STRENGTHS, *(means(rows, name) for name in CURVES), strict=True):
+        scores = f"{100 * exact:.1f}%", f"{loss:.4f}", f"{100 * known:.1f}%", f"{math.exp(text):.2f}"
+        lines.append([f"{strength:g}", len(rows), *scores])
     return markdown(["strength", "adapters", "exact match", "loss", "known tasks", "text perplexity"], lines)
 
 

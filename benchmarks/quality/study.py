@@ -47,9 +47,7 @@ def run_in_worker(settings: Settings, options: argparse.Namespace) -> Row:
     if device == "cuda":
         identity = multiprocessing.current_process()._identity
         device = f"cuda:{(identity[0] - 1 if identity else 0) % torch.cuda.device_count()}"
-    return run(
-        settings, device, options.dtype, options.adapters_folder, options.lm_eval, options.lm_eval_folder
-    )
+    return run(settings, device, options.dtype, options.adapters_folder, options.lm_eval, options.lm_eval_folder)
 
 
 def run_grid(options: argparse.Namespace, tasks: Iterable[str], arms: Iterable[Arm], most: float = math.inf) -> None:
@@ -124,7 +122,9 @@ def make_adapters_parser(description: str | None, results: Path) -> argparse.Arg
 
 
 def measure_adapters(
-    options: argparse.Namespace, wanted: Callable[[dict[str, Any]], bool], measure: Callable[[Any, Any, dict[str, Any]], Row]
+    options: argparse.Namespace,
+    wanted: Callable[[dict[str, Any]], bool],
+    measure: Callable[[Any, Any, dict[str, Any]], Row],
 ) -> list[Row]:
     """Measure the stored adapters whose settings are wanted, those that have a result left out; all results."""
     done = finished(options.results)
