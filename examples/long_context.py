@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from peft import LoraConfig, get_peft_model
 from torch.nn import functional as F
-from transformers import MistralConfig, MistralForCausalLM, DynamicCache
+from transformers import DynamicCache, MistralConfig, MistralForCausalLM
 
 from peft_talan import TalanConfig
 
