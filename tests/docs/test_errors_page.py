@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn.attention.flex_attention import create_block_mask
 from transformers import (
     ContinuousBatchingConfig,
+    PreTrainedModel,
     Qwen3Config,
     RwkvConfig,
     RwkvForCausalLM,
@@ -22,14 +25,7 @@ from transformers import (
     SqueezeBertModel,
 )
 
-from peft_talan import (
-    TalanConfig,
-    export_lora,
-    set_talan_strength,
-    set_trainable,
-    talan_param_groups,
-    warm_start,
-)
+from peft_talan import TalanConfig, export_lora, set_talan_strength, set_trainable, talan_param_groups, warm_start
 from peft_talan.checkpoint.card import write_card
 
 from ..small_models import DEPTH, make_base, make_config, make_lora_config, make_model, make_several, make_tokens
@@ -40,8 +36,6 @@ Provocation = Callable[[Path], object]
 
 
 class Block(nn.Module):
-    """A block of a model that is not one of transformers'."""
-
     def __init__(self) -> None:
         super().__init__()
         self.proj = nn.Linear(16, 16)
@@ -53,7 +47,7 @@ class Block(nn.Module):
 class OwnModel(nn.Module):
     """A model that is not one of transformers'."""
 
-    def __init__(self, block: Callable[[], nn.Module] = Block) -> None:
+    def __init__(self, block: Callable[[], nn.Module]) -> None:
         super().__init__()
         self.embed = nn.Embedding(64, 16)
         self.stack = nn.ModuleList(block() for _ in range(3))
@@ -65,61 +59,88 @@ class OwnModel(nn.Module):
         return hidden_states
 
 
-class TwoStreams(Block):
-    """A block that takes two hidden states of each token, as reversible ones do."""
-
-    def forward(self, first: torch.Tensor, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        return first, super().forward(hidden_states)
-
-
-def own_config(**options: object) -> TalanConfig:
-    return TalanConfig(**{"r": 4, "target_modules": ["proj"], "talan_blocks": "stack", **options})
-
-
 def own_model(block: Callable[[], nn.Module] = Block, **options: object) -> PeftModel:
-    return get_peft_model(OwnModel(block), own_config(talan_hidden_size=16, **options))
+    named = {"talan_blocks": "stack", "talan_hidden_size": 16, **options}
+    return get_peft_model(OwnModel(block), TalanConfig(r=4, target_modules=r".*proj", **named))
 
 
-def saved(folder: Path) -> Path:
+def saved(folder: Path) -> str:
     make_model("qwen3", dtype=torch.float32).save_pretrained(folder)
-    return folder
+    return str(folder)
 
 
-def changed_weights(folder: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> Path:
-    tensors = load_file(saved(folder) / WEIGHTS)
+def saved_lora(folder: Path) -> str:
+    get_peft_model(make_base("qwen3"), make_lora_config()).save_pretrained(folder)
+    return str(folder)
+
+
+def changed_weights(folder: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> str:
+    saved(folder)
+    tensors = load_file(folder / WEIGHTS)
     change(tensors)
     save_file(tensors, folder / WEIGHTS)
-    return folder
+    return str(folder)
 
 
-def changed_config(folder: Path, **fields: object) -> Path:
-    file = saved(folder) / "adapter_config.json"
+def changed_config(folder: Path, **fields: object) -> str:
+    saved(folder)
+    file = folder / "adapter_config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), **fields}))
-    return folder
+    return str(folder)
 
 
-def load(folder: Path) -> PeftModel:
-    return PeftModel.from_pretrained(make_base("qwen3", torch.float32), folder)
+def cut_off(folder: Path) -> str:
+    saved(folder)
+    file = folder / WEIGHTS
+    file.write_bytes(file.read_bytes()[:-100])
+    return str(folder)
 
 
 def with_nan(tensors: dict[str, torch.Tensor]) -> None:
     next(iter(tensors.values())).view(-1)[0] = torch.nan
 
 
-def cut_off(folder: Path) -> Path:
-    file = saved(folder) / WEIGHTS
-    file.write_bytes(file.read_bytes()[:-100])
-    return folder
+def load(folder: str) -> PeftModel:
+    return PeftModel.from_pretrained(make_base("qwen3", torch.float32), folder)
 
 
 def of_another_model(folder: Path) -> PeftModel:
-    config = Qwen3Config(**{**make_base("qwen3").config.to_dict(), "intermediate_size": 64})
-    return PeftModel.from_pretrained(type(make_base("qwen3"))(config), saved(folder))
+    base = make_base("qwen3")
+    config = Qwen3Config(**{**base.config.to_dict(), "intermediate_size": 64})
+    return PeftModel.from_pretrained(type(base)(config), saved(folder))
 
 
-def saved_lora(folder: Path, **options: object) -> Path:
-    get_peft_model(make_base("qwen3"), make_lora_config(**options)).save_pretrained(folder)
-    return folder
+def adapted() -> PreTrainedModel:
+    return make_model("qwen3").base_model.model
+
+
+def two_adapters(**options: object) -> PeftModel:
+    return make_several({"one": options, "other": options})
+
+
+def bidirectional() -> PeftModel:
+    return make_model("qwen3", make_config(talan_memory_scope="bidirectional", task_type=None))
+
+
+def no_low_rank() -> PeftModel:
+    return make_model("qwen3", make_config(r=0))
+
+
+def calls_forward(_: Path) -> PeftModel:
+    groups = dict.fromkeys(
+        ("q_groups", "k_groups", "v_groups", "post_attention_groups", "intermediate_groups", "output_groups"), 1
+    )
+    sizes = {"vocab_size": 64, "hidden_size": 16, "embedding_size": 16, "intermediate_size": 16}
+    config = SqueezeBertConfig(num_hidden_layers=2, num_attention_heads=2, **sizes, **groups)
+    return get_peft_model(SqueezeBertModel(config), TalanConfig(target_modules=["query"]))
+
+
+@torch.no_grad()
+def turned_off(_: Path) -> object:
+    model = make_model("qwen3")
+    with model.disable_adapter():
+        cache = model(make_tokens(), use_cache=True).past_key_values
+    return model(make_tokens(), past_key_values=cache)
 
 
 @torch.no_grad()
@@ -131,31 +152,25 @@ def rows_taken_by_hand(_: Path) -> object:
     return model(make_tokens(batch=1), past_key_values=cache)
 
 
-def turned_off() -> object:
-    model = make_model("qwen3")
-    with model.disable_adapter(), torch.no_grad():
-        cache = model(make_tokens(), use_cache=True).past_key_values
-    return model(make_tokens(), past_key_values=cache)
+@torch.no_grad()
+def cropped_too_far(_: Path) -> object:
+    cache = make_model("qwen3")(make_tokens(tokens=21), use_cache=True).past_key_values
+    return cache.crop(-22)
 
 
 @torch.no_grad()
 def later_mask(_: Path) -> object:
     model = make_model("qwen3")
-    cache = model(make_tokens(), use_cache=True).past_key_values
+    cache = model(make_tokens(tokens=21), use_cache=True).past_key_values
     mask = torch.ones(2, 22)
     mask[0, 5:9] = 0
     return model(make_tokens(tokens=1), attention_mask=mask, past_key_values=cache)
 
 
-@torch.no_grad()
-def cropped_too_far(_: Path) -> object:
-    model = make_model("qwen3")
-    cache = model(make_tokens(), use_cache=True).past_key_values
-    return cache.crop(-22)
-
-
-def masked(allowed: torch.Tensor) -> object:
-    return make_model("qwen3")(make_tokens(), attention_mask=allowed.expand(2, 1, 21, 21), use_cache=False)
+def with_a_state_of_its_own(_: Path) -> object:
+    config = RwkvConfig(vocab_size=64, hidden_size=16, attention_hidden_size=16, num_hidden_layers=2)
+    model = get_peft_model(RwkvForCausalLM(config), TalanConfig(target_modules=["key"]))
+    return model(make_tokens(), state=model(make_tokens(), use_cache=True).state, use_cache=True)
 
 
 def block_mask(_: Path) -> object:
@@ -165,169 +180,131 @@ def block_mask(_: Path) -> object:
     return model(make_tokens(), attention_mask={"full_attention": mask})
 
 
-def pages(**options: object) -> ContinuousBatchingConfig:
-    return ContinuousBatchingConfig(page_size=16, num_blocks=4, max_batch_tokens=32, **options)
-
-
-def with_a_state_of_its_own(_: Path) -> object:
-    config = RwkvConfig(vocab_size=64, hidden_size=16, attention_hidden_size=16, num_hidden_layers=2)
-    model = get_peft_model(RwkvForCausalLM(config), TalanConfig(target_modules=["key"], init_talan_weights=False))
-    state = model(make_tokens(), use_cache=True).state
-    return model(make_tokens(), state=state, use_cache=True)
-
-
 def sparse() -> torch.Tensor:
     allowed = torch.ones(21, 21, dtype=torch.bool).tril()
     allowed[10, 3:6] = False
     return allowed
 
 
-def two_adapters() -> PeftModel:
-    return make_several({"one": {}, "other": {}})
+def masked(allowed: torch.Tensor) -> object:
+    return make_model("qwen3")(make_tokens(), attention_mask=allowed.expand(2, 1, 21, 21), use_cache=False)
+
+
+def one_name_for_two_rows(_: Path) -> object:
+    # PEFT itself counts the names where there are LoRA weights.
+    return two_adapters(r=0)(make_tokens(), adapter_names=["one"])
+
+
+def served(model: PeftModel, **options: object) -> object:
+    pages = ContinuousBatchingConfig(page_size=16, num_blocks=4, max_batch_tokens=32, **options)
+    return model.generate_batch(make_tokens().tolist(), continuous_batching_config=pages)
 
 
 def named_like_a_module(folder: Path) -> object:
-    model = make_several({"one": {}, "self_attn": {}})
-    return model.save_pretrained(folder, selected_adapters=["one"])
+    return make_several({"one": {}, "self_attn": {}}).save_pretrained(folder, selected_adapters=["one"])
 
 
-def bidirectional() -> PeftModel:
-    return make_model("qwen3", make_config(talan_memory_scope="bidirectional", task_type=None))
-
-
-def no_low_rank() -> PeftModel:
-    return make_model("qwen3", make_config(r=0))
+def converted(folder: Path) -> object:
+    return make_model("qwen3").save_pretrained(folder, path_initial_model_for_weight_conversion=str(folder))
 
 
 PROVOCATIONS: dict[str, Provocation] = {
-    "the checkpoint of adapter … has NaN or infinite values in …": lambda f: load(changed_weights(f, with_nan)),
-    "the checkpoint of adapter … does not have the side path of its configuration, which has … …; load it with the "
-    "base model and the adapter_config.json that it was saved with": lambda f: load(
-        changed_config(f, talan_layers=[0, 1])
-    ),
-    "the checkpoint in … can't be read (…: …); it is incomplete or damaged: fetch or save it again": lambda f: load(
-        cut_off(f)
-    ),
-    "the adapter was made by a newer major version of peft_talan than the installed …;": lambda f: load(
-        changed_config(f, talan_version="99.0.0")
-    ),
-    "the checkpoint of adapter … has a size mismatch for …: shape …, where the model has …; load it with the base "
-    "model and the adapter_config.json that it was saved with": of_another_model,
-    "folder=…: expected a saved TALAN adapter, but … names none": lambda f: write_card(saved_lora(f)),
-    "lora=…: tensors are missing or have no place in …": lambda f: warm_start(
-        make_base("qwen3", blocks=DEPTH - 1), str(saved_lora(f))
-    ),
-    "expected an adapter of type LORA, got one of type …": lambda f: warm_start(make_base("qwen3"), str(saved(f))),
+    # Installation and loading
+    "the checkpoint of adapter … has NaN": lambda folder: load(changed_weights(folder, with_nan)),
+    "the checkpoint of adapter … does not have": lambda folder: load(changed_config(folder, talan_layers=[0, 1])),
+    "the checkpoint in … can't be read": lambda folder: load(cut_off(folder)),
+    "the adapter was made by a newer": lambda folder: load(changed_config(folder, talan_version="99.0.0")),
+    "the checkpoint of adapter … has a size mismatch": of_another_model,
+    "folder=…: expected a saved TALAN adapter": lambda folder: write_card(saved_lora(folder)),
+    "lora=…: tensors are missing": lambda folder: warm_start(make_base("qwen3", blocks=3), saved_lora(folder)),
+    "expected an adapter of type LORA": lambda folder: warm_start(make_base("qwen3"), saved(folder)),
+    # Configuration
     "choose one of …": lambda _: make_config(talan_mixer="mean"),
-    "can't be saved in a JSON file (…); give plain values": lambda _: make_config(talan_cap=0.1, revision=object()),
-    "give block indices like [10, -1], fractions of the depth like [0.33, 0.66], 'all', or None for the default": (
-        lambda _: make_config(talan_layers=[1, 0.5])
+    "give a whole number of at least": lambda _: make_config(talan_slots=0),
+    "can't be saved in a JSON file": lambda _: make_config(revision=object()),
+    "give block indices like": lambda _: make_config(talan_layers=[1, 0.5]),
+    "talan_layers=…: index … is out of range": lambda _: make_model("qwen3", make_config(talan_layers=[DEPTH])),
+    "talan_layers=…: a block is named twice": lambda _: make_model("qwen3", make_config(talan_layers=[DEPTH - 1, -1])),
+    "does not work with TALAN": lambda _: make_config(layer_replication=[[0, 2]]),
+    "task_type=… generates": lambda _: make_config(talan_memory_scope="bidirectional"),
+    "there is no low-rank half": lambda _: make_config(r=0, talan_trainable="low_rank"),
+    "talan_dim=…, talan_slots=…": lambda _: make_model("qwen3", make_config(talan_dim=10**6)),
+    "adapter_name=…: choose a name": lambda _: make_several({"a.b": {}}),
+    "adapter_name=…: the model already has": lambda _: get_peft_model(adapted(), make_config()),
+    # Finding the blocks
+    "talan_blocks=None": lambda _: own_model(talan_blocks=None),
+    "talan_blocks=…: the model has no nn.ModuleList": lambda _: own_model(talan_blocks="other"),
+    "talan_hidden_size=None": lambda _: own_model(talan_hidden_size=None),
+    "talan_hidden_size=…": lambda _: make_model("qwen3", make_config(talan_hidden_size=16)),
+    "talan_blocks: block ….… is a …": lambda _: own_model(lambda: nn.Sequential(Block())),
+    "talan_blocks: … calls modules by .forward()": calls_forward,
+    # Generation and caches
+    "the cache holds tokens that did not all pass": turned_off,
+    "the batch has … rows": rows_taken_by_hand,
+    "tokens=…: this latent memory": cropped_too_far,
+    "attention_mask: it masks earlier tokens": later_mask,
+    "…: it is not a transformers Cache": with_a_state_of_its_own,
+    "…, which do not show whether": lambda _: own_model()(torch.zeros(5, 5, dtype=torch.long)),
+    "which can't continue from a cache": lambda _: bidirectional().generate(input_ids=make_tokens()),
+    "talan_memory_scope=… of adapter … can't generate": lambda _: served(bidirectional()),
+    "attention_mask=… (…)": block_mask,
+    "attention_mask: a token sees earlier tokens": lambda _: masked(sparse()),
+    "attention_mask: no token sees itself": lambda _: masked(~torch.ones(21, 21, dtype=torch.bool).tril()),
+    "adapter_names=…: … names for … rows": one_name_for_two_rows,
+    "cpu_offload_space=…": lambda _: served(make_model("qwen3"), cpu_offload_space=1.0),
+    "adapter_names=[...]": lambda _: two_adapters().generate_batch(
+        make_tokens().tolist(), adapter_names=["one", "one"]
     ),
-    "talan_layers=…: index … is out of range for a model of … blocks; use indices from … to …": lambda _: make_model(
-        "qwen3", make_config(talan_layers=[DEPTH])
-    ),
-    "talan_layers=…: a block is named twice in a model of … blocks; name it once": lambda _: make_model(
-        "qwen3", make_config(talan_layers=[DEPTH - 1, -1])
-    ),
-    "does not work with TALAN: …": lambda _: make_config(layer_replication=[[0, 2]]),
-    "task_type=… generates, and a token must not see later ones; use 'causal'": lambda _: make_config(
-        talan_memory_scope="bidirectional"
-    ),
-    "there is no low-rank half (r=0 or no target modules); use 'joint' or 'side_path'": lambda _: make_config(
-        r=0, talan_trainable="low_rank"
-    ),
-    "talan_dim=…, talan_slots=…: the side path would hold … numbers, more than the model and than …;": (
-        lambda _: make_model("qwen3", make_config(talan_dim=10**6))
-    ),
-    "adapter_name=…: choose a name that is not empty, has no dot, and is neither '__base__' nor the name of an "
-    "attribute of nn.ModuleDict": lambda _: make_several({"a.b": {}}),
-    "adapter_name=…: the model already has an adapter of this name; give another name, or call unload() or "
-    "delete_adapter() first": lambda _: get_peft_model(make_model("qwen3").base_model.model, make_config()),
-    "talan_blocks=None: … list of decoder blocks was found in …": lambda _: own_model(talan_blocks=None),
-    "talan_blocks=…: the model has no nn.ModuleList of this name; it has …": lambda _: own_model(talan_blocks="other"),
-    "talan_hidden_size=None: the configuration of … does not give the width of the residual stream; set "
-    "talan_hidden_size to it": lambda _: get_peft_model(OwnModel(), own_config()),
-    "talan_hidden_size=…: the residual stream of … is … wide; leave the field at None": lambda _: make_model(
-        "qwen3", make_config(talan_hidden_size=16)
-    ),
-    "talan_blocks: block ….… is a …, which would call the side path as one of its steps; put it inside a module of its "
-    "own class": lambda _: own_model(lambda: nn.Sequential(Block()), target_modules="all-linear"),
-    "talan_blocks: … calls modules by .forward(), which runs no hooks, so a side path on its blocks … would do "
-    "nothing; use a plain LoraConfig, or call the blocks themselves": lambda _: get_peft_model(
-        SqueezeBertModel(
-            SqueezeBertConfig(
-                vocab_size=64, hidden_size=16, embedding_size=16, num_hidden_layers=2, num_attention_heads=2,
-                intermediate_size=16, q_groups=1, k_groups=1, v_groups=1, post_attention_groups=1,
-                intermediate_groups=1, output_groups=1,
-            )
-        ),
-        TalanConfig(target_modules=["query"]),
-    ),
-    "the cache holds tokens that did not all pass through adapter …": lambda _: turned_off(),
-    "the batch has … rows, but the latent memory of adapter … in this cache has …": rows_taken_by_hand,
-    "tokens=…: this latent memory … can't be cropped by that number; start again from an empty cache": cropped_too_far,
-    "attention_mask: it masks earlier tokens that are in the latent memory of this cache, or unmasks some that are "
-    "not;": later_mask,
-    "attention_mask=… (…): the side path can't read from it which tokens are padding;": block_mask,
-    "attention_mask: a token sees earlier tokens, but not all of those between them and itself": lambda _: masked(
-        sparse()
-    ),
-    "attention_mask: no token sees itself in it": lambda _: masked(~torch.ones(21, 21, dtype=torch.bool).tril()),
-    "…: it is not a transformers Cache, so the side path can't carry its memory from call to call with it;": (
-        with_a_state_of_its_own
-    ),
-    "cpu_offload_space=…: the latent memory of a TALAN side path does not follow pages that are moved to the CPU;": (
-        lambda _: make_model("qwen3").generate_batch(
-            make_tokens().tolist(), continuous_batching_config=pages(cpu_offload_space=1.0)
-        )
-    ),
-    "adapter_names=[...] names the adapter of each row, and continuous batching has no rows;": (
-        lambda _: two_adapters().generate_batch(make_tokens().tolist(), adapter_names=["one", "other"])
-    ),
-    "talan_memory_scope=… of adapter … can't generate:": lambda _: bidirectional().generate_batch(
-        make_tokens().tolist(), continuous_batching_config=pages()
-    ),
-    "…, which do not show whether their rows or their tokens come first in this model, which is none of transformers';": (
-        lambda _: own_model()(torch.zeros(5, 5, dtype=torch.long))
-    ),
-    "adapter_names=…: … names for … rows; give one a row": lambda _: make_several(
-        {"one": {"r": 0}, "other": {"r": 0}}
-    )(make_tokens(), adapter_names=["one"]),
-    "side_path=…: choose 'keep' or 'drop'": lambda _: make_model("qwen3").merge_and_unload(side_path="half"),
-    "adapter … would be saved without …: another adapter has the name … of a module;": named_like_a_module,
-    "path_initial_model_for_weight_conversion=…: the conversion gives a plain LoRA adapter and would lose the side "
-    "path; save without it": lambda f: make_model("qwen3").save_pretrained(
-        f, path_initial_model_for_weight_conversion=str(f)
-    ),
-    "adapter_name=…: the adapter has no low-rank half (r=0 or no target modules)": lambda f: export_lora(
-        no_low_rank(), f
-    ),
-    "adapters=…: … and … both have a side path at block …, and the sum of two side paths is none;": (
-        lambda _: two_adapters().add_weighted_adapter(["one", "other"], [0.5, 0.5], "sum")
-    ),
-    "strength=…: give a finite number; 1 is as trained, 0 the low-rank half alone": lambda _: set_talan_strength(
-        make_model("qwen3"), float("nan")
-    ),
-    "layers=…: give a list of blocks that have this side path: …": lambda _: set_talan_strength(
-        make_model("qwen3"), 0.5, adapter_name="default", layers=[0]
-    ),
-    "model: no parameter requires a gradient; load the adapter with is_trainable=True": lambda f: talan_param_groups(
-        load(saved(f)), lr=1e-3
-    ),
-    "scope=…: adapter … has no low-rank half; use 'joint' or 'side_path'": lambda _: set_trainable(
-        no_low_rank(), "low_rank"
-    ),
+    # Saving, merging, exporting
+    "side_path=…: choose": lambda _: make_model("qwen3").merge_and_unload(side_path="half"),
+    "adapter … would be saved without": named_like_a_module,
+    "path_initial_model_for_weight_conversion": converted,
+    "adapter_name=…: the adapter has no low-rank half": lambda folder: export_lora(no_low_rank(), folder),
+    "adapters=…: … and … both": lambda _: two_adapters().add_weighted_adapter(["one", "other"], [0.5, 0.5], "sum"),
+    # Steering, training
+    "strength=…": lambda _: set_talan_strength(make_model("qwen3"), float("nan")),
+    "layers=…": lambda _: set_talan_strength(make_model("qwen3"), 0.5, adapter_name="default", layers=[0]),
+    "model: no parameter requires a gradient": lambda folder: talan_param_groups(load(saved(folder)), lr=1e-3),
+    "scope=…": lambda _: set_trainable(no_low_rank(), "low_rank"),
 }
+"""How a message of the page begins, and what brings it about."""
+ELSEWHERE = {
+    "peft_talan could not register itself": "tests/test_autoload.py",
+    "model=…: its blocks": "benchmarks/architectures",
+    "talan_blocks: block ….… takes": "benchmarks/architectures",
+    "talan_layers: block … has hidden states of shape": "tests/tuner/test_streams.py",
+    "continuous batching of this version": None,  # No version of transformers that may be installed is of this kind.
+    "The side path depends on its input": "tests/tuner/test_merge.py",
+    "model: it has … kept side paths": "tests/tuner/test_merge.py",
+    "talan_kept=True": "tests/tuner/test_merge.py",
+    "merge_adapter() folds": "tests/tuner/test_merge.py",
+    "tp_plan": "tests/processes/test_processes.py",
+}
+"""Messages that need more than a small model, and where they are seen."""
 
 
-def headings() -> list[str]:
-    return re.findall(r"^### `(.+)`$", PAGE.read_text(), re.MULTILINE)
+def test_the_lines_at_the_import_are_those_of_other_libraries() -> None:
+    script = "import sys, torchao, bitsandbytes; print('##', file=sys.stderr); from peft_talan import TalanConfig"
+    ran = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert ran.stderr.endswith("##\n") and not ran.stdout
 
 
-@pytest.mark.parametrize("message", PROVOCATIONS)
+def heading(beginning: str) -> str:
+    """The only message of the page that begins so."""
+    messages = re.findall(r"^### `(.+)`$", PAGE.read_text(), re.MULTILINE)
+    (message,) = [message for message in messages if message.startswith(beginning)]
+    return message
+
+
+def test_every_message_of_the_page_is_brought_about_somewhere() -> None:
+    count = len(re.findall(r"^### `", PAGE.read_text(), re.MULTILINE))
+    assert len({heading(beginning) for beginning in (*PROVOCATIONS, *ELSEWHERE)}) == count
+    assert all((PAGE.parents[2] / place).exists() for place in ELSEWHERE.values() if place)
+
+
+@pytest.mark.parametrize("beginning", PROVOCATIONS)
 @pytest.mark.filterwarnings("ignore")
-def test_the_message_comes_where_the_page_says(message: str, tmp_path: Path) -> None:
-    assert message in headings()
-    pattern = re.escape(message).replace("…", ".*")
+def test_the_message_comes_where_the_page_says(beginning: str, tmp_path: Path) -> None:
+    pattern = re.escape(heading(beginning)).replace("…", ".*")
     with pytest.raises((ValueError, TypeError, RuntimeError), match=re.compile(pattern, re.DOTALL)):
-        PROVOCATIONS[message](tmp_path)
+        PROVOCATIONS[beginning](tmp_path)
