@@ -43,37 +43,34 @@ def evaluated(model: nn.Module) -> Iterator[None]:
     Raises `ValueError` if the adapters are disabled or merged.
     """
     modes = [(module, module.training) for module in model.modules()]
-    switched = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
-    disabled = [layer.disable_adapters for layer in switched]
     gradients = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    if any(disabled):
+    if any(layer.disable_adapters for layer in _switches(model)):
         raise ValueError("model: its adapters are disabled; enable them to measure what they do")
-    if any(layer.merged for layer in switched):
-        raise ValueError(
-            "model: an adapter's LoRA weights are merged, and can't be measured alone; unmerge them first"
-        )
+    if any(layer.merged for layer in _switches(model)):
+        raise ValueError("model: an adapter's LoRA weights are merged, and can't be measured alone; unmerge it first")
     model.eval()
     try:
         yield
     finally:
-        for layer in switched:
-            layer.enable_adapters(True)
         for module, mode in modes:
             module.training = mode
         for parameter, gradient in gradients:
             parameter.requires_grad_(gradient)
 
 
+def _switches(model: nn.Module) -> list[BaseTunerLayer]:
+    return [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+
+
 @contextmanager
 def without_adapters(model: nn.Module) -> Iterator[None]:
     """Run the base model inside; only inside of `evaluated`, which restores gradients."""
-    layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
-    for layer in layers:
+    for layer in _switches(model):
         layer.enable_adapters(False)
     try:
         yield
     finally:
-        for layer in layers:
+        for layer in _switches(model):
             layer.enable_adapters(True)
 
 

@@ -17,13 +17,7 @@ PACKAGES = ("torch", "peft", "transformers", "safetensors", "huggingface-hub", "
 
 
 class Check(NamedTuple):
-    """One thing that works or doesn't.
-
-    Args:
-        name: What was checked.
-        passed: Whether it works; None: unknown.
-        note: One line.
-    """
+    """One thing that works, or doesn't, or of which that is unknown (None)."""
 
     name: str
     passed: bool | None
@@ -42,13 +36,10 @@ def doctor(as_json: AsJson = False) -> None:
         print_json({"versions": versions, "checks": [check._asdict() for check in checks], "passed": passed})
     else:
         print_rows("Versions", versions)
-        print_rows("Checks", {check.name: f"{_word(check.passed)}  {check.note}" for check in checks})
+        words = {True: "ok", False: "FAILED", None: "-"}
+        print_rows("Checks", {check.name: f"{words[check.passed]}  {check.note}" for check in checks})
     if not passed:
         raise typer.Exit(FAILED)
-
-
-def _word(passed: bool | None) -> str:
-    return {True: "ok", False: "FAILED", None: "-"}[passed]
 
 
 def _version(package: str) -> str | None:
@@ -95,11 +86,8 @@ def check_registration() -> Check:
     from ..tuner.model import TalanModel
 
     member = PeftType.__members__.get("TALAN")
-    known = (
-        member is not None
-        and PEFT_TYPE_TO_CONFIG_MAPPING.get(member) is TalanConfig
-        and PEFT_TYPE_TO_TUNER_MAPPING.get(member) is TalanModel
-    )
+    classes = (PEFT_TYPE_TO_CONFIG_MAPPING.get(member), PEFT_TYPE_TO_TUNER_MAPPING.get(member))
+    known = classes == (TalanConfig, TalanModel)
     return Check("registration", known, f"PEFT {'knows' if known else 'does not know'} the type TALAN")
 
 

@@ -76,7 +76,7 @@ class Sources:
 
 @dataclass
 class TrainingOptions:
-    """Arguments of `trl.SFTConfig` that `train` and `compare` share, by their names there; short ones beside some."""
+    """Arguments of `make_trainer` that `train` and `compare` share: TRL's names, short ones beside some."""
 
     max_steps: Annotated[
         int | None,
@@ -91,6 +91,9 @@ class TrainingOptions:
         int, Option("--gradient-accumulation-steps", "--accumulate", min=1, help="Batches of an optimizer step")
     ] = 1
     learning_rate: Annotated[float, Option(help="Highest learning rate")] = 2e-4
+    side_path_lr_scale: Annotated[
+        float, Option(help="The side path's learning rate divided by that of the low-rank half")
+    ] = 5.0
     max_length: Annotated[int, Option(min=1, help="Where longer examples are cut, in tokens")] = 1024
     bf16: Annotated[bool | None, Option(help="Train in bfloat16", show_default="on a GPU that has it")] = None
     gradient_checkpointing: Annotated[
@@ -102,6 +105,8 @@ class TrainingOptions:
         for option, value in (("--learning-rate", self.learning_rate), ("--num-train-epochs", self.num_train_epochs)):
             if not 0 < value < float("inf"):
                 raise Misuse(f"{option} {value}: give a positive number")
+        if not 0 <= self.side_path_lr_scale < float("inf"):
+            raise Misuse(f"--side-path-lr-scale {self.side_path_lr_scale}: give a number of at least 0, such as 5")
 
 
 def parse_layers(text: str) -> str | list[int] | list[float]:

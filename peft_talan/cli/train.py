@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
@@ -17,41 +18,61 @@ from .options import Sources, TrainingOptions, with_groups
 TRACKERS = ("none", "tensorboard", "wandb", "trackio")
 
 
+@dataclass
+class LoraOptions:
+    """Fields of `TalanConfig`, by their names there."""
+
+    r: Annotated[
+        int, Option("--rank", "--lora-r", min=0, help="Rank of the low-rank half; 0: the side path alone")
+    ] = 16
+    lora_alpha: Annotated[int | None, Option(help="LoRA's alpha", show_default="twice the rank")] = None
+    target_modules: Annotated[
+        str, Option("--target-modules", "--lora-target-modules", help="Modules of the low-rank half, with commas")
+    ] = "all-linear"
+    use_dora: Annotated[bool, Option("--use-dora", "--dora", help="DoRA as the low-rank half")] = False
+    use_rslora: Annotated[bool, Option("--use-rslora", "--rslora", help="rsLoRA's scaling")] = False
+
+    def fields(self) -> dict[str, Any]:
+        """The fields, with what depends on others."""
+        names = [name.strip() for name in self.target_modules.split(",")] if self.r else []
+        modules = "all-linear" if names == ["all-linear"] else names
+        return {**vars(self), "lora_alpha": self.lora_alpha or 2 * self.r, "target_modules": modules}
+
+
+@dataclass
+class RunOptions:
+    """Arguments of `trl.SFTConfig` that `train` has alone, by their names there."""
+
+    seed: Annotated[int, Option(help="Of initialization and order")] = 0
+    packing: Annotated[bool, Option(help="Pack several examples into a row")] = False
+    assistant_only_loss: Annotated[
+        bool, Option("--assistant-only-loss", help="Train on the assistant's tokens of 'messages' alone")
+    ] = False
+    lr_scheduler_type: Annotated[str, Option(help="Schedule of the learning rate, such as cosine")] = "linear"
+    warmup_steps: Annotated[float, Option(min=0, help="Steps of warm-up; below 1: their share of all steps")] = 0.03
+    save_steps: Annotated[int, Option(min=1, help="Steps between checkpoints")] = 500
+    save_total_limit: Annotated[int, Option(min=1, help="How many checkpoints are kept")] = 2
+    logging_steps: Annotated[int, Option(min=1, help="Steps between logged losses")] = 10
+
+
 @with_groups
 def train(
     sources: Sources,
     output: Annotated[Path, Option("--output", "--output-dir", help="Folder for the adapter and its checkpoints")],
     training: TrainingOptions,
-    rank: Annotated[
-        int, Option("--rank", "--lora-r", min=0, help="Rank of the low-rank half; 0: the side path alone")
-    ] = 16,
-    lora_alpha: Annotated[int | None, Option(help="LoRA's alpha", show_default="twice the rank")] = None,
-    target_modules: Annotated[
-        str, Option("--target-modules", "--lora-target-modules", help="Modules of the low-rank half, with commas")
-    ] = "all-linear",
-    dora: Annotated[bool, Option("--use-dora", "--dora", help="DoRA as the low-rank half")] = False,
-    rslora: Annotated[bool, Option("--use-rslora", "--rslora", help="rsLoRA's scaling")] = False,
-    seed: Annotated[int, Option(help="Of initialization and order")] = 0,
+    lora: LoraOptions,
+    run: RunOptions,
     overwrite: Annotated[
         bool, Option("--overwrite", help="Write into a folder with files; its old checkpoints are removed")
     ] = False,
     as_json: AsJson = False,
-    packing: Annotated[bool, Option(help="Pack several examples into a row")] = False,
-    assistant_only_loss: Annotated[
-        bool, Option("--assistant-only-loss", help="Train on the assistant's tokens of 'messages' alone")
-    ] = False,
-    lr_scheduler_type: Annotated[str, Option(help="Schedule of the learning rate, such as cosine")] = "linear",
-    warmup_steps: Annotated[float, Option(min=0, help="Steps of warm-up; below 1: their share of all steps")] = 0.03,
     eval_rows: Annotated[int, Option(min=0, help="Rows of --data to hold out")] = 0,
     eval_steps: Annotated[
         int | None, Option(min=1, help="Steps between evaluations", show_default="once at the end")
     ] = None,
-    save_steps: Annotated[int, Option(min=1, help="Steps between checkpoints")] = 500,
-    save_total_limit: Annotated[int, Option(min=1, help="How many checkpoints are kept")] = 2,
     resume: Annotated[
         bool, Option("--resume-from-checkpoint", "--resume", help="Go on from the last checkpoint of --output")
     ] = False,
-    logging_steps: Annotated[int, Option(min=1, help="Steps between logged losses")] = 10,
     report_to: Annotated[str, Option(metavar="|".join(TRACKERS), help="Tracker; several with commas")] = "none",
     run_name: Annotated[str | None, Option(help="Name of the run in the tracker", show_default="--output")] = None,
     *,
@@ -76,33 +97,18 @@ def train(
         raise Misuse(f"{output} has {last.name}; --resume goes on from it, --overwrite begins anew")
     check_output(output, overwrite or resume)
     need("train", "datasets", "trl")
-    names = [name.strip() for name in target_modules.split(",")] if rank else []
     with stdout_kept_clean():
-        rows, held_out = sources.read(eval_rows, seed)
+        rows, held_out = sources.read(eval_rows, run.seed)
         result = _train(
             sources.model,
             rows,
             held_out,
             output,
             last if resume else None,
-            adapter={
-                "r": rank,
-                "lora_alpha": lora_alpha or 2 * rank,
-                "target_modules": target_modules if names == ["all-linear"] else names,
-                "use_dora": dora,
-                "use_rslora": rslora,
-                **vars(axes),
-            },
+            adapter={**lora.fields(), **vars(axes)},
             **vars(training),
-            lr_scheduler_type=lr_scheduler_type,
-            warmup_steps=warmup_steps,
-            packing=packing,
-            assistant_only_loss=assistant_only_loss,
-            seed=seed,
-            logging_steps=logging_steps,
+            **vars(run),
             logging_first_step=True,
-            save_steps=save_steps,
-            save_total_limit=save_total_limit,
             report_to=trackers,
             run_name=run_name or str(output),
             eval_strategy="steps" if held_out is not None else "no",

@@ -46,7 +46,7 @@ class Job:
         output: The folder for the adapters.
         rank: The rank of the LoRA weights.
         axes: The axes of the side path, fields of `TalanConfig`.
-        arguments: Of `trl.SFTConfig`.
+        arguments: Of `make_trainer`.
         dtype: The dtype of the base model. Default `"auto"`: as it was saved.
         device: Where to run. Default None: an accelerator if there is one.
         threads: Threads per process. Default None: torch's choice.

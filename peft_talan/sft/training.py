@@ -10,12 +10,13 @@ from typing import Any
 import torch
 from datasets import Dataset
 from peft import PeftConfig
-from transformers import PreTrainedTokenizerBase, TrainerCallback
+from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback
 from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import SFTTrainer
 
+from ..tuner.trainability import talan_param_groups
 from .callbacks import SavePromptForm
 from .data import DataError, Rows
 from .prompts import PromptForm, encode
@@ -67,6 +68,14 @@ def describe_lengths(tokenizer: PreTrainedTokenizerBase, rows: Rows, max_length:
     return lines
 
 
+def set_side_path_rate(trainer: Trainer, scale: float) -> None:
+    """Let the side path of a trainer's model learn at `scale` times the trainer's learning rate, before it trains."""
+    arguments = trainer.args
+    groups = talan_param_groups(trainer.model, arguments.learning_rate, scale, arguments.weight_decay)
+    optimizer, options = trainer.get_optimizer_cls_and_kwargs(arguments, trainer.model)
+    trainer.optimizer_cls_and_kwargs = (optimizer, {**options, "params": groups})
+
+
 def make_trainer(
     model: Any,
     tokenizer: PreTrainedTokenizerBase,
@@ -76,6 +85,7 @@ def make_trainer(
     *,
     eval_rows: Rows | None = None,
     callbacks: Sequence[TrainerCallback] = (),
+    side_path_lr_scale: float = 1.0,
     **arguments: Any,
 ) -> SFTTrainer:
     """Make a trainer whose adapter can be continued, and prompted later as it was trained.
@@ -88,6 +98,7 @@ def make_trainer(
         output: The folder for checkpoints.
         eval_rows: What to evaluate on while training. Default None.
         callbacks: More callbacks.
+        side_path_lr_scale: The side path's learning rate divided by `learning_rate`. Default 1.
         **arguments: Of `trl.SFTConfig`; those that are None take what suits the machine.
 
     Returns:
@@ -114,6 +125,8 @@ def make_trainer(
     )
     # It would print the numbers among the program's results.
     trainer.remove_callback(PrinterCallback)
+    if adapter is not None:
+        set_side_path_rate(trainer, side_path_lr_scale)
     return trainer
 
 

@@ -116,6 +116,36 @@ def test_an_interrupted_run_goes_on_to_the_same_weights(
         assert torch.equal(tensor, whole[name]), name
 
 
+@pytest.mark.parametrize(("scale", "rates"), [([], {2e-4, 1e-3}), (["--side-path-lr-scale", "2"], {2e-4, 4e-4})])
+def test_the_side_path_has_a_learning_rate_of_its_own(
+    scale: list[str], rates: set[float], saved: Path, tmp_path: Path, answers: Answers
+) -> None:
+    write_sums(tmp_path / "data.jsonl")
+    words = ["--model", saved / "model", "--data", tmp_path / "data.jsonl", "--output", tmp_path / "out", *SMALL]
+    answers(["train", *words, "--steps", "1", "--save-steps", "1", *scale])
+    optimizer = torch.load(tmp_path / "out" / "checkpoint-1" / "optimizer.pt", weights_only=True)
+    sizes: dict[float, int] = {}
+    for group in optimizer["param_groups"]:
+        assert group["weight_decay"] == 0
+        rate = round(group["initial_lr"], 9)
+        sizes[rate] = sizes.get(rate, 0) + len(group["params"])
+    assert set(sizes) == rates
+    names = adapter_tensors(tmp_path / "out")
+    assert sizes[max(rates)] == sum(".talan." in name for name in names)
+    assert sizes[min(rates)] == sum(".talan." not in name for name in names)
+
+
+def test_compare_passes_the_side_path_s_rate_on(saved: Path, tmp_path: Path, answers: Answers) -> None:
+    write_sums(tmp_path / "data.jsonl")
+    output = tmp_path / "out"
+    words = ["--model", saved / "model", "--data", tmp_path / "data.jsonl", "--output", output, "--steps", "2", *SMALL]
+    answers(["compare", *words, "--seeds", "1", "--eval-rows", "4", "--side-path-lr-scale", "0", "--device", "cpu"])
+    tensors = adapter_tensors(output / "LoRA+TALAN")
+    assert any(tensor.any() for name, tensor in tensors.items() if "lora_B" in name)
+    # Where it does not learn, it writes nothing.
+    assert not any(tensor.any() for name, tensor in tensors.items() if "talan_write" in name)
+
+
 def test_resume_needs_a_checkpoint(saved: Path, tmp_path: Path, fails: Fails) -> None:
     write_sums(tmp_path / "data.jsonl")
     words = ["--model", saved / "model", "--data", tmp_path / "data.jsonl", "--output", tmp_path / "out"]
@@ -129,6 +159,8 @@ def test_resume_needs_a_checkpoint(saved: Path, tmp_path: Path, fails: Fails) ->
         (["--talan-mixer", "x"], "talan_mixer='x'"),
         (["--talan-slots", "0"], "talan_slots=0"),
         (["--learning-rate", "-1"], "--learning-rate -1.0"),
+        (["--side-path-lr-scale", "-1"], "--side-path-lr-scale -1.0"),
+        (["--side-path-lr-scale", "nan"], "--side-path-lr-scale nan"),
         (["--report-to", "x"], "--report-to x"),
         (["--report-to", "none,wandb"], "pip install wandb"),
         (["--eval-steps", "5"], "--eval-steps 5"),
