@@ -260,7 +260,8 @@ class BlockContext:
         past = self._past(tokens)
         if self.cache is not None:
             # Tokens are counted once per forward pass, which these calls are not known to be part of.
-            memories_of(self.cache).num_real_is_exact = False
+            memories = memories_of(self.cache)
+            memories.num_real_is_exact, memories.num_real_before = False, None
         return token_layout(
             own.attention_mask,
             # transformers has made a mask of positions that separate samples, except for flash attention.
