@@ -13,7 +13,7 @@ from peft import PeftConfig
 
 from ..axes import check_count, refusal
 from ..config import TalanConfig
-from ..sft.data import read_rows
+from ..sft.data import Rows, read_rows
 from ..sft.models import base_model_of, load_adapter
 from ..sft.prompts import Encoded, encode
 from ..sft.scores import pad_batch
@@ -49,7 +49,7 @@ def _write_table(file: Path, rows: Sequence[dict[str, Any]]) -> Path:
 
 def analyze(
     adapter: str | PathLike[str],
-    data_file: str | PathLike[str],
+    data_file: str | PathLike[str] | Rows,
     output_folder: str | PathLike[str],
     *,
     base_model: str | None = None,
@@ -63,7 +63,7 @@ def analyze(
 
     Args:
         adapter: The adapter's folder or name on the hub.
-        data_file: A file or a hub data set, as `peft_talan.sft.data.read_rows` takes it.
+        data_file: A file or a hub data set, as `peft_talan.sft.data.read_rows` takes it, or the rows that it returned.
         output_folder: Where the tables (CSV) and the pictures (PNG) go; it is created if it does not exist.
         base_model: The base model's folder or name. None: what the adapter's configuration says. Default None.
         examples: How many rows are measured. Default 16.
@@ -93,16 +93,16 @@ def analyze(
     config = PeftConfig.from_pretrained(str(adapter))
     if not isinstance(config, TalanConfig):
         raise refusal("adapter", str(adapter), f"is of type {config.peft_type}; give a TALAN adapter")
-    rows = read_rows(data_file, most=examples)
+    rows = data_file if isinstance(data_file, Rows) else read_rows(data_file, most=examples)
     report(f"loading {base_model_of(str(adapter), base_model)} and {adapter}")
     model, tokenizer = load_adapter(str(adapter), base_model, device=device)
-    encoded = [encode(tokenizer, row) for row in rows.rows]
+    encoded = [encode(tokenizer, row) for row in rows.rows[:examples]]
     cut = [Encoded([], (prompt + completion)[:max_tokens]) for prompt, completion in encoded]
     batches = [
         {name: part.to(model.device) for name, part in pad_batch(cut[start : start + batch_size], tokenizer).items()}
         for start in range(0, len(cut), batch_size)
     ]
-    report(f"measuring {len(rows)} rows; matplotlib {matplotlib.__version__} draws")
+    report(f"measuring {len(encoded)} rows; matplotlib {matplotlib.__version__} draws")
     blocks = measure_blocks(model, batches)
     propagations = measure_propagation(model, batches)
     folder = Path(output_folder)

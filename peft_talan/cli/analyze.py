@@ -7,8 +7,9 @@ from typing import Annotated
 
 from typer import Argument, Option
 
+from ..sft.data import read_rows
 from . import models
-from .console import AsJson, need, print_json, stdout_kept_clean
+from .console import AsJson, Overwrite, check_output, need, print_json, stdout_kept_clean
 from .options import DATA_HELP
 from .sources import check_source
 
@@ -22,23 +23,25 @@ def analyze(
     max_tokens: Annotated[int, Option(min=1, help="Where longer rows are cut, in tokens")] = 512,
     batch_size: Annotated[int, Option(min=1, help="Rows of a forward pass")] = 4,
     device: models.Device = None,
+    overwrite: Overwrite = False,
     as_json: AsJson = False,
 ) -> None:
     """Measure what both halves of an adapter do to the residual stream: tables (CSV) and pictures (PNG)."""
     models.check_adapter(adapter, model, "TALAN")
-    models.check_place("auto", device)
     check_source("DATA", data, "dataset")
+    check_output(output, overwrite)
     need("analysis", "matplotlib")
+    rows = read_rows(data, most=examples)
+    models.check_place("auto", device)
     from ..analysis import analyze as measure
     from ..sft.models import choose_device
 
     with stdout_kept_clean():
         files = measure(
             adapter,
-            data,
+            rows,
             output,
             base_model=model,
-            examples=examples,
             max_tokens=max_tokens,
             batch_size=batch_size,
             device=choose_device(device),

@@ -46,12 +46,12 @@ def compare(
     if retention_text is not None and not retention_text.is_file():
         raise Misuse(f"--retention-text {retention_text}: no such file")
     check_output(output, overwrite)
-    check_place(dtype, device)
     need("train", "datasets", "trl")
     need("analysis", "matplotlib", "scipy")
     rows, held_out = sources.read(eval_rows or 0, 0)
     if held_out is None:
         rows, held_out = rows.split(min(200, max(1, len(rows) // 5)), 0)
+    check_place(dtype, device)
 
     from ..sft import reporting
     from ..sft.comparison import ARMS, Job

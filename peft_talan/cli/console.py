@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Mapping
 from contextlib import redirect_stdout
@@ -43,6 +44,9 @@ def check_output(output: Path, overwrite: bool) -> None:
         raise Misuse(f"{output}: expected a folder")
     if not overwrite and output.is_dir() and any(output.iterdir()):
         raise Misuse(f"{output}: the folder is not empty; give another one, or --overwrite")
+    there = next(folder for folder in (output, *output.absolute().parents) if folder.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise Misuse(f"{output}: can't be written, as {there} is no folder that you may write to; give another one")
 
 
 def print_json(result: Any) -> None:

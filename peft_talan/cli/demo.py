@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ..axes import SidePathAxes
 from ..demo.options import DemoOptions
-from .console import Misuse
+from .console import Misuse, check_output
 from .options import with_groups
 from .sources import check_source
 
@@ -19,6 +19,7 @@ def demo(options: DemoOptions, axes: SidePathAxes) -> None:
         raise Misuse(f"--learning-rate {options.learning_rate}: give a positive number such as 1e-3")
     if options.model is not None:
         check_source("--model", options.model, "model")
+    check_output(options.output, overwrite=True)
     try:
         # Imported here: bad options are reported before the demo's own packages load.
         from ..demo.run import run_demo

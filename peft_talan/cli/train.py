@@ -16,6 +16,18 @@ from .console import INTERRUPTED, AsJson, Misuse, check_output, need, note, prin
 from .options import Sources, TrainingOptions, with_groups
 
 TRACKERS = ("none", "tensorboard", "wandb", "trackio")
+EVALUATING_SCHEDULES = ("reduce_lr_on_plateau", "greedy")
+SCHEDULES = (
+    "linear",
+    "cosine",
+    "cosine_with_restarts",
+    "polynomial",
+    "constant",
+    "constant_with_warmup",
+    "inverse_sqrt",
+    *EVALUATING_SCHEDULES,
+)
+"""Those of `transformers.SchedulerType` that need no more options; to import it takes seconds."""
 
 
 @dataclass
@@ -54,6 +66,14 @@ class RunOptions:
     save_total_limit: Annotated[int, Option(min=1, help="How many checkpoints are kept")] = 2
     logging_steps: Annotated[int, Option(min=1, help="Steps between logged losses")] = 10
 
+    def check(self, evaluates: bool) -> None:
+        """Refuse a schedule that is unknown, or that needs an evaluation where there is none."""
+        if self.lr_scheduler_type not in SCHEDULES:
+            raise Misuse(f"--lr-scheduler-type {self.lr_scheduler_type}: choose one of {', '.join(SCHEDULES)}")
+        if self.lr_scheduler_type in EVALUATING_SCHEDULES and not evaluates:
+            remedy = "give --eval-data or --eval-rows, on which it depends"
+            raise Misuse(f"--lr-scheduler-type {self.lr_scheduler_type}: {remedy}")
+
 
 @with_groups
 def train(
@@ -86,9 +106,11 @@ def train(
     """
     trackers = [name.strip() for name in report_to.split(",")]
     check_trackers(trackers)
-    if eval_steps is not None and not (sources.eval_data or sources.eval_split or eval_rows):
+    evaluates = bool(sources.eval_data or sources.eval_split or eval_rows)
+    if eval_steps is not None and not evaluates:
         raise Misuse(f"--eval-steps {eval_steps}: there is nothing to evaluate on; give --eval-data or --eval-rows")
     training.check()
+    run.check(evaluates)
     sources.check(eval_rows)
     last = last_checkpoint(output)
     if resume and last is None:
@@ -99,6 +121,8 @@ def train(
     need("train", "datasets", "trl")
     with stdout_kept_clean():
         rows, held_out = sources.read(eval_rows, run.seed)
+        if run.assistant_only_loss and rows.form != "messages":
+            raise Misuse(f"--assistant-only-loss: for rows of 'messages', not of {rows.form!r}; leave it out")
         result = _train(
             sources.model,
             rows,
@@ -166,6 +190,8 @@ def _train(
 
     config = TalanConfig(task_type="CAUSAL_LM", **adapter)
     tokenizer = load_tokenizer(model)
+    if arguments["assistant_only_loss"]:
+        training.check_assistant_marks(tokenizer)
     for line in training.describe_lengths(tokenizer, rows, arguments["max_length"]):
         note(line)
     if checkpoint is None:

@@ -13,6 +13,9 @@ from .comparison import BASE, LORA, Job, Outcome, compare
 from .display import make_figure, make_table, progress_bars
 from .intervals import Interval
 
+ENOUGH_SEEDS, ENOUGH_ROWS = 3, 30
+"""With fewer of either, no difference is called better or worse."""
+
 SMOOTHING = 10
 """Steps in the running mean of a loss."""
 
@@ -88,18 +91,24 @@ def comparison_table(outcomes: Sequence[Outcome]) -> Table:
 
 
 def difference_lines(outcomes: Sequence[Outcome]) -> list[str]:
-    """What every arm differs from LoRA by, and in what it is better or worse with an interval that excludes zero."""
+    """What every arm differs from LoRA by, a line each.
+
+    It is called better or worse where the interval excludes zero, if there are enough seeds and rows.
+    """
     lines = []
+    seeds, rows = _counts(outcomes)
     for arm in [arm for arm in by_arm(outcomes) if arm not in (BASE, LORA)]:
         loss, exact = (paired_difference(outcomes, arm, LORA, measure) for measure in ("loss", "exact_match"))
         # A lower loss is better, and a higher exact match.
         gains = (("loss", -loss.mean, loss.excludes_zero), ("exact match", exact.mean, exact.excludes_zero))
-        verdict = " and ".join(
-            f"{'better' if gain > 0 else 'worse'} in {name}" for name, gain, clear in gains if clear
-        )
+        verdicts = [f"{'better' if gain > 0 else 'worse'} in {name}" for name, gain, clear in gains if clear]
+        verdict = " and ".join(verdicts) or "within noise"
+        if verdicts and (seeds < ENOUGH_SEEDS or rows < ENOUGH_ROWS):
+            counts = f"{seeds} seed{'s' if seeds > 1 else ''}, {rows} rows"
+            verdict = f"too few to call ({counts}; {ENOUGH_SEEDS} and {ENOUGH_ROWS} are needed)"
         lines.append(
             f"{arm} minus {LORA}: loss {loss.text(sign='+')}, exact match {exact.text(1, 100.0, sign='+')} points: "
-            f"{verdict or 'within noise'}"
+            f"{verdict}"
         )
     return lines
 

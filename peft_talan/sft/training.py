@@ -13,9 +13,11 @@ from peft import PeftConfig
 from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback
 from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from trl.chat_template_utils import get_training_chat_template, has_generation_markers
 from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import SFTTrainer
 
+from ..axes import refusal
 from ..tuner.trainability import talan_param_groups
 from .callbacks import SavePromptForm
 from .data import DataError, Rows
@@ -66,6 +68,20 @@ def describe_lengths(tokenizer: PreTrainedTokenizerBase, rows: Rows, max_length:
             f"it out of the data (first: {doubled[0]})"
         )
     return lines
+
+
+def check_assistant_marks(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuse a chat template that does not mark what the assistant says, and of which TRL has no marked version."""
+    if tokenizer.chat_template and not has_generation_markers(tokenizer.chat_template):
+        try:
+            get_training_chat_template(tokenizer)
+        except ValueError:
+            remedy = (
+                "the chat template has no {% generation %} marks around what the assistant says; leave the option "
+                "out and give rows of 'prompt' and 'completion', whose completion alone is trained on, or add the "
+                "marks to chat_template.jinja"
+            )
+            raise refusal("assistant_only_loss", True, remedy) from None
 
 
 def set_side_path_rate(trainer: Trainer, scale: float) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import threading
 import time
@@ -15,11 +16,13 @@ import torch
 from peft import LoraConfig, PeftConfig, PeftModel
 from safetensors.torch import load_file
 from torch.nn import functional as F
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, get_scheduler
+from transformers.trainer_utils import SchedulerType
 
 from peft_talan import TalanConfig
 from peft_talan.cli import main
 from peft_talan.cli.console import INTERRUPTED
+from peft_talan.cli.train import SCHEDULES
 from peft_talan.sft.intervals import Interval
 from peft_talan.sft.prompts import encode
 from peft_talan.sft.scores import score_rows
@@ -161,6 +164,12 @@ def test_resume_needs_a_checkpoint(saved: Path, tmp_path: Path, fails: Fails) ->
         (["--learning-rate", "-1"], "--learning-rate -1.0"),
         (["--side-path-lr-scale", "-1"], "--side-path-lr-scale -1.0"),
         (["--side-path-lr-scale", "nan"], "--side-path-lr-scale nan"),
+        (["--lr-scheduler-type", "greedy"], "--lr-scheduler-type greedy: give --eval-data or --eval-rows"),
+        (
+            ["--lr-scheduler-type", "cosine_with_min_lr"],
+            "cosine_with_min_lr: choose one of linear,",
+        ),
+        (["--assistant-only-loss"], "not of 'prompt-completion'"),
         (["--report-to", "x"], "--report-to x"),
         (["--report-to", "none,wandb"], "pip install wandb"),
         (["--eval-steps", "5"], "--eval-steps 5"),
@@ -172,6 +181,34 @@ def test_train_names_bad_options(wrong: list[str], named: str, saved: Path, tmp_
     write_sums(tmp_path / "data.jsonl")
     words = ["--model", saved / "model", "--data", tmp_path / "data.jsonl", "--output", tmp_path / "out"]
     assert named in fails(["train", *words, *wrong])
+
+
+@pytest.mark.parametrize("name", [kind.value for kind in SchedulerType])
+def test_the_schedules_are_those_of_transformers_that_need_no_more(name: str) -> None:
+    optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.ones(1))])
+    try:
+        get_scheduler(name, optimizer, num_warmup_steps=1, num_training_steps=4)
+        works = True
+    except (TypeError, ValueError):
+        works = False
+    assert works == (name in SCHEDULES)
+
+
+def test_a_template_without_marks_of_the_assistant_is_refused_with_the_way_out(
+    saved: Path, tmp_path: Path, fails: Fails, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_conversations(tmp_path / "data.jsonl")
+    shutil.copytree(saved / "model", tmp_path / "model")
+    words = ["--data", tmp_path / "data.jsonl", "--output", tmp_path / "out", "--steps", "1", "--assistant-only-loss"]
+    tokenizer = AutoTokenizer.from_pretrained(saved / "model")
+    tokenizer.chat_template = tokenizer.chat_template.replace("{% generation %}", "").replace(
+        "{% endgeneration %}", ""
+    )
+    tokenizer.save_pretrained(tmp_path / "model")
+    error = fails(["train", "--model", tmp_path / "model", *words])
+    assert "{% generation %}" in error
+    assert "rows of 'prompt' and 'completion', whose completion alone is trained on" in error
+    assert main([str(word) for word in ["train", "--model", saved / "model", *words, *SMALL]]) == 0
 
 
 def test_compare_writes_table_picture_and_adapters(saved: Path, tmp_path: Path, answers: Answers) -> None:
