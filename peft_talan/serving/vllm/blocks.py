@@ -16,25 +16,21 @@ from vllm.v1.attention.backend import AttentionType
 METADATA: tuple[str, ...] = ("query_start_loc", "seq_lens", "block_table", "slot_mapping", "max_query_len")
 """What a side path needs to know of a batch, by the names that most of vLLM's attention backends give it."""
 
-IN_TWO_PARTS: frozenset[str] = frozenset(
-    """
-    AfmoeDecoderLayer ApertusDecoderLayer BailingMoeBlock DeciLMDecoderLayer Ernie4_5_MoeDecoderLayer
-    ExaoneDecoderLayer ExaoneMoeDecoderLayer Gemma2DecoderLayer Gemma3DecoderLayer GemmaDecoderLayer Glm4DecoderLayer
-    Glm4MoeDecoderLayer HYV3DecoderLayer InternLMDecoderLayer LagunaDecoderLayer Llama4DecoderLayer LlamaDecoderLayer
-    MiMoV2FlashDecoderLayer MiniMaxM2DecoderLayer MistralDecoderLayer MixtralDecoderLayer Molmo2DecoderLayer
-    MolmoDecoderLayer NemotronDecoderLayer OlmoeDecoderLayer Qwen2DecoderLayer Qwen2MoeDecoderLayer Qwen3DecoderLayer
-    Qwen3MoeDecoderLayer Rnj1DecoderLayer SolarDecoderLayer Step3TextDecoderLayer StepDecoderLayer TransformerBlock
-    """.split()
-)
-"""The blocks of vLLM whose stream is `hidden_states + residual`: what a fused norm would add is left to the next one."""
+IN_TWO_PARTS = """
+AfmoeDecoderLayer ApertusDecoderLayer BailingMoeBlock DeciLMDecoderLayer Ernie4_5_MoeDecoderLayer ExaoneDecoderLayer
+ExaoneMoeDecoderLayer Gemma2DecoderLayer Gemma3DecoderLayer GemmaDecoderLayer Glm4DecoderLayer Glm4MoeDecoderLayer
+HYV3DecoderLayer InternLMDecoderLayer LagunaDecoderLayer Llama4DecoderLayer LlamaDecoderLayer MiMoV2FlashDecoderLayer
+MiniMaxM2DecoderLayer MistralDecoderLayer MixtralDecoderLayer Molmo2DecoderLayer MolmoDecoderLayer NemotronDecoderLayer
+OlmoeDecoderLayer Qwen2DecoderLayer Qwen2MoeDecoderLayer Qwen3DecoderLayer Qwen3MoeDecoderLayer Rnj1DecoderLayer
+SolarDecoderLayer Step3TextDecoderLayer StepDecoderLayer TransformerBlock
+"""
+"""The blocks of vLLM 0.32 whose stream is `hidden_states + residual`: what a fused norm adds is left to the next."""
 
-IN_ONE_PART: frozenset[str] = frozenset(
-    """
-    Cohere2MoeDecoderLayer CohereDecoderLayer Exaone4DecoderLayer Gemma4DecoderLayer HyperCLOVAXDecoderLayer
-    MiniCPMDecoderLayer Molmo2DecoderNormAfterLayer MolmoDecoderNormAfterLayer PhiMoEDecoderLayer
-    """.split()
-)
-"""The blocks of vLLM with an argument `residual` that they do not read: `hidden_states` is the stream."""
+IN_ONE_PART = """
+Cohere2MoeDecoderLayer CohereDecoderLayer Exaone4DecoderLayer Gemma4DecoderLayer HyperCLOVAXDecoderLayer
+MiniCPMDecoderLayer Molmo2DecoderNormAfterLayer MolmoDecoderNormAfterLayer PhiMoEDecoderLayer
+"""
+"""Those with an argument `residual` that they do not read: `hidden_states` is the stream."""
 
 
 def find_blocks(model: nn.Module, depth: int, wanted: str | None) -> tuple[str, nn.ModuleList]:
@@ -130,13 +126,13 @@ class StreamPlace:
         owner = next(kind for kind in type(block).__mro__ if "forward" in vars(kind))
         arguments = tuple(inspect.signature(owner.forward).parameters)[1:]
         vllm_name = owner.__name__ if owner.__module__.startswith("vllm.") else None
-        in_two_parts = "residual" in arguments and vllm_name in IN_TWO_PARTS
+        in_two_parts = "residual" in arguments and vllm_name in IN_TWO_PARTS.split()
         if "hidden_states" not in arguments:
             raise ValueError(
                 f"block {name}: {owner.__name__}.forward has no argument 'hidden_states' that would be the "
                 "residual stream; serve the model with transformers"
             )
-        if "residual" in arguments and not in_two_parts and vllm_name not in IN_ONE_PART:
+        if "residual" in arguments and not in_two_parts and vllm_name not in IN_ONE_PART.split():
             raise ValueError(
                 f"block {name}: it is not known whether {owner.__name__}.forward adds its argument 'residual' to the "
                 "residual stream; serve the model with transformers"

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from peft.utils import PeftType
 from vllm.platforms import current_platform
 
-from ...config import TalanConfig
+from ...axes import check_causal
+from ...checkpoint.merged_config import MergedSidePath, merged_side_paths
+from ...tuner.merged import config_of
 from .strength import server_strength
 
-SCHEDULERS: dict[bool, str] = {
+SCHEDULERS = {
     False: "peft_talan.serving.vllm.scheduling.PageScheduler",
     True: "peft_talan.serving.vllm.scheduling.AsyncPageScheduler",
 }
@@ -20,33 +21,21 @@ SCHEDULERS: dict[bool, str] = {
 WORKER = "peft_talan.serving.vllm.worker.SidePathWorker"
 """The option `worker_cls`."""
 
-STRENGTH_CHECKS: dict[bool, str] = {
-    False: "peft_talan.serving.vllm.strength:StrengthCheck",
-    True: "peft_talan.serving.vllm.strength:StrengthCheckV2",
-}
-"""What is added to the option `logits_processors`; True: for vLLM's second model runner."""
+STRENGTH_CHECK = "peft_talan.serving.vllm.strength:StrengthCheck"
+"""What is added to the option `logits_processors`."""
 
-LOAD_FORMATS: tuple[str, ...] = (
-    "auto",
-    "hf",
-    "safetensors",
-    "fastsafetensors",
-    "instanttensor",
-    "pt",
-    "npcache",
-    "dummy",
-)
+LOAD_FORMATS = ("auto", "hf", "safetensors", "fastsafetensors", "instanttensor", "pt", "npcache", "dummy")
 """The values of the option `load_format` that side paths support."""
 
 LOAD_PREFIX = "peft_talan:"
-"""What stands before one of them where our loader reads the model."""
+"""What stands before one of them where our loader builds the model."""
 
-EXECUTORS: tuple[str, ...] = ("uni", "mp", "external_launcher")
+EXECUTORS = ("uni", "mp", "external_launcher")
 """The values of the option `distributed_executor_backend` whose workers are called step by step."""
 
 
 def configure(vllm_config: Any) -> None:
-    """Let an engine serve the side path that its model embeds: its scheduler, worker and loader are chosen by options.
+    """Let an engine serve the side paths of its model: options name the scheduler, the worker and the loader.
 
     Args:
         vllm_config: vLLM's configuration.
@@ -60,8 +49,7 @@ def configure(vllm_config: Any) -> None:
     vllm_config.parallel_config.worker_cls = WORKER
     load.load_format = LOAD_PREFIX + load.load_format.removeprefix(LOAD_PREFIX)
     if model.runner_type != "pooling":
-        check = STRENGTH_CHECKS[bool(vllm_config.use_v2_model_runner)]
-        model.logits_processors = [*(model.logits_processors or ()), check]
+        model.logits_processors = [*(model.logits_processors or ()), STRENGTH_CHECK]
 
 
 def check_configured(vllm_config: Any) -> None:
@@ -98,57 +86,30 @@ def platform_worker() -> str:
     return "vllm.v1.worker.gpu_worker.Worker"
 
 
-def read_config(model_config: Any) -> TalanConfig:
-    """Read the configuration of the adapter that a model embeds.
-
-    Args:
-        model_config: vLLM's configuration of the model.
-
-    Returns:
-        The adapter's configuration, which knows where its tensors are.
-
-    Raises:
-        ValueError: It is not a TALAN adapter, or its low-rank half is not merged into the model.
-    """
-    options = {} if model_config.revision is None else {"revision": model_config.revision}
-    config = TalanConfig.from_pretrained(model_config.model, **options)
-    if config.peft_type != PeftType("TALAN"):
-        raise ValueError(f"model={model_config.model!r}: the adapter is of type {config.peft_type}, not TALAN")
-    if config.has_low_rank_half:
-        raise ValueError(
-            f"model={model_config.model!r}: the low-rank half of its adapter is not merged; run `peft-talan merge` "
-            "and serve the folder that it writes"
-        )
-    return config
-
-
-def check_engine(vllm_config: Any) -> TalanConfig:
+def check_engine(vllm_config: Any) -> list[MergedSidePath]:
     """Refuse what can't give the answers of `generate`.
 
     Args:
-        vllm_config: vLLM's configuration of a model that embeds a TALAN adapter.
+        vllm_config: vLLM's configuration of a model that a side path belongs to.
 
     Returns:
-        The adapter's configuration.
+        The side paths, in the order of their stages.
 
     Raises:
-        ValueError: An option of vLLM or of the adapter can't work; the message names the remedy.
+        ValueError: An option of vLLM or an axis of a side path can't work; the message names the remedy.
     """
-    config = read_config(vllm_config.model_config)
+    side_paths = merged_side_paths(vllm_config.model_config.hf_config.to_dict())
+    for side_path in side_paths:
+        check_causal(config_of(side_path).talan_memory_scope, side_path.adapter_name)
     server_strength(vllm_config)
-    for reason in _reasons(vllm_config, config):
+    for reason in _reasons(vllm_config):
         raise ValueError(f"{reason} (the model {vllm_config.model_config.model!r} has a TALAN side path)")
-    return config
+    return side_paths
 
 
-def _reasons(vllm_config: Any, config: TalanConfig) -> Iterator[str]:
+def _reasons(vllm_config: Any) -> Iterator[str]:
     """Why this engine would not be exact, one sentence each."""
     parallel, model, cache = vllm_config.parallel_config, vllm_config.model_config, vllm_config.cache_config
-    if config.talan_memory_scope != "causal":
-        yield (
-            f"talan_memory_scope={config.talan_memory_scope!r}: a token would see later ones; vLLM runs causal side "
-            "paths only"
-        )
     scheduler = vllm_config.scheduler_config.scheduler_cls
     if scheduler not in (None, *SCHEDULERS.values()):
         yield (
@@ -200,4 +161,4 @@ def _reasons(vllm_config: Any, config: TalanConfig) -> Iterator[str]:
         yield "additional_config: it must be a dictionary, so that compiled graphs are kept apart by their side paths"
     load_format = vllm_config.load_config.load_format.removeprefix(LOAD_PREFIX)
     if load_format not in LOAD_FORMATS:
-        yield f"load_format={load_format!r}: it does not read the adapter's tensors; use 'auto'"
+        yield f"load_format={load_format!r}: its loader was not shown to build and fill side paths; use 'auto'"

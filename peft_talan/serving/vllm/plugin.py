@@ -1,7 +1,7 @@
-"""Lets vLLM serve models with an embedded TALAN adapter: the entry point of the group `vllm.general_plugins`.
+"""Lets vLLM serve merged models with a side path: the entry point of the group `vllm.general_plugins`.
 
-vLLM calls `register` in each of its processes. It wraps one method, which configures engines: where a model embeds an
-adapter, vLLM's own options then name the classes that serve its side path.
+vLLM calls `register` in each of its processes. It wraps one method, which configures engines: vLLM's own options then
+name the classes that serve side paths, if the model has any.
 """
 
 from __future__ import annotations
@@ -13,14 +13,16 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
-_MARK = "_looks_for_talan"
+from ...checkpoint.merged_config import merged_side_paths
+
+_MARK = "_looks_for_side_paths"
 
 _PARTS = ("checks", "loader", "scheduling")
 """Imported before an engine is configured, so that a name that this vLLM lacks is said before a model is built."""
 
 
 def register() -> None:
-    """Look for embedded TALAN adapters when vLLM configures an engine; there is no public hook for that.
+    """Look for side paths when vLLM configures an engine; there is no public hook for that.
 
     Where this vLLM lacks the method, a warning says so; such models are then refused by vLLM itself.
     """
@@ -46,7 +48,7 @@ def _configuring(original: Callable[..., Any]) -> Callable[..., Any]:
     def create_engine_config(self: Any, *args: Any, **kwargs: Any) -> Any:
         vllm_config = original(self, *args, **kwargs)
         model = vllm_config.model_config
-        if has_embedded_adapter(model.model, model.revision):
+        if merged_side_paths(model.hf_config.to_dict()):
             try:
                 checks, *_ = (importlib.import_module(f".{part}", __package__) for part in _PARTS)
             except (ImportError, AttributeError) as error:
@@ -59,19 +61,3 @@ def _configuring(original: Callable[..., Any]) -> Callable[..., Any]:
 
     setattr(create_engine_config, _MARK, True)
     return create_engine_config
-
-
-def has_embedded_adapter(model: str, revision: str | None) -> bool:
-    """Whether a model folder or a repository on the hub holds a TALAN adapter.
-
-    Args:
-        model: The folder, or the repository's name.
-        revision: The repository's branch, tag or commit. None: the main one.
-
-    Returns:
-        True where its `adapter_config.json` is one of TALAN.
-    """
-    from vllm.transformers_utils.repo_utils import get_hf_file_to_dict
-
-    config = get_hf_file_to_dict("adapter_config.json", model, revision)
-    return config is not None and config.get("peft_type") == "TALAN"

@@ -15,7 +15,7 @@ from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs
 from vllm.v1.request import RequestStatus
 
-from .strength import SESSION_REFUSAL, drop_strength, keep_prefixes_apart, request_strength
+from .strength import SESSION_REFUSAL, STRENGTH_OPTION, keep_prefixes_apart, request_strength
 
 
 class DependentPages:
@@ -88,8 +88,10 @@ class PageScheduler(Scheduler):
             request: The request.
         """
         if request.resumable and request_strength(request.sampling_params) is not None:
-            drop_strength(request)  # What it computes before it ends lies in pages of the server's strength.
             self.refused.add(request.request_id)
+            # What it computes before it ends lies in pages of the server's strength.
+            given = request.sampling_params.extra_args.items()
+            request.sampling_params.extra_args = {name: value for name, value in given if name != STRENGTH_OPTION}
         keep_prefixes_apart(request)
         super().add_request(request)
 

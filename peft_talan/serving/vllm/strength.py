@@ -20,10 +20,10 @@ STRENGTH_OPTION = "talan_strength"
 """The key in vLLM's option `additional_config`, for a server, and in `SamplingParams.extra_args`, for a request."""
 
 SESSION_REFUSAL = (
-    f"extra_args={{{STRENGTH_OPTION!r}: ...}}: the prompt comes in pieces, whose strengths could differ; send it whole, "
-    "or start a server with that strength"
+    f"extra_args={{{STRENGTH_OPTION!r}: ...}}: the prompt comes in pieces, whose strengths could differ; send it "
+    "whole, or start a server with that strength"
 )
-"""The reason why a prompt that is streamed in has no strength of its own."""
+"""Why a prompt that is streamed in has no strength of its own."""
 
 
 def server_strength(vllm_config: Any) -> float:
@@ -58,59 +58,33 @@ def request_strength(sampling_params: Any) -> float | None:
     return check_strength(arguments[STRENGTH_OPTION]) if STRENGTH_OPTION in arguments else None
 
 
-class StrengthCheck(LogitsProcessor):
-    """Refuses requests whose strength is no finite number, by the hook that vLLM has for such checks; nothing else."""
+class StrengthCheck(LogitsProcessor, LogitsProcessorV2):  # type: ignore[misc]
+    """Refuses requests whose strength is no finite number, by vLLM's hook for such checks; it changes no logits.
 
-    def __init__(self, *_: Any) -> None:
-        """Take what vLLM gives, and keep nothing."""
+    It has the methods that vLLM's first model runner asks for, and those of the second.
+    """
+
+    def __init__(self, *_: Any) -> None: ...
 
     @classmethod
     def validate_params(cls, sampling_params: Any) -> None:
-        """Look at a request, before it is taken.
-
-        Args:
-            sampling_params: vLLM's `SamplingParams`.
-
-        Raises:
-            ValueError: The strength is not a finite number.
-        """
+        """Look at a request before it is taken."""
         request_strength(sampling_params)
 
+    def apply(self, logits: torch.Tensor, *_: Any) -> torch.Tensor:
+        """Return the logits as they are."""
+        return logits
+
     def is_argmax_invariant(self) -> bool:
-        """Whether the likeliest token stays what it is."""
+        """Tell the first runner that the likeliest token stays what it is."""
         return True
 
     def update_state(self, batch_update: Any) -> None:
-        """Follow the batch: there is nothing to follow."""
-
-    def apply(self, logits: torch.Tensor) -> torch.Tensor:
-        """Return the logits as they are."""
-        return logits
-
-
-class StrengthCheckV2(LogitsProcessorV2):
-    """The same for vLLM's second model runner."""
-
-    validate_params = StrengthCheck.validate_params
+        """Take the first runner's news of the batch."""
 
     def add_request(self, req_idx: int, sampling_params: Any) -> bool:
-        """Whether the request's logits are to be changed."""
+        """Tell the second runner that this request's logits stay what they are."""
         return False
-
-    def apply(self, logits: torch.Tensor, ctx: Any) -> torch.Tensor:
-        """Return the logits as they are."""
-        return logits
-
-
-def drop_strength(request: Any) -> None:
-    """Let a request run at the server's strength.
-
-    Args:
-        request: vLLM's `Request`.
-    """
-    arguments = dict(request.sampling_params.extra_args)
-    del arguments[STRENGTH_OPTION]
-    request.sampling_params.extra_args = arguments
 
 
 def keep_prefixes_apart(request: Any) -> None:
@@ -129,17 +103,16 @@ def keep_prefixes_apart(request: Any) -> None:
 
 
 class PageStrengths:
-    """Knows the alpha of each page's tokens, in one worker.
+    """Knows the strength of each page's tokens, in one worker.
 
     Args:
-        alpha: The trained alpha.
         server: The strength of requests that ask for none.
-        cache_config: vLLM's configuration of the cache, which knows the number of pages once they are made.
+        cache_config: vLLM's configuration of the cache, which knows the number of pages once they are created.
         device: Where the pages are.
     """
 
-    def __init__(self, alpha: float, server: float, cache_config: Any, device: torch.device) -> None:
-        self.alpha, self.server = alpha, server
+    def __init__(self, server: float, cache_config: Any, device: torch.device) -> None:
+        self.server = server
         self._cache_config, self._device = cache_config, device
         self._of_request: dict[str, float] = {}
         self._table: torch.Tensor | None = None
@@ -147,10 +120,10 @@ class PageStrengths:
 
     @property
     def table(self) -> torch.Tensor:
-        """The alpha of each page, [pages], float32; changed in place, since CUDA graphs read it."""
+        """The strength of each page, [pages], float32; changed in place, since CUDA graphs read it."""
         pages = self._cache_config.num_gpu_blocks
         if self._table is None or self._table.shape[0] != pages:
-            self._table = torch.full((pages,), self.alpha * self.server, dtype=torch.float32, device=self._device)
+            self._table = torch.full((pages,), self.server, dtype=torch.float32, device=self._device)
         return self._table
 
     @torch.inference_mode()
@@ -176,13 +149,13 @@ class PageStrengths:
         pages: dict[int, float] = {}
         for name, groups in given:
             strength = self._of_request.get(name, self.server)
-            pages.update((page, self.alpha * strength) for group in groups or () for page in group)
+            pages.update((page, strength) for group in groups or () for page in group)
         if pages:
             index = torch.tensor([*pages], device=self._device)
             self.table.index_copy_(0, index, torch.tensor([*pages.values()], device=self._device))
 
     def per_token(self, page_of_token: torch.Tensor, num_pages: int) -> torch.Tensor:
-        """Find the alpha of each token.
+        """Find the strength of each token.
 
         Args:
             page_of_token: The page that each token is written to, [tokens], int64.
