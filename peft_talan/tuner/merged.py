@@ -109,7 +109,7 @@ def move_to_base(model: nn.Module, configs: Mapping[str, TalanConfig]) -> None:
     first = 1 + max((int(name) for layer in earlier for name in layer.side_paths), default=-1)
     names = {module: name for name, module in model.named_modules()}
     attached = list(attached_side_paths(model))
-    side_paths = []
+    side_paths: list[MergedSidePath] = []
     for adapter_name, config in configs.items():
         blocks = tuple(names[block] for block, layer in attached if adapter_name in layer.talan_options)
         number, axes = first + len(side_paths), axes_of_merged(config)
