@@ -1,4 +1,4 @@
-"""Lets `pip install` be enough: `import torch` calls `prepare`, and PEFT and transformers know TALAN from their import on.
+"""Lets `pip install` be enough: `import torch` calls `prepare`; PEFT and transformers know TALAN once imported.
 
 It uses the standard library alone and imports neither torch nor peft. `PEFT_TALAN_AUTOLOAD=0` switches it off.
 
@@ -36,7 +36,7 @@ class _Registration:
     def find_spec(
         self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        """Find PEFT, transformers' models, or a module of this package, which must be whole before it is registered."""
+        """Find PEFT, what builds models, or a module of this package, which must be whole before it is registered."""
         if self.busy or not self._awaits(name):
             return None
         found = (finder.find_spec(name, path, target) for finder in sys.meta_path if finder is not self)
@@ -67,11 +67,12 @@ class _Registration:
         loader.exec_module = execute_and_register  # type: ignore[method-assign]
         return spec
 
-
     def _awaits(self, name: str) -> bool:
         # Where PEFT is importing torch, one of its last modules is awaited: what is needed of it is there by then.
         # Where transformers' models are, any later module of transformers: it imports one as it loads a merged model.
-        models = not self.knows_models and name.startswith("transformers.") and (name == MODELS or MODELS in sys.modules)
+        models = (
+            not self.knows_models and name.startswith("transformers.") and (name == MODELS or MODELS in sys.modules)
+        )
         return models or name in ("peft", "peft.mapping_func") or name.startswith("peft_talan.")
 
 
