@@ -75,10 +75,7 @@ UNDOCUMENTED: dict[str, str] = {
     "peft.utils.constants.DUMMY_TARGET_MODULES": "PEFT's name for an adapter whose low-rank half matches no module.",
     "peft.utils.integrations.init_empty_weights": "Creates an adapter on the meta device.",
     "peft.utils.transformers_weight_conversion.convert_peft_config_for_transformers": "Experts that are fused.",
-    "transformers.conversion_mapping.get_checkpoint_conversion_mapping": "The place of DoRA's magnitudes.",
     "transformers.conversion_mapping.get_model_conversion_mapping": "Experts that transformers fuses.",
-    "transformers.conversion_mapping.register_checkpoint_conversion_mapping": "The place of DoRA's magnitudes.",
-    "transformers.core_model_loading.WeightRenaming": "The place of DoRA's magnitudes.",
     "transformers.utils.hub.create_and_tag_model_card": "The card of a kept model that is pushed as it is saved.",
 }
 """Names without an underscore that no documentation page promises."""

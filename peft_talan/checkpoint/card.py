@@ -18,7 +18,6 @@ import torch
 import transformers
 import yaml
 from huggingface_hub import ModelCard, ModelCardData
-from peft.peft_model import PeftModel
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from transformers import PreTrainedModel
 from transformers.utils import CONFIG_NAME as MODEL_CONFIG_NAME
@@ -212,7 +211,7 @@ def write_card(
 
     Examples:
         >>> model.save_pretrained("adapter")  # writes the card, too
-        >>> trainer.create_model_card()  # TRL's puts another text in its place
+        >>> trainer.create_model_card()  # puts another text in its place
         >>> write_card("adapter")  # adds the section again
     """
     folder = Path(folder)
@@ -273,31 +272,17 @@ def write_cards(model: Any, folder: str | PathLike[str], repo_id: str | None = N
             write_card(folder / name, repo_id, card_folder=folder)
 
 
-def write_cards_with_others() -> None:
-    """Extend the two methods of PEFT and transformers that write a card over the section, so that it comes back.
+def write_cards_on_push() -> None:
+    """Extend the upload of a model or an adapter: `push_to_hub` has put the repository's card over the saved one.
 
-    Neither library has a hook for a tuner's card. A save ends with the adapter's configuration, which writes the
-    section (`TalanConfig.save_pretrained`). But each save begins with PEFT's card, which sets the tags to its own, and
-    Trainer's `create_model_card` ends with it; and `push_to_hub` writes the repository's card or a template over the
-    one that was saved. They do nothing more than before for a model without a TALAN side path.
+    transformers offers no hook there. It does nothing more than before for a model without a TALAN side path. All else
+    needs no extension: PEFT's save ends with the adapter's configuration, which writes the section.
     """
-    update, upload = PeftModel.create_or_update_model_card, PushToHubMixin._upload_modified_files
-
-    @wraps(update)
-    def create_or_update_model_card(self: Any, output_dir: str) -> None:
-        file = Path(output_dir) / CARD_NAME
-        tags = ModelCard.load(file).data.tags or [] if file.exists() else []
-        update(self, output_dir)
-        if any(isinstance(config, TalanConfig) for config in self.peft_config.values()):
-            card = ModelCard.load(file)
-            card.data.tags = [*tags, *(tag for tag in card.data.tags or [] if tag not in tags)]
-            card.save(file)
-            write_cards(self, output_dir)
+    upload = PushToHubMixin._upload_modified_files
 
     @wraps(upload)
     def upload_modified_files(self: Any, working_dir: str, repo_id: str, *args: Any, **kwargs: Any) -> Any:
         write_cards(self, working_dir, repo_id)
         return upload(self, working_dir, repo_id, *args, **kwargs)
 
-    PeftModel.create_or_update_model_card = create_or_update_model_card
     PushToHubMixin._upload_modified_files = upload_modified_files

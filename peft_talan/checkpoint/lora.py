@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
 from ..config import TalanConfig
-from .names import is_side_path_key
+from .names import low_rank_tensors
 
 EXPORT_NOTE = """\
 ---
@@ -74,7 +74,7 @@ def export_lora(
         found = load_peft_weights(str(model), device="cpu")
     else:
         found = get_peft_model_state_dict(model, adapter_name=adapter_name)
-    tensors = {f"{prefix}{name}": tensor.contiguous() for name, tensor in found.items() if not is_side_path_key(name)}
+    tensors = {f"{prefix}{name}": tensor.contiguous() for name, tensor in low_rank_tensors(found).items()}
     save_file(tensors, folder / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
     options = {option.name: getattr(config, option.name) for option in fields(LoraConfig) if option.init}
     lora_config = LoraConfig(**{**options, "inference_mode": True})
@@ -114,9 +114,7 @@ def warm_start(
     config = TalanConfig.from_lora(lora, **options)
     tensors = load_peft_weights(str(lora), device="cpu")
     adapted = get_peft_model(model, config, adapter_name)
-    expected = {
-        name for name in get_peft_model_state_dict(adapted, adapter_name=adapter_name) if not is_side_path_key(name)
-    }
+    expected = set(low_rank_tensors(get_peft_model_state_dict(adapted, adapter_name=adapter_name)))
     if expected != set(tensors):
         adapted.unload()
         raise ValueError(

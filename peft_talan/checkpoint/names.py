@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 
+import torch
 from torch import nn
 
 from ..private_names import _get_tuner_state_dict_key_prefixes
 
 CHILD_NAME = "talan"
 """The name under which a side path becomes a child of its block."""
+
+MAGNITUDE = "lora_magnitude_vector"
+"""The container of DoRA's magnitudes."""
 
 FSDP_WRAPPER = "_fsdp_wrapped_module"
 
@@ -30,6 +34,19 @@ def is_side_path_key(name: str) -> bool:
         True for a side path's tensor, False for every other.
     """
     return f".{CHILD_NAME}.lora_talan_" in without_wrappers(name)
+
+
+def low_rank_tensors(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Take the low-rank half out of an adapter's tensors, by the names that they have in a plain LoRA adapter.
+
+    Args:
+        tensors: The adapter's tensors, as they are saved.
+
+    Returns:
+        All but the side path's; DoRA's magnitudes without the ending that TALAN adapters have.
+    """
+    plain = {name.removesuffix(".weight") if f".{MAGNITUDE}." in name else name: name for name in tensors}
+    return {name: tensors[saved] for name, saved in plain.items() if not is_side_path_key(saved)}
 
 
 def check_new_name(adapter_name: str) -> None:
