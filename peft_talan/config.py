@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from os import PathLike
 from typing import Any
@@ -55,9 +55,12 @@ class TalanRuntimeConfig(LoraRuntimeConfig):
     Args:
         checkpoint (CheckpointLocation | None): The checkpoint that the configuration was loaded with and that PEFT
             loads next, filled in by `TalanConfig.from_pretrained`. Default None.
+        after_save (Callable | None): What a model with the adapter does with the folder that PEFT has saved it to.
+            Default None.
     """
 
     checkpoint: CheckpointLocation | None = None
+    after_save: Callable[[str], None] | None = None
 
 
 @dataclass
@@ -160,6 +163,18 @@ class TalanConfig(SidePathAxes, LoraConfig):
         location = CheckpointLocation(str(pretrained_model_name_or_path), given, config._fields_of_checkpoint())
         config.runtime_config = TalanRuntimeConfig(checkpoint=location)
         return config
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """Write the configuration into a folder; of a model that PEFT saves it is the last file but the card.
+
+        Args:
+            save_directory: The folder.
+            **kwargs: What PEFT passes as it saves a model.
+        """
+        super().save_pretrained(save_directory, **kwargs)
+        after_save = getattr(self.runtime_config, "after_save", None)
+        if after_save is not None and "auto_mapping_dict" in kwargs:
+            after_save(save_directory)
 
     def checkpoint_to_load(self) -> CheckpointLocation | None:
         """Where the tensors lie that PEFT is about to load.

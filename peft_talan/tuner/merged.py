@@ -187,7 +187,7 @@ def _config_with(root: PreTrainedModel, block_name: str) -> tuple[str, Any]:
 
 
 def attach_described(model: PreTrainedModel) -> None:
-    """Give a model that was just built the side paths that its configuration describes, with values still to be loaded.
+    """Give a model that was just built the side paths that its configuration describes, before their values are loaded.
 
     Args:
         model: The model, or an inner one of it: what has the blocks comes first.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -15,6 +16,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..axes import check_causal
+from ..checkpoint.card import write_adapter_card
 from ..checkpoint.checks import check_side_path, check_whole_modules, read_header
 from ..checkpoint.names import CHILD_NAME, check_new_name, is_side_path_key
 from ..checkpoint.rollback import Snapshot, attributes_unchanged_on_error
@@ -136,8 +138,10 @@ class TalanModel(CheckpointedModel):
         except BaseException:
             before.restore()
             raise
+        config.runtime_config = TalanRuntimeConfig(
+            config.runtime_config.ephemeral_gpu_offload, after_save=partial(write_adapter_card, adapter_name)
+        )
         if checkpoint is not None:
-            config.runtime_config = TalanRuntimeConfig(config.runtime_config.ephemeral_gpu_offload)
             self._before_loading = before
 
     @contextmanager
