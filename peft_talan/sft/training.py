@@ -55,10 +55,11 @@ def describe_lengths(tokenizer: PreTrainedTokenizerBase, rows: Rows, max_length:
         raise DataError(f"{rows.source}: every prompt has {max_length} tokens or more; raise max_length={max_length}")
     lines = []
     if cut:
-        longest, place = max(zip((len(p) + len(c) for p, c in encoded), rows.places, strict=True))
+        lengths = [len(prompt) + len(completion) for prompt, completion in encoded]
+        longest = max(lengths)
         lines.append(
             f"{len(cut)} of {len(rows)} rows are longer than max_length={max_length} and are cut there (the longest: "
-            f"{longest:,} tokens, {place})"
+            f"{longest:,} tokens, {rows.places[lengths.index(longest)]})"
         )
     if lost:
         lines.append(f"{len(lost)} of these have no token of the completion left and are left out (first: {lost[0]})")
