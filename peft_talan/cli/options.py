@@ -133,7 +133,7 @@ def _annotation(field: Field[Any], kind: Any) -> Any:
     return Annotated[kind, Option(**option)]
 
 
-def _parameters(group: type) -> list[inspect.Parameter]:
+def _parameters(group: Any) -> list[inspect.Parameter]:
     kinds = get_type_hints(group, include_extras=True)
     return [
         inspect.Parameter(
@@ -150,7 +150,9 @@ def _parameters(group: type) -> list[inspect.Parameter]:
 def with_groups(command: Callable[..., None]) -> Callable[..., None]:
     """Turn each parameter of a command that is a dataclass into an option for each of its fields, and check `axes`."""
     signature = inspect.signature(command, eval_str=True)
-    groups = {name: p.annotation for name, p in signature.parameters.items() if is_dataclass(p.annotation)}
+    groups: dict[str, Any] = {
+        name: p.annotation for name, p in signature.parameters.items() if is_dataclass(p.annotation)
+    }
     members = {name: _parameters(group) for name, group in groups.items()}
     parameters = [
         shown

@@ -136,7 +136,7 @@ def run_arm(job: Job, arm: str, seed: int, name: str, report: Callable[[str, int
         steps = StepReport(lambda loss: report(f"loss {loss:.3f}", 1))
         folder = Path(job.output, name)
         set_seed(seed)
-        trainer = make_trainer(
+        trainer: Any = make_trainer(
             model,
             tokenizer,
             job.rows,

@@ -84,7 +84,7 @@ def _json_rows(path: Path) -> Iterator[tuple[str, Any]]:
         for number, raw in enumerate([file.read()] if is_array else file, start=1):
             try:
                 text = raw.decode("utf-8-sig" if number == 1 else "utf-8").rstrip()
-                value = json.loads(text) if text.strip() else None
+                value: Any = json.loads(text) if text.strip() else None
             except UnicodeDecodeError as error:
                 place = f"{path}:{number}"
                 raise DataError(f"{place}: not UTF-8 text (byte {error.start + 1}); save the file as UTF-8") from None
