@@ -6,25 +6,29 @@
 
 All conditions of a measurement take turns in one process and share the base model's weights; a ratio is the median of
 the ratios within a turn, with a bootstrap interval over the turns. `lora again` is a second LoRA model: its ratio to
-the first is the noise of the same run. Decoding runs eager, compiled, and compiled with CUDA graphs. One JSON object a
-finished measurement is appended to the results. Without a GPU it runs on the processor, to try the script out.
+the first is the noise of the same run. Decoding runs eager, compiled, and compiled with CUDA graphs. One JSON object
+per finished measurement is appended to the results. Without a GPU it runs on the processor, to try the script out.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from calls import Calls, compiled_decode_calls, decode_calls, prefill_calls, train_calls
 from conditions import MATCHED, SHAPES, load_base, make_conditions
-from measure import append_line, code_version, in_turns, machine, read_lines, summary, wait_for_device
+from long_context import make_parameters
+from measure import code_version, in_turns, interval_text, machine, summary, wait_for_device
+from pages import markdown
+from runs import Row, append_line, read_lines
 from torch import nn
 
 from peft_talan.functional import fused, one_token, ragged, ragged_reference, reference
-from peft_talan.functional.parameters import SidePathOptions, SidePathParameters
+from peft_talan.functional.parameters import SidePathOptions
 
 RESULTS = Path(__file__).parent / "results" / "gpu.jsonl"
 CONDITIONS = ("base", "lora", "talan", "talan, 8 blocks", "talan, all blocks", "lora again")
@@ -35,28 +39,19 @@ ROOM = 64
 """Places of a static cache beside those that are timed: for warming up and compiling."""
 
 
-def make_parameters(hidden_size: int, device: str) -> SidePathParameters:
-    """Random tensors of a side path with the attention mixer, which want gradients."""
-    shapes = [(2 * WIDTH + SLOTS, hidden_size), (SLOTS,), (hidden_size, WIDTH)]
-    read, bias, write = ((0.05 * torch.randn(shape, device=device)).requires_grad_() for shape in shapes)
-    return SidePathParameters(read, (bias,), write)
-
-
 def operator_calls(hidden_size: int, tokens: int, requests: int, device: str, dtype: torch.dtype) -> dict[str, Calls]:
     """The reference and the fused operator, by what they do."""
-    parameters, options = make_parameters(hidden_size, device), SidePathOptions()
+    parameters = make_parameters(hidden_size, SLOTS, WIDTH).to(torch.device(device))
+    options = SidePathOptions()
     hidden_states = torch.randn(1, tokens, hidden_size, device=device, dtype=dtype)
-    asked = [parameters.read, *parameters.mixer, parameters.write]
+    trained = [tensor.requires_grad_() for tensor in (parameters.read, *parameters.mixer, parameters.write)]
 
-    def forward(module: Any) -> Callable[[], object]:
-        return torch.no_grad()(lambda: module.side_path(hidden_states, parameters, options))
+    def backward(module: Any) -> object:
+        output = module.side_path(hidden_states, parameters, options).hidden_states
+        return torch.autograd.grad(output, trained, torch.ones_like(output))
 
-    def backward(module: Any) -> Callable[[], object]:
-        def run() -> object:
-            output = module.side_path(hidden_states, parameters, options).hidden_states
-            return torch.autograd.grad(output, asked, torch.ones_like(output))
-
-        return run
+    def without_gradients(call: Callable[..., object], *arguments: Any, **named: Any) -> Callable[[], object]:
+        return torch.no_grad()(partial(call, *arguments, **named))
 
     one = torch.randn(requests, 1, hidden_size, device=device, dtype=dtype)
     state = torch.rand(requests, SLOTS, WIDTH + 1, device=device)
@@ -70,17 +65,18 @@ def operator_calls(hidden_size: int, tokens: int, requests: int, device: str, dt
     }
     flat = hidden_states[0, : longest * (len(starts) - 1)]
     return {
-        "forward": {"reference": forward(reference), "fused": forward(fused)},
-        "forward and backward": {"reference": backward(reference), "fused": backward(fused)},
+        "forward": {
+            name: without_gradients(module.side_path, hidden_states, parameters, options)
+            for name, module in (("reference", reference), ("fused", fused))
+        },
+        "forward and backward": {"reference": partial(backward, reference), "fused": partial(backward, fused)},
         f"one token, {requests} rows": {
-            "reference": torch.no_grad()(lambda: reference.side_path(one, parameters, options, state=state)),
-            "fused": torch.no_grad()(lambda: one_token.one_token(one, parameters, options, buffers)),
+            "reference": without_gradients(reference.side_path, one, parameters, options, state=state),
+            "fused": without_gradients(one_token.one_token, one, parameters, options, buffers),
         },
         f"{len(starts) - 1} requests in one call": {
-            "reference": torch.no_grad()(
-                lambda: ragged_reference.ragged_side_path(flat, parameters, options, **together)
-            ),
-            "fused": torch.no_grad()(lambda: ragged.ragged_side_path(flat, parameters, options, **together)),
+            "reference": without_gradients(ragged_reference.ragged_side_path, flat, parameters, options, **together),
+            "fused": without_gradients(ragged.ragged_side_path, flat, parameters, options, **together),
         },
     }
 
@@ -126,28 +122,27 @@ def calls_of(cell: dict[str, Any], base: nn.Module, options: argparse.Namespace)
     return {"decode": compiled_decode_calls(models, context, batch, options.rounds + ROOM, MODES[mode])}
 
 
-def run_of(line: dict[str, Any]) -> tuple[str, str]:
+def run_of(line: Row) -> tuple[str, str]:
     """The card, or the processor, and the version of the code."""
     return line["machine"]["accelerator"] or line["machine"]["processor"], line["code"]
 
 
-def table(lines: list[dict[str, Any]]) -> str:
-    """The stored results as Markdown, one table a card and version of the code."""
-    rows: list[str] = []
+def table(lines: list[Row]) -> str:
+    """The stored results as Markdown, one table per card and version of the code."""
+    tables = []
     for run in sorted(set(map(run_of, lines))):
-        rows += ["", ", code ".join(run), "", "| measurement | condition | ms | ratio |", "|---|---|---|---|"]
+        rows = []
         for line in (line for line in lines if run_of(line) == run):
             what = ", ".join(f"{name} {value}" for name, value in line["key"].items())
             for name, milliseconds in line["milliseconds"].items():
                 ratio = line["ratios"].get(name)
-                shown = "-"
-                if ratio is not None:
-                    shown = f"{ratio['median']:.4f} [{ratio['low']:.4f}, {ratio['high']:.4f}] of {ratio['to']}"
-                rows.append(f"| {what} | {name} | {milliseconds:.3f} | {shown} |")
-    return "\n".join(rows)
+                shown = "-" if ratio is None else f"{interval_text(ratio)} of {ratio['to']}"
+                rows.append([what, name, f"{milliseconds:.3f}", shown])
+        tables.append(f"\n{', code '.join(run)}\n\n" + markdown(["measurement", "condition", "ms", "ratio"], rows))
+    return "\n".join(tables)
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Measure what was asked for, store it and print it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", choices=list(SHAPES), default=["qwen3-0.6b"], help="shapes")
@@ -163,7 +158,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=30.0, help="a measurement begins no turn later (default 30)")
     parser.add_argument("--output", type=Path, default=RESULTS, help="where the results are appended")
     parser.add_argument("--report", action="store_true", help="print what is stored; measure nothing")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     if options.report:
         print(table(read_lines(options.output)))
         return
@@ -186,9 +181,10 @@ def main() -> None:
                     "code": code,
                     **summary(times, {**MATCHED, "fused": "reference"}),
                     "memory": peak_memory(calls),
+                    "machine": environment,
                 }
-                append_line(options.output, {**line, "machine": environment})
-                print(table([{**line, "machine": environment}]), flush=True)
+                append_line(options.output, line)
+                print(table([line]), flush=True)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ interval over the turns. `lora again` is a second LoRA model: its ratio to the f
     python benchmarks/bench_overhead.py --models smollm2 --measure decode prefill --compile
     python benchmarks/bench_overhead.py --report
 
-One JSON object a finished measurement is appended to the results; what is stored for this version of the code is
+One JSON object per finished measurement is appended to the results; what is stored for this version of the code is
 skipped, unless --again. What would take too long or too much memory is measured with fewer conditions, or is stored
 as left out, with the reason. `--report` prints the tables, and writes them and the plots into the docs.
 """
@@ -18,13 +18,12 @@ from __future__ import annotations
 import argparse
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from calls import (
-    Calls,
     attach_calls,
     compiled_decode_calls,
     compiled_prefill_calls,
@@ -36,7 +35,8 @@ from calls import (
     train_calls,
 )
 from conditions import GROUPS, MATCHED, MODELS, SMALLER_GROUPS, load_base, make_conditions, trainable_shares
-from measure import append_line, code_version, in_turns, machine, memory_of, operations_of, read_lines, summary
+from measure import code_version, in_turns, interval_text, machine, memory_of, operations_of, summary
+from runs import append_line, read_lines
 from torch import nn
 
 RESULTS = Path(__file__).parent / "results" / "overhead.jsonl"
@@ -62,25 +62,25 @@ def probe(models: dict[str, nn.Module], group: str) -> dict[str, float]:
     return dict.fromkeys(models, time.perf_counter() - start)
 
 
-def timed(calls: Calls, options: argparse.Namespace, rounds: int, warm_up: int, fewest: int) -> dict[str, Any]:
-    """Take turns; give medians, ratios and the times themselves."""
-    times = in_turns(calls, rounds, warm_up, options.seconds, fewest)
-    return summary(times, MATCHED)
-
-
-def choose(group: str, models: dict[str, nn.Module], turns: int, seconds: dict[str, float], bytes_each: float,
-           options: argparse.Namespace) -> list[str]:  # fmt: skip
+def chosen(
+    group: str,
+    models: dict[str, nn.Module],
+    turns: int,
+    seconds: dict[str, float],
+    bytes_each: float,
+    options: argparse.Namespace,
+) -> dict[str, nn.Module]:
     """The largest set of conditions whose turns fit into the time and whose caches fit into the memory."""
     weights = sum(tensor.numel() * tensor.element_size() for tensor in next(iter(models.values())).parameters())
     room = options.memory * 2**30 - weights
     time_limit = 1.5 * options.seconds
-    sets = [[name for name in names if name in models] for names in [list(models), *SMALLER_GROUPS[group]]]
-    for names in sets:
-        if turns * sum(seconds[name] for name in names) <= time_limit and len(names) * bytes_each <= room:
-            return names
-    least = turns * sum(seconds[name] for name in sets[-1])
-    if len(sets[-1]) * bytes_each > room:
-        gigabytes = (weights + len(sets[-1]) * bytes_each) / 2**30
+    for names in [list(models), *SMALLER_GROUPS[group]]:
+        names = [name for name in names if name in models]
+        least, needed = turns * sum(seconds[name] for name in names), len(names) * bytes_each
+        if least <= time_limit and needed <= room:
+            return {name: models[name] for name in names}
+    if needed > room:
+        gigabytes = (weights + needed) / 2**30
         raise LeftOut(f"the caches of two conditions need {gigabytes:.0f} GiB; the limit is {options.memory:g}")
     raise LeftOut(
         f"{turns} turns of two conditions need {least:.0f} s ({max(seconds.values()):.0f} s a call); "
@@ -94,40 +94,33 @@ def measure_prefill(models: dict[str, nn.Module], group: str, tokens: int, optio
     first = next(iter(models.values()))
     growth = prefill_operations(first, tokens) / prefill_operations(first, PROBE_TOKENS)
     # DoRA's surplus, the norms of its weights, is there once a call, whatever the length.
-    plain = options.plain_probe
-    foretold = {name: value + plain * (growth - 1) for name, value in short.items()}
-    element = next(first.parameters()).element_size()
-    needed = tokens * key_bytes(first.config, element) * 2
+    foretold = {name: value + options.plain_probe * (growth - 1) for name, value in short.items()}
+    cached = tokens * key_bytes(first.config, first.dtype.itemsize) * 2
     warm_up, fewest = (0, 2) if max(foretold.values()) > LONG_SECONDS else (1, 3)
-    names = choose(group, models, warm_up + fewest, foretold, needed, options)
-    models = {name: models[name] for name in names}
+    models = chosen(group, models, warm_up + fewest, foretold, cached, options)
     calls = compiled_prefill_calls(models, tokens) if options.compile else prefill_calls(models, tokens)
-    result = timed(calls, options, options.rounds, warm_up, fewest)
+    result = summary(in_turns(calls, options.rounds, warm_up, options.seconds, fewest), MATCHED)
     if not options.compile and max(foretold.values()) < PROFILED_SECONDS:
-        result["memory"] = {name: memory_of(call)._asdict() for name, call in calls.items()}
+        result["memory"] = {name: memory_of(call) for name, call in calls.items()}
     return result
 
 
-def measure_decode(
-    models: dict[str, nn.Module], group: str, context: int, batch: int, options: argparse.Namespace
-) -> dict[str, Any]:
-    """Single tokens that go on from a cache."""
+def measure_decode(models: dict[str, nn.Module], group: str, context: int, batch: int, options: Any) -> dict[str, Any]:
+    """Single tokens that continue from a cache."""
     first = next(iter(models.values()))
     # The cache is copied with every token: one layer's keys exist twice.
-    cached = (
-        (context + options.decode_rounds) * batch * key_bytes(first.config, next(first.parameters()).element_size())
-    )
+    cached = (context + options.decode_rounds) * batch * key_bytes(first.config, first.dtype.itemsize)
+    cached *= 1 + 1 / first.config.num_hidden_layers
     short = {name: seconds / 4 for name, seconds in probe(models, group).items()}
-    names = choose(group, models, 8, short, cached * (1 + 1 / first.config.num_hidden_layers), options)
-    models = {name: models[name] for name in names}
+    models = chosen(group, models, 8, short, cached, options)
     if options.compile:
         calls = compiled_decode_calls(models, context, batch, options.decode_rounds + 64)
     else:
         calls = decode_calls(models, context, batch)
-    result = timed(calls, options, options.decode_rounds, 3, 5)
+    result = summary(in_turns(calls, options.decode_rounds, 3, options.seconds, 5), MATCHED)
     if not options.compile and context == min(options.contexts):
         result["operations"] = {name: operations_of(call) for name, call in calls.items()}
-        result["memory"] = {name: memory_of(call)._asdict() for name, call in calls.items()}
+        result["memory"] = {name: memory_of(call) for name, call in calls.items()}
     return result
 
 
@@ -137,11 +130,10 @@ def measure_train(models: dict[str, nn.Module], group: str, tokens: int, options
     first = next(iter(models.values()))
     growth = 3 * prefill_operations(first, tokens) / prefill_operations(first, PROBE_TOKENS)
     foretold = {name: value * growth for name, value in probe(models, group).items()}
-    names = choose(group, models, 4, foretold, 0, options)
-    calls = train_calls({name: models[name] for name in names}, tokens)
-    result = timed(calls, options, options.rounds, 1, 3)
+    calls = train_calls(chosen(group, models, 4, foretold, 0, options), tokens)
+    result = summary(in_turns(calls, options.rounds, 1, options.seconds), MATCHED)
     if max(foretold.values()) < PROFILED_SECONDS:
-        result["memory"] = {name: memory_of(call)._asdict() for name, call in calls.items()}
+        result["memory"] = {name: memory_of(call) for name, call in calls.items()}
         result["operations"] = {name: operations_of(call) for name, call in calls.items()}
     return result
 
@@ -198,13 +190,12 @@ def short_line(cell: dict[str, Any], result: dict[str, Any]) -> str:
     """One measurement as a line of text."""
     if "left_out" in result:
         return f"{cell}: left out, {result['left_out']}"
-    rows = [f"{name} {ratio['median']:.4f} [{ratio['low']:.4f}, {ratio['high']:.4f}]"
-            for name, ratio in result.get("ratios", {}).items()]  # fmt: skip
+    rows = [f"{name} {interval_text(ratio)}" for name, ratio in result.get("ratios", {}).items()]
     first = {name: round(value, 2) for name, value in result.get("milliseconds", result.get("shares", {})).items()}
     return f"{cell}: {first} {'; '.join(rows)}"
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Measure what was asked for, print it and store it; or report."""
     conditions = [name for names in GROUPS.values() for name in names]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -230,7 +221,7 @@ def main() -> None:
     parser.add_argument("--again", action="store_true", help="measure also what is stored for this code")
     parser.add_argument("--output", type=Path, default=RESULTS)
     parser.add_argument("--report", action="store_true", help="print the tables; write them and the plots to docs/")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     if options.report:
         from report_overhead import report
 
@@ -239,7 +230,7 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     torch._dynamo.config.recompile_limit = 64
     environment, code = machine(), code_version()
-    stored = [(line["key"], line["code"]) for line in read_lines(options.output)]
+    stored = [] if options.again else [(line["key"], line["code"]) for line in read_lines(options.output)]
     print(environment, code)
     for model in options.models:
         for dtype in options.dtypes:
@@ -248,7 +239,7 @@ def main() -> None:
                 key = {"model": model, "dtype": dtype, "threads": options.threads, "compile": options.compile, **cell}
                 if options.blocks is not None:
                     key["blocks"] = options.blocks
-                if (key, code) in stored and not options.again:
+                if (key, code) in stored:
                     continue
                 base = base or load_base(model, getattr(torch, dtype), options.blocks)
                 try:

@@ -23,11 +23,13 @@ MOST_DECODED = 4096
 Calls = dict[str, Callable[[], Any]]
 
 
+def head_width(config: PreTrainedConfig) -> int:
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
 def key_bytes(config: PreTrainedConfig, itemsize: int) -> int:
     """Bytes of keys and values of one token."""
-    heads = config.num_key_value_heads
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return 2 * config.num_hidden_layers * heads * width * itemsize
+    return 2 * config.num_hidden_layers * config.num_key_value_heads * head_width(config) * itemsize
 
 
 def prefill_operations(model: nn.Module, tokens: int) -> float:
@@ -35,17 +37,13 @@ def prefill_operations(model: nn.Module, tokens: int) -> float:
     config = model.config
     matrices = sum(p.numel() for name, p in model.named_parameters() if p.dim() == 2 and "embed" not in name)
     matrices -= 0 if config.tie_word_embeddings else config.vocab_size * config.hidden_size
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return tokens * matrices + config.num_hidden_layers * config.num_attention_heads * width * tokens**2
+    attention = config.num_hidden_layers * config.num_attention_heads * head_width(config)
+    return tokens * matrices + attention * tokens**2
 
 
 def _token_ids(model: nn.Module, batch: int, tokens: int) -> torch.Tensor:
     ids = torch.randint(0, model.config.vocab_size, (batch, tokens), generator=torch.Generator().manual_seed(2))
-    return ids.to(_device(model))
-
-
-def _device(model: nn.Module) -> torch.device:
-    return next(model.parameters()).device
+    return ids.to(model.device)
 
 
 def _compiled(call: Callable[[nn.Module], Any], model: nn.Module, mode: str | None = None) -> Callable[[], Any]:
@@ -93,8 +91,8 @@ def lengthen(cache: Cache, times: int) -> None:
 
 
 def decode_calls(models: dict[str, nn.Module], context: int, batch: int, masked: bool = True) -> Calls:
-    """One decoded token a call, with a mask as `generate` passes it, each condition going on with its own cache."""
-    token = torch.full((batch, 1), 7, device=_device(next(iter(models.values()))))
+    """One decoded token a call, with a mask as `generate` passes it, each condition with its own cache."""
+    token = torch.full((batch, 1), 7, device=next(iter(models.values())).device)
     mask = token.new_ones(batch, context + MOST_DECODED)
 
     def step(model: nn.Module, cache: Cache) -> torch.Tensor:
@@ -117,7 +115,7 @@ def compiled_decode_calls(
     models: dict[str, nn.Module], context: int, batch: int, room: int, mode: str | None = None
 ) -> Calls:
     """One decoded token a call, compiled, with a static cache; attention then runs over the cache's whole room."""
-    token = torch.full((batch, 1), 7, device=_device(next(iter(models.values()))))
+    token = torch.full((batch, 1), 7, device=next(iter(models.values())).device)
     calls: Calls = {}
     for name, model in models.items():
         cache = StaticCache(config=model.config, max_cache_len=context + room)

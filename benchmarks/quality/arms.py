@@ -21,7 +21,7 @@ OF_THE_TRAINING = (LEARNING_RATE_SCALE, FIRST_WRITE, TWO_STAGES)
 """The axes that belong to the training and not to the configuration.
 
 `first_write`: the norm of each column of the write-back before the first step, instead of zero. `two_stages`: the
-low-rank half alone in the first half of the steps, then both.
+LoRA weights alone in the first steps, up to the middle, then the side path, too.
 """
 
 SIDE_PATH_TRIES: dict[str, dict[str, Any]] = {
@@ -71,9 +71,17 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 """The axes of the ablation, each changed alone from the package's defaults."""
 
+INITIAL_SCALES = {
+    "init slots x3": (3, 1),
+    "init queries x4": (1, 4),
+    "init slots x3 queries x4": (3, 4),
+    "init slots x3 queries x10": (3, 10),
+}
+"""By variant: what the initial slot logits and queries are multiplied by. No axis, so that the stored keys stay."""
+
 
 def low_rank_options(adapter: str, rank: int, target_modules: str | list[str]) -> dict[str, Any]:
-    """The options of the low-rank half, which an arm shares with its partner without the side path."""
+    """The options of the LoRA weights, which an arm shares with its partner without the side path."""
     kind = "lora" if adapter == MATCHED else adapter.removesuffix("+talan")
     return {
         "r": rank,
@@ -85,20 +93,22 @@ def low_rank_options(adapter: str, rank: int, target_modules: str | list[str]) -
     }
 
 
-def trainable(model: Any) -> int:
-    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-
-
 def configured(axes: dict[str, Any]) -> dict[str, Any]:
     """The axes that are fields of the configuration."""
     return {name: value for name, value in axes.items() if name not in OF_THE_TRAINING}
 
 
-def set_first_write(model: Any, size: float) -> None:
-    """Start every write-back from random columns of this norm."""
+def prepare(model: Any, variant: str, axes: dict[str, Any]) -> None:
+    """Change the fresh side path of an arm that starts from other values."""
     for name, parameter in model.named_parameters():
-        if "lora_talan_write" in name:
-            parameter.data = size * functional.normalize(torch.randn_like(parameter), dim=0)
+        if "lora_talan_write" in name and FIRST_WRITE in axes:
+            parameter.data = axes[FIRST_WRITE] * functional.normalize(torch.randn_like(parameter), dim=0)
+        if "lora_talan_read" in name and variant in INITIAL_SCALES:
+            slots, queries = INITIAL_SCALES[variant]
+            width = model.peft_config["default"].talan_dim
+            # Its rows: values, queries, slot logits.
+            parameter.data[width : 2 * width] *= queries
+            parameter.data[2 * width :] *= slots
 
 
 def raised_rank(base: Any, rank: int, target_modules: str | list[str], axes: dict[str, Any]) -> int:
@@ -109,7 +119,7 @@ def raised_rank(base: Any, rank: int, target_modules: str | list[str], axes: dic
         TalanConfig(**low_rank_options("lora", rank, target_modules), **axes),
     ):
         model = get_peft_model(base, config)
-        counts.append(trainable(model))
+        counts.append(model.get_nb_trainable_parameters()[0])
         model.unload()
     return math.ceil(rank * counts[1] / counts[0])
 

@@ -53,9 +53,9 @@ class _Saved(NamedTuple):
         if len(others) == tiles:
             return saved
         z, q, e, state, d, *others = others[tiles:]
-        masks = ChunkMasks(*others[: len(ChunkMasks._fields)])
-        read = Probabilities(*others[len(ChunkMasks._fields) :])
-        return saved._replace(tile=Tile(z, q, e, state, d, masks), read=read)
+        intra_chunk, inter_chunk, has_initial_state, reads_chunk_state, in_chunk_sum, *read = others
+        masks = ChunkMasks(intra_chunk, inter_chunk, has_initial_state, reads_chunk_state, in_chunk_sum)
+        return saved._replace(tile=Tile(z, q, e, state, d, masks), read=Probabilities(*read))
 
 
 def _tiles(sequences: int, tokens: int) -> list[slice]:

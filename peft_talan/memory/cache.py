@@ -68,9 +68,6 @@ def follow_class(cache_class: type[Cache]) -> None:
 
     transformers has no hook for what is done to a cache, and a cache's class can't be replaced by a subclass inside of
     a graph that `torch.compile` traces.
-
-    Args:
-        cache_class: `Cache` itself, or a subclass with methods of its own.
     """
     for name in FOLLOWED_METHODS:
         owner = next(one for one in cache_class.__mro__ if name in vars(one))
@@ -112,14 +109,7 @@ def _carried(cache: Cache) -> CacheMemories | None:
 
 
 def memories_of(cache: Cache) -> CacheMemories:
-    """The memories that a cache carries; a cache that has none yet gets an empty set of them.
-
-    Args:
-        cache: The cache.
-
-    Returns:
-        The memories, which follow what is done to the cache.
-    """
+    """The memories that a cache carries; a cache that has none yet gets an empty set of them."""
     carried = _carried(cache)
     if carried is None:
         if any(getattr(type(cache), name) is not getattr(Cache, name) for name in FOLLOWED_METHODS):
@@ -137,19 +127,7 @@ def memories_of(cache: Cache) -> CacheMemories:
 
 
 def continue_or_start_memory(cache: Cache, request: MemoryRequest) -> LatentMemory:
-    """Find the memory that the cache carries for an adapter at a block, or start one with an empty cache.
-
-    Args:
-        cache: The cache.
-        request: Which memory.
-
-    Returns:
-        The memory.
-
-    Raises:
-        ValueError: The cache holds tokens that did not pass through this side path, its rows are not the batch's, or
-            a bidirectional memory would have to continue from a cache.
-    """
+    """Find the memory that the cache carries for an adapter at a block, or start one with an empty cache."""
     carried, past, name = memories_of(cache), request.past, request.adapter_name
     memories = carried.memories.setdefault((request.block_index, request.child_name), {})
     memory = memories.get(name)
@@ -183,14 +161,7 @@ def continue_or_start_memory(cache: Cache, request: MemoryRequest) -> LatentMemo
 
 
 def mark_stale(cache: Cache, block_index: int, child_name: str, running: Collection[str]) -> None:
-    """Mark the memories of the adapters that did not run for a call's tokens: the cache is ahead of them now.
-
-    Args:
-        cache: The cache.
-        block_index: The block's index.
-        child_name: The name of the block's child that has the side paths.
-        running: The names of the adapters that the tokens did pass through.
-    """
+    """Mark the memories of the adapters that did not run for a call's tokens: the cache is ahead of them now."""
     carried = _carried(cache)
     memories = {} if carried is None else carried.memories.get((block_index, child_name), {})
     for name, memory in memories.items():
@@ -198,13 +169,9 @@ def mark_stale(cache: Cache, block_index: int, child_name: str, running: Collect
 
 
 def recurrent_version(cache: Cache) -> tuple[Any, ...] | None:
-    """What changes whenever a cache without keys goes on: the identity and version of its recurrent states.
+    """The identity and version of recurrent states, which change whenever a cache without keys goes on.
 
-    Args:
-        cache: The cache.
-
-    Returns:
-        Something to compare; None if the cache has keys, or in a compiled graph or inference mode.
+    None if the cache has keys, or in a compiled graph or inference mode.
     """
     if torch.compiler.is_compiling() or any(isinstance(layer, CacheLayerMixin) for layer in cache.layers):
         return None
@@ -221,14 +188,7 @@ def recurrent_version(cache: Cache) -> tuple[Any, ...] | None:
 
 
 def recurrent_state_is_new(cache: Cache) -> bool:
-    """Whether a cache without keys is empty; one that went on without its memories makes them stale.
-
-    Args:
-        cache: The cache.
-
-    Returns:
-        True if no layer has a state yet.
-    """
+    """Whether a cache without keys is empty; one that went on without its memories makes them stale."""
     carried, version = _carried(cache), recurrent_version(cache)
     if carried is not None and None not in (carried.recurrent_version, version):
         for memory in carried:
@@ -238,11 +198,7 @@ def recurrent_state_is_new(cache: Cache) -> bool:
 
 
 def note_recurrent_state(cache: Cache) -> None:
-    """Note what a cache without keys looks like after a call, so that calls without the side paths are noticed.
-
-    Args:
-        cache: The cache.
-    """
+    """Note what a cache without keys looks like after a call, so that calls without the side paths are noticed."""
     carried = _carried(cache)
     if carried is not None:
         carried.recurrent_version = recurrent_version(cache)
@@ -252,12 +208,6 @@ def tokens_before(cache: Cache) -> int | torch.Tensor | None:
     """The number of tokens that a cache holds.
 
     The first layer with keys counts them: others may have none (recurrent, shared), or those of an image.
-
-    Args:
-        cache: The cache.
-
-    Returns:
-        The number; a scalar tensor if the cache keeps it on the device; None if no layer counts tokens.
     """
     counted: int | None = None if cache.layers else 0
     for layer in cache.layers:

@@ -50,17 +50,7 @@ class CacheMemories:
         return RECORDED_TOKENS if can_be_cropped else 0
 
     def count(self, past: int | torch.Tensor, batch: int, tokens: int, layout: TokenLayout) -> None:
-        """Count the tokens of a call in, and refuse a mask that takes away earlier ones which can't be removed.
-
-        Args:
-            past: The number of tokens that the cache held before this layout.
-            batch: The number of rows.
-            tokens: The number of tokens of this layout.
-            layout: Which of the tokens are real.
-
-        Raises:
-            ValueError: Tokens in the memories are masked now.
-        """
+        """Count the tokens of a call in, and refuse a mask that takes away earlier ones which can't be removed."""
         after: int | torch.Tensor
         if self.num_real is None and layout.valid is None and layout.segment_ids is None and not self.static:
             return

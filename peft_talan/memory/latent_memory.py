@@ -181,11 +181,7 @@ class LatentMemory:
         return torch.arange(0) if self.state is None else torch.arange(self.state.shape[0], device=self.state.device)
 
     def select_rows(self, rows: torch.Tensor) -> None:
-        """Let the memory follow its batch rows (beams, repeats, selections).
-
-        Args:
-            rows: [new batch], int: which old row each new row continues.
-        """
+        """Let the memory follow its batch rows (beams, repeats, selections)."""
         if self.state is None:
             return
         rows = rows.to(self.state.device)

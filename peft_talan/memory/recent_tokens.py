@@ -81,14 +81,7 @@ class RecentTokens:
             self.records = [join_records(self.records).select_rows(rows)]
 
     def check_crop(self, tokens: int) -> None:
-        """Refuse to forget more tokens than are recorded.
-
-        Args:
-            tokens: The number of tokens to forget.
-
-        Raises:
-            ValueError: They are not recorded.
-        """
+        """Refuse to forget more tokens than are recorded."""
         if tokens > self.count:
             raise ValueError(
                 f"tokens={tokens}: the latent memory can forget the last {self.count} tokens; start again from an "

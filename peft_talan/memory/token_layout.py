@@ -32,14 +32,7 @@ class TokenLayout(NamedTuple):
     attended: torch.Tensor | None = None
 
     def to(self, device: torch.device) -> TokenLayout:
-        """The same layout on a device.
-
-        Args:
-            device: The device.
-
-        Returns:
-            The layout; itself if all of it is there already.
-        """
+        """The same layout on a device."""
         if all(part is None or part.device == device for part in self):
             return self
         return TokenLayout(*(None if part is None else part.to(device) for part in self))
@@ -291,13 +284,6 @@ def refuse_unless(condition: bool | torch.Tensor, message: str) -> None:
 
     A condition on an accelerator is not read by the host, which would have to wait for it: the device checks it and
     stops the program with an assertion, as it does for an index out of range.
-
-    Args:
-        condition: A bool, or a bool tensor, all of which must be True.
-        message: What is wrong and what to do.
-
-    Raises:
-        ValueError: The condition does not hold; `RuntimeError` if it is compiled or on an accelerator.
     """
     if not isinstance(condition, torch.Tensor):
         if not condition:

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from ..axes import check_causal
 from ..functional.parameters import SidePathOptions, SidePathParameters, working_dtype
 from ..functional.ragged import ragged_side_path, request_of
+from ..memory.token_layout import TokenLayout
 
 
 class Pages(NamedTuple):
@@ -55,10 +56,10 @@ class Pages(NamedTuple):
         """Choose the tokens after which a state is stored: the last one of each page and of each request.
 
         Args:
-            num_pages: The number of pages, as above.
+            num_pages: This and the other arguments are as above.
             page_of_token: The page that each token is written to, [tokens], int64.
-            cu_seqlens: As above, not falling; tokens from its last number on are padding.
-            max_query_length: As above.
+            cu_seqlens: Not falling; tokens from its last number on are padding.
+            max_query_length: If it is 1, requests without tokens come last.
             previous: As above.
             is_new: As above.
             page_size: Tokens per page. None: no page is shared, so only the state after a request's end is read.
@@ -111,78 +112,30 @@ def _per_token(per_request: torch.Tensor, tokens: int, padding: int) -> torch.Te
     return F.pad(per_request, (0, missing), value=padding) if missing > 0 else per_request[:tokens]
 
 
-def run_on_pages(
-    hidden_states: torch.Tensor,
-    parameters: SidePathParameters,
-    options: SidePathOptions,
-    pool: torch.Tensor,
-    pages: Pages,
-    alpha: float | torch.Tensor,
-) -> torch.Tensor:
-    """Run a side path on the flat tokens of many requests: from the states of their pages to those of their pages.
-
-    Args:
-        hidden_states: h, [tokens, hidden_size].
-        parameters: The side path's tensors.
-        options: Its axes.
-        pool: Its states, [pages, slots, width + 1]; it is changed in place.
-        pages: The pages to read and to write.
-        alpha: The strength of the perturbation, or that of each token's, [tokens].
-
-    Returns:
-        h', [tokens, hidden_size].
-
-    Raises:
-        ValueError: The memory is bidirectional.
-    """
-    check_causal(options.scope)
-    output = ragged_side_path(
-        hidden_states,
-        parameters,
-        options,
-        cu_seqlens=pages.cu_seqlens,
-        state=pool.index_select(0, pages.previous).masked_fill_(pages.is_new[:, None, None], 0.0),
-        max_query_length=pages.max_query_length,
-        snapshot_positions=pages.snapshot_positions,
-        alpha=alpha,
-    )
-    # Each page is written once, but for one that nobody reads.
-    pool.index_copy_(0, pages.written, output.states)
-    return output.hidden_states
-
-
-class PagedMemory:
-    """The pools of one cache: one for each side path and adapter, created when it is first used."""
+class PagePools:
+    """The states of one cache's pages: a pool for each side path, created when it is first used."""
 
     def __init__(self) -> None:
         self.pools: dict[tuple[int, str], torch.Tensor] = {}
 
     def pool(
-        self,
-        block_index: int,
-        adapter_name: str,
-        num_pages: int,
-        parameters: SidePathParameters,
-        hidden_states: torch.Tensor,
+        self, block_index: int, name: str, shape: tuple[int, int, int], hidden_states: torch.Tensor
     ) -> torch.Tensor:
-        """Find the pool of an adapter's side path at a block, or create it.
+        """Find the pool of a side path, or create it.
 
         Args:
             block_index: The block's index.
-            adapter_name: The adapter's name.
-            num_pages: The number of pages.
-            parameters: The side path's tensors.
+            name: The side path's name, which no other one of the block has.
+            shape: (pages, slots, width + 1).
             hidden_states: Of the block; a new pool lies on their device, in the dtype that states of theirs have.
 
         Returns:
-            The pool, [pages, slots, width + 1].
+            The pool, of the given shape.
         """
-        width = parameters.write.shape[1]
-        shape = (num_pages, parameters.read.shape[0] - 2 * width, width + 1)
-        pool = self.pools.get((block_index, adapter_name))
+        pool = self.pools.get((block_index, name))
         if pool is None or pool.shape != shape:
             pool = hidden_states.new_zeros(shape, dtype=working_dtype(hidden_states.dtype))
-            self.pools[block_index, adapter_name] = pool
+            self.pools[block_index, name] = pool
         return pool
 
     def copy_pages(self, block_indices: list[int], source: list[int], target: list[int]) -> None:
@@ -197,3 +150,50 @@ class PagedMemory:
             if block_index in block_indices:
                 rows = torch.tensor([source, target], device=pool.device)
                 pool.index_copy_(0, rows[1], pool.index_select(0, rows[0]))
+
+
+class PagedMemory:
+    """The memory of one side path for all requests of a call; see `peft_talan.memory.interface.Memory`.
+
+    Args:
+        pools: The states of the cache's pages.
+        pages: The pages that this call reads and writes.
+        block_index: The block's index.
+        name: The side path's name, which no other one of the block has.
+        strength: What scales each token's perturbation, [tokens], float; None: nothing does.
+    """
+
+    def __init__(
+        self, pools: PagePools, pages: Pages, block_index: int, name: str, strength: torch.Tensor | None = None
+    ) -> None:
+        self.pools, self.pages, self.block_index, self.name, self.strength = pools, pages, block_index, name, strength
+
+    @torch.no_grad()
+    def append(
+        self,
+        hidden_states: torch.Tensor,
+        parameters: SidePathParameters,
+        options: SidePathOptions,
+        layout: TokenLayout,
+        *,
+        alpha: float = 1.0,
+        training: bool = False,
+    ) -> torch.Tensor:
+        """Run the side path on the flat tokens of many requests, [(1,) tokens, hidden_size]; it needs no layout."""
+        check_causal(options.scope)
+        pages, width = self.pages, parameters.write.shape[1]
+        shape = (pages.num_pages, parameters.read.shape[0] - 2 * width, width + 1)
+        pool = self.pools.pool(self.block_index, self.name, shape, hidden_states)
+        output = ragged_side_path(
+            hidden_states.view(-1, hidden_states.shape[-1]),
+            parameters,
+            options,
+            cu_seqlens=pages.cu_seqlens,
+            state=pool.index_select(0, pages.previous).masked_fill_(pages.is_new[:, None, None], 0.0),
+            max_query_length=pages.max_query_length,
+            snapshot_positions=pages.snapshot_positions,
+            alpha=alpha if self.strength is None else alpha * self.strength,
+        )
+        # Each page is written once, but for one that nobody reads.
+        pool.index_copy_(0, pages.written, output.states)
+        return output.hidden_states.view_as(hidden_states)

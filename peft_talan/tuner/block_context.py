@@ -38,10 +38,6 @@ def replace_recorded_state(before: torch.Tensor, after: torch.Tensor) -> None:
     """Let `output_hidden_states=True` show what a block receives if a side path wrote at its input.
 
     transformers records a block's output before the next block's input is changed.
-
-    Args:
-        before: The recorded hidden states.
-        after: What the block receives instead.
     """
     recorded = output_capturing._active_collector.get()
     states = recorded.get("hidden_states") if recorded else None
@@ -50,15 +46,7 @@ def replace_recorded_state(before: torch.Tensor, after: torch.Tensor) -> None:
 
 
 def replace_stream(output: Any, written: torch.Tensor) -> Any:
-    """Put the changed residual stream into a block's output.
-
-    Args:
-        output: What the block returned: the hidden states, or a sequence or named tuple that starts with them.
-        written: The changed hidden states.
-
-    Returns:
-        An output of the same type.
-    """
+    """Put the changed residual stream into a block's output."""
     if isinstance(output, torch.Tensor):
         return written
     if isinstance(output, dict):
@@ -77,15 +65,7 @@ def stream_of(output: Any) -> Any:
 
 
 def check_same_shape(stream: Any, received: torch.Tensor | None) -> None:
-    """Refuse to write into what is not the residual stream that a block received.
-
-    Args:
-        stream: As returned by `stream_of`, or what the block received.
-        received: What the block received; None: not known.
-
-    Raises:
-        TypeError: The stream is not a tensor, or has another shape.
-    """
+    """Refuse to write into what is not the residual stream that a block received."""
     expected = getattr(received, "shape", None)
     if not isinstance(stream, torch.Tensor) or (expected is not None and stream.shape != expected):
         got = f"shape {list(stream.shape)}" if isinstance(stream, torch.Tensor) else type(stream).__name__
@@ -280,7 +260,8 @@ class BlockContext:
         past = self._past(tokens)
         if self.cache is not None:
             # Tokens are counted once per forward pass, which these calls are not known to be part of.
-            memories_of(self.cache).num_real_is_exact = False
+            memories = memories_of(self.cache)
+            memories.num_real_is_exact, memories.num_real_before = False, None
         return token_layout(
             own.attention_mask,
             # transformers has made a mask of positions that separate samples, except for flash attention.

@@ -73,16 +73,7 @@ def argument_names(module: nn.Module) -> tuple[str, ...]:
 
 
 def read_arguments(names: tuple[str, ...], args: tuple[Any, ...], kwargs: dict[str, Any]) -> CallArguments:
-    """Gather what a side path needs from a call.
-
-    Args:
-        names: Those returned by `argument_names`.
-        args: The positional arguments.
-        kwargs: The keyword arguments.
-
-    Returns:
-        The arguments by standard names.
-    """
+    """Gather what a side path needs from a call."""
     given = {**dict(zip(names, args, strict=False)), **kwargs}
     cache: Cache | None = None
     unknown: str | None = None
@@ -94,6 +85,10 @@ def read_arguments(names: tuple[str, ...], args: tuple[Any, ...], kwargs: dict[s
         elif name in STATE_ARGUMENTS and _holds_state(value):
             unknown = name
     positions = given.get("position_ids")
+    if isinstance(positions, torch.Tensor) and positions.dim() == 3 and positions.shape[0] == 4:
+        # Multimodal positions [4, batch, tokens]: the first row is that of the text, by which the model separates
+        # packed samples; the other three (time, height, width) repeat inside one sample.
+        positions = positions[0]
     return CallArguments(
         given.get("attention_mask"),
         positions if isinstance(positions, torch.Tensor) else None,
@@ -248,11 +243,6 @@ class DecoderHooks:
         """Note the layout for the recomputed call of a block, which comes when the decoder's call is over.
 
         A tensor that two forward passes share leads to neither of their layouts.
-
-        Args:
-            layout: The layout; it must not share memory with the block's arguments, which would live on with it.
-            args: The block's positional arguments.
-            kwargs: Its keyword arguments.
         """
         for tensor in tensors_of_call(args, kwargs):
             if self._layouts.setdefault(tensor, layout) is not layout:

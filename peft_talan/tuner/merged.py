@@ -57,6 +57,21 @@ class MergedSidePaths(SidePathLayer):
         self.stage = stage
         self.child_name = child_name(stage)
         self.side_paths: dict[str, MergedSidePath] = {}
+        # Whether the tensors were made on the meta device, for a file to fill them.
+        self.awaits_values = False
+
+    @property
+    def _is_hf_initialized(self) -> bool:
+        """Whether transformers may leave the tensors as they are: it asks when it has read a file, and marks these."""
+        if self.awaits_values:
+            for name, tensor in self.named_parameters():
+                if not tensor.is_meta and not getattr(tensor, "_is_hf_initialized", False):
+                    raise ValueError(
+                        f"the model's config.json has a side path at block {self.block_index} whose tensor "
+                        f"{self.child_name}.{name} is not in its weights; save the merged model again, or take the "
+                        f"field {FIELD!r} out of config.json to load it without"
+                    )
+        return True
 
     def describe(self, side_path: MergedSidePath) -> str:
         """Take a side path's description; the result is its name in this layer, under which its tensors follow."""
@@ -94,7 +109,7 @@ def move_to_base(model: nn.Module, configs: Mapping[str, TalanConfig]) -> None:
     first = 1 + max((int(name) for layer in earlier for name in layer.side_paths), default=-1)
     names = {module: name for name, module in model.named_modules()}
     attached = list(attached_side_paths(model))
-    side_paths = []
+    side_paths: list[MergedSidePath] = []
     for adapter_name, config in configs.items():
         blocks = tuple(names[block] for block, layer in attached if adapter_name in layer.talan_options)
         number, axes = first + len(side_paths), axes_of_merged(config)
@@ -195,9 +210,10 @@ def attach_described(model: PreTrainedModel) -> None:
                 blocks: Any = model.get_submodule(parent)
                 layers[place] = MergedSidePaths(side_path.hidden_size, int(index), len(blocks), side_path.stage)
                 layers[place].attach(block, find_decoder(model, name))
-            layer = layers[place]
-            # Like the block's own: on the meta device, or fresh and without effect.
-            with torch.device(next(block.parameters()).device):
+            layer, device = layers[place], next(block.parameters()).device
+            layer.awaits_values = device.type == "meta"
+            # Without that, they are fresh, and have no effect.
+            with torch.device(device):
                 layer.add_side_path(layer.describe(side_path), config_of(side_path))
 
 

@@ -90,12 +90,7 @@ class SidePathLayer(nn.Module):
         return True
 
     def add_side_path(self, adapter_name: str, config: TalanConfig) -> None:
-        """Add an adapter's side path, fresh.
-
-        Args:
-            adapter_name: The adapter's name.
-            config: Its configuration.
-        """
+        """Add an adapter's side path, fresh."""
         options = config.side_path_options
         tensors = initial_parameters(
             options, self.in_features, config.talan_slots, config.talan_dim, zero_write=config.init_talan_weights
@@ -113,24 +108,15 @@ class SidePathLayer(nn.Module):
         for name in self.adapter_layer_names:
             container = getattr(self, name)
             if adapter_name in container and not container[adapter_name].values.is_meta:
-                container[adapter_name].to(device)
+                # The dtype, too: PEFT gives a loaded tensor that of the file where it fills the meta device.
+                container[adapter_name].to(device, self.placement.dtype)
 
     def alpha_at_run_time(self, adapter_name: str) -> float:
         """The strength of an adapter's perturbation now: the trained alpha times what was set at run time."""
         return self.talan_alpha[adapter_name] * self.talan_strength.get(adapter_name, 1.0)
 
     def parameters_of(self, adapter_name: str) -> SidePathParameters:
-        """The tensors of an adapter's side path, as its operators take them.
-
-        Args:
-            adapter_name: The adapter's name.
-
-        Returns:
-            The tensors.
-
-        Raises:
-            ValueError: Their values are on a disk where PEFT does not put them.
-        """
+        """The tensors of an adapter's side path, as its operators take them."""
         options = self.talan_options[adapter_name]
         return SidePathParameters(
             read=self._tensor("read", adapter_name),
@@ -157,12 +143,7 @@ class SidePathLayer(nn.Module):
         return fetched
 
     def attach(self, block: nn.Module, decoder: nn.Module) -> None:
-        """Become the block's child and act around its calls.
-
-        Args:
-            block: The decoder block.
-            decoder: The module whose forward pass runs the blocks.
-        """
+        """Become the block's child and act around its calls."""
         parameter = next(block.parameters(), None)
         if parameter is not None and not parameter.is_meta:
             # As LoRA's layers: quantized ones take the type that they compute in, if they say it.

@@ -41,17 +41,7 @@ def _side_paths_named(
 
 
 def check_strength(strength: float) -> float:
-    """Refuse a strength that is not a finite number.
-
-    Args:
-        strength: What scales a perturbation.
-
-    Returns:
-        The same as a float.
-
-    Raises:
-        ValueError: It is not a finite number.
-    """
+    """Refuse a strength that is not a finite number."""
     if isinstance(strength, bool) or not isinstance(strength, (int, float)) or not math.isfinite(strength):
         raise ValueError(f"strength={strength!r}: give a finite number; 1 is as trained, 0 the low-rank half alone")
     return float(strength)

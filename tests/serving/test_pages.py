@@ -8,9 +8,10 @@ import torch
 
 from peft_talan.functional import reference
 from peft_talan.functional.parameters import SidePathOptions
-from peft_talan.serving.pages import PagedMemory, Pages, run_on_pages
+from peft_talan.memory.token_layout import TokenLayout
+from peft_talan.serving.pages import PagedMemory, PagePools, Pages
 
-from ..functional.inputs import HIDDEN_SIZE, assert_equal_up_to_rounding, side_path_tensors
+from ..functional.inputs import HIDDEN_SIZE, SLOTS, WIDTH, assert_equal_up_to_rounding, side_path_tensors
 
 UNUSED = 0
 
@@ -88,7 +89,8 @@ def test_a_request_continues_from_its_page_and_starts_empty_whatever_its_page_he
     options, parameters = SidePathOptions(), side_path_tensors("attention", "add")
     hidden_states = torch.randn(11, HIDDEN_SIZE, dtype=torch.float64)
     expected = reference.side_path(hidden_states[None], parameters, options, alpha=0.5).hidden_states[0]
-    pool = PagedMemory().pool(1, "default", 5, parameters, hidden_states).fill_(torch.nan)
+    pools = PagePools()
+    pool = pools.pool(1, "default", (5, SLOTS, WIDTH + 1), hidden_states).fill_(torch.nan)
     page_of_token, found = torch.arange(11) // 4 + 2, []
     for start, end in ((0, 6), (6, 7), (7, 11)):
         previous = torch.tensor([int(page_of_token[start - 1]) if start else 4])
@@ -103,9 +105,11 @@ def test_a_request_continues_from_its_page_and_starts_empty_whatever_its_page_he
             page_size=4,
             unused_page=UNUSED,
         )
-        # The strength per request, and per token.
-        alpha = 0.5 if start else torch.full((end - start,), 0.5)
-        found.append(run_on_pages(hidden_states[start:end], parameters, options, pool, pages, alpha))
+        # The strength of the side path, and per token.
+        strength = None if start else torch.full((end - start,), 0.5)
+        memory = PagedMemory(pools, pages, 1, "default", strength)
+        alpha = 1.0 if strength is not None else 0.5
+        found.append(memory.append(hidden_states[start:end], parameters, options, TokenLayout(), alpha=alpha))
     assert_equal_up_to_rounding(torch.cat(found), expected)
     for page, end in ((2, 4), (3, 8), (4, 11)):
         state = reference.side_path(hidden_states[None, :end], parameters, options).state[0]
@@ -114,12 +118,11 @@ def test_a_request_continues_from_its_page_and_starts_empty_whatever_its_page_he
 
 
 def test_a_copy_of_pages_reaches_the_pools_of_the_copied_blocks_only() -> None:
-    memory, parameters = PagedMemory(), side_path_tensors("attention", "add")
-    like = torch.empty(0, dtype=torch.float64)
-    pools = {block: memory.pool(block, "default", 3, parameters, like) for block in (1, 2)}
+    pages, like = PagePools(), torch.empty(0, dtype=torch.float64)
+    pools = {block: pages.pool(block, "default", (3, 1, 2), like) for block in (1, 2)}
     for pool in pools.values():
         pool[0] = 1.0
-    memory.copy_pages([2], [0], [1])
+    pages.copy_pages([2], [0], [1])
     assert pools[2][1].eq(1.0).all()
     assert pools[1][1].eq(0.0).all()
-    assert memory.pool(1, "default", 3, parameters, like) is pools[1]
+    assert pages.pool(1, "default", (3, 1, 2), like) is pools[1]

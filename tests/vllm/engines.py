@@ -31,6 +31,7 @@ from transformers import (
 )
 
 from peft_talan import TalanConfig, set_talan_strength
+from peft_talan.tuner.merged import merged_layers
 
 VOCABULARY = 128
 NEW_TOKENS = 32
@@ -114,7 +115,7 @@ def make_prompts() -> list[list[int]]:
 def generate(folder: Path, prompts: list[list[int]], strength: float = 1.0) -> list[list[int]]:
     """What transformers gives, one prompt at a time."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    if (folder / "adapter_config.json").exists():
+    if any(merged_layers(model)):
         set_talan_strength(model, strength)
     answers = []
     for prompt in prompts:
