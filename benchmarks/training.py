@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from peft import PeftConfig, PeftModel, get_peft_model
+from peft import PeftConfig, get_peft_model
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
@@ -30,9 +30,15 @@ def make_batch(model: Any, tokenizer: PreTrainedTokenizerBase, rows: Sequence[En
 
 
 @contextmanager
-def adapted(base: Any, config: PeftConfig, seed: int) -> Iterator[PeftModel]:
-    """The base model with a fresh adapter, which is taken off afterwards."""
-    torch.manual_seed(seed)
+def adapted(base: Any, config: PeftConfig | None) -> Iterator[Any]:
+    """The base model with a fresh adapter, which is taken off afterwards; without one if there is no configuration.
+
+    Whoever calls this has set the seed: before `config` was made or after it, as the study's stored runs did, since
+    matching a rank draws, too.
+    """
+    if config is None:
+        yield base
+        return
     model = get_peft_model(base, config)
     try:
         yield model
