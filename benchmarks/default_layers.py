@@ -61,7 +61,8 @@ def run(settings: Settings, folder: str) -> Row:
     adapter, axes = ("lora", {}) if layers is None else ("lora+talan", {"talan_layers": layers})
     encoded = [encode(tokenizer, row) for row in rows[HELD_OUT:]]
     order = random.Random(settings.seed).sample(encoded, len(encoded))
-    with adapted(base, make_config(adapter, base, RANK, "all-linear", axes), settings.seed) as model:
+    torch.manual_seed(settings.seed)
+    with adapted(base, make_config(adapter, base, RANK, "all-linear", axes)) as model:
         optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
 
         def loss_of(step: int) -> torch.Tensor:

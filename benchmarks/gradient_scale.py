@@ -49,7 +49,8 @@ def moves(base: Any, tokenizer: Any, scale: float, kind: str, steps: int) -> Mov
     make_optimizer, clip = OPTIMIZERS[kind]
     rows = [encode(tokenizer, row) for row in make_rows("chain_sum", steps * BATCH_SIZE, 0).rows]
     config = TalanConfig(r=8, target_modules="all-linear", task_type="CAUSAL_LM", talan_grad_scale=scale)
-    with adapted(base, config, 0) as model:
+    torch.manual_seed(0)
+    with adapted(base, config) as model:
         parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         before = {name: p.detach().clone() for name, p in parameters.items()}
         optimizer = make_optimizer(parameters.values())

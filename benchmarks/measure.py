@@ -172,3 +172,11 @@ def memory_of(call: Callable[[], object]) -> dict[str, int]:
         balance += event.nbytes()
         peak = max(peak, balance)
     return {"peak": peak, "allocated": sum(event.nbytes() for event in events if event.nbytes() > 0)}
+
+
+def card_memory_of(call: Callable[[], object]) -> dict[str, int]:
+    """The highest number of bytes allocated on the GPU during one call, weights included."""
+    torch.cuda.reset_peak_memory_stats()
+    call()
+    wait_for_device()
+    return {"peak": torch.cuda.max_memory_allocated()}

@@ -28,6 +28,8 @@ SWEEPS: dict[str, tuple[int, ...]] = {
     "width": (16, 32, 64, 128),
     "hidden_size": (576, 1024, 2048, 4096, 8192),
 }
+GRID = [(size, tokens) for size in (576, 1024, 2048) for tokens in (512, 2048, 8192)]
+"""Widths and lengths of bench_overhead.py's prefills."""
 
 
 def side_path_call(tokens: int, hidden_size: int, slots: int, width: int) -> Callable[[], object]:
@@ -56,8 +58,8 @@ def sweep(what: str, tokens: int, rounds: int) -> list[dict[str, Any]]:
 
 
 def grid(rounds: int) -> list[dict[str, Any]]:
-    """Median milliseconds at the widths and lengths of bench_overhead.py's prefills."""
-    shapes = [{"hidden_size": size, "tokens": tokens} for size in (576, 1024, 2048) for tokens in (512, 2048, 8192)]
+    """Median milliseconds at the points of `GRID`."""
+    shapes = [{"hidden_size": size, "tokens": tokens} for size, tokens in GRID]
     times = times_of([{**DEFAULT, **shape} for shape in shapes], rounds, 2)
     return [{**shape, "milliseconds": time} for shape, time in zip(shapes, times, strict=True)]
 

@@ -7,11 +7,10 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from peft import PeftConfig, PeftModel, get_peft_model
+from peft import PeftConfig, get_peft_model
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from peft_talan.demo.recall import take_step, warm_up_and_decay
 from peft_talan.sft import prompts
 from peft_talan.sft.prompts import Encoded
 from peft_talan.sft.scores import pad_batch
@@ -30,14 +29,43 @@ def make_batch(model: Any, tokenizer: PreTrainedTokenizerBase, rows: Sequence[En
 
 
 @contextmanager
-def adapted(base: Any, config: PeftConfig, seed: int) -> Iterator[PeftModel]:
-    """The base model with a fresh adapter, which is taken off afterwards."""
-    torch.manual_seed(seed)
+def adapted(base: Any, config: PeftConfig | None) -> Iterator[Any]:
+    """The base model with a fresh adapter, which is taken off afterwards; without one if there is no configuration.
+
+    Whoever calls this has set the seed: before `config` was made or after it, as the study's stored runs did, since
+    matching a rank draws, too.
+    """
+    if config is None:
+        yield base
+        return
     model = get_peft_model(base, config)
     try:
         yield model
     finally:
         model.unload()
+
+
+def warm_up_and_decay(optimizer: torch.optim.Optimizer, steps: int) -> torch.optim.lr_scheduler.LRScheduler:
+    """Raise the learning rate in the first tenth of the steps, then lower it linearly to zero."""
+    warm_up = max(1, steps // 10)
+    return torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min((step + 1) / warm_up, (steps - step) / max(1, steps - warm_up))
+    )
+
+
+def take_step(
+    model: torch.nn.Module,
+    loss: torch.Tensor,
+    optimizer: torch.optim.Optimizer,
+    schedule: torch.optim.lr_scheduler.LRScheduler,
+) -> float:
+    """Take one optimizer step with gradients of norm 1 at most; return the loss."""
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+    schedule.step()
+    optimizer.zero_grad()
+    return float(loss.detach())
 
 
 def train(

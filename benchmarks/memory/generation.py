@@ -22,12 +22,12 @@ from peft_talan.demo.recall import SCORED_SEED, WINDOW, Training, make_texts, tr
 from peft_talan.sft.intervals import Interval
 
 from ..measure import machine
-from ..quality.arms import make_config
 from ..runs import append_line
 from ..training import adapted
-from .one_run import ARMS, STEPS, base_of
+from .one_run import ARMS, STEPS, base_of, config_of
 
 RESULTS = Path(__file__).parents[1] / "results" / "memory_generation.jsonl"
+SETTINGS = ("rows", "seed", "chunk", "learning_rate", "steps")
 
 
 def tensor_bytes(*tensors: Any) -> int:
@@ -74,8 +74,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     windows = tuple(range(1, options.longest_trained + 1))
     training = Training(options.steps, options.learning_rate, 16, windows, 1000 + options.seed)
     for arm in options.arms:
-        adapter, axes = ARMS[arm]
-        with adapted(model, make_config(adapter, model, 8, "all-linear", axes), options.seed) as tuned:
+        torch.manual_seed(options.seed)
+        with adapted(model, config_of(arm, model)) as tuned:
             train(tuned, "key", training)
             for length in options.tokens:
                 generator = torch.Generator().manual_seed(SCORED_SEED + length)
@@ -90,9 +90,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                     "recall": [share.mean, share.low, share.high],
                     "bytes_a_row": {name: size // options.rows for name, size in cache_bytes(cache).items()},
                     "processor_seconds": round(time.process_time() - started, 1),
-                    "settings": {
-                        name: getattr(options, name) for name in ("rows", "seed", "chunk", "learning_rate", "steps")
-                    },
+                    "settings": {name: getattr(options, name) for name in SETTINGS},
                     "weights": weights,
                     "machine": machine(),
                 }

@@ -9,6 +9,7 @@ from functools import lru_cache
 from typing import Any, Literal
 
 import torch
+from peft import LoraConfig
 
 from peft_talan.demo.recall import LONG_CONTEXT, SCORED_WINDOWS, WINDOW, Task, Training, pretrained, recall, train
 
@@ -30,6 +31,7 @@ ARMS: dict[str, tuple[str, dict[str, Any]]] = {
 """By arm: the kind of adapter and the axes that differ from the package's defaults."""
 
 Base = Literal["window", "full"]
+"""What the base model was pretrained with: its window, or full attention that it then loses."""
 BASE_STEPS: dict[tuple[Base, Task], int] = {
     ("window", "key"): 400,
     ("window", "pairs"): 400,
@@ -43,21 +45,24 @@ STEPS: dict[Task, int] = {"key": 80, "pairs": 150, "count": 150}
 
 @dataclass(frozen=True)
 class Settings(RunSettings):
-    """All that a run depends on; `seed` is of the base model, the adapter and the texts."""
+    """All that a run depends on; `scored` are distances in windows, `rows` the texts of each."""
 
     task: Task
     arm: str
     seed: int
     learning_rate: float
     base: Base = "window"
-    """What the base model was pretrained with: its window, or full attention that it then loses."""
     steps: int = STEPS["key"]
     batch_size: int = 8
     rank: int = 8
     scored: tuple[int, ...] = SCORED_WINDOWS
-    """The distances that are scored, in windows."""
     rows: int = 64
-    """Texts of each distance."""
+
+
+def config_of(arm: str, base: Any, rank: int = 8) -> LoraConfig:
+    """The configuration of one of `ARMS`."""
+    adapter, axes = ARMS[arm]
+    return make_config(adapter, base, rank, "all-linear", axes)
 
 
 def mean_of_last(losses: list[float]) -> float | None:
@@ -89,11 +94,11 @@ def run(settings: Settings) -> Row:
         model.config.sliding_window = None
         full_recall = recall_of(model)
         model.config.sliding_window = WINDOW
-    adapter, axes = ARMS[settings.arm]
-    config = make_config(adapter, model, settings.rank, "all-linear", axes)
+    config = config_of(settings.arm, model, settings.rank)
     # Another seed than the base model's, so that the texts are other ones, too.
     training = Training(settings.steps, settings.learning_rate, settings.batch_size, seed=1000 + settings.seed)
-    with adapted(model, config, settings.seed) as tuned:
+    torch.manual_seed(settings.seed)
+    with adapted(model, config) as tuned:
         started = time.process_time()
         losses = train(tuned, settings.task, training)
         seconds = time.process_time() - started

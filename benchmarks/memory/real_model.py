@@ -18,7 +18,6 @@ import argparse
 import random
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -30,36 +29,21 @@ from transformers import AutoConfig, AutoTokenizer, MistralConfig, MistralForCau
 from peft_talan import talan_param_groups
 
 from ..measure import code_version, machine
-from ..quality.arms import make_config
 from ..quality.backbones import REAL, backbone_folder
 from ..quality.one_run import text_loss
 from ..quality.tasks import plain_text
 from ..runs import DEVELOPMENT_SEED, Row, RunSettings, finished, run_missing, tuned
 from ..training import adapted
 from ..training import train as train_on
-from .one_run import ARMS, mean_of_last
+from .one_run import ARMS, config_of, mean_of_last
 from .study import describe
 
 RESULTS = Path(__file__).parents[1] / "results" / "memory_real_model.jsonl"
 BASE, FULL = "base model", "base model, full attention"
-COLOURS = [
-    "red",
-    "blue",
-    "green",
-    "yellow",
-    "black",
-    "white",
-    "orange",
-    "purple",
-    "pink",
-    "brown",
-    "grey",
-    "gold",
-    "silver",
-    "violet",
-    "scarlet",
-    "olive",
-]
+COLOURS = (
+    "red", "blue", "green", "yellow", "black", "white", "orange", "purple",
+    "pink", "brown", "grey", "gold", "silver", "violet", "scarlet", "olive",
+)  # fmt: skip
 FACT, QUESTION = "The colour of the door is {}.\n", "\nThe colour of the door is"
 RATES = ((1e-3, 5.0), (3e-4, 10.0))
 """What every arm tries: a learning rate, and by how much the side path's is higher."""
@@ -69,27 +53,25 @@ SMALLEST_PIECE, FIRST_SHARE = 4, 0.4
 
 @dataclass(frozen=True)
 class Settings(RunSettings):
-    """All that a run depends on; `arm` is one of `ARMS` or of the base models."""
+    """All that a run depends on; `arm` is one of `ARMS` or of the base models.
+
+    `window`, `pieces` and `story_tokens` are in tokens: the keys that a token sees, the longest pieces of the story
+    before each question, and how much of the story is in the loss. `scored` are lengths in windows, `rows` the
+    held-out texts of each.
+    """
 
     model: str
     arm: str
     seed: int
     window: int
-    """Keys that a token sees."""
     pieces: tuple[int, ...]
-    """The longest pieces of the story before each question of a training text, in tokens."""
     steps: int
     batch_size: int
     story_tokens: int
-    """How many tokens of the story each training text is trained to continue with."""
     scored: tuple[int, ...]
-    """The lengths that are scored, in windows."""
     rows: int
-    """Held-out texts of each length."""
     learning_rate: float = 0.0
-    """The highest; 0 for a base model."""
     side_path_lr_scale: float = 0.0
-    """The side path's learning rate divided by it."""
 
 
 def load_with_window(folder: str, window: int | None) -> MistralForCausalLM:
@@ -175,13 +157,11 @@ def run(settings: Settings) -> Row:
     tokenizer = AutoTokenizer.from_pretrained(folder)
     base = load_with_window(folder, None if settings.arm == FULL else settings.window)
     train_texts, held_out = (Texts(tokenizer, part) for part in plain_text())
-    is_base = settings.arm not in ARMS
-    if not is_base:
-        adapter, axes = ARMS[settings.arm]
-        config = make_config(adapter, base, 8, "all-linear", axes)
-    with nullcontext(base) if is_base else adapted(base, config, settings.seed) as model:
+    torch.manual_seed(settings.seed)
+    config = config_of(settings.arm, base) if settings.arm in ARMS else None
+    with adapted(base, config) as model:
         started = time.process_time()
-        losses = [] if is_base else train(model, train_texts, settings)
+        losses = [] if config is None else train(model, train_texts, settings)
         seconds = time.process_time() - started
         lengths = {windows: windows * settings.window for windows in settings.scored}
         return {
@@ -191,7 +171,7 @@ def run(settings: Settings) -> Row:
             "text_loss": text_loss(model, tokenizer),
             "last_loss": mean_of_last(losses),
             "losses": [round(loss, 3) for loss in losses],
-            "trainable": 0 if is_base else model.get_nb_trainable_parameters()[0],
+            "trainable": 0 if config is None else model.get_nb_trainable_parameters()[0],
             "processor_seconds": round(seconds, 1),
             "code": code_version(),
             "machine": machine(),

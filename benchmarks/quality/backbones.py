@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import itertools
 import math
 import os
 import random
@@ -27,11 +28,10 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from peft_talan.demo.base_model import default_model_folder
-from peft_talan.demo.recall import take_step
 from peft_talan.sft.prompts import Encoded
 
-from ..training import encode, make_batch
-from .tasks import KNOWN_TASKS, PROMPTS, SHORT_TASKS, TASKS, Example, held_out, plain_text, to_train_on
+from ..training import encode, make_batch, take_step
+from .tasks import KNOWN_TASKS, PROMPTS, SHORT_TASKS, TASKS, example_of, held_out, plain_text, to_train_on
 
 VOCABULARY = 768
 SHAPE = {
@@ -51,31 +51,26 @@ SHAPE = {
 
 
 class Pretraining(NamedTuple):
-    """What one of the backbones that are pretrained here is pretrained on."""
+    """What one of the backbones that are pretrained here is pretrained on, where it differs from the others.
+
+    `tasks` are drawn evenly, by rows, or by batches if `sorted_rows`, which saves padding; a batch of plain text comes
+    every `text_every` steps; the cosine of the learning rate would end at the step `horizon`.
+    """
 
     tasks: tuple[str, ...] = tuple(KNOWN_TASKS)
-    """Drawn evenly; one that is named twice is drawn twice as often."""
     steps: int = 1800
     horizon: int = 2000
-    """The step at which the cosine of the learning rate would end."""
     sorted_rows: bool = False
-    """Whether all rows of a step are of one task, which saves padding; else each row's task is drawn."""
     text_every: int = 1
     shape: Mapping[str, int] = MappingProxyType({})
-    """What differs from `SHAPE`."""
 
 
+SMALL_TASKS = (*KNOWN_TASKS, *(3 * list(SHORT_TASKS)))
+SMALL_SHAPE = {"num_hidden_layers": 4, "intermediate_size": 256}
 PRETRAINED_HERE = {
     "tiny-qwen3": Pretraining(),
     "tiny-qwen3-moe": Pretraining(),
-    "small-qwen3": Pretraining(
-        tasks=(*KNOWN_TASKS, *(3 * list(SHORT_TASKS))),
-        steps=7500,
-        horizon=7500,
-        sorted_rows=True,
-        text_every=4,
-        shape={"num_hidden_layers": 4, "intermediate_size": 256},
-    ),
+    "small-qwen3": Pretraining(SMALL_TASKS, 7500, 7500, sorted_rows=True, text_every=4, shape=SMALL_SHAPE),
 }
 REAL = "SmolLM2-135M-Instruct"
 TASK_ROWS, TEXT_ROWS, TEXT_TOKENS = 24, 4, 64
@@ -104,10 +99,8 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
     )
     tokenizer.decoder = decoders.ByteLevel()
-    texts = [plain_text()[0]]
-    for task in (*KNOWN_TASKS, *TASKS):
-        for example in to_train_on(task, 400, 0, ()):
-            texts.append(f"{example.messages[0][1]}\n{example.answer}")
+    examples = [example for task in (*KNOWN_TASKS, *TASKS) for example in to_train_on(task, 400, 0, ())]
+    texts = [plain_text()[0], *(f"{example.messages[0][1]}\n{example.answer}" for example in examples)]
     trainer = trainers.BpeTrainer(
         vocab_size=VOCABULARY,
         special_tokens=["<eos>", "<pad>"],
@@ -118,17 +111,13 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<pad>")
 
 
-def in_prompt(example: Example, prompt: str) -> Example:
-    ((role, question),) = example.messages
-    return Example(((role, prompt.format(question)),), example.answer)
-
-
 def encoded_items(task: str, tokenizer: PreTrainedTokenizerFast) -> list[Encoded]:
     """What is pretrained on of one task; short forms stand in changing prompts."""
     is_short = task in SHORT_TASKS
     items = to_train_on(task, KNOWN_ITEMS, 0, held_out(task, HELD_OUT_SHORT if is_short else HELD_OUT_KNOWN))
     if is_short:
-        items = [in_prompt(example, PROMPTS[number % len(PROMPTS)]) for number, example in enumerate(items)]
+        prompts = itertools.cycle(PROMPTS)
+        items = [example_of(next(prompts).format(example.messages[0][1]), example.answer) for example in items]
     return [encode(tokenizer, example.row(tokenizer)) for example in items]
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from functools import cache
 from pathlib import Path
@@ -164,12 +163,13 @@ def run(
     started = time.perf_counter()
     base, tokenizer, fingerprint = loaded(settings.backbone, device, dtype)
     row: Row = {"settings": asdict(settings), "key": settings.key(), "weights": fingerprint}
-    is_base, targets = settings.adapter == "base", settings.target_modules
-    if not is_base:
+    config, targets = None, settings.target_modules
+    if settings.adapter != "base":
         targets = targets if isinstance(targets, str) else list(targets)
         config = make_config(settings.adapter, base, settings.rank, targets, settings.axes)
-    with nullcontext(base) if is_base else adapted(base, config, settings.seed) as model:
-        if not is_base:
+    torch.manual_seed(settings.seed)
+    with adapted(base, config) as model:
+        if config is not None:
             prepare(model, settings.variant, settings.axes)
             count = settings.steps * settings.batch_size
             examples = items_to_train_on(settings.task, count, settings.seed, settings.held_out)

@@ -1,7 +1,6 @@
 """Task score and retention of the study's trained adapters against the run-time strength of the side path.
 
-python -m benchmarks.quality.strength                                  # measures what is not in the results yet
-python -m benchmarks.quality.strength --plot docs/images/strength.png  # draws
+python -m benchmarks.quality.strength  # measures what is not in the results yet; benchmarks.quality.report draws
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ from typing import Any
 from peft_talan import talan_strength
 
 from ..pages import markdown
-from ..runs import Row, finished
+from ..runs import Row
 from .one_run import Settings, measure
 from .study import RESULTS, make_adapters_parser, measure_adapters
 
@@ -76,18 +75,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = make_adapters_parser(__doc__, STRENGTH_RESULTS)
     parser.add_argument("--adapter", default="lora+talan")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--plot", type=Path, default=None)
     options = parser.parse_args(arguments)
-    if options.plot is not None:
-        rows = list(finished(options.results).values())
-        plot(rows, options.plot)
-        print(table(rows))
-        return
 
     def wanted(settings: dict[str, Any]) -> bool:
         return settings["adapter"] == options.adapter and settings["seed"] in options.seeds
 
-    measure_adapters(options, wanted, measure_strengths)
+    print(table(measure_adapters(options, wanted, measure_strengths)))
 
 
 if __name__ == "__main__":

@@ -40,6 +40,10 @@ class Example(NamedTuple):
         return {"prompt": messages, "completion": [{"role": "assistant", "content": self.answer}]}
 
 
+def example_of(question: str, answer: str) -> Example:
+    return Example((("user", question),), answer)
+
+
 def _gym(name: str, **settings: Any) -> Make:
     def make(count: int, seed: int) -> list[tuple[str, str]]:
         items = reasoning_gym.create_dataset(name, size=count, seed=seed, **settings)
@@ -135,7 +139,7 @@ def held_out(task: str, count: int) -> tuple[Example, ...]:
     found: dict[str, str] = {}
     for question, answer in ALL_TASKS[task](2 * count, HELD_OUT_SEED):
         found.setdefault(question, answer)
-    return tuple(Example((("user", question),), answer) for question, answer in list(found.items())[:count])
+    return tuple(example_of(*item) for item in list(found.items())[:count])
 
 
 def scored_items(task: str, count: int, seed: int) -> dict[str, tuple[Example, ...]]:
@@ -160,7 +164,7 @@ def to_train_on(task: str, count: int, seed: int, without: tuple[Example, ...]) 
     kept_out = {example.messages[0][1] for example in without}
     make = ALL_TASKS[task]
     items = [item for item in make(count + count // 4 + len(without), seed) if item[0] not in kept_out]
-    return [Example((("user", question),), answer) for question, answer in items[:count]]
+    return [example_of(*item) for item in items[:count]]
 
 
 @cache

@@ -34,7 +34,7 @@ def _finish(figure: Figure, axes: Axes) -> None:
 
 
 def plot_blocks(blocks: Sequence[BlockMeasures]) -> Figure:
-    """Draw, block by block, the residual stream and the changes that both halves make to it.
+    """Draw, block by block, the residual stream and the changes that LoRA weights and side path make to it.
 
     Args:
         blocks: Returned by `measure_blocks`.
@@ -49,7 +49,7 @@ def plot_blocks(blocks: Sequence[BlockMeasures]) -> Figure:
     indices = [measure.block for measure in blocks]
     for name, label in (
         ("hidden_norm", "the stream"),
-        ("low_rank_norm", "changed by the low-rank half"),
+        ("low_rank_norm", "changed by the LoRA weights"),
         ("side_path_norm", "changed by the side path"),
     ):
         values = [getattr(measure, name) for measure in blocks]

@@ -26,7 +26,7 @@ def analyze(
     overwrite: Overwrite = False,
     as_json: AsJson = False,
 ) -> None:
-    """Measure what both halves of an adapter do to the residual stream: tables (CSV) and pictures (PNG)."""
+    """Measure what LoRA weights and side path do to the residual stream: tables (CSV) and pictures (PNG)."""
     models.check_adapter(adapter, model, "TALAN")
     check_source("DATA", data, "dataset")
     check_output(output, overwrite)

@@ -39,7 +39,7 @@ def compare(
     """Train LoRA, LoRA with as many parameters as TALAN, and TALAN on your data; compare them on held-out rows.
 
     It reports the loss, the exact match and the loss on plain text, with 95% intervals over the seeds, as a table, a
-    picture and JSON. Exact match: the share of answers that greedy decoding gives to the token.
+    picture and JSON. Exact match: the share of answers that greedy decoding generates exactly.
     """
     training.check()
     sources.check(eval_rows or 0)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ..axes import SidePathAxes
-from ..demo.options import DemoOptions
+from ..demo import DemoOptions
 from .console import Misuse, check_output
 from .options import with_groups
 from .sources import check_source

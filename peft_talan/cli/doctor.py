@@ -85,9 +85,10 @@ def check_registration() -> Check:
     from ..config import TalanConfig
     from ..tuner.model import TalanModel
 
-    member = PeftType.__members__.get("TALAN")
-    classes = (PEFT_TYPE_TO_CONFIG_MAPPING.get(member), PEFT_TYPE_TO_TUNER_MAPPING.get(member))
-    known = classes == (TalanConfig, TalanModel)
+    classes = [
+        (PEFT_TYPE_TO_CONFIG_MAPPING.get(member), PEFT_TYPE_TO_TUNER_MAPPING.get(member)) for member in PeftType
+    ]
+    known = (TalanConfig, TalanModel) in classes
     return Check("registration", known, f"PEFT {'knows' if known else 'does not know'} the type TALAN")
 
 

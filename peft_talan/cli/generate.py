@@ -34,9 +34,9 @@ def generate(
     seed: Annotated[int, Option(help="Of sampling")] = 0,
     dtype: models.Dtype = "auto",
     device: models.Device = None,
-    as_json: Annotated[bool, Option("--json", help="One JSON object a line: prompt and completion")] = False,
+    as_json: Annotated[bool, Option("--json", help="One JSON object per line: prompt and completion")] = False,
 ) -> None:
-    """Generate text with an adapter: one answer a prompt, on stdout.
+    """Generate text with an adapter: one answer per prompt, on stdout.
 
     An adapter that `peft-talan train` made gets prompts in the form that it was trained on.
     """

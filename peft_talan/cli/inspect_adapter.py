@@ -24,7 +24,7 @@ def inspect(
     revision: Annotated[str | None, Option(help="Branch, tag or commit on the hub")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Show an adapter's axes, the sizes of both halves, its layers, base model and versions.
+    """Show an adapter's axes, the sizes of its LoRA weights and side path, its layers, base model and versions.
 
     It reads the configuration and the head of the weights file; the base model is not needed.
     """

@@ -32,9 +32,7 @@ class Sources:
     dataset_config: Annotated[
         str | None, Option(help="Configuration of a hub data set", show_default="its only one")
     ] = None
-    split: Annotated[str, Option("--dataset-train-split", "--split", help="Split of a hub data set to train on")] = (
-        "train"
-    )
+    split: Annotated[str, Option("--dataset-train-split", "--split", help="Training split of hub data")] = "train"
     eval_data: Annotated[
         str | None, Option("--eval-data", help="File or hub id to evaluate on", show_default="none")
     ] = None
@@ -122,13 +120,6 @@ def parse_layers(text: str) -> str | list[int] | list[float]:
         ) from None
 
 
-def _check_axes(axes: SidePathAxes) -> None:
-    try:
-        check_axes(axes)
-    except ValueError as error:
-        raise Misuse(str(error)) from None
-
-
 def _annotation(field: Field[Any], kind: Any) -> Any:
     """The type of a field with its option; that of an axis is made of its help and its choices."""
     if "help" not in field.metadata:
@@ -142,7 +133,7 @@ def _annotation(field: Field[Any], kind: Any) -> Any:
     return Annotated[kind, Option(**option)]
 
 
-def _parameters(group: type) -> list[inspect.Parameter]:
+def _parameters(group: Any) -> list[inspect.Parameter]:
     kinds = get_type_hints(group, include_extras=True)
     return [
         inspect.Parameter(
@@ -157,12 +148,11 @@ def _parameters(group: type) -> list[inspect.Parameter]:
 
 
 def with_groups(command: Callable[..., None]) -> Callable[..., None]:
-    """Turn each parameter of a command that is a dataclass into an option for each of its fields.
-
-    The axes among them are checked.
-    """
+    """Turn each parameter of a command that is a dataclass into an option for each of its fields, and check `axes`."""
     signature = inspect.signature(command, eval_str=True)
-    groups = {name: p.annotation for name, p in signature.parameters.items() if is_dataclass(p.annotation)}
+    groups: dict[str, Any] = {
+        name: p.annotation for name, p in signature.parameters.items() if is_dataclass(p.annotation)
+    }
     members = {name: _parameters(group) for name, group in groups.items()}
     parameters = [
         shown
@@ -174,8 +164,10 @@ def with_groups(command: Callable[..., None]) -> Callable[..., None]:
     def with_options(**options: Any) -> None:
         for name, group in groups.items():
             options[name] = group(**{member.name: options.pop(member.name) for member in members[name]})
-            if isinstance(options[name], SidePathAxes):
-                _check_axes(options[name])
+        try:
+            check_axes(options.get("axes", SidePathAxes()))
+        except ValueError as error:
+            raise Misuse(str(error)) from None
         command(**options)
 
     with_options.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]

@@ -51,7 +51,7 @@ def check_source(option: str, name: str, kind: Literal["model", "adapter", "data
         raise Misuse(missing)
     from huggingface_hub import HfApi, constants
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
-    from huggingface_hub.utils import httpx
+    from huggingface_hub.utils import httpx  # type: ignore[attr-defined]
 
     try:
         if not _is_cached(name, kind):

@@ -100,7 +100,7 @@ def train(
 ) -> None:
     """Fine-tune a TALAN adapter on your data with TRL's SFTTrainer, and save it.
 
-    Messages go through the chat template, texts never do; generate asks the adapter in the same form.
+    Messages go through the chat template, texts never do; generate prompts the adapter in the same form.
     Ctrl-C saves a checkpoint, and the same command with --resume goes on from it.
     For several GPUs and 4-bit bases use the recipe of the docs' page on training.
     """
@@ -116,7 +116,7 @@ def train(
     if resume and last is None:
         raise Misuse(f"--resume: {output} has no checkpoint; leave --resume out to begin")
     if last is not None and not resume and not overwrite:
-        raise Misuse(f"{output} has {last.name}; --resume goes on from it, --overwrite begins anew")
+        raise Misuse(f"{output} has {last.name}; --resume goes on from it, --overwrite starts over")
     check_output(output, overwrite or resume)
     need("train", "datasets", "trl")
     with stdout_kept_clean():

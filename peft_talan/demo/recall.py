@@ -63,16 +63,7 @@ def make_texts(task: Task, windows: int, rows: int, generator: torch.Generator) 
 
     `key`: an answer stands after a mark among the first tokens. `pairs`: three tokens at the start hold an answer for
     each of three names, and the question is about one name. `count`: up to 15 marks stand anywhere (14 in one window),
-    and their number is the answer.
-
-    Args:
-        task: Which task.
-        windows: The texts' length, in windows of 16 tokens.
-        rows: How many texts.
-        generator: What is drawn from.
-
-    Returns:
-        The token ids, [rows, windows * 16], and the answers' token ids, [rows].
+    and their number is the answer. Returned are token ids, [rows, windows * 16], and those of the answers, [rows].
     """
     length = windows * WINDOW
     tokens = torch.randint(FIRST_FILLER, FIRST_PAIR, (rows, length), generator=generator)
@@ -105,14 +96,9 @@ def answer_logits(model: Any, tokens: torch.Tensor) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class Training:
-    """How a model is trained.
+    """How a model is trained: with AdamW, a warm-up of a tenth of the steps and a linear decay.
 
-    Args:
-        steps: Optimizer steps.
-        learning_rate: The highest, after a warm-up of a tenth of the steps and before a linear decay.
-        batch_size: Texts per step. Default 32.
-        windows: The lengths to draw from, one for each step. Default `TRAINED_WINDOWS`.
-        seed: Of the texts and their order. Default 0.
+    Each step has `batch_size` texts of one of the lengths `windows`; the seed is that of the texts and their order.
     """
 
     steps: int

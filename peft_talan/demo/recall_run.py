@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ..config import TalanConfig
-from ..sft.comparison import BASE, LORA, TALAN, lora_options, trainable_parameters
+from ..sft.comparison import BASE, LORA, TALAN, lora_options
 from ..sft.display import make_figure, make_table, progress_bars
 from ..sft.intervals import Interval
 from .recall import ANSWERS, CHANCE, LONG_CONTEXT, REACH, WINDOW, Task, Training, pretrained, recall, train
@@ -34,13 +34,7 @@ MARKERS, LINES = "osD^vPX", (":", "-", "--", "-", "--", "-.", ":")
 
 @dataclass(frozen=True)
 class Recall:
-    """What one arm recalls.
-
-    Args:
-        arm: `BASE`, `LORA` or `TALAN`.
-        trainable: The number of trainable parameters.
-        shares: By distance in windows, the share of right answers with its interval.
-    """
+    """What one arm recalls: by distance in windows, the share of right answers with its interval."""
 
     arm: str
     trainable: int
@@ -57,10 +51,8 @@ def run_recall(steps: int, seed: int, console: Console, windows: Sequence[int] =
 
     The window model takes three times as many steps as each adapter.
     """
-    configurations = {
-        LORA: LoraConfig(**lora_options(RANK)),
-        TALAN: TalanConfig(**lora_options(RANK), **LONG_CONTEXT),
-    }
+    low_rank = lora_options(RANK)
+    configurations = {LORA: LoraConfig(**low_rank), TALAN: TalanConfig(**low_rank, **LONG_CONTEXT)}
     base_steps = BASE_STEPS_PER_STEP * steps
     totals = {BASE: base_steps, **dict.fromkeys(configurations, steps)}
     threads = torch.get_num_threads()
@@ -85,7 +77,7 @@ def run_recall(steps: int, seed: int, console: Console, windows: Sequence[int] =
             tuned = get_peft_model(model, configuration)
             training = Training(steps, LEARNING_RATE, BATCH_SIZE, seed=seed + 1)
             train(tuned, TASK, training, partial(report_loss, arm))
-            outcomes.append(measure(arm, tuned, trainable_parameters(tuned)))
+            outcomes.append(measure(arm, tuned, tuned.get_nb_trainable_parameters()[0]))
             model = tuned.unload()
     torch.set_num_threads(threads)
     return outcomes
@@ -93,7 +85,7 @@ def run_recall(steps: int, seed: int, console: Console, windows: Sequence[int] =
 
 def recall_table(outcomes: Sequence[Recall]) -> Table:
     """The table of recall by distance."""
-    title = f"Recall of a key among {ANSWERS} (chance {100 * CHANCE:.0f} %); {ROWS} texts a distance, 95% interval"
+    title = f"Recall of a key among {ANSWERS} (chance {100 * CHANCE:.0f} %); {ROWS} texts per distance, 95% interval"
     *near, last = outcomes[0].shares
     table = make_table(title, "distance in windows", "trainable", *map(str, (*near, last)))
     for outcome in outcomes:

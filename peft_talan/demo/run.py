@@ -19,14 +19,14 @@ import torch
 import transformers
 from rich.console import Console
 
-from ..sft.comparison import LORA, TALAN, Job, Outcome
+from ..sft.comparison import LORA, TALAN, Job
 from ..sft.display import make_console
 from ..sft.models import load_model, load_tokenizer
 from ..sft.reporting import compare_with_bars, comparison_table, difference_lines, draw_comparison
 from ..sft.scores import default_text, score_rows
 from ..version import __version__
+from . import DemoOptions
 from .base_model import default_model_folder
-from .options import DemoOptions
 from .recall_run import draw_recall, recall_difference, recall_table, run_recall
 from .tasks import make_rows
 
@@ -36,12 +36,8 @@ SYSTEM = "Give the answer alone."
 """For the default model, whose template would add a longer one, a fifth of all tokens; others may take none."""
 STARTING = 30.0
 """Seconds to import, load and save."""
-TRAINED_ROW, SCORED_ROW, RECALL_STEP, RECALL_SCORES = 3.6, 2.2, 1.0, 40.0
-"""What takes how many times as long as the score of a row by the base model: a row in training; a held-out row, scored
-with the base model and an adapter one after the other; one step of all models of the recall; all scores of the recall.
-Measured on SmolLM2-135M with one thread."""
 SLOWEST = 1.6
-"""Two trainings side by side can take that much longer than one alone."""
+"""How many times longer two trainings side by side can take than one alone."""
 
 
 def estimate_minutes(job: Job, options: DemoOptions) -> tuple[int, int]:
@@ -58,15 +54,12 @@ def estimate_minutes(job: Job, options: DemoOptions) -> tuple[int, int]:
     score_rows(model, tokenizer, sample)
     seconds = (time.perf_counter() - started) / len(sample)
     torch.set_num_threads(threads)
-    units = TRAINED_ROW * options.steps * options.batch_size + SCORED_ROW * options.held_out
-    units += RECALL_STEP * options.recall_steps + RECALL_SCORES if options.recall_steps else 0
-    total = STARTING + units * seconds
+    # In such times, measured on SmolLM2-135M with one thread: a row in training; a held-out row, scored with the base
+    # model and an adapter one after the other; the recall, by steps and for its own scores.
+    times = 3.6 * options.steps * options.batch_size + 2.2 * options.held_out
+    times += options.recall_steps + 40 if options.recall_steps else 0
+    total = STARTING + times * seconds
     return max(1, math.floor(total / 60)), math.ceil(SLOWEST * total / 60)
-
-
-def _right_question(job: Job, outcome: Outcome) -> str:
-    exact = outcome.scores.exact
-    return str(job.held_out.rows[exact.index(True) if any(exact) else 0]["prompt"][-1]["content"])
 
 
 def _generate(adapter: Path, model: str, question: str) -> str:
@@ -130,7 +123,9 @@ def run_demo(options: DemoOptions, axes: dict[str, Any]) -> None:
     (output / "results.json").write_text(json.dumps(results, indent=1), encoding="utf-8")
     draw_comparison(outcomes, output / "losses.png")
     adapter = Path(str(outcomes[-1].folder))
-    question = options.ask or _right_question(job, outcomes[-1])
+    exact = outcomes[-1].scores.exact
+    first_right = job.held_out.rows[exact.index(True) if any(exact) else 0]
+    question = options.ask or str(first_right["prompt"][-1]["content"])
     answer = _generate(adapter, job.model, question)
     console.print(f"{TALAN}, reloaded in a fresh process: {question!r} -> {answer!r}")
     pictures = "recall.png, losses.png" if options.recall_steps else "losses.png"

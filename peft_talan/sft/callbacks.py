@@ -30,11 +30,7 @@ class TrainingProgress(ProgressCallback):
 
 
 class StepReport(TrainerCallback):
-    """Collects the loss and the seconds of every step; Trainer must log each.
-
-    Args:
-        report: Called with the loss after each step.
-    """
+    """Collects the loss and the seconds of every step, and reports the loss; Trainer must log each."""
 
     def __init__(self, report: Callable[[float], None] = lambda loss: None) -> None:
         self.report = report
@@ -58,11 +54,7 @@ class StepReport(TrainerCallback):
 
 
 class StopOnInterrupt(TrainerCallback):
-    """Lets the first Ctrl-C finish its step and save a checkpoint; the second one stops at once.
-
-    Args:
-        report: Called with the line that says so.
-    """
+    """Lets the first Ctrl-C finish its step and save a checkpoint, and says so; the second one stops at once."""
 
     def __init__(self, report: Callable[[str], None]) -> None:
         self.report = report
@@ -90,11 +82,7 @@ class StopOnInterrupt(TrainerCallback):
 
 
 class SavePromptForm(TrainerCallback):
-    """Stores the form of the prompts in every checkpoint.
-
-    Args:
-        form: The form.
-    """
+    """Stores the form of the prompts in every checkpoint."""
 
     def __init__(self, form: PromptForm) -> None:
         self.form = form

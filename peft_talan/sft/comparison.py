@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, wait
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -81,7 +81,7 @@ class Job:
         lora = LoraConfig(**lora_options(self.rank))
         if arm == LORA:
             return lora
-        sizes = [trainable_parameters(self.adapted_shapes(config)) for config in (talan, lora)]
+        sizes = [self.adapted_shapes(config).get_nb_trainable_parameters()[0] for config in (talan, lora)]
         return LoraConfig(**lora_options(math.ceil(self.rank * sizes[0] / sizes[1])))
 
     def check(self) -> None:
@@ -109,25 +109,20 @@ class Outcome:
     scores: Scores
     text_loss: float
     trainable: int = 0
-    losses: Sequence[float] = field(default=())
+    losses: Sequence[float] = ()
     seconds: float = 0.0
     folder: str | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """The outcome as JSON can hold it."""
         measured = {"loss": self.scores.loss, "exact_match": self.scores.exact_match, "text_loss": self.text_loss}
-        trained = {"trainable": self.trainable, "seconds_a_step": self.seconds, "losses": list(self.losses)}
+        trained = {"trainable": self.trainable, "seconds_per_step": self.seconds, "losses": list(self.losses)}
         return {"arm": self.arm, "seed": self.seed, **measured, **trained, "adapter": self.folder}
 
 
 def lora_options(rank: int) -> dict[str, Any]:
     """The options of LoRA in every arm, by their names in `LoraConfig`."""
     return {"r": rank, "lora_alpha": 2 * rank, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
-
-
-def trainable_parameters(model: torch.nn.Module) -> int:
-    """The number of trainable parameters of a model."""
-    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
 
 
 def run_arm(job: Job, arm: str, seed: int, name: str, report: Callable[[str, int], None]) -> Outcome:
@@ -141,7 +136,7 @@ def run_arm(job: Job, arm: str, seed: int, name: str, report: Callable[[str, int
         steps = StepReport(lambda loss: report(f"loss {loss:.3f}", 1))
         folder = Path(job.output, name)
         set_seed(seed)
-        trainer = make_trainer(
+        trainer: Any = make_trainer(
             model,
             tokenizer,
             job.rows,
@@ -154,7 +149,7 @@ def run_arm(job: Job, arm: str, seed: int, name: str, report: Callable[[str, int
         save(trainer, job.rows, folder)
         model = trainer.model.eval()
         trained = {"losses": steps.losses, "seconds": statistics.median(steps.seconds), "folder": str(folder)}
-        trained["trainable"] = trainable_parameters(model)
+        trained["trainable"] = model.get_nb_trainable_parameters()[0]
     report("scores", 0)
     scores = score_rows(model, tokenizer, job.held_out.rows, max_length=int(job.arguments.get("max_length", 1024)))
     outcome = Outcome(arm, seed, scores, text_loss(model, tokenizer, job.text), **trained)

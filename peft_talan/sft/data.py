@@ -84,12 +84,12 @@ def _json_rows(path: Path) -> Iterator[tuple[str, Any]]:
         for number, raw in enumerate([file.read()] if is_array else file, start=1):
             try:
                 text = raw.decode("utf-8-sig" if number == 1 else "utf-8").rstrip()
-                value = json.loads(text) if text.strip() else None
+                value: Any = json.loads(text) if text.strip() else None
             except UnicodeDecodeError as error:
                 place = f"{path}:{number}"
                 raise DataError(f"{place}: not UTF-8 text (byte {error.start + 1}); save the file as UTF-8") from None
             except json.JSONDecodeError as error:
-                place, remedy = f"{path}:{number + error.lineno - 1}", "" if is_array else "; give one object a line"
+                place, remedy = f"{path}:{number + error.lineno - 1}", "" if is_array else "; give one object per line"
                 raise DataError(f"{place}: not JSON ({error.msg}, column {error.colno}){remedy}") from None
             if is_array:
                 yield from ((f"{path}, item {item}", row) for item, row in enumerate(value, start=1))

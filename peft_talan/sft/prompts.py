@@ -55,14 +55,11 @@ class PromptForm:
     @classmethod
     def load(cls, adapter: str) -> PromptForm | None:
         """Read the form from an adapter's folder or hub id; None if something else trained the adapter."""
-        file = cached_file(
-            adapter,
-            PROMPT_FORM_FILE,
-            _raise_exceptions_for_missing_entries=False,
-            _raise_exceptions_for_connection_errors=False,
-            _raise_exceptions_for_gated_repo=False,
-        )
-        return None if file is None else cls(**json.loads(Path(file).read_text(encoding="utf-8")))
+        try:
+            file = str(cached_file(adapter, PROMPT_FORM_FILE))
+        except OSError:  # There is none, or no hub to look at.
+            return None
+        return cls(**json.loads(Path(file).read_text(encoding="utf-8")))
 
 
 def _from_template(

@@ -91,7 +91,7 @@ def comparison_table(outcomes: Sequence[Outcome]) -> Table:
 
 
 def difference_lines(outcomes: Sequence[Outcome]) -> list[str]:
-    """What every arm differs from LoRA by, a line each.
+    """What every arm differs from LoRA by, one line each.
 
     It is called better or worse where the interval excludes zero, if there are enough seeds and rows.
     """

@@ -5,12 +5,12 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from datasets import Dataset
 from peft import PeftConfig
-from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback
 from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl.chat_template_utils import get_training_chat_template, has_generation_markers
@@ -55,10 +55,11 @@ def describe_lengths(tokenizer: PreTrainedTokenizerBase, rows: Rows, max_length:
         raise DataError(f"{rows.source}: every prompt has {max_length} tokens or more; raise max_length={max_length}")
     lines = []
     if cut:
-        longest, place = max(zip((len(p) + len(c) for p, c in encoded), rows.places, strict=True))
+        lengths = [len(prompt) + len(completion) for prompt, completion in encoded]
+        longest = max(lengths)
         lines.append(
             f"{len(cut)} of {len(rows)} rows are longer than max_length={max_length} and are cut there (the longest: "
-            f"{longest:,} tokens, {place})"
+            f"{longest:,} tokens, {rows.places[lengths.index(longest)]})"
         )
     if lost:
         lines.append(f"{len(lost)} of these have no token of the completion left and are left out (first: {lost[0]})")
@@ -86,9 +87,9 @@ def check_assistant_marks(tokenizer: PreTrainedTokenizerBase) -> None:
 
 def set_side_path_rate(trainer: Trainer, scale: float) -> None:
     """Let the side path of a trainer's model learn at `scale` times the trainer's learning rate, before it trains."""
-    arguments = trainer.args
-    groups = talan_param_groups(trainer.model, arguments.learning_rate, scale, arguments.weight_decay)
-    optimizer, options = trainer.get_optimizer_cls_and_kwargs(arguments, trainer.model)
+    arguments, model = trainer.args, cast(PreTrainedModel, trainer.model)
+    groups = talan_param_groups(model, arguments.learning_rate, scale, arguments.weight_decay)
+    optimizer, options = trainer.get_optimizer_cls_and_kwargs(arguments, model)
     trainer.optimizer_cls_and_kwargs = (optimizer, {**options, "params": groups})
 
 

@@ -23,15 +23,7 @@ LIVE = (
 
 
 def check_mergeable(model: nn.Module, adapter_names: Collection[str]) -> None:
-    """Refuse adapters with a NaN or an infinity in either half.
-
-    Args:
-        model: The model with the adapters.
-        adapter_names: The adapters to check.
-
-    Raises:
-        ValueError: A tensor of theirs is not finite.
-    """
+    """Refuse adapters with a NaN or an infinity in either half."""
     for place, module in model.named_modules():
         for part in module.adapter_layer_names if isinstance(module, BaseTunerLayer) else ():
             for name, parameter in getattr(module, part).named_parameters():
