@@ -13,8 +13,8 @@ import peft_talan
 from peft_talan.private_names import ATTRIBUTES, FUNCTIONS, METHODS, UNDOCUMENTED
 
 ROOT = Path(peft_talan.__file__).parent
-ELSEWHERE = {"cli", "serving", "private_names.py"}
-"""The command line, and what belongs to vLLM and continuous batching."""
+ELSEWHERE = {"cli", "private_names.py"}
+"""The command line."""
 
 
 def resolve(name: str) -> object:
