@@ -14,7 +14,6 @@ from peft_talan.private_names import ATTRIBUTES, FUNCTIONS, METHODS, UNDOCUMENTE
 
 ROOT = Path(peft_talan.__file__).parent
 ELSEWHERE = {"private_names.py"}
-"""The command line, and what belongs to vLLM and continuous batching."""
 
 
 def resolve(name: str) -> object:

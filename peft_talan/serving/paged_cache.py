@@ -125,14 +125,7 @@ class _CacheCopy:
 
 
 def page_pools(cache: Any) -> PagePools:
-    """Find the states of a paged cache's pages, or create them; they follow copies of its pages from then on.
-
-    Args:
-        cache: The cache.
-
-    Returns:
-        The states, which live as long as the cache.
-    """
+    """The states of a paged cache's pages, which follow copies of the pages and live as long as the cache."""
     copy: _CacheCopy = vars(cache).get("perform_cache_copy") or _follow_copies(cache)
     return copy.pools
 

@@ -139,13 +139,7 @@ class PagePools:
         return pool
 
     def copy_pages(self, block_indices: list[int], source: list[int], target: list[int]) -> None:
-        """Copy the states of some pages.
-
-        Args:
-            block_indices: The blocks whose keys were copied.
-            source: The pages that were copied.
-            target: Where to.
-        """
+        """Copy the states of some pages at the blocks whose keys were copied."""
         for (block_index, _), pool in self.pools.items():
             if block_index in block_indices:
                 rows = torch.tensor([source, target], device=pool.device)
