@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft import get_peft_model
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
@@ -97,7 +98,7 @@ def test_chunks_through_a_bounded_cache_answer_as_one_forward_does() -> None:
     base = recall.pretrained("key", 0, 1)
     adapter, axes = one_run.ARMS["TALAN, all blocks"]
     config = one_run.make_config(adapter, base, 2, "all-linear", {**axes, "init_talan_weights": False})
-    model = one_run.get_peft_model(base, config).eval()
+    model = get_peft_model(base, config).eval()
     sizes = []
     for windows in (8, 24):
         tokens, _ = recall.make_texts("key", windows, 3, torch.Generator().manual_seed(0))
