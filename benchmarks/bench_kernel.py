@@ -53,7 +53,7 @@ def remix_calls(
     """The forward pass without gradients, and the forward and backward pass, of one implementation."""
     parameters = mixer_parameters(mixer)
     values, queries = torch.randn(1, tokens, WIDTH), torch.randn(1, tokens, WIDTH)
-    weights = fused.slot_weights(torch.randn(1, tokens, SLOTS), None)
+    weights = reference.slot_weights(torch.randn(1, tokens, SLOTS), None)
     inputs = [tensor.requires_grad_() for tensor in (values, queries, weights)]
     direction = torch.randn(1, tokens, WIDTH)
 

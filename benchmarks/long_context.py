@@ -81,7 +81,7 @@ def drift(tokens: int, seed: int) -> Row:
         parameters.read.double(), tuple(tensor.double() for tensor in parameters.mixer), parameters.write.double()
     )
     options = SidePathOptions()
-    memory = LatentMemory(static=False, recorded=False)
+    memory = LatentMemory(static=False, max_recorded=0)
     exact = torch.zeros(1, SLOTS, WIDTH + 1, dtype=torch.float64)
     # A mean beside the noise, so that the sums have a direction to grow in, and the slots differ.
     mean = torch.randn(DRIFT_HIDDEN_SIZE, generator=generator)

@@ -25,7 +25,7 @@ from runs import write_json
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig
 
 from peft_talan import TalanConfig
-from peft_talan.functional.chunked import CHUNK
+from peft_talan.functional.chunked import CHUNK_SIZE
 
 RESULTS = Path(__file__).parent / "results" / "roofline.json"
 SLOTS, WIDTH = 8, 32
@@ -55,7 +55,7 @@ def side_path_operations(hidden_size: int, decoding: bool) -> int:
     """Floating-point operations per token: the two projections, and the memory (2 per multiply-add)."""
     projections = 2 * hidden_size * (3 * WIDTH + SLOTS) + 2 * hidden_size
     rank_one_and_read = 6 * SLOTS * WIDTH
-    inside_the_chunk = 0 if decoding else 4 * CHUNK * (WIDTH + SLOTS)
+    inside_the_chunk = 0 if decoding else 4 * CHUNK_SIZE * (WIDTH + SLOTS)
     return projections + rank_one_and_read + inside_the_chunk
 
 

@@ -11,7 +11,6 @@ from peft import PeftConfig, get_peft_model
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from peft_talan.demo.recall import take_step, warm_up_and_decay
 from peft_talan.sft import prompts
 from peft_talan.sft.prompts import Encoded
 from peft_talan.sft.scores import pad_batch
@@ -44,6 +43,29 @@ def adapted(base: Any, config: PeftConfig | None) -> Iterator[Any]:
         yield model
     finally:
         model.unload()
+
+
+def warm_up_and_decay(optimizer: torch.optim.Optimizer, steps: int) -> torch.optim.lr_scheduler.LRScheduler:
+    """Raise the learning rate in the first tenth of the steps, then lower it linearly to zero."""
+    warm_up = max(1, steps // 10)
+    return torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min((step + 1) / warm_up, (steps - step) / max(1, steps - warm_up))
+    )
+
+
+def take_step(
+    model: torch.nn.Module,
+    loss: torch.Tensor,
+    optimizer: torch.optim.Optimizer,
+    schedule: torch.optim.lr_scheduler.LRScheduler,
+) -> float:
+    """Take one optimizer step with gradients of norm 1 at most; return the loss."""
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+    schedule.step()
+    optimizer.zero_grad()
+    return float(loss.detach())
 
 
 def train(

@@ -1,17 +1,25 @@
 """TALAN for PEFT: a sequence-conditioned latent side path in the residual stream, beside a low-rank adapter.
 
-Importing this package registers the tuner with PEFT; `get_peft_model(model, TalanConfig(...))` then works as for LoRA.
+Importing this package registers the tuner with PEFT as soon as PEFT is imported, and imports neither PEFT nor torch
+itself: its names do, when they are first used. `get_peft_model(model, TalanConfig(...))` then works as for LoRA.
 """
 
-from .checkpoint.lora import export_lora, warm_start
-from .config import TalanConfig
-from .serving.continuous_batching import check_managers
-from .tuner.layer import TalanLayer
-from .tuner.model import TalanModel
-from .tuner.registry import register_talan
-from .tuner.strength import set_talan_strength, talan_strength
-from .tuner.trainability import set_trainable, talan_param_groups
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from .autoload import register, wait_for_peft
 from .version import __version__
+
+if TYPE_CHECKING:
+    from .checkpoint.lora import export_lora, warm_start
+    from .config import TalanConfig
+    from .tuner.layer import TalanLayer
+    from .tuner.model import TalanModel
+    from .tuner.registry import register_talan
+    from .tuner.strength import set_talan_strength, talan_strength
+    from .tuner.trainability import set_trainable, talan_param_groups
 
 __all__ = [
     "TalanConfig",
@@ -27,5 +35,31 @@ __all__ = [
     "warm_start",
 ]
 
-register_talan()
-check_managers()
+_MODULES = {
+    "TalanConfig": "config",
+    "TalanLayer": "tuner.layer",
+    "TalanModel": "tuner.model",
+    "export_lora": "checkpoint.lora",
+    "register_talan": "tuner.registry",
+    "set_talan_strength": "tuner.strength",
+    "set_trainable": "tuner.trainability",
+    "talan_param_groups": "tuner.trainability",
+    "talan_strength": "tuner.strength",
+    "warm_start": "checkpoint.lora",
+}
+"""Where each name that is imported on its first use is defined."""
+
+if not TYPE_CHECKING:  # A type checker would take every misspelt name for one that this function returns.
+
+    def __getattr__(name: str) -> Any:
+        if name not in _MODULES:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        register()
+        return globals().setdefault(name, getattr(import_module(f"{__name__}.{_MODULES[name]}"), name))
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+wait_for_peft()

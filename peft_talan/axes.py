@@ -1,6 +1,6 @@
 """The axes of the side path as a plain dataclass: names, types, defaults, help and bounds.
 
-It uses the standard library alone: the command line reads this file without the package, whose import costs seconds.
+It uses the standard library alone: the command line offers these options without importing torch.
 """
 
 from __future__ import annotations
@@ -62,6 +62,24 @@ def refusal(name: str, value: object, remedy: str) -> ValueError:
         The error, to be raised.
     """
     return ValueError(f"{name}={value!r}: {remedy}")
+
+
+def check_causal(scope: str, adapter_name: str | None = None) -> None:
+    """Refuse to generate with a memory that holds later tokens.
+
+    Args:
+        scope: An adapter's memory scope.
+        adapter_name: The adapter's name, if it is known. Default None.
+
+    Raises:
+        ValueError: The scope is not causal.
+    """
+    if scope != "causal":
+        owner = "" if adapter_name is None else f" of adapter {adapter_name!r}"
+        raise ValueError(
+            f"talan_memory_scope={scope!r}{owner} can't generate: later tokens would change the memory of earlier "
+            "ones; train an adapter with 'causal', or pass use_cache=False for features"
+        )
 
 
 def plain_value(value: object) -> object:

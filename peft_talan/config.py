@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from os import PathLike
 from typing import Any
@@ -55,9 +55,12 @@ class TalanRuntimeConfig(LoraRuntimeConfig):
     Args:
         checkpoint (CheckpointLocation | None): The checkpoint that the configuration was loaded with and that PEFT
             loads next, filled in by `TalanConfig.from_pretrained`. Default None.
+        after_save (Callable | None): What a model with the adapter does with the folder that PEFT has saved it to.
+            Default None.
     """
 
     checkpoint: CheckpointLocation | None = None
+    after_save: Callable[[str], None] | None = None
 
 
 @dataclass
@@ -90,8 +93,6 @@ class TalanConfig(SidePathAxes, LoraConfig):
         talan_blocks (str | None): The name of the `nn.ModuleList` that holds the blocks, such as
             `"model.layers"`, if it can't be found. Default None.
         talan_hidden_size (int | None): H, the width of the residual stream, if it can't be found. Default None.
-        talan_kept (bool): Whether the side path belongs to the model in whose folder it lies; `merge_and_unload()`
-            sets it, leave it at False. Default False.
         talan_version (str | None): The version of this package that made the adapter, filled in by itself.
             Default None.
 
@@ -108,9 +109,6 @@ class TalanConfig(SidePathAxes, LoraConfig):
     init_talan_weights: bool = field(default=True, metadata={"help": "Whether the write-back starts at zero."})
     talan_blocks: str | None = field(default=None, metadata={"help": "Name of the ModuleList that holds the blocks."})
     talan_hidden_size: int | None = field(default=None, metadata={"help": "Width of the residual stream."})
-    talan_kept: bool = field(
-        default=False, metadata={"help": "Whether merge_and_unload() made it a part of the model beside it."}
-    )
     talan_version: str | None = field(default=None, metadata={"help": "peft_talan version, leave empty to auto-fill."})
     runtime_config: LoraRuntimeConfig = field(
         default_factory=TalanRuntimeConfig, metadata={"help": "What is not saved with the adapter."}
@@ -165,6 +163,18 @@ class TalanConfig(SidePathAxes, LoraConfig):
         location = CheckpointLocation(str(pretrained_model_name_or_path), given, config._fields_of_checkpoint())
         config.runtime_config = TalanRuntimeConfig(checkpoint=location)
         return config
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """Write the configuration into a folder; of a model that PEFT saves it is the last file but the card.
+
+        Args:
+            save_directory: The folder.
+            **kwargs: What PEFT passes as it saves a model.
+        """
+        super().save_pretrained(save_directory, **kwargs)
+        after_save = getattr(self.runtime_config, "after_save", None)
+        if after_save is not None and "auto_mapping_dict" in kwargs:
+            after_save(save_directory)
 
     def checkpoint_to_load(self) -> CheckpointLocation | None:
         """Where the tensors lie that PEFT is about to load.
@@ -221,8 +231,6 @@ class TalanConfig(SidePathAxes, LoraConfig):
         check_axes(self)
         if not isinstance(self.init_talan_weights, bool):
             raise refusal("init_talan_weights", self.init_talan_weights, "give True or False")
-        if not isinstance(self.talan_kept, bool):
-            raise refusal("talan_kept", self.talan_kept, "leave it at False; merge_and_unload() sets it")
         if self.talan_blocks is not None and (not isinstance(self.talan_blocks, str) or not self.talan_blocks):
             raise refusal(
                 "talan_blocks", self.talan_blocks, "give the ModuleList's name such as 'model.layers', or None"

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import peft_talan
 from peft_talan import export_lora
 
 from .small_models import make_base, make_model, make_tokens
@@ -20,12 +21,24 @@ ORDERS = {
     # Python imports a package before its submodule, so this is also the order of `import peft`.
     "a submodule of peft first": "from peft.utils import PeftType\nimport peft, torch",
     "transformers first": "import transformers\nimport torch\nimport peft",
+    "this package first": "import peft_talan\nassert not {'torch', 'peft'} & set(sys.modules)\nimport peft, torch",
+    # It imports PEFT itself, and is not whole when PEFT is.
+    "a module of this package first": "import peft_talan.tuner.model\nimport peft, torch",
+    "a name of this package first": "from peft_talan import TalanConfig\nimport peft, torch",
+    "this package while peft is half imported": """
+class Importer:
+    def find_spec(name, *rest):
+        if name.startswith("peft."):
+            import peft_talan.axes
+sys.meta_path.insert(0, Importer)
+import peft, torch
+""",
 }
 REGISTERED = """
 config = peft.PeftConfig.from_pretrained("adapter")
 print(type(config).__name__, peft.PEFT_TYPE_TO_TUNER_MAPPING[config.peft_type].__name__)
 print(type(peft.__loader__) is type(torch.__loader__))
-print(any(finder.__class__.__module__ == "peft_talan_autoload" for finder in sys.meta_path))
+print(any(finder.__class__.__module__ == "peft_talan.autoload" for finder in sys.meta_path))
 importlib.reload(peft)
 """
 LOADED = """
@@ -34,6 +47,20 @@ model = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("bas
 expected = torch.load("expected.pt")
 with torch.no_grad():
     print(torch.equal(model(expected["tokens"]).logits, expected["logits"]))
+"""
+
+
+MERGED = """
+{first}
+import sys
+early = {{"peft", "peft_talan.tuner.merged"}} & set(sys.modules)
+import torch
+from transformers import AutoModelForCausalLM
+expected = torch.load("expected.pt")
+with torch.no_grad():
+    loaded = AutoModelForCausalLM.from_pretrained("merged").eval()(expected["tokens"]).logits
+torch.testing.assert_close(loaded, expected["logits"])
+print(early)
 """
 
 
@@ -50,7 +77,7 @@ def run(script: str, folder: Path, **environment: str) -> subprocess.CompletedPr
 @pytest.fixture(scope="module", autouse=True)
 def _installed() -> None:
     names = [point.value for point in entry_points(group="torch.backends")]
-    assert "peft_talan_autoload:prepare" in names, "these tests need the package installed: pip install -e ."
+    assert "peft_talan.autoload:prepare" in names, "these tests need the package installed: pip install -e ."
 
 
 @pytest.fixture(scope="module")
@@ -62,6 +89,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model.save_pretrained(folder / "adapter")
     with torch.no_grad():
         torch.save({"tokens": make_tokens(), "logits": model(make_tokens()).logits}, folder / "expected.pt")
+    model.merge_and_unload().save_pretrained(folder / "merged")
     return folder
 
 
@@ -85,18 +113,56 @@ print("TALAN" in peft.PeftType.__members__)
     assert run(script, tmp_path, PEFT_TALAN_AUTOLOAD="0").stdout.split() == ["False", "False", "True"]
 
 
-def test_torch_alone_imports_nothing_of_ours(tmp_path: Path) -> None:
-    script = "import torch, sys; print(*[name in sys.modules for name in ('peft', 'peft_talan', 'transformers')])"
+def test_the_command_line_and_the_axes_are_imported_without_torch(tmp_path: Path) -> None:
+    script = """
+import sys
+import peft_talan.autoload, peft_talan.axes, peft_talan.cli, peft_talan.version
+print(*{"torch", "peft", "transformers", "numpy"} & set(sys.modules), peft_talan.__version__)
+print("TalanConfig" in dir(peft_talan), hasattr(peft_talan, "no_such_name"), "peft" in sys.modules)
+"""
+    assert run(script, tmp_path).stdout.split() == [peft_talan.__version__, "True", "False", "False"]
+
+
+def test_every_name_of_the_package_is_there() -> None:
+    for name in peft_talan.__all__:
+        assert getattr(peft_talan, name) is getattr(peft_talan, name)
+    with pytest.raises(AttributeError, match="no_such_name"):
+        peft_talan.no_such_name  # noqa: B018
+
+
+# transformers imports torch at the top of modeling_utils, if nothing has imported it before.
+@pytest.mark.parametrize("first", ["import torch", "import transformers.modeling_utils"])
+def test_transformers_alone_loads_a_merged_model_and_imports_peft_for_nothing_else(first: str, saved: Path) -> None:
+    finished = run(MERGED.format(first=first), saved)
+    assert finished.stdout.strip() == "set()", finished.stderr
+
+
+@pytest.mark.parametrize("environment", [{}, {"PEFT_TALAN_AUTOLOAD": "0"}], ids=["waiting", "switched off"])
+def test_this_package_after_transformers_loads_a_merged_model(environment: dict[str, str], saved: Path) -> None:
+    script = MERGED.format(first="import transformers.modeling_utils\nimport peft_talan")
+    finished = run(script, saved, **environment)
+    assert finished.stdout.strip() == "set()", finished.stderr
+
+
+def test_a_program_without_this_package_does_not_run_a_merged_model_without_its_side_path(saved: Path) -> None:
+    finished = run(MERGED.format(first=""), saved, PEFT_TALAN_AUTOLOAD="0")
+    assert finished.stderr.strip().endswith("ValueError: Unknown fusion type: talan")
+
+
+def test_torch_alone_imports_neither_peft_nor_the_tuner(tmp_path: Path) -> None:
+    script = (
+        "import torch, sys; print(*[name in sys.modules for name in ('peft', 'peft_talan.tuner', 'transformers')])"
+    )
     assert run(script, tmp_path).stdout.split() == ["False", "False", "False"]
 
 
-def test_without_this_package_there_is_one_warning_and_an_exported_half_loads(saved: Path) -> None:
+def test_without_the_tuner_there_is_one_warning_and_an_exported_half_loads(saved: Path) -> None:
     with pytest.warns(UserWarning, match="not equivalent"):
         export_lora(make_model("qwen3", dtype=torch.float32), saved / "lora")
     # One function registers, whatever the order; here it fails in the middle of PEFT's own import.
     script = """
 import sys
-sys.modules["peft_talan"] = None
+sys.modules["peft_talan.tuner"] = None
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 print(type(PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("base"), "lora").base_model).__name__)
@@ -106,9 +172,9 @@ print(type(PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("base"
     assert finished.stderr.count("peft_talan could not register itself") == 1
 
 
-def test_import_of_torch_loads_this_one_module_more(tmp_path: Path) -> None:
+def test_import_of_torch_loads_three_small_modules_more(tmp_path: Path) -> None:
     # Whatever else it imports is loaded already when torch reaches its entry points, so a program that never uses
-    # PEFT pays for executing one small file.
+    # PEFT pays for executing three small files.
     script = """
 import sys, torch
 before = set(sys.modules)
@@ -120,4 +186,4 @@ point.load()()
 print(*sorted(set(sys.modules) - before))
 """
     finished = run(script, tmp_path, TORCH_DEVICE_BACKEND_AUTOLOAD="0")
-    assert finished.stdout.split() == ["peft_talan_autoload"], finished.stderr
+    assert finished.stdout.split() == ["peft_talan", "peft_talan.autoload", "peft_talan.version"], finished.stderr

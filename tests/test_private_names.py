@@ -13,8 +13,8 @@ import peft_talan
 from peft_talan.private_names import ATTRIBUTES, FUNCTIONS, METHODS, UNDOCUMENTED
 
 ROOT = Path(peft_talan.__file__).parent
-ELSEWHERE = {"autoload", "cli", "serving", "private_names.py"}
-"""Programs, which import neither PEFT nor this package at once, and what belongs to vLLM and continuous batching."""
+ELSEWHERE = {"cli", "serving", "private_names.py"}
+"""The command line, and what belongs to vLLM and continuous batching."""
 
 
 def resolve(name: str) -> object:

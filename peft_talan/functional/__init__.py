@@ -1,1 +1,1 @@
-"""The mathematics of the side path: `reference` to read, `fused` to run; same names, same signatures."""
+"""The mathematics of the side path: `reference` to read, `fused`, `one_token` and `ragged` to run."""

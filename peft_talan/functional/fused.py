@@ -1,14 +1,14 @@
 """The side path as few and large operations: the fast twin of `peft_talan.functional.reference`.
 
-Same names, same signatures, same results up to rounding. The causal memory never exists as a [tokens, slots, width]
-tensor (see `chunked`), and one decoded token is a rank-one update of the memory and a read.
+`read`, `remix`, `write_back` and `side_path` take the arguments of their readable twins and return the same up to
+rounding; `alpha` is a number here. The causal memory never exists as a [tokens, slots, width] tensor of all tokens
+(see `chunked` and `recomputed`). One decoded token is a rank-one update of the state and a read.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
 
 import torch
 from torch.autograd import forward_ad
@@ -18,17 +18,19 @@ from . import reference
 from .chunked_autograd import ChunkwiseRemix
 from .parameters import (
     NORM_EPSILON,
-    SMALLEST_DENOMINATOR,
-    SOFT_CAP,
+    RemixInputs,
     SidePathOptions,
     SidePathOutput,
     SidePathParameters,
     full_precision,
+    mean_of,
     working_dtype,
 )
 from .recomputed import recomputed_remix
-from .writeback import WRITEBACK_RULES as READABLE_RULES
-from .writeback import scale_gradient
+from .records import TokenRecord
+from .records import memory_after as memory_after
+from .reference import slot_weights
+from .writeback import WRITEBACK_RULES, required_gate, scale_gradient
 
 
 def _inverse_rms(hidden_states: torch.Tensor) -> torch.Tensor:
@@ -38,21 +40,13 @@ def _inverse_rms(hidden_states: torch.Tensor) -> torch.Tensor:
 
 
 def read(hidden_states: torch.Tensor, weight: torch.Tensor, slots: int) -> tuple[torch.Tensor, ...]:
-    """Project the normalised residual stream; see `reference.read`.
-
-    The norm of a token is one number, so it scales the small projection instead of the hidden state.
-    """
+    """Project the normalised residual stream; see `reference.read`."""
     dtype = working_dtype(hidden_states.dtype)
     hidden_states = hidden_states.to(dtype)
+    # The norm of a token is one number, so it scales the small projection instead of the hidden state.
     projected = F.linear(hidden_states, weight.to(dtype)) * _inverse_rms(hidden_states)
     width = (weight.shape[0] - slots) // 2
     return projected.split([width, width, slots], dim=-1)
-
-
-def slot_weights(logits: torch.Tensor, valid: torch.Tensor | None) -> torch.Tensor:
-    """Turn slot logits into positive weights; see `reference.slot_weights`."""
-    weights = torch.exp(SOFT_CAP * torch.tanh(logits / SOFT_CAP))
-    return weights if valid is None else weights * valid.unsqueeze(-1)
 
 
 def read_mean(
@@ -63,122 +57,69 @@ def read_mean(
     Args:
         mean: mu, [batch, slots, width].
         queries: q, [batch, tokens, width].
-        mixer: One of `reference.MIXER_RULES`.
+        mixer: One of `reference.READ_RULES`.
         parameters: The mixer's tensors.
 
     Returns:
         r, [batch, tokens, width].
     """
-    parameters = tuple(tensor.to(mean.dtype) for tensor in parameters)
+    parameter = parameters[0].to(mean.dtype)
     if mixer == "linear":
-        return torch.bmm(queries @ parameters[0], mean)
+        return torch.bmm(queries @ parameter, mean)
     if mixer == "mlp":
         mean = reference.remix_slots(mean, parameters)
-    scores = torch.baddbmm(parameters[0], queries, mean.mT, alpha=1 / math.sqrt(queries.shape[-1]))
+    scores = torch.baddbmm(parameter, queries, mean.mT, alpha=1 / math.sqrt(queries.shape[-1]))
     return torch.bmm(scores.softmax(-1), mean)
 
 
-class Remix(NamedTuple):
-    """The arguments of a remix, which every rule takes; see `reference.remix`.
-
-    Args:
-        values: z, [batch, tokens, width].
-        queries: q, [batch, tokens, width].
-        weights: e, [batch, tokens, slots].
-        mixer: One of `reference.MIXER_RULES`.
-        parameters: The mixer's tensors.
-        segment_ids: [batch, tokens] or None.
-        state: The memory of earlier tokens, [batch, slots, width + 1]; None: empty.
-    """
-
-    values: torch.Tensor
-    queries: torch.Tensor
-    weights: torch.Tensor
-    mixer: str
-    parameters: tuple[torch.Tensor, ...]
-    segment_ids: torch.Tensor | None
-    state: torch.Tensor | None
-
-    @property
-    def state_or_zeros(self) -> torch.Tensor:
-        """The memory of earlier tokens, or an empty one."""
-        if self.state is not None:
-            return self.state
-        slots, width = self.weights.shape[2], self.values.shape[2]
-        return self.values.new_zeros(self.values.shape[0], slots, width + 1)
-
-    def read(self, memory: torch.Tensor) -> torch.Tensor:
-        """Read N and D, [batch, slots, width + 1], by all tokens: r, [batch, tokens, width]."""
-        width = self.queries.shape[-1]
-        mean = memory[..., :width] / memory[..., width:].clamp_min(SMALLEST_DENOMINATOR)
-        return read_mean(mean.to(self.queries.dtype), self.queries, self.mixer, self.parameters)
+def _read_state(inputs: RemixInputs, state: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Read one state, [batch, slots, width + 1], by all tokens: r, [batch, tokens, width], and the state."""
+    _, queries, _, mixer, parameters, _, _ = inputs
+    return read_mean(mean_of(state).to(queries.dtype), queries, mixer, parameters), state
 
 
-def _remix_one_token(call: Remix) -> tuple[torch.Tensor, torch.Tensor]:
-    """A rank-one update of the memory and a read."""
-    padded, state = F.pad(call.values, (0, 1), value=1.0), call.state
+def remix_one_token(inputs: RemixInputs) -> tuple[torch.Tensor, torch.Tensor]:
+    """A rank-one update of the state and a read."""
+    values, _, weights, _, _, segment_ids, state = inputs
+    column, padded = weights.mT, F.pad(values, (0, 1), value=1.0)
     if state is None:
-        memory = call.weights.mT * padded
-    else:
-        if call.segment_ids is not None:
-            state = state * (call.segment_ids == 0).unsqueeze(-1)
-        memory = torch.addcmul(state, call.weights.mT, padded)
-    return call.read(memory), memory
+        return _read_state(inputs, column * padded)
+    if segment_ids is not None:
+        state = state * (segment_ids == 0).unsqueeze(-1)
+    return _read_state(inputs, torch.addcmul(state, column, padded))
 
 
-def _remix_bidirectional(call: Remix) -> tuple[torch.Tensor, torch.Tensor]:
-    """One memory a segment; without segments, one for all tokens."""
-    values, queries, weights, mixer, parameters, segment_ids, state = call
-    padded = F.pad(values, (0, 1), value=1.0)
+def _remix_bidirectional(inputs: RemixInputs) -> tuple[torch.Tensor, torch.Tensor]:
+    """One state per segment; without segments, one for all tokens."""
+    values, queries, weights, mixer, parameters, segment_ids, state = inputs
     if segment_ids is None:
-        memory = weights.mT @ padded
-        memory = memory if state is None else memory + state
-        return call.read(memory), memory
+        return _read_state(inputs, memory_after(values, weights, None, state))
     batch, tokens, slots = weights.shape
     # There are at most as many segments as tokens, and segment 0. Their number itself is on the device.
     row = torch.arange(batch, device=segment_ids.device).unsqueeze(1)
     index = (segment_ids + row * (tokens + 1)).flatten()
-    contributions = (weights.unsqueeze(-1) * padded.unsqueeze(-2)).flatten(0, 1)
+    contributions = (weights.unsqueeze(-1) * F.pad(values, (0, 1), value=1.0).unsqueeze(-2)).flatten(0, 1)
     sums = contributions.new_zeros(batch * (tokens + 1), *contributions.shape[1:]).index_add(0, index, contributions)
     seen = sums.index_select(0, index).view(batch, tokens, slots, -1)
     if state is not None:
         seen = seen + state.unsqueeze(1) * (segment_ids == 0)[..., None, None]
-    mean = seen[..., :-1] / seen[..., -1:].clamp_min(SMALLEST_DENOMINATOR)
-    return reference.MIXER_RULES[mixer](mean.to(queries.dtype), queries, parameters), seen[:, -1]
+    return reference.READ_RULES[mixer](mean_of(seen).to(queries.dtype), queries, parameters), seen[:, -1]
 
 
-def memory_after(
-    values: torch.Tensor, weights: torch.Tensor, segment_ids: torch.Tensor | None, state: torch.Tensor | None
-) -> torch.Tensor:
-    """The memory after the last token: all that its segment has put in."""
-    if segment_ids is not None:
-        last = segment_ids[:, -1:]
-        weights = weights * (segment_ids == last).unsqueeze(-1)
-        state = None if state is None else state * (last == 0).unsqueeze(-1)
-    memory = weights.mT @ F.pad(values, (0, 1), value=1.0)
-    return memory if state is None else memory + state
-
-
-def _remix_chunkwise(call: Remix) -> tuple[torch.Tensor, torch.Tensor]:
+def _remix_chunkwise(inputs: RemixInputs) -> tuple[torch.Tensor, torch.Tensor]:
     """`attention` and `linear`, which are linear in N: all in matrix products."""
-    parameter = call.parameters[0].to(call.values.dtype)
-    readouts, final_state = ChunkwiseRemix.apply(
-        call.values, call.queries, call.weights, call.state_or_zeros, call.segment_ids, call.mixer, parameter
-    )
+    values, queries, weights, mixer, parameters, segment_ids, state = inputs
+    parameter = parameters[0].to(values.dtype)
+    readouts, final_state = ChunkwiseRemix.apply(values, queries, weights, state, segment_ids, mixer, parameter)
     return readouts, final_state
 
 
-def _remix_recomputed(call: Remix) -> tuple[torch.Tensor, torch.Tensor]:
-    """`mlp`, which is not linear in the memory: chunk by chunk, computed again in backward."""
-    values, queries, weights, mixer, parameters, segment_ids, _ = call
-    return recomputed_remix(values, queries, weights, mixer, parameters, segment_ids, call.state_or_zeros)
-
-
-MIXER_RULES: dict[str, Callable[[Remix], tuple[torch.Tensor, torch.Tensor]]] = {
+REMIX_RULES: dict[str, Callable[[RemixInputs], tuple[torch.Tensor, torch.Tensor]]] = {
     "attention": _remix_chunkwise,
     "linear": _remix_chunkwise,
-    "mlp": _remix_recomputed,
+    "mlp": recomputed_remix,
 }
+"""How each mixer runs over a causal sequence: inputs, whose state is never None, to read-outs and final state."""
 
 
 def remix(
@@ -192,56 +133,48 @@ def remix(
     scope: str = "causal",
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Compress the sequence into the latent memory and read it at every token; see `reference.remix`."""
-    call = Remix(values, queries, weights, mixer, parameters, segment_ids, state)
-    if scope == "bidirectional":
-        return _remix_bidirectional(call)
-    if values.shape[1] == 1:
-        return _remix_one_token(call)
-    rule = MIXER_RULES[mixer]
-    if state is None or state.dtype is values.dtype:
-        return rule(call)
+    batch, tokens, slots = weights.shape
+    if scope == "bidirectional" or tokens == 1:
+        rule = _remix_bidirectional if scope == "bidirectional" else remix_one_token
+        return rule(RemixInputs(values, queries, weights, mixer, parameters, segment_ids, state))
     # A state may be more precise than the tokens: it is rounded for the read, and added to as it is.
-    readouts, _ = rule(call._replace(state=state.to(values.dtype)))
-    return readouts, memory_after(values, weights, segment_ids, state)
+    rounded = values.new_zeros(batch, slots, values.shape[2] + 1) if state is None else state.to(values.dtype)
+    inputs = RemixInputs(values, queries, weights, mixer, parameters, segment_ids, rounded)
+    readouts, final_state = REMIX_RULES[mixer](inputs)
+    if state is not None and state.dtype is not values.dtype:
+        final_state = memory_after(values, weights, segment_ids, state)
+    return readouts, final_state
 
 
-def change_gated(
-    hidden_states: torch.Tensor, delta: torch.Tensor, gate: torch.Tensor | None, cap: float
-) -> torch.Tensor:
-    """Write through one gate a token; see `writeback.change_gated`."""
-    if gate is None:
-        raise ValueError("gate=None, but the 'gated' writeback needs its row of shape [hidden_size + 1]")
+def _gate_openings(hidden_states: torch.Tensor, gate: torch.Tensor | None) -> torch.Tensor:
+    """`writeback.gate_openings` as [batch, tokens, 1], without a normalised copy of h."""
     # A copy, which lies aligned: by a tensor that is mapped from a file, the product would round as it lies there.
-    gate = gate.to(hidden_states.dtype, copy=True)
+    gate = required_gate(gate).to(hidden_states.dtype, copy=True)
     opening = F.linear(hidden_states, gate[:-1].unsqueeze(0)) * _inverse_rms(hidden_states) + gate[-1]
-    return torch.sigmoid(opening) * delta
-
-
-WRITEBACK_RULES: dict[str, Callable[..., torch.Tensor]] = {**READABLE_RULES, "gated": change_gated}
+    return torch.sigmoid(opening)
 
 
 def write_back(
     hidden_states: torch.Tensor,
     readout: torch.Tensor,
-    weight: torch.Tensor,
-    writeback: str,
-    *,
+    parameters: SidePathParameters,
+    options: SidePathOptions,
     alpha: float = 1.0,
-    gate: torch.Tensor | None = None,
-    cap: float = 0.1,
-    grad_scale: float = 1.0,
 ) -> torch.Tensor:
     """Change the residual stream by the read-out; see `reference.write_back`."""
-    dtype = readout.dtype
-    stream, weight = hidden_states.to(dtype), weight.to(dtype)
-    if writeback == "add" and grad_scale == 1.0:
+    stream, weight = hidden_states.to(readout.dtype), parameters.write.to(readout.dtype)
+    if options.writeback == "add" and options.grad_scale == 1.0:
+        # Product, strength and addition in one operation.
         rows = torch.addmm(stream.flatten(0, -2), readout.flatten(0, -2), weight.T, alpha=alpha)
         return rows.view_as(hidden_states).to(hidden_states.dtype)
     delta = F.linear(readout, weight)
     if alpha != 1.0:
         delta = delta * alpha
-    change = WRITEBACK_RULES[writeback](stream, delta, gate, cap)
-    return (stream + scale_gradient(change, grad_scale)).to(hidden_states.dtype)
+    if options.writeback == "gated":
+        change = _gate_openings(stream, parameters.gate) * delta
+    else:
+        change = WRITEBACK_RULES[options.writeback](stream, delta, parameters.gate, options.cap)
+    return (stream + scale_gradient(change, options.grad_scale)).to(hidden_states.dtype)
 
 
 def _needs_the_reference(hidden_states: torch.Tensor) -> bool:
@@ -281,30 +214,13 @@ def side_path(
                 state=state,
                 training=training,
             )
-        slots = parameters.read.shape[0] - 2 * parameters.write.shape[1]
         stream = hidden_states.to(working_dtype(hidden_states.dtype))
-        values, queries, logits = read(stream, parameters.read, slots)
+        values, queries, logits = read(stream, parameters.read, parameters.slots)
         weights = slot_weights(logits, valid)
         readout, final_state = remix(
-            values,
-            queries,
-            weights,
-            options.mixer,
-            parameters.mixer,
-            segment_ids,
-            state,
-            options.scope,
+            values, queries, weights, options.mixer, parameters.mixer, segment_ids, state, options.scope
         )
         if training and options.dropout:
             readout = F.dropout(readout, options.dropout)
-        written = write_back(
-            stream,
-            readout,
-            parameters.write,
-            options.writeback,
-            alpha=alpha,
-            gate=parameters.gate,
-            cap=options.cap,
-            grad_scale=options.grad_scale,
-        ).to(hidden_states.dtype)
-    return SidePathOutput(written, final_state, weights, values)
+        written = write_back(stream, readout, parameters, options, alpha).to(hidden_states.dtype)
+    return SidePathOutput(written, final_state, TokenRecord(weights, values, segment_ids))

@@ -16,7 +16,7 @@ def initial_parameters(
     """Draw the tensors of a fresh side path.
 
     Projections start at a standard deviation of 1 / sqrt(inputs), the slot biases at zero. `W_write` and the second
-    layers of the `mlp` mixer start at zero: a fresh adapter is exactly its low-rank half, and a fresh `mlp` reads
+    layers of the `mlp` mixer start at zero: a fresh adapter is exactly its LoRA weights, and a fresh `mlp` reads
     like `attention`.
 
     Args:
@@ -61,7 +61,7 @@ def empty_parameters(options: SidePathOptions, hidden_size: int, slots: int, wid
         width: d, the latent width.
 
     Returns:
-        The tensors by name, as `initial_parameters` gives them.
+        The tensors by name, as those of `initial_parameters`.
     """
     with torch.device("meta"):
         return initial_parameters(options, hidden_size, slots, width)

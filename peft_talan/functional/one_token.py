@@ -2,6 +2,7 @@
 
 This is `fused.side_path` for hidden states [batch, 1, hidden_size], in as few operations as possible: their number is
 what bounds decoding on an accelerator. A view is an operation, too, so those that every token needs are made once.
+It is for the mixers whose state is a sum: an update in place is then one product added to it.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from .parameters import (
 
 
 class TokenPlace(NamedTuple):
-    """Where a token writes what it reads; all of them are views.
+    """Where the projections of one token are written: views of one place in the buffers.
 
     Args:
         projected: z, q and a in one, [1, batch, 2 * width + slots].
@@ -43,57 +44,46 @@ class TokenPlace(NamedTuple):
 
 
 class TokenBuffers:
-    """Views of a memory, and space for what the next tokens put into it; made once for many tokens.
+    """Views of a state, and space for what the next tokens add to it; made once for many tokens.
 
-    `one_token` writes to the next free place and to the memory itself. Whoever owns the memory drains the buffers
-    before they are full; if it never does, the last place is used again, which is right where nothing is recorded.
+    `one_token` writes to the next free place and to the state itself. Whoever owns the state drains the buffers before
+    they are full; if it never does, the last place is used again, which is right where nothing is recorded.
 
     Args:
         state: N and D, [batch, slots, width + 1], at least float32; it is updated in place.
-        dtype: In which the memory is read.
+        dtype: In which the mean is read.
         capacity: The number of tokens that there is space for. Default 1.
     """
 
     def __init__(self, state: torch.Tensor, dtype: torch.dtype, capacity: int = 1) -> None:
         batch, slots, width = state.shape[0], state.shape[1], state.shape[2] - 1
         self.dtype, self.capacity, self.pending = dtype, capacity, 0
+        # N / D, which each token overwrites; apart from the state, which may be float64.
         self.mean = state.new_empty((batch, slots, width), dtype=dtype)
         self.mean_transposed = self.mean.mT
+        # One product makes [1, batch, channels]; what follows has a product per row, and takes [batch, 1, channels].
         projected = state.new_empty((capacity, 1, batch, 2 * width + slots), dtype=dtype)
         values, queries, logits = projected.transpose(1, 2).split((width, width, slots), dim=-1)
         weights = state.new_empty((capacity, batch, 1, slots), dtype=dtype)
         self._weights, self._values = weights, values
         parts = (part.unbind(0) for part in (projected, values, queries, logits, weights, weights.mT))
         self._places = [TokenPlace(*views) for views in zip(*parts, strict=True)]
+        # Until `matrices` is first called.
         self._read = self._write = self.norm_floor = state.new_empty(0)
         self.rebind(state)
 
     def rebind(self, state: torch.Tensor) -> None:
-        """Update another state from now on.
-
-        Args:
-            state: As above, with the same number of rows.
-        """
+        """Update another state, of the same number of rows, from now on."""
         self.state, self.total, self.denominator = state, state[..., :-1], state[..., -1:]
 
     def next_place(self) -> TokenPlace:
-        """Take the place of the next token, which is pending from now on.
-
-        Returns:
-            The place.
-        """
+        """Take the place of the next token, which is pending from now on."""
+        # At the end, the last place again: see above.
         self.pending = min(self.pending + 1, self.capacity)
         return self._places[self.pending - 1]
 
     def matrices(self, parameters: SidePathParameters) -> tuple[torch.Tensor, torch.Tensor]:
-        """The two projections as products take them, [1, inputs, outputs].
-
-        Args:
-            parameters: The side path's tensors.
-
-        Returns:
-            The transposes of `W_read` and `W_write`.
-        """
+        """The transposes of `W_read` and `W_write` as products take them, [1, inputs, outputs]."""
         read, write = parameters.read, parameters.write
         # Views see what an optimizer or a load writes into the tensors, but not that other memory takes their place.
         moved = self._read.data_ptr() != read.data_ptr() or self._write.data_ptr() != write.data_ptr()
@@ -103,7 +93,7 @@ class TokenBuffers:
         return self._read, self._write
 
     def drain(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Copy out what the pending tokens put in, and free their places.
+        """Copy out what the pending tokens added, and free their places.
 
         Returns:
             e, [batch, tokens, slots], and z, [batch, tokens, width].
@@ -135,7 +125,7 @@ def one_token(
         hidden_states: h, [batch, 1, hidden_size].
         parameters: The side path's tensors.
         options: The side path's axes; the scope must be causal.
-        buffers: Of the memory, which the tokens are added to.
+        buffers: Of the state, which the tokens are added to.
         alpha: The strength of the perturbation. Default 1.
         valid: [batch, 1], bool; False marks padding. None: no token is padding.
 
@@ -145,19 +135,22 @@ def one_token(
     dtype, place = buffers.dtype, buffers.next_place()
     read, write = buffers.matrices(parameters)
     with full_precision(hidden_states.device.type):
+        # Where nothing changes, `to` would still be a call.
         stream = hidden_states if hidden_states.dtype is dtype else hidden_states.to(dtype)
         rows = _swap(stream)
         # h / sqrt(|h|^2 + H eps) is RMSNorm(h) / sqrt(H).
         length = torch.hypot(torch.linalg.vector_norm(rows, dim=-1, keepdim=True), buffers.norm_floor)
         place.projected.baddbmm_(rows / length, read, beta=0, alpha=math.sqrt(rows.shape[-1]))
-        # exp(c tanh(a / c)) as a power of exp(c).
+        # e = exp(c tanh(a / c)) as a power of exp(c).
         torch.pow(math.exp(SOFT_CAP), place.logits.div_(SOFT_CAP).tanh_(), out=place.weights)
+        # Padding has no weight, so it changes neither N nor D.
         if valid is not None:
             place.weights.mul_(valid.unsqueeze(-1))
+        # N += e z^T and D += e.
         buffers.total.addcmul_(place.weights_column, place.values)
         denominator = buffers.denominator.add_(place.weights_column)
+        # `mean_of`, without its views. D is too small only where the token is padding and nothing came before.
         if valid is not None:
-            # Else the token's own weight is in there.
             denominator = denominator.clamp_min(SMALLEST_DENOMINATOR)
         mean = torch.div(buffers.total, denominator, out=buffers.mean)
 
@@ -171,14 +164,7 @@ def one_token(
             readout = read_mean(mean, place.queries, options.mixer, parameters.mixer)
 
         if options.writeback == "add":
+            # As `write_back`, by the transposed matrix that is there already.
             written = _swap(torch.baddbmm(rows, _swap(readout), write, alpha=alpha))
             return written if written.dtype is hidden_states.dtype else written.to(hidden_states.dtype)
-        return write_back(
-            hidden_states,
-            readout,
-            parameters.write,
-            options.writeback,
-            alpha=alpha,
-            gate=parameters.gate,
-            cap=options.cap,
-        )
+        return write_back(hidden_states, readout, parameters, options, alpha)

@@ -1,4 +1,4 @@
-"""What the operators of a side path take beside the activations: its tensors and its options."""
+"""What the operators of a side path take and return: its tensors, its options, the outputs."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import NamedTuple, get_args
 import torch
 
 from ..axes import MemoryScope, Mixer, Writeback
+from .records import TokenRecord
 
 MIXERS: tuple[str, ...] = get_args(Mixer)
 WRITEBACKS: tuple[str, ...] = get_args(Writeback)
@@ -30,6 +31,18 @@ def working_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype is torch.float64 else torch.float32
 
 
+def mean_of(state: torch.Tensor) -> torch.Tensor:
+    """The mean that a state stands for: `mu = N / D`, zero where nothing has entered the slot.
+
+    Args:
+        state: N and, as the last channel, D, [..., slots, width + 1].
+
+    Returns:
+        mu, [..., slots, width].
+    """
+    return state[..., :-1] / state[..., -1:].clamp_min(SMALLEST_DENOMINATOR)
+
+
 def full_precision(device_type: str) -> AbstractContextManager[None]:
     """No autocast inside: the memory is a long sum, and its products would be rounded to half precision.
 
@@ -48,7 +61,7 @@ MIXER_PARAMETERS: dict[str, tuple[str, ...]] = {
     "linear": ("slot_readout",),
     "mlp": ("slot_bias", "slot_in", "slot_out", "channel_in", "channel_out"),
 }
-"""The names of each mixer's tensors, in the order in which its rule takes them."""
+"""The names of each mixer's tensors, in the order in which its rules take them."""
 
 
 class SidePathParameters(NamedTuple):
@@ -67,6 +80,16 @@ class SidePathParameters(NamedTuple):
     mixer: tuple[torch.Tensor, ...]
     write: torch.Tensor
     gate: torch.Tensor | None = None
+
+    @property
+    def slots(self) -> int:
+        """M, the number of memory slots."""
+        return self.read.shape[0] - 2 * self.write.shape[1]
+
+    @property
+    def state_shape(self) -> tuple[int, ...]:
+        """The shape of the state of one sequence, (slots, width + 1)."""
+        return self.slots, self.write.shape[1] + 1
 
     def to(self, device: torch.device) -> SidePathParameters:
         """The same tensors on a device.
@@ -104,27 +127,50 @@ class SidePathOptions:
 
 
 class SidePathOutput(NamedTuple):
-    """What one pass through a side path gives.
+    """What one pass through a side path returns.
+
+    Only the mixer knows what state and record hold: the state is passed to the next call as it is, and the record's
+    methods make the state after some of its tokens. Every mixer of today has a sum as its state.
 
     Args:
         hidden_states: h', [batch, tokens, hidden_size].
-        state: The memory after the last token, [batch, slots, width + 1] (N and, as the last channel, D).
-        weights: e, [batch, tokens, slots]: with the values, what each token added to the memory.
-        values: z, [batch, tokens, width].
+        state: The state after the last token, [batch, slots, width + 1] (N and, as the last channel, D).
+        record: What each token added to the state; views of the pass, see `TokenRecord.compact`.
     """
 
     hidden_states: torch.Tensor
     state: torch.Tensor
-    weights: torch.Tensor
+    record: TokenRecord
+
+    @property
+    def weights(self) -> torch.Tensor:
+        """e, [batch, tokens, slots]."""
+        return self.record.weights
+
+    @property
+    def values(self) -> torch.Tensor:
+        """z, [batch, tokens, width]."""
+        return self.record.values
+
+
+class RemixInputs(NamedTuple):
+    """The arguments of `reference.remix`, without the scope, in one: what every fast rule takes."""
+
     values: torch.Tensor
+    queries: torch.Tensor
+    weights: torch.Tensor
+    mixer: str
+    parameters: tuple[torch.Tensor, ...]
+    segment_ids: torch.Tensor | None
+    state: torch.Tensor | None
 
 
 class RaggedOutput(NamedTuple):
-    """What one pass of many requests' tokens through a side path gives.
+    """What one pass of many requests' tokens through a side path returns.
 
     Args:
-        hidden_states: h', [tokens, hidden_size]; rows of padding hold finite numbers, and nothing that means anything.
-        states: The memories that were asked for, [leaves or requests, slots, width + 1], in the dtype of those before.
+        hidden_states: h', [tokens, hidden_size]; rows of padding hold arbitrary finite numbers.
+        states: The states at the snapshots, [snapshots or requests, slots, width + 1], in the initial states' dtype.
     """
 
     hidden_states: torch.Tensor

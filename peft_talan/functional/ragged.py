@@ -1,7 +1,7 @@
 """The side path on the flat tokens of many requests: no loop over requests, and no question to the device.
 
-Each request is cut into chunks of its own, so every chunk has one memory to go on from, and what lies inside of a
-chunk is `chunked.forward_slab`. The number of chunks is bounded by the shapes alone; chunks that are not needed are
+Each request is cut into chunks of its own, so every chunk has one state to continue from, and what lies inside of a
+chunk is `chunked.forward_tile`. The number of chunks is bounded by the shapes alone; chunks that are not needed are
 empty. The results are those of `ragged_reference` up to rounding. Gradients are not supported: it serves generation.
 """
 
@@ -12,36 +12,43 @@ from typing import NamedTuple
 import torch
 from torch.nn import functional as F
 
-from .chunked import CHUNK, Plan, Slab, forward_slab, probabilities
-from .fused import read, read_mean, slot_weights, write_back
+from .chunked import CHUNK_SIZE, ChunkMasks, Tile, chunk_states, forward_tile, make_tile, probabilities
+from .fused import read, remix_one_token, write_back
 from .parameters import (
-    SMALLEST_DENOMINATOR,
     RaggedOutput,
+    RemixInputs,
     SidePathOptions,
     SidePathParameters,
     full_precision,
     working_dtype,
 )
-from .recomputed import PIECE, remix_piece
+from .recomputed import TILE_TOKENS, remix_tile
+from .records import memory_after
+from .reference import slot_weights
 
-SMALLEST_CHUNK = 8
-"""Tokens a chunk where requests are short: fewer would make the products small and their number large."""
+SMALLEST_CHUNK_SIZE = 8
+"""Tokens per chunk where requests are short: fewer would make the products small and their number large."""
 
 
-class Layout(NamedTuple):
+class ChunkLayout(NamedTuple):
     """Where the tokens of a call lie once each request is cut into chunks of its own.
 
     Args:
-        chunk: Tokens a chunk.
-        items: The number of chunks.
-        slot: Each token's place among the items x chunk places, [tokens], int64; padding: the place after the last.
-        request: Each chunk's request, [items], int64.
+        chunk_size: Tokens per chunk.
+        num_chunks: The number of chunks.
+        place: Each token's among the num_chunks x chunk_size places, [tokens], int64; padding: the one after the last.
+        request: Each chunk's request, [num_chunks], int64.
     """
 
-    chunk: int
-    items: int
-    slot: torch.Tensor
+    chunk_size: int
+    num_chunks: int
+    place: torch.Tensor
     request: torch.Tensor
+
+    def place_of(self, tokens: torch.Tensor | None = None) -> torch.Tensor:
+        """The places of some tokens, or of all; padding gets the last one, which holds something finite."""
+        place = self.place if tokens is None else self.place.index_select(0, tokens)
+        return place.clamp(max=self.num_chunks * self.chunk_size - 1)
 
 
 def request_of(index: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
@@ -54,121 +61,92 @@ def request_of(index: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
     Returns:
         [tokens], int64.
     """
+    # From the right: a request without tokens ends where the one before does, and has none of them.
     return torch.searchsorted(ends, index, right=True).clamp_(max=ends.shape[0] - 1)
 
 
-def choose_chunk(tokens: int, requests: int, max_query_length: int) -> int:
-    """Choose the tokens a chunk: a power of two near the mean length, since a request's last chunk is half empty.
-
-    Args:
-        tokens: Of the call.
-        requests: Of the call.
-        max_query_length: The tokens of the longest request.
-
-    Returns:
-        Between `SMALLEST_CHUNK` and `chunked.CHUNK`.
-    """
-    length = min(max(tokens // max(requests, 1), SMALLEST_CHUNK), max_query_length, CHUNK)
+def _choose_chunk_size(tokens: int, requests: int, max_query_length: int) -> int:
+    """The tokens per chunk: a power of two near the mean length."""
+    # A request's last chunk is half empty on average, and a token costs as many products as its chunk has tokens.
+    length = min(max(tokens // max(requests, 1), SMALLEST_CHUNK_SIZE), max_query_length, CHUNK_SIZE)
     return 1 << (length - 1).bit_length()
 
 
-def lay_out(query_start_loc: torch.Tensor, tokens: int, max_query_length: int) -> Layout:
-    """Cut every request into chunks.
-
-    Args:
-        query_start_loc: [requests + 1], int64.
-        tokens: Of the call, padding included.
-        max_query_length: The tokens of the longest request.
-
-    Returns:
-        The layout.
-    """
-    requests = query_start_loc.shape[0] - 1
-    chunk = choose_chunk(tokens, requests, max_query_length)
-    items = min(tokens // chunk + requests, tokens)
-    starts, ends = query_start_loc[:-1], query_start_loc[1:]
-    chunk_ends = ((ends - starts + chunk - 1) // chunk).cumsum(0)
+def _lay_out(cu_seqlens: torch.Tensor, tokens: int, max_query_length: int) -> ChunkLayout:
+    """Cut every request of [requests + 1] int64 bounds into chunks; `tokens` includes padding."""
+    requests = cu_seqlens.shape[0] - 1
+    chunk_size = _choose_chunk_size(tokens, requests, max_query_length)
+    # At most one chunk per request is not full, so this is enough for any lengths; the lengths are on the device.
+    num_chunks = min(tokens // chunk_size + requests, tokens)
+    starts, ends = cu_seqlens[:-1], cu_seqlens[1:]
+    chunk_ends = ((ends - starts + chunk_size - 1) // chunk_size).cumsum(0)
     # A request's first chunk minus its first token, so that a token's own place falls out of one addition.
-    shift = F.pad(chunk_ends[:-1], (1, 0)) * chunk - starts
-    token = torch.arange(tokens, device=query_start_loc.device)
-    slot = torch.where(token < ends[-1], token + shift.index_select(0, request_of(token, ends)), items * chunk)
-    request = request_of(torch.arange(items, device=query_start_loc.device), chunk_ends)
-    return Layout(chunk, items, slot, request)
+    shift = F.pad(chunk_ends[:-1], (1, 0)) * chunk_size - starts
+    token = torch.arange(tokens, device=cu_seqlens.device)
+    place = token + shift.index_select(0, request_of(token, ends))
+    place = torch.where(token < ends[-1], place, num_chunks * chunk_size)
+    request = request_of(torch.arange(num_chunks, device=cu_seqlens.device), chunk_ends)
+    return ChunkLayout(chunk_size, num_chunks, place, request)
 
 
-def _cut(values: torch.Tensor, queries: torch.Tensor, weights: torch.Tensor, state: torch.Tensor, lay: Layout) -> Slab:
-    """Put the tokens into their chunks and sum the memory that each chunk finds; `Slab.final_state` is after it."""
-    width = values.shape[1]
-    flat = torch.cat([values, queries, weights], dim=-1)
-    placed = flat.new_zeros(lay.items * lay.chunk + 1, flat.shape[1]).index_copy_(0, lay.slot, flat)
-    z, q, e = placed[:-1].unflatten(0, (lay.items, lay.chunk)).split([width, width, weights.shape[1]], dim=-1)
+def _cut(inputs: RemixInputs, state: torch.Tensor, layout: ChunkLayout) -> Tile:
+    """Put the flat tokens into their chunks and sum the state at the start of each."""
+    flat = torch.cat(inputs[:3], dim=-1)
+    # One row more than there are places takes the padding.
+    rows = flat.new_zeros(layout.num_chunks * layout.chunk_size + 1, flat.shape[1])
+    placed = rows.index_copy_(0, layout.place, flat)[:-1].unflatten(0, (layout.num_chunks, layout.chunk_size))
+    z, q, e = placed.split([tensor.shape[1] for tensor in inputs[:3]], dim=-1)
+    # As in `chunked`, products over slots run along the tokens.
     e = e.mT.contiguous()
-    own = torch.cat([e @ z, e.sum(-1, keepdim=True)], dim=-1)
-    earlier = (lay.request.unsqueeze(1) == lay.request).to(flat.dtype).tril_(-1)
-    found = torch.addmm(state.index_select(0, lay.request).flatten(1), earlier, own.flatten(1)).view_as(own)
-    triangle = torch.ones(1, lay.chunk, lay.chunk, dtype=flat.dtype, device=flat.device).tril_()
-    d = torch.matmul(e, triangle.mT).add_(found[..., -1:]).clamp_min_(SMALLEST_DENOMINATOR)
-    return Slab(z, q, e, Plan(triangle, earlier), found[..., :-1], d, found)
+    # Earlier chunks of the same request, and its initial state: the requests are one sequence to the masks.
+    earlier = (layout.request.unsqueeze(1) == layout.request).to(flat.dtype).tril_(-1)
+    triangle = torch.ones(1, layout.chunk_size, layout.chunk_size, dtype=flat.dtype, device=flat.device).tril_()
+    masks = ChunkMasks(triangle, earlier.unsqueeze(0))
+    states = chunk_states(z, e, masks, state.index_select(0, layout.request).unsqueeze(0), 1)
+    return make_tile(z, q, e, states.squeeze(0), masks)
 
 
-def _remix_mlp(slab: Slab, parameters: tuple[torch.Tensor, ...]) -> torch.Tensor:
+def _remix_mlp(tile: Tile, parameters: tuple[torch.Tensor, ...]) -> torch.Tensor:
     """The `mlp` mixer is not linear in the memory: some chunks at a time, with the memory of each of their tokens."""
-    count = max(PIECE // slab.z.shape[1], 1)
-    pieces = (part.split(count) for part in (slab.z, slab.q, slab.e, slab.final_state))
-    readouts = [
-        remix_piece(z, q, e.mT, "mlp", parameters, None, found)[0] for z, q, e, found in zip(*pieces, strict=True)
-    ]
-    return torch.cat(readouts)
+    count = max(TILE_TOKENS // tile.z.shape[1], 1)
+    parts = zip(*(tensor.split(count) for tensor in tile[:4]), strict=True)
+    return torch.cat([remix_tile(z, q, e.mT, "mlp", parameters, None, state)[0] for z, q, e, state in parts])
 
 
-def _memories_after(tokens: torch.Tensor, slab: Slab, lay: Layout) -> torch.Tensor:
-    """The memory after each of some tokens: what its chunk found, and what the chunk put in up to the token."""
-    slot = lay.slot.index_select(0, tokens).clamp_(max=lay.items * lay.chunk - 1)
-    item, place = slot // lay.chunk, slot % lay.chunk
-    upto = torch.arange(lay.chunk, device=tokens.device) <= place.unsqueeze(1)
-    e = slab.e.index_select(0, item) * upto.unsqueeze(1)
-    z = F.pad(slab.z.index_select(0, item), (0, 1), value=1.0)
-    return torch.baddbmm(slab.final_state.index_select(0, item), e, z)
-
-
-def _remix_one_token(
-    values: torch.Tensor,
-    queries: torch.Tensor,
-    weights: torch.Tensor,
-    mixer: str,
-    parameters: tuple[torch.Tensor, ...],
-    state: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Each token is a request: a rank-one update of its memory and a read."""
-    memory = torch.addcmul(state, weights.unsqueeze(-1), F.pad(values, (0, 1), value=1.0).unsqueeze(1))
-    mean = memory[..., :-1] / memory[..., -1:].clamp_min(SMALLEST_DENOMINATOR)
-    return read_mean(mean, queries.unsqueeze(1), mixer, parameters).squeeze(1), memory
+def _states_after(tokens: torch.Tensor, tile: Tile, layout: ChunkLayout) -> torch.Tensor:
+    """The state after each of some tokens: that at the start of its chunk, and what the chunk adds up to the token."""
+    place = layout.place_of(tokens)
+    chunk, place = place // layout.chunk_size, place % layout.chunk_size
+    z, e, state = (tensor.index_select(0, chunk) for tensor in (tile.z, tile.e, tile.state))
+    # Later tokens of the chunk as padding: of no weight.
+    up_to = torch.arange(layout.chunk_size, device=tokens.device) <= place.unsqueeze(1)
+    return memory_after(z, (e * up_to.unsqueeze(1)).mT, None, state)
 
 
 def _remix_requests(
-    values: torch.Tensor,
-    queries: torch.Tensor,
-    weights: torch.Tensor,
-    mixer: str,
-    parameters: tuple[torch.Tensor, ...],
+    inputs: RemixInputs,
     state: torch.Tensor,
-    query_start_loc: torch.Tensor,
+    cu_seqlens: torch.Tensor,
     max_query_length: int,
-    leave_at: torch.Tensor | None,
+    snapshot_positions: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Requests of any lengths, in chunks: read-outs, and the memories that are wanted."""
-    tokens, query_start_loc = values.shape[0], query_start_loc.long()
-    lay = lay_out(query_start_loc, tokens, max_query_length)
-    slab = _cut(values, queries, weights, state, lay)
-    if mixer == "mlp":
-        remixed = _remix_mlp(slab, parameters)
+    """Requests of any lengths, in chunks: read-outs, and the states at the snapshots."""
+    # Servers count in int32, indices are int64.
+    tokens, cu_seqlens = inputs.values.shape[0], cu_seqlens.long()
+    layout = _lay_out(cu_seqlens, tokens, max_query_length)
+    tile = _cut(inputs, state, layout)
+    if inputs.mixer == "mlp":
+        remixed = _remix_mlp(tile, inputs.parameters)
     else:
-        remixed = forward_slab(slab, probabilities(slab, mixer, parameters[0]))
-    readout = remixed.flatten(0, 1).index_select(0, lay.slot.clamp(max=lay.items * lay.chunk - 1))
-    wanted = query_start_loc[1:] - 1 if leave_at is None else leave_at
-    states = _memories_after(wanted.clamp(0, tokens - 1), slab, lay)
-    if leave_at is None:
-        empty = query_start_loc[1:] == query_start_loc[:-1]
+        remixed = forward_tile(tile, probabilities(tile, inputs.mixer, inputs.parameters[0].to(tile.z.dtype)))
+    readout = remixed.flatten(0, 1).index_select(0, layout.place_of())
+    # Positions that are no token's get the state of some token, which nobody reads: to leave them out, their number
+    # would have to be known.
+    positions = cu_seqlens[1:] - 1 if snapshot_positions is None else snapshot_positions
+    states = _states_after(positions.clamp(0, tokens - 1), tile, layout)
+    if snapshot_positions is None:
+        # Without tokens, the state stays as it is.
+        empty = cu_seqlens[1:] == cu_seqlens[:-1]
         states = torch.where(empty[:, None, None], state, states)
     return readout, states
 
@@ -178,35 +156,33 @@ def ragged_side_path(
     parameters: SidePathParameters,
     options: SidePathOptions,
     *,
-    query_start_loc: torch.Tensor | None,
+    cu_seqlens: torch.Tensor | None,
     state: torch.Tensor,
     max_query_length: int,
-    leave_at: torch.Tensor | None = None,
+    snapshot_positions: torch.Tensor | None = None,
     alpha: float | torch.Tensor = 1.0,
 ) -> RaggedOutput:
     """Run a side path on requests laid end to end; see `ragged_reference.ragged_side_path`."""
     dtype = working_dtype(hidden_states.dtype)
     with full_precision(hidden_states.device.type):
-        stream, before = hidden_states.to(dtype), state.to(dtype)
-        slots = parameters.read.shape[0] - 2 * parameters.write.shape[1]
-        values, queries, logits = read(stream, parameters.read, slots)
-        mixer = tuple(tensor.to(dtype) for tensor in parameters.mixer)
-        call = (values, queries, slot_weights(logits, None), options.mixer, mixer, before)
-        if query_start_loc is None:
-            readout, states = _remix_one_token(*call)
-            if leave_at is not None:
-                states = states.index_select(0, leave_at.clamp(0, states.shape[0] - 1))
+        # A pool may be in another dtype than the tokens are computed in.
+        stream, initial_state = hidden_states.to(dtype), state.to(dtype)
+        values, queries, logits = read(stream, parameters.read, parameters.slots)
+        weights = slot_weights(logits, None)
+        if cu_seqlens is None:
+            # Each token is a request, and so a batch row of one token.
+            z, q, e = values.unsqueeze(1), queries.unsqueeze(1), weights.unsqueeze(1)
+            readout, states = remix_one_token(
+                RemixInputs(z, q, e, options.mixer, parameters.mixer, None, initial_state)
+            )
+            readout = readout.squeeze(1)
+            if snapshot_positions is not None:
+                states = states.index_select(0, snapshot_positions.clamp(0, states.shape[0] - 1))
         else:
-            readout, states = _remix_requests(*call, query_start_loc, max_query_length, leave_at)
+            inputs = RemixInputs(values, queries, weights, options.mixer, parameters.mixer, None, None)
+            readout, states = _remix_requests(inputs, initial_state, cu_seqlens, max_query_length, snapshot_positions)
+        # delta = alpha r W_write^T: a strength per token scales r.
         if isinstance(alpha, torch.Tensor):
             readout, alpha = readout * alpha.to(dtype).unsqueeze(1), 1.0
-        written = write_back(
-            stream,
-            readout,
-            parameters.write,
-            options.writeback,
-            alpha=alpha,
-            gate=parameters.gate,
-            cap=options.cap,
-        )
+        written = write_back(stream, readout, parameters, options, alpha)
     return RaggedOutput(written.to(hidden_states.dtype), states.to(state.dtype))

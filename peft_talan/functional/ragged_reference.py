@@ -1,4 +1,4 @@
-"""The side path on the flat tokens of many requests, one request after the other: what `ragged` is held against."""
+"""The side path on the flat tokens of many requests, one request after the other: the oracle of `ragged`."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ def ragged_side_path(
     parameters: SidePathParameters,
     options: SidePathOptions,
     *,
-    query_start_loc: torch.Tensor | None,
+    cu_seqlens: torch.Tensor | None,
     state: torch.Tensor,
     max_query_length: int,
-    leave_at: torch.Tensor | None = None,
+    snapshot_positions: torch.Tensor | None = None,
     alpha: float | torch.Tensor = 1.0,
 ) -> RaggedOutput:
     """Run a side path with a causal memory on requests of different lengths, laid end to end.
@@ -27,24 +27,24 @@ def ragged_side_path(
         hidden_states: h, [tokens, hidden_size].
         parameters: The side path's tensors.
         options: The side path's axes.
-        query_start_loc: Where each request starts and the last one ends, [requests + 1], int, not falling and starting
+        cu_seqlens: Where each request starts and the last one ends, [requests + 1], int, not falling and starting
             at 0. Equal neighbours: a request without tokens. Tokens from the last number on are padding. None: each
             token is a request.
-        state: The memory before each request's first token, [requests, slots, width + 1].
-        max_query_length: The number of tokens of the longest request, or more; it is known without asking the device.
-        leave_at: The tokens after which the memory is wanted, [leaves], int64; a number that is no token's asks for
-            nothing in particular. None: after each request's last token. Default None.
+        state: The state before each request's first token, [requests, slots, width + 1].
+        max_query_length: The number of tokens of the longest request, or more, known without asking the device.
+        snapshot_positions: The tokens after which the state is returned, [snapshots], int64; for a number that is no
+            token's, some state. None: after each request's last token. Default None.
         alpha: The strength of the perturbation, or that of each token's, [tokens]. Default 1.
 
     Returns:
-        h' and the memories; where a request has no tokens, its memory is the one before.
+        h' and the states; a request without tokens keeps the one before.
     """
-    if query_start_loc is None:
-        query_start_loc = torch.arange(hidden_states.shape[0] + 1)
+    if cu_seqlens is None:
+        cu_seqlens = torch.arange(hidden_states.shape[0] + 1)
     written = hidden_states.clone()
-    memories = state.new_zeros(hidden_states.shape[0] + 1, *state.shape[1:])
+    snapshots = state.new_zeros(hidden_states.shape[0] + 1, *state.shape[1:])
     after = state.clone()
-    bounds = query_start_loc.tolist()
+    bounds = cu_seqlens.tolist()
     for request, (start, end) in enumerate(pairwise(bounds)):
         if start == end:
             continue
@@ -52,9 +52,11 @@ def ragged_side_path(
         strength = alpha[start:end].unsqueeze(1) if isinstance(alpha, torch.Tensor) else alpha
         output = reference.side_path(hidden_states[None, start:end], parameters, options, alpha=strength, state=before)
         written[start:end] = output.hidden_states[0]
-        memories[start:end] = reference.compress(output.values, output.weights, state=before)[0][0]
-        after[request] = memories[end - 1]
-    if leave_at is None:
+        snapshots[start:end] = reference.compress(output.record.values, output.record.weights, state=before)[0][0]
+        after[request] = snapshots[end - 1]
+    if snapshot_positions is None:
         return RaggedOutput(written, after)
-    tokens = torch.where((leave_at >= 0) & (leave_at < bounds[-1]), leave_at, hidden_states.shape[0])
-    return RaggedOutput(written, memories[tokens])
+    tokens = torch.where(
+        (snapshot_positions >= 0) & (snapshot_positions < bounds[-1]), snapshot_positions, hidden_states.shape[0]
+    )
+    return RaggedOutput(written, snapshots[tokens])

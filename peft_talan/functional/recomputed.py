@@ -1,32 +1,24 @@
-"""The causal memory piece by piece, for the `mlp` mixer: backward computes each piece again from its first memory."""
+"""The causal memory tile by tile, for the `mlp` mixer: backward computes each tile again from its initial state."""
 
 from __future__ import annotations
 
 import math
+from typing import Any, cast
 
 import torch
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from . import reference
-from .chunked_autograd import relative_segments
-from .parameters import SMALLEST_DENOMINATOR
+from .parameters import RemixInputs, mean_of
+from .records import relative_segments
 
-PIECE, SHORTEST_PIECE = 256, 64
+TILE_TOKENS, SHORTEST_TILE = 256, 64
 """Tokens of all sequences that are taken at a time, each with a [slots, width] memory; and of one, however many."""
 
 
 def mix_mlp(memory: torch.Tensor, queries: torch.Tensor, parameters: tuple[torch.Tensor, ...]) -> torch.Tensor:
-    """Remix the slots of all tokens in four large products, and read them without one small product a token.
-
-    Args:
-        memory: mu, [batch, tokens, slots, width].
-        queries: q, [batch, tokens, width].
-        parameters: As in `reference.remix_slots`.
-
-    Returns:
-        r, [batch, tokens, width].
-    """
+    """`reference.mix_mlp` in four large products, and without one small product per token for the read."""
     # Copies, which lie aligned: by tensors that are mapped from a file, products would round as these lie in it.
     bias, slot_in, slot_out, channel_in, channel_out = (tensor.to(memory.dtype, copy=True) for tensor in parameters)
     memory = memory + F.linear(F.gelu(F.linear(memory.mT, slot_in)), slot_out).mT
@@ -35,71 +27,27 @@ def mix_mlp(memory: torch.Tensor, queries: torch.Tensor, parameters: tuple[torch
     return ((scores + bias).softmax(-1).unsqueeze(-1) * memory).sum(-2)
 
 
-MIXER_RULES = {**reference.MIXER_RULES, "mlp": mix_mlp}
-
-
-def remix_piece(
-    values: torch.Tensor,
-    queries: torch.Tensor,
-    weights: torch.Tensor,
-    mixer: str,
-    parameters: tuple[torch.Tensor, ...],
-    segment_ids: torch.Tensor | None,
-    state: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Run `reference.remix` with a causal scope on a piece that is short enough for the memory of every token.
-
-    Args:
-        values: z, [batch, tokens, width].
-        queries: q, [batch, tokens, width].
-        weights: e, [batch, tokens, slots].
-        mixer: Any mixer.
-        parameters: The mixer's tensors.
-        segment_ids: [batch, tokens] or None.
-        state: [batch, slots, width + 1].
-
-    Returns:
-        r, [batch, tokens, width], and the final memory, [batch, slots, width + 1].
-    """
+def remix_tile(*inputs: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """`reference.remix` of some `RemixInputs`, few enough tokens for the memory of every one, and the fast `mlp`."""
+    values, queries, weights, mixer, parameters, segment_ids, state = RemixInputs(*inputs)
     memory, final_state = reference.compress(values, weights, segment_ids, state)
-    mean = memory[..., :-1] / memory[..., -1:].clamp_min(SMALLEST_DENOMINATOR)
-    return MIXER_RULES[mixer](mean, queries, parameters), final_state
+    rule = mix_mlp if mixer == "mlp" else reference.READ_RULES[mixer]
+    return rule(mean_of(memory), queries, parameters), final_state
 
 
-def recomputed_remix(
-    values: torch.Tensor,
-    queries: torch.Tensor,
-    weights: torch.Tensor,
-    mixer: str,
-    parameters: tuple[torch.Tensor, ...],
-    segment_ids: torch.Tensor | None,
-    state: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Run `reference.remix` with a causal scope over one piece of the tokens after the other.
-
-    Args:
-        values: z, [sequences, tokens, width].
-        queries: q, [sequences, tokens, width].
-        weights: e, [sequences, tokens, slots].
-        mixer: Any mixer.
-        parameters: The mixer's tensors.
-        segment_ids: [sequences, tokens] or None.
-        state: [sequences, slots, width + 1].
-
-    Returns:
-        r, [sequences, tokens, width], and the final memory, [sequences, slots, width + 1].
-    """
-    readouts, start = [], 0
-    length = max(PIECE // max(values.shape[0], 1), SHORTEST_PIECE)
-    # Split and not sliced: the gradient of a slice would be as long as the sequence, once a piece.
-    for z, q, e in zip(*(tensor.split(length, 1) for tensor in (values, queries, weights)), strict=True):
-        piece = slice(start, start + length)
-        arguments = (z, q, e, mixer, parameters, relative_segments(segment_ids, piece), state)
+def recomputed_remix(inputs: RemixInputs) -> tuple[torch.Tensor, torch.Tensor]:
+    """`reference.remix` with a causal scope for any mixer, one tile after the other."""
+    readouts, start, state = [], 0, cast("torch.Tensor", inputs.state)
+    length = max(TILE_TOKENS // max(inputs.values.shape[0], 1), SHORTEST_TILE)
+    # Split and not sliced: the gradient of a slice would be as long as the sequence, once per tile.
+    for z, q, e in zip(*(tensor.split(length, 1) for tensor in inputs[:3]), strict=True):
+        segment_ids = relative_segments(inputs.segment_ids, slice(start, start + length))
+        tile = RemixInputs(z, q, e, inputs.mixer, inputs.parameters, segment_ids, state)
         if torch.is_grad_enabled():
-            r, state = checkpoint(remix_piece, *arguments, use_reentrant=False, preserve_rng_state=False)
+            r, state = checkpoint(remix_tile, *tile, use_reentrant=False, preserve_rng_state=False)
         else:
-            r, state = remix_piece(*arguments)
-        # The memory is a view of those that each token saw: without a copy it would keep them all.
+            r, state = remix_tile(*tile)
+        # The state is a view of the memories that each token saw: without a copy it would keep them all.
         state = state.clone()
         readouts.append(r)
         start += length

@@ -1,7 +1,6 @@
-"""The equations of the side path, readable and in any dtype: the oracle that the fused twin is held against.
+"""The equations of the side path, readable and in any dtype: the oracle of the operators in `fused`.
 
 The paper (arXiv 2606.06902) fixes the stages; it prints no equations. Those below are this project's reading of it.
-Every operator here has a twin of the same name and signature in `peft_talan.functional.fused`.
 """
 
 from __future__ import annotations
@@ -14,13 +13,14 @@ from torch.nn import functional as F
 
 from .parameters import (
     NORM_EPSILON,
-    SMALLEST_DENOMINATOR,
     SOFT_CAP,
     SidePathOptions,
     SidePathOutput,
     SidePathParameters,
+    mean_of,
     working_dtype,
 )
+from .records import TokenRecord
 from .writeback import WRITEBACK_RULES
 
 
@@ -59,7 +59,7 @@ def slot_weights(logits: torch.Tensor, valid: torch.Tensor | None) -> torch.Tens
         e, [batch, tokens, slots].
     """
     weights = torch.exp(SOFT_CAP * torch.tanh(logits / SOFT_CAP))
-    return weights if valid is None else weights * valid.unsqueeze(-1).to(weights.dtype)
+    return weights if valid is None else weights * valid.unsqueeze(-1)
 
 
 def compress(
@@ -72,7 +72,7 @@ def compress(
     """Sum the latents of a segment into the memory that each token sees.
 
     `N[t, m] = sum_i e[i, m] z[i]`, `D[t, m] = sum_i e[i, m]`, over the tokens i of t's segment; for the causal scope
-    over i <= t only. N and D travel as one tensor, D being the last channel.
+    over i <= t only. N and D are one tensor, D being the last channel.
 
     Args:
         values: z, [batch, tokens, width].
@@ -126,30 +126,12 @@ def attend_to_slots(memory: torch.Tensor, queries: torch.Tensor, parameters: tup
 
 
 def mix_attention(memory: torch.Tensor, queries: torch.Tensor, parameters: tuple[torch.Tensor, ...]) -> torch.Tensor:
-    """Read the slots by attention: `r = sum_m p[m] mu[m]`, p of `attend_to_slots`.
-
-    Args:
-        memory: mu, [batch, tokens, slots, width].
-        queries: q, [batch, tokens, width].
-        parameters: (slot bias b [slots],).
-
-    Returns:
-        r, [batch, tokens, width].
-    """
+    """Read the slots by attention: `r = sum_m p[m] mu[m]`, p and arguments of `attend_to_slots`."""
     return torch.einsum("btm,btmd->btd", attend_to_slots(memory, queries, parameters), memory)
 
 
 def mix_linear(memory: torch.Tensor, queries: torch.Tensor, parameters: tuple[torch.Tensor, ...]) -> torch.Tensor:
-    """Read the slots by weights that depend on the token alone: `p = q B`, `r = sum_m p[m] mu[m]`.
-
-    Args:
-        memory: mu, [batch, tokens, slots, width].
-        queries: q, [batch, tokens, width].
-        parameters: (slot readout B [width, slots],).
-
-    Returns:
-        r, [batch, tokens, width].
-    """
+    """Read the slots by weights of the token alone: `p = q B`, `r = sum_m p[m] mu[m]`, B of shape [width, slots]."""
     return torch.einsum("btm,btmd->btd", queries @ parameters[0].to(memory.dtype), memory)
 
 
@@ -172,15 +154,16 @@ def remix_slots(memory: torch.Tensor, parameters: tuple[torch.Tensor, ...]) -> t
 
 
 def mix_mlp(memory: torch.Tensor, queries: torch.Tensor, parameters: tuple[torch.Tensor, ...]) -> torch.Tensor:
-    """Read the slots that `remix_slots` gives as `attention` does; arguments as there."""
+    """Read the slots that `remix_slots` returns as `attention` does; parameters: as in `remix_slots`."""
     return mix_attention(remix_slots(memory, parameters), queries, parameters)
 
 
-MIXER_RULES: dict[str, Callable[..., torch.Tensor]] = {
+READ_RULES: dict[str, Callable[..., torch.Tensor]] = {
     "attention": mix_attention,
     "linear": mix_linear,
     "mlp": mix_mlp,
 }
+"""How each mixer reads the memory that a token sees: (mu, q, the mixer's tensors) to r."""
 
 
 def remix(
@@ -195,13 +178,13 @@ def remix(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Compress the sequence into the latent memory and read it at every token.
 
-    `mu[t, m] = N[t, m] / D[t, m]` (zero while nothing has entered the slot), then the mixer's rule.
+    `mu[t, m] = N[t, m] / D[t, m]` (zero while nothing has entered the slot), then the mixer's read rule.
 
     Args:
         values: z, [batch, tokens, width].
         queries: q, [batch, tokens, width].
         weights: e, [batch, tokens, slots].
-        mixer: One of `MIXER_RULES`.
+        mixer: One of `READ_RULES`.
         parameters: The mixer's tensors, see `SidePathParameters`.
         segment_ids: As in `compress`.
         state: As in `compress`.
@@ -211,10 +194,8 @@ def remix(
         r, [batch, tokens, width], and the memory after the last token, [batch, slots, width + 1].
     """
     memory, final_state = compress(values, weights, segment_ids, state, scope)
-    total, denominator = memory[..., :-1], memory[..., -1:]
     # A state may be more precise than the tokens: a long sum needs it, its mean does not.
-    mean = (total / denominator.clamp_min(SMALLEST_DENOMINATOR)).to(values.dtype)
-    return MIXER_RULES[mixer](mean, queries, parameters), final_state
+    return READ_RULES[mixer](mean_of(memory).to(values.dtype), queries, parameters), final_state
 
 
 def scale_gradient(tensor: torch.Tensor, scale: float) -> torch.Tensor:
@@ -225,33 +206,26 @@ def scale_gradient(tensor: torch.Tensor, scale: float) -> torch.Tensor:
 def write_back(
     hidden_states: torch.Tensor,
     readout: torch.Tensor,
-    weight: torch.Tensor,
-    writeback: str,
-    *,
+    parameters: SidePathParameters,
+    options: SidePathOptions,
     alpha: float | torch.Tensor = 1.0,
-    gate: torch.Tensor | None = None,
-    cap: float = 0.1,
-    grad_scale: float = 1.0,
 ) -> torch.Tensor:
     """Change the residual stream by the read-out: `delta = alpha r W_write^T`, then the writeback's rule.
 
     Args:
         hidden_states: h, [batch, tokens, hidden_size].
         readout: r, [batch, tokens, width].
-        weight: `W_write`, [hidden_size, width].
-        writeback: One of `WRITEBACK_RULES`.
+        parameters: The side path's tensors: `write`, and `gate` for the `gated` rule.
+        options: The side path's axes: `writeback`, `cap` and `grad_scale`.
         alpha: The strength of the perturbation, or that of each token's, [..., tokens, 1]. Default 1.
-        gate: `w_g` and `b_g`, [hidden_size + 1], for `gated` only.
-        cap: rho, for `capped` only. Default 0.1.
-        grad_scale: gamma; the gradient that enters the side path is multiplied by it. Default 1.
 
     Returns:
         h', [batch, tokens, hidden_size], in the dtype of the hidden states.
     """
-    dtype = readout.dtype
-    delta = alpha * (readout @ weight.to(dtype).T)
-    change = WRITEBACK_RULES[writeback](hidden_states.to(dtype), delta, gate, cap)
-    return (hidden_states.to(dtype) + scale_gradient(change, grad_scale)).to(hidden_states.dtype)
+    stream = hidden_states.to(readout.dtype)
+    delta = alpha * (readout @ parameters.write.to(readout.dtype).T)
+    change = WRITEBACK_RULES[options.writeback](stream, delta, parameters.gate, options.cap)
+    return (stream + scale_gradient(change, options.grad_scale)).to(hidden_states.dtype)
 
 
 def side_path(
@@ -278,23 +252,13 @@ def side_path(
         training: Whether dropout is active. Default False.
 
     Returns:
-        h' and what a cache needs to go on from here.
+        h', and state and record, from which a later call continues.
     """
-    slots = parameters.read.shape[0] - 2 * parameters.write.shape[1]
-    values, queries, logits = read(hidden_states, parameters.read, slots)
+    values, queries, logits = read(hidden_states, parameters.read, parameters.slots)
     weights = slot_weights(logits, valid)
     readout, final_state = remix(
         values, queries, weights, options.mixer, parameters.mixer, segment_ids, state, options.scope
     )
     readout = F.dropout(readout, options.dropout, training)
-    written = write_back(
-        hidden_states,
-        readout,
-        parameters.write,
-        options.writeback,
-        alpha=alpha,
-        gate=parameters.gate,
-        cap=options.cap,
-        grad_scale=options.grad_scale,
-    )
-    return SidePathOutput(written, final_state, weights, values)
+    written = write_back(hidden_states, readout, parameters, options, alpha)
+    return SidePathOutput(written, final_state, TokenRecord(weights, values, segment_ids))

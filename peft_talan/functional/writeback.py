@@ -17,11 +17,16 @@ def change_add(
     return delta
 
 
-def gate_openings(hidden_states: torch.Tensor, gate: torch.Tensor | None) -> torch.Tensor:
-    """Open one gate a token: `sigmoid(x w_g + b_g)`, x = RMSNorm(h)."""
+def required_gate(gate: torch.Tensor | None) -> torch.Tensor:
+    """The gate's row, or `ValueError` where there is none."""
     if gate is None:
         raise ValueError("gate=None, but the 'gated' writeback needs its row of shape [hidden_size + 1]")
-    gate = gate.to(hidden_states.dtype)
+    return gate
+
+
+def gate_openings(hidden_states: torch.Tensor, gate: torch.Tensor | None) -> torch.Tensor:
+    """Open one gate per token: `sigmoid(x w_g + b_g)`, x = RMSNorm(h)."""
+    gate = required_gate(gate).to(hidden_states.dtype)
     normalised = hidden_states * torch.rsqrt(hidden_states.square().mean(-1, keepdim=True) + NORM_EPSILON)
     return torch.sigmoid(normalised @ gate[:-1] + gate[-1])
 
@@ -29,7 +34,7 @@ def gate_openings(hidden_states: torch.Tensor, gate: torch.Tensor | None) -> tor
 def change_gated(
     hidden_states: torch.Tensor, delta: torch.Tensor, gate: torch.Tensor | None, cap: float
 ) -> torch.Tensor:
-    """Write through one gate a token: `h' - h = gate delta`."""
+    """Write through one gate per token: `h' - h = gate delta`."""
     return gate_openings(hidden_states, gate).unsqueeze(-1) * delta
 
 
@@ -60,30 +65,21 @@ WRITEBACK_RULES: dict[str, Callable[..., torch.Tensor]] = {
 }
 
 
-class ScaledGradient(torch.autograd.Function):
+class _ScaledGradient(torch.autograd.Function):
     """The identity, with the gradient multiplied by a number."""
 
     @staticmethod
     def forward(ctx: Any, tensor: torch.Tensor, scale: float) -> torch.Tensor:
-        """Pass the tensor on.
-
-        Args:
-            ctx: The autograd context.
-            tensor: Any shape.
-            scale: gamma.
-
-        Returns:
-            The tensor.
-        """
+        """The tensor itself."""
         ctx.scale = scale
         return tensor.view_as(tensor)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Any) -> tuple[torch.Tensor, None]:
-        """Multiply the gradient."""
+        """The scaled gradient."""
         return grad_outputs[0] * ctx.scale, None
 
 
 def scale_gradient(tensor: torch.Tensor, scale: float) -> torch.Tensor:
     """Pass a tensor on as it is and multiply the gradient that comes back by `scale`."""
-    return tensor if scale == 1.0 else ScaledGradient.apply(tensor, scale)
+    return tensor if scale == 1.0 else _ScaledGradient.apply(tensor, scale)

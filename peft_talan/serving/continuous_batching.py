@@ -10,8 +10,9 @@ from torch import nn
 from transformers import ContinuousBatchingConfig, GenerationConfig
 from transformers.generation.continuous_batching import ContinuousBatchingManager
 
+from ..axes import check_causal
 from ..tuner.attachment import attached_side_paths
-from ..tuner.kept import kept_side_paths
+from ..tuner.merged import merged_layers
 from ..tuner.mixed_batch import NO_ROWS
 
 
@@ -27,7 +28,7 @@ def check_continuous_batching(model: nn.Module, config: ContinuousBatchingConfig
             given different adapters.
     """
     layers = [layer for _, layer in attached_side_paths(model) if not layer.disable_adapters]
-    if not layers and not any(kept_side_paths(model)):
+    if not layers and not any(merged_layers(model)):
         return
     if config.cpu_offload_space is None or config.cpu_offload_space > 0:
         raise ValueError(
@@ -40,17 +41,13 @@ def check_continuous_batching(model: nn.Module, config: ContinuousBatchingConfig
         for name in layer.active_adapters
         if name in layer.talan_options
     }
-    kept = {
-        name: layer.talan_options[key].scope
-        for layer in kept_side_paths(model)
-        for key, name in layer.adapter_names.items()
+    merged = {
+        one.adapter_name: layer.talan_options[key].scope
+        for layer in merged_layers(model)
+        for key, one in layer.side_paths.items()
     }
-    for name, scope in (*scopes.items(), *kept.items()):
-        if scope != "causal":
-            raise ValueError(
-                f"talan_memory_scope={scope!r} of adapter {name!r} can't generate: later tokens would "
-                "change the memory of earlier ones; train an adapter with 'causal'"
-            )
+    for name, scope in (*scopes.items(), *merged.items()):
+        check_causal(scope, name)
     for layer in layers:
         if any("adapter_names" in getattr(hook, "keywords", {}) for hook in layer._forward_pre_hooks.values()):
             raise ValueError(NO_ROWS)

@@ -17,16 +17,7 @@ from .layer import TalanLayer
 def attach_side_path(
     tuner: LoraModel, index: int, depth: int, hidden_size: int, block_name: str, adapter_name: str
 ) -> None:
-    """Give a block an adapter's side path, in the state that the model's other tuner layers are in.
-
-    Args:
-        tuner: The TALAN model, which has the adapter's configuration.
-        index: The block's index.
-        depth: The number of the model's blocks.
-        hidden_size: H, the width of the residual stream.
-        block_name: The block's name.
-        adapter_name: The adapter's name.
-    """
+    """Give a block an adapter's side path, in the state that the model's other tuner layers are in."""
     config: Any = tuner.peft_config[adapter_name]
     block = tuner.model.get_submodule(block_name)
     layer = getattr(block, TalanLayer.child_name, None)
@@ -39,7 +30,7 @@ def attach_side_path(
         layer.attach(block, find_decoder(tuner.model, block_name))
         layer.set_adapter(tuner.active_adapters)
         layer.enable_adapters(not any(other.disable_adapters for other in others))
-    layer.update_layer(adapter_name, config)
+    layer.add_side_path(adapter_name, config)
     trains = adapter_name in tuner.active_adapters and not config.inference_mode
     for name in layer.adapter_layer_names:
         container = getattr(layer, name)
@@ -48,14 +39,7 @@ def attach_side_path(
 
 
 def attached_side_paths(model: nn.Module) -> Iterator[tuple[nn.Module, TalanLayer]]:
-    """Go through the blocks that have side paths.
-
-    Args:
-        model: The model.
-
-    Yields:
-        Each block and its layer of side paths.
-    """
+    """Go through the blocks that have side paths."""
     for module in list(model.modules()):
         # Its own child: wrappers (FSDP, compiled modules) show what lies in the module that they wrap.
         layer = module._modules.get(TalanLayer.child_name)
@@ -64,10 +48,6 @@ def attached_side_paths(model: nn.Module) -> Iterator[tuple[nn.Module, TalanLaye
 
 
 def detach_side_paths(model: nn.Module) -> None:
-    """Take every side path off its block.
-
-    Args:
-        model: The model.
-    """
+    """Take every side path off its block."""
     for block, layer in attached_side_paths(model):
         layer.detach(block)

@@ -36,19 +36,7 @@ def _text_config(model: nn.Module) -> object | None:
 
 
 def find_blocks(model: nn.Module, config: TalanConfig) -> tuple[str, nn.ModuleList]:
-    """Find the `nn.ModuleList` of decoder blocks.
-
-    Args:
-        model: The base model.
-        config: The adapter's configuration; `talan_blocks` names the list where it can't be found.
-
-    Returns:
-        The list's name and the list.
-
-    Raises:
-        ValueError: `talan_blocks` names no `nn.ModuleList`, or no or more than one list fits, or the blocks are called
-            in a way that runs no hooks.
-    """
+    """Find the `nn.ModuleList` of decoder blocks."""
     name, blocks = _named_or_found(model, config)
     owner = model.get_submodule(name.rpartition(".")[0])
     code = getattr(inspect.unwrap(type(owner).forward), "__code__", None)
@@ -119,15 +107,7 @@ def _outermost(names: list[str]) -> list[str]:
 
 
 def find_decoder(model: nn.Module, block_name: str) -> nn.Module:
-    """Find the module whose forward pass runs a block, and which is called with the caller's masks and positions.
-
-    Args:
-        model: The model.
-        block_name: The name of one of its blocks.
-
-    Returns:
-        The innermost `PreTrainedModel` around the block; without one, the whole model.
-    """
+    """Find the module whose forward pass runs a block, and which is called with the caller's masks and positions."""
     path = block_name.split(".")
     around = [model.get_submodule(".".join(path[:end])) for end in range(len(path) - 1, -1, -1)]
     owners = [module for module in around if not isinstance(module, nn.ModuleList)]
@@ -135,14 +115,7 @@ def find_decoder(model: nn.Module, block_name: str) -> nn.Module:
 
 
 def check_stream(model: nn.Module) -> None:
-    """Refuse models whose blocks hand on something else than one hidden state of each token.
-
-    Args:
-        model: The base model.
-
-    Raises:
-        ValueError: They do.
-    """
+    """Refuse models whose blocks hand on something else than one hidden state of each token."""
     config = _text_config(model)
     reasons = [
         f"hand on several hidden states of each token ({field}={streams})"
@@ -160,18 +133,7 @@ def check_stream(model: nn.Module) -> None:
 
 
 def find_hidden_size(model: nn.Module, config: TalanConfig) -> int:
-    """Find the width of the residual stream.
-
-    Args:
-        model: The base model.
-        config: The adapter's configuration; `talan_hidden_size` gives the width where it can't be found.
-
-    Returns:
-        H.
-
-    Raises:
-        ValueError: The width can't be found, or is another one than the field says.
-    """
+    """Find the width of the residual stream."""
     hidden_size = getattr(_text_config(model), "hidden_size", None)
     if config.talan_hidden_size is not None:
         if isinstance(hidden_size, int) and hidden_size != config.talan_hidden_size:
@@ -189,18 +151,7 @@ def find_hidden_size(model: nn.Module, config: TalanConfig) -> int:
 
 
 def resolve_layers(config: TalanConfig, depth: int) -> list[int]:
-    """Turn `talan_layers` into the indices of a model with a number of blocks.
-
-    Args:
-        config: The adapter's configuration.
-        depth: The number of blocks.
-
-    Returns:
-        The indices, rising, each once.
-
-    Raises:
-        ValueError: An index is out of range or named twice.
-    """
+    """Turn `talan_layers` into the indices of a model with a number of blocks."""
     layers = config.talan_layers
     if layers == "all":
         return list(range(depth))
@@ -222,19 +173,7 @@ def resolve_layers(config: TalanConfig, depth: int) -> list[int]:
 
 
 def choose_targets(config: TalanConfig, name: str, blocks: nn.ModuleList) -> dict[int, nn.Module]:
-    """Choose the decoder blocks that a configuration gives a side path to.
-
-    Args:
-        config: The adapter's configuration.
-        name: The name of the list of blocks.
-        blocks: All blocks, of `find_blocks`.
-
-    Returns:
-        The chosen blocks by index.
-
-    Raises:
-        ValueError: Indices can't be found, or a block can't take a child or has more than one residual stream.
-    """
+    """Choose the decoder blocks that a configuration gives a side path to."""
     targets = {index: blocks[index] for index in resolve_layers(config, len(blocks))}
     for index, block in targets.items():
         if isinstance(block, (nn.Sequential, nn.ModuleList, nn.ModuleDict)):
@@ -260,15 +199,6 @@ def check_size(config: TalanConfig, model: nn.Module, hidden_size: int, blocks: 
     """Refuse halves that would hold more numbers than the model itself, before any memory is asked for.
 
     Linux grants memory that it does not have, and ends the process without an error when the memory is filled.
-
-    Args:
-        config: The adapter's configuration.
-        model: The base model.
-        hidden_size: H, the width of the residual stream.
-        blocks: The number of side paths.
-
-    Raises:
-        ValueError: A half would be larger than the model.
     """
     tensors = empty_parameters(config.side_path_options, hidden_size, config.talan_slots, config.talan_dim)
     side_path = blocks * sum(tensor.numel() for tensor in tensors.values())
@@ -290,12 +220,7 @@ def check_size(config: TalanConfig, model: nn.Module, hidden_size: int, blocks: 
 
 
 def point_at_fused_experts(model: nn.Module, config: TalanConfig) -> None:
-    """Point the low-rank half at experts that transformers 5 fuses, as PEFT does for the type LORA only.
-
-    Args:
-        model: The base model.
-        config: The adapter's configuration; its targets change where they name experts that the model has fused.
-    """
+    """Point the low-rank half at experts that transformers 5 fuses, as PEFT does for the type LORA only."""
     # It asks for all of `peft`, which is still being imported where the entry point registers this package.
     from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 

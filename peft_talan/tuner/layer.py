@@ -8,19 +8,18 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 
 from ..checkpoint.names import CHILD_NAME
-from ..config import TalanConfig
-from ..memory.cache_memories import mark_stale
-from .decoder_call import BlockCall
-from .side_paths import SidePaths
+from ..memory.cache import mark_stale
+from .block_context import BlockContext
+from .side_path_layer import TENSOR_NAMES, SidePathLayer
 
 
-class TalanLayer(SidePaths, BaseTunerLayer):
-    """Holds one block's side paths of any number of adapters, as the block's child `talan`.
+class TalanLayer(SidePathLayer, BaseTunerLayer):
+    """Holds one block's side paths of any number of adapters, as the block's child `talan`, where PEFT switches them.
 
     Args:
         hidden_size: H, the width of the residual stream.
-        block_index: The block's index, by which the cache carries the memory.
-        depth: The number of the model's blocks.
+        block_index: The block's index, by which a cache carries the memory.
+        depth: The number of the model's blocks. Default 0: not known.
 
     Examples:
         >>> layers = [module for module in model.modules() if isinstance(module, TalanLayer)]
@@ -28,6 +27,8 @@ class TalanLayer(SidePaths, BaseTunerLayer):
     """
 
     child_name: str = CHILD_NAME
+    tensor_prefix: str = "lora_talan_"
+    adapter_layer_names: tuple[str, ...] = tuple(f"lora_talan_{name}" for name in TENSOR_NAMES)
     other_param_names: tuple[str, ...] = (
         "talan_options",
         "talan_alpha",
@@ -36,7 +37,7 @@ class TalanLayer(SidePaths, BaseTunerLayer):
         "has_low_rank_half",
     )
 
-    def __init__(self, hidden_size: int, block_index: int, depth: int) -> None:
+    def __init__(self, hidden_size: int, block_index: int, depth: int = 0) -> None:
         super().__init__(hidden_size, block_index, depth)
         # All of the model's adapters, also those without a side path at this block.
         self.has_low_rank_half: dict[str, bool] = {}
@@ -60,17 +61,6 @@ class TalanLayer(SidePaths, BaseTunerLayer):
         """A side path has no base layer whose weight this could be."""
         raise AttributeError(f"{type(self).__name__!r} object has no attribute 'weight'")
 
-    def update_layer(self, adapter_name: str, config: TalanConfig) -> None:
-        """Add an adapter's side path.
-
-        Args:
-            adapter_name: The adapter's name.
-            config: Its configuration.
-        """
-        self.add_tensors(adapter_name, config)
-        self.talan_alpha[adapter_name] = float(config.talan_alpha)
-        self.talan_position[adapter_name] = config.talan_position
-
     def _all_available_adapter_names(self) -> list[str]:
         """Where the active adapter is deleted, PEFT goes on with the first of these: the same as in LoRA's layers."""
         return sorted(self.has_low_rank_half, key=lambda name: (not self.has_low_rank_half[name], name))
@@ -79,15 +69,15 @@ class TalanLayer(SidePaths, BaseTunerLayer):
         self,
         hidden_states: torch.Tensor,
         position: str,
-        call: BlockCall,
+        context: BlockContext,
         adapter_names: list[str] | None = None,
     ) -> torch.Tensor:
-        """Run side paths on the residual stream at one end of the block; those of several adapters add up.
+        """Run the active adapters' side paths on the residual stream at one end of the block.
 
         Args:
             hidden_states: h, [batch, tokens, hidden_size].
             position: `input` or `output`: which end this is.
-            call: What the block was called with.
+            context: What the block was called with.
             adapter_names: The adapter of each row, `__base__` for none; PEFT passes it for batches of mixed adapters.
                 None: the active adapters, for all rows.
 
@@ -101,9 +91,9 @@ class TalanLayer(SidePaths, BaseTunerLayer):
         if self._disable_adapters and self.merged:
             self.unmerge()  # As LoRA's layers do: they give the base weights back when they run disabled.
         running = self._running(adapter_names, hidden_states)
-        written = self.apply_side_paths(hidden_states, position, call, running)
-        if position == "output" and call.cache is not None:
-            mark_stale(call.cache, self.block_index, running)
+        written = self.run(hidden_states, position, context, running)
+        if position == "output" and context.cache is not None:
+            mark_stale(context.cache, self.block_index, self.child_name, running)
         return written
 
     def _running(self, adapter_names: list[str] | None, hidden_states: torch.Tensor) -> dict[str, torch.Tensor | None]:
@@ -115,7 +105,7 @@ class TalanLayer(SidePaths, BaseTunerLayer):
         batch = hidden_states.shape[0]
         if len(adapter_names) != batch:
             raise ValueError(
-                f"adapter_names={adapter_names!r}: {len(adapter_names)} names for {batch} rows; give one a row"
+                f"adapter_names={adapter_names!r}: {len(adapter_names)} names for {batch} rows; give one per row"
             )
         return {
             name: torch.tensor([row_name == name for row_name in adapter_names], device=hidden_states.device)
@@ -124,17 +114,17 @@ class TalanLayer(SidePaths, BaseTunerLayer):
         }
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Note which adapters' low-rank halves are folded; the side path depends on its input and stays live.
+        """Note which adapters' LoRA weights are folded; the side path depends on its input and stays live.
 
         Args:
-            safe_merge: As in PEFT; the model looks at both halves before any layer is merged. Default False.
+            safe_merge: As in PEFT; the model looks at all weights before any layer is merged. Default False.
             adapter_names: The adapters; None: the active ones.
         """
         names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.talan_options]
         self.merged_adapters.extend(names)
 
     def unmerge(self) -> None:
-        """Note that no low-rank half is folded any more."""
+        """Note that no LoRA weights are folded any more."""
         if not self.merged:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
@@ -143,7 +133,3 @@ class TalanLayer(SidePaths, BaseTunerLayer):
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """A side path is not a weight update, so it has no LoRA form."""
         return False
-
-    def extra_repr(self) -> str:
-        """Name the block and the axes."""
-        return f"block_index={self.block_index}, adapters={self.talan_options}"

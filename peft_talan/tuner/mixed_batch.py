@@ -21,16 +21,7 @@ NO_ROWS = (
 
 
 def low_rank_names(model: nn.Module, adapter_names: Sequence[str], known: Collection[str]) -> list[str]:
-    """The adapter of each row as PEFT's layers take it: to them, an adapter without low-rank half does not exist.
-
-    Args:
-        model: The base model with its adapters.
-        adapter_names: The adapter of each row, `__base__` for none.
-        known: The names of all adapters.
-
-    Returns:
-        The names, with `__base__` for adapters that are a side path alone.
-    """
+    """The adapter of each row as PEFT's layers take it: to them, an adapter without low-rank half does not exist."""
     low_rank = {n for m in model.modules() if isinstance(m, LoraLayer) for n in m._get_available_adapters()}
     return ["__base__" if name in known and name not in low_rank else name for name in adapter_names]
 
@@ -43,21 +34,7 @@ def rows_named(
     beams: int,
     apply_to_low_rank: Callable[[list[str]], AbstractContextManager[None]],
 ) -> Iterator[None]:
-    """Pass each row's adapter to both halves: to LoRA's layers as PEFT does, and to the side paths in the same way.
-
-    Args:
-        model: The base model with its adapters.
-        adapter_names: The adapter of each row, `__base__` for none.
-        known: The names of all adapters.
-        beams: The number of beams; beam search repeats every row, but not for an encoder.
-        apply_to_low_rank: PEFT's context manager that passes the names to its own layers.
-
-    Yields:
-        Nothing; the names hold inside the context.
-
-    Raises:
-        ValueError: An adapter does not exist, or the model is in training mode.
-    """
+    """Pass each row's adapter to both halves: to LoRA's layers as PEFT does, and to the side paths in the same way."""
     low_rank = low_rank_names(model, adapter_names, known)
     repeated = [name for name in adapter_names for _ in range(beams)]
     encoder = _get_encoder(model)

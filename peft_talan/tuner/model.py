@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -14,6 +15,8 @@ from peft.utils.integrations import init_empty_weights
 from torch import nn
 from transformers import PreTrainedModel
 
+from ..axes import check_causal
+from ..checkpoint.card import write_adapter_card
 from ..checkpoint.checks import check_side_path, check_whole_modules, read_header
 from ..checkpoint.names import CHILD_NAME, check_new_name, is_side_path_key
 from ..checkpoint.rollback import Snapshot, attributes_unchanged_on_error
@@ -21,8 +24,8 @@ from ..config import TalanConfig, TalanRuntimeConfig
 from . import tensor_parallel
 from .attachment import attach_side_path, attached_side_paths, detach_side_paths
 from .blocks import check_size, check_stream, choose_targets, find_blocks, find_hidden_size, point_at_fused_experts
-from .kept import kept_side_paths
-from .merge import DROPPED, LIVE, check_mergeable, keep_once_loaded, keep_side_paths, side_path_config
+from .merge import DROPPED, LIVE, check_mergeable
+from .merged import move_to_base
 from .mixed_batch import NO_ROWS, rows_named
 from .state_dict import CheckpointedModel
 from .trainability import declare_scope
@@ -58,9 +61,6 @@ class TalanModel(CheckpointedModel):
                 f"adapter_name={adapter_name!r}: the model already has an adapter of this name; give another name, or "
                 "call unload() or delete_adapter() first"
             )
-        # From transformers' load_adapter: PEFT gives a dictionary, and add_adapter sets the mark beforehand.
-        loaded_by_itself = isinstance(peft_config, TalanConfig) and not getattr(model, "_hf_peft_config_loaded", True)
-        embedded = loaded_by_itself and peft_config.talan_kept and peft_config.inference_mode
         try:
             # `inject_adapter` restores what lies inside.
             with attributes_unchanged_on_error(model):
@@ -70,8 +70,6 @@ class TalanModel(CheckpointedModel):
                 # transformers' add_adapter sets it too early, and could not add another adapter afterwards.
                 vars(model).pop("_hf_peft_config_loaded", None)
             raise
-        if embedded and isinstance(model, PreTrainedModel):
-            keep_once_loaded(model, adapter_name)
 
     def inject_adapter(
         self,
@@ -99,11 +97,6 @@ class TalanModel(CheckpointedModel):
         if not isinstance(config, TalanConfig):
             raise ValueError(
                 f"config={type(config).__name__}: a TALAN model takes a TalanConfig for adapter {adapter_name!r}"
-            )
-        if config.talan_kept and any(kept_side_paths(model)):
-            raise ValueError(
-                "talan_kept=True: this side path is a part of a merged model, and the model has one already; "
-                "AutoModelForCausalLM.from_pretrained(FOLDER) alone gives the whole model"
             )
         check_stream(model)
         name, every_block = find_blocks(model, config)
@@ -142,12 +135,13 @@ class TalanModel(CheckpointedModel):
                 declare_scope(model, adapter_name, config.talan_trainable)
             if header is not None and (config.modules_to_save or config.trainable_token_indices is not None):
                 check_whole_modules(adapter_name, header.names, model)
-            config.talan_kept = False
         except BaseException:
             before.restore()
             raise
+        config.runtime_config = TalanRuntimeConfig(
+            config.runtime_config.ephemeral_gpu_offload, after_save=partial(write_adapter_card, adapter_name)
+        )
         if checkpoint is not None:
-            config.runtime_config = TalanRuntimeConfig(config.runtime_config.ephemeral_gpu_offload)
             self._before_loading = before
 
     @contextmanager
@@ -155,16 +149,16 @@ class TalanModel(CheckpointedModel):
         if self._before_loading is not None:
             self._before_loading = None  # A model that runs is not being loaded.
         adapter_names = kwargs.pop("adapter_names", None)
-        tell = super()._enable_peft_forward_hooks
+        enable = super()._enable_peft_forward_hooks
         if adapter_names is None:
-            context = tell(*args, **kwargs)
+            context = enable(*args, **kwargs)
         else:
             context = rows_named(
                 self.model,
                 adapter_names,
                 self.peft_config,
                 kwargs.get("num_beams") or 1,
-                lambda names: tell(*args, adapter_names=names, **kwargs),
+                lambda names: enable(*args, adapter_names=names, **kwargs),
             )
         with context:
             yield
@@ -206,12 +200,7 @@ class TalanModel(CheckpointedModel):
             >>> model.generate(**tokenizer("What is 27 + 48?", return_tensors="pt"), max_new_tokens=16)
         """
         for name in self.active_adapters:
-            scope = getattr(self.peft_config[name], "talan_memory_scope", "causal")
-            if scope != "causal":
-                raise ValueError(
-                    f"talan_memory_scope={scope!r} of adapter {name!r} can't generate: later tokens would change the "
-                    "memory of earlier ones; train an adapter with 'causal'"
-                )
+            check_causal(getattr(self.peft_config[name], "talan_memory_scope", "causal"), name)
         return self.model.generate(*args, **kwargs)
 
     def generate_batch(self, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Any:
@@ -271,9 +260,9 @@ class TalanModel(CheckpointedModel):
             progressbar: Whether to show a progress bar. Default False.
             safe_merge: Whether to check both halves for NaN. Default False.
             adapter_names: The adapters to fold; None: the active ones. Default None.
-            side_path: `"keep"`: the outputs stay the adapter's; the model's `save_pretrained` writes the merged
-                weights and an embedded adapter into one folder. `"drop"`: a plain model, the low-rank half alone.
-                Default `"keep"`.
+            side_path: `"keep"`: the outputs stay the adapter's; the side path is a part of the model from then on, and
+                is saved and loaded with its weights. `"drop"`: a plain model, the low-rank half alone. Default
+                `"keep"`.
 
         Returns:
             The base model.
@@ -291,10 +280,10 @@ class TalanModel(CheckpointedModel):
         if safe_merge:
             check_mergeable(self.model, names)
         merged_earlier = [name for _, layer in attached_side_paths(self.model) for name in layer.merged_adapters]
-        kept = {name: side_path_config(self.peft_config[name]) for name in dict.fromkeys([*merged_earlier, *names])}
+        kept = {name: self.peft_config[name] for name in dict.fromkeys([*merged_earlier, *names])}
         model = super().merge_and_unload(progressbar, safe_merge, adapter_names)
         if side_path == "keep":
-            keep_side_paths(model, kept)
+            move_to_base(model, kept)
         else:
             detach_side_paths(model)
             warnings.warn(DROPPED, stacklevel=2)

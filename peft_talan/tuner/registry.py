@@ -5,12 +5,15 @@ from __future__ import annotations
 from aenum import extend_enum
 from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 from peft.utils import PeftType, register_peft_method
+from transformers.cache_utils import Cache
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 from transformers.core_model_loading import WeightRenaming
 
-from ..checkpoint.card import write_cards_on_save
+from ..checkpoint.card import write_cards_with_others
 from ..config import TalanConfig
+from ..memory.cache import follow_class
 from .lorafa import let_lorafa_train_side_paths
+from .merged_loading import let_transformers_build_merged_models
 from .model import TalanModel
 
 
@@ -28,8 +31,10 @@ def register_talan() -> None:
     if PeftType("TALAN") not in PEFT_TYPE_TO_TUNER_MAPPING:
         register_peft_method(name="talan", config_cls=TalanConfig, model_cls=TalanModel, prefix=TalanModel.prefix)
         _let_transformers_load_magnitudes()
-        write_cards_on_save()
+        write_cards_with_others()
         let_lorafa_train_side_paths()
+        follow_class(Cache)
+        let_transformers_build_merged_models()
 
 
 def _let_transformers_load_magnitudes() -> None:

@@ -9,23 +9,25 @@ from contextlib import contextmanager
 from torch import nn
 
 from .attachment import attached_side_paths
-from .kept import kept_side_paths
-from .side_paths import SidePaths
+from .merged import merged_layers
+from .side_path_layer import SidePathLayer
 
 
 def _side_paths_named(
     model: nn.Module, adapter_name: str | None, layers: Sequence[int] | None
-) -> list[tuple[SidePaths, str]]:
+) -> list[tuple[SidePathLayer, str]]:
     """The side paths that adapter and blocks select; everything is checked before any of them changes."""
     adapters = [(layer, name, name) for _, layer in attached_side_paths(model) for name in layer.talan_options]
-    kept = [(layer, key, name) for layer in kept_side_paths(model) for key, name in layer.adapter_names.items()]
-    if not adapters and not kept:
+    merged = [
+        (layer, key, one.adapter_name) for layer in merged_layers(model) for key, one in layer.side_paths.items()
+    ]
+    if not adapters and not merged:
         raise ValueError(f"model={type(model).__name__}: it has no side path; give a model with a TALAN adapter")
-    candidates: list[tuple[SidePaths, str, str]] = []
-    for group in (adapters, kept):  # An adapter comes before what was kept of an earlier one.
+    candidates: list[tuple[SidePathLayer, str, str]] = []
+    for group in (adapters, merged):  # An adapter comes before what was merged earlier.
         candidates = candidates or [found for found in group if adapter_name in (None, found[2])]
     if not candidates:
-        names = sorted({name for _, _, name in (*adapters, *kept)})
+        names = sorted({name for _, _, name in (*adapters, *merged)})
         raise ValueError(
             f"adapter_name={adapter_name!r}: no side path is named so; there are {', '.join(map(repr, names))}"
         )
@@ -39,17 +41,7 @@ def _side_paths_named(
 
 
 def check_strength(strength: float) -> float:
-    """Refuse a strength that is not a finite number.
-
-    Args:
-        strength: What scales a perturbation.
-
-    Returns:
-        The same as a float.
-
-    Raises:
-        ValueError: It is not a finite number.
-    """
+    """Refuse a strength that is not a finite number."""
     if isinstance(strength, bool) or not isinstance(strength, (int, float)) or not math.isfinite(strength):
         raise ValueError(f"strength={strength!r}: give a finite number; 1 is as trained, 0 the low-rank half alone")
     return float(strength)

@@ -25,14 +25,7 @@ def _tensor_parallel_mesh(model: nn.Module) -> Any:
 
 
 def check_plan(model: nn.Module) -> None:
-    """Refuse a plan under which a process does not see the whole sequence.
-
-    Args:
-        model: The base model.
-
-    Raises:
-        ValueError: The plan splits the tokens of a sequence.
-    """
+    """Refuse a plan under which a process does not see the whole sequence."""
     if _tensor_parallel_mesh(model) is None:
         return
     splitting = [name for name, style in (getattr(model, "tp_plan", None) or {}).items() if style == SPLITS_TOKENS]
@@ -48,10 +41,6 @@ def synchronize(model: nn.Module, adapter_name: str) -> None:
 
     Each process draws its own random weights, so the first one's side path is given to all; PEFT does it for LoRA.
     The `in_features` of a split low-rank input matrix become its own width, which transformers reads.
-
-    Args:
-        model: The base model, with the adapter.
-        adapter_name: The adapter's name.
     """
     mesh = _tensor_parallel_mesh(model)
     if mesh is None:

@@ -29,13 +29,7 @@ def _frozen_by_scope(module: BaseTunerLayer, scope: Trainable) -> tuple[str, ...
 
 
 def declare_scope(model: nn.Module, adapter_name: str, scope: Trainable) -> None:
-    """Declare what a trainability scope keeps frozen, in the way that PEFT applies again at every switch of adapters.
-
-    Args:
-        model: The model.
-        adapter_name: The adapter's name.
-        scope: The trainability scope.
-    """
+    """Declare what a trainability scope freezes, in the way that PEFT applies again at every switch of adapters."""
     for module in model.modules():
         if not isinstance(module, (TalanLayer, LoraLayer)):
             continue

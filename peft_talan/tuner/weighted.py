@@ -78,18 +78,6 @@ def weigh_side_paths(
 
     A perturbation is linear in W_write, so a weight is a factor of it. The sum of two at one block is not a side path,
     as the softmax goes over the slots of one.
-
-    Args:
-        model: The base model with its adapters.
-        configs: The configuration of each adapter.
-        adapters: The names of the adapters.
-        weights: The weight of each.
-
-    Returns:
-        The side paths.
-
-    Raises:
-        ValueError: An adapter is unknown, the sum is not an adapter, or would leave out what an adapter has trained.
     """
     _check_summands(configs, adapters, weights)
     axes: dict[str, tuple[str, Any]] = {}
@@ -122,13 +110,7 @@ def weigh_side_paths(
 
 @torch.no_grad()
 def copy_side_paths(model: nn.Module, sources: Mapping[int, SidePathSource], adapter_name: str) -> None:
-    """Fill an adapter's side paths from those of others.
-
-    Args:
-        model: The base model with its adapters.
-        sources: Where the side path of each block comes from, by the block's index.
-        adapter_name: The adapter to fill.
-    """
+    """Fill an adapter's side paths from those of others."""
     for layer in (module for module in model.modules() if isinstance(module, TalanLayer)):
         if adapter_name in layer.talan_options and layer.block_index in sources:
             source, factor = sources[layer.block_index]
@@ -146,18 +128,7 @@ def add_weighted_adapter(
     weights: Sequence[float],
     adapter_name: str,
 ) -> None:
-    """Add an adapter that is the weighted sum of others; see `weigh_side_paths` for what has one.
-
-    Args:
-        tuner: The TALAN model.
-        combine_low_rank: PEFT's way to add the weighted sum of low-rank adapters, given names and weights.
-        adapters: The names of the adapters.
-        weights: The weight of each.
-        adapter_name: The new adapter's name.
-
-    Raises:
-        ValueError: The name is taken, an adapter is unknown, or their sum is not an adapter.
-    """
+    """Add an adapter that is the weighted sum of others; see `weigh_side_paths` for what has one."""
     configs: dict[str, Any] = tuner.peft_config
     if adapter_name in configs:
         raise ValueError(

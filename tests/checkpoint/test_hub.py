@@ -187,12 +187,12 @@ def test_transformers_own_path(client: Client, hub: Hub, tmp_path: Path) -> None
     assert INSTALL in card.text and "| side path |" in card.text and "talan" in card.data.tags
 
 
-def test_kept_model(client: Client, hub: Hub, tmp_path: Path) -> None:
-    client("push_kept", folder=str(tmp_path), repo="user/kept", token="writer")
-    client("pull_auto", folder=str(tmp_path), repo="user/kept")
+def test_merged_model(client: Client, hub: Hub, tmp_path: Path) -> None:
+    client("push_merged", folder=str(tmp_path), repo="user/merged", token="writer")
+    client("pull_auto", folder=str(tmp_path), repo="user/merged")
     assert same(tmp_path, "pushed", "auto")
-    card = card_of(hub, "user/kept")
-    assert 'AutoModelForCausalLM.from_pretrained("user/kept")' in card.text and "PeftModel" not in card.text
+    card = card_of(hub, "user/merged")
+    assert 'AutoModelForCausalLM.from_pretrained("user/merged")' in card.text and "PeftModel" not in card.text
     assert (card.data.base_model, card.data["base_model_relation"]) == ("user/base", "finetune")
     assert "talan" in card.data.tags
 
@@ -202,10 +202,10 @@ def test_plain_lora_on_a_model_that_had_talan(client: Client, hub: Hub) -> None:
     assert "talan" not in str(card_of(hub, "user/lora"))
 
 
-PUSHES = [("push", {"options": {}}), ("push_kept", {"by": "push_to_hub"}), ("push_kept", {"by": "save_pretrained"})]
+PUSHES = [("push", {"options": {}}), ("push_merged", {})]
 
 
-@pytest.mark.parametrize(("call", "how"), PUSHES, ids=["adapter", "kept model", "kept model as it is saved"])
+@pytest.mark.parametrize(("call", "how"), PUSHES, ids=["adapter", "merged model"])
 def test_every_argument_of_a_push_reaches_the_hub(
     call: str, how: dict[str, Any], client: Client, hub: Hub, tmp_path: Path
 ) -> None:
@@ -223,12 +223,13 @@ def test_every_argument_of_a_push_reaches_the_hub(
     assert texts == 2 * [{"summary": "Sums", "description": "Of two numbers"}]
 
 
-def test_variant_and_tags_of_a_kept_model_reach_the_hub(client: Client, hub: Hub, tmp_path: Path) -> None:
-    client("push_kept", folder=str(tmp_path), repo="user/kept-variant", by="save_pretrained", variant="v1",
-           tags=["mine"], token="writer")  # fmt: skip
-    assert "model.v1.safetensors" in hub.repositories["user/kept-variant"].find("main")[1]
-    assert {"mine", "talan"} <= set(card_of(hub, "user/kept-variant").data.tags)
-    client("pull_auto", folder=str(tmp_path), repo="user/kept-variant", variant="v1")
+def test_a_merged_model_that_is_pushed_as_it_is_saved(client: Client, hub: Hub, tmp_path: Path) -> None:
+    options = {"by": "save_pretrained", "variant": "v1", "private": True, "commit_message": "Sums"}
+    client("push_merged", folder=str(tmp_path), repo="user/merged-variant", token="writer", **options)
+    repository = hub.repositories["user/merged-variant"]
+    assert repository.private and "model.v1.safetensors" in repository.find("main")[1]
+    assert "talan" in card_of(hub, "user/merged-variant").data.tags
+    client("pull_auto", folder=str(tmp_path), repo="user/merged-variant", variant="v1", token="reader")
     assert same(tmp_path, "pushed", "auto")
 
 

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 from peft import LoraConfig, get_peft_model
-from peft_talan_cli import main
-from peft_talan_cli.console import MISUSED
 from transformers import AutoModelForCausalLM
 
 from peft_talan import TalanConfig
+from peft_talan.cli import main
+from peft_talan.cli.console import MISUSED
 
 from ..offline_hub import save_tiny_model
 

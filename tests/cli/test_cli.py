@@ -16,12 +16,13 @@ import pytest
 import torch
 import typer
 from peft import PEFT_TYPE_TO_TUNER_MAPPING, LoraConfig, PeftConfig, PeftModel, PeftType, get_peft_model
-from peft_talan_cli import app, main
-from peft_talan_cli.console import FAILED, MISUSED
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from peft_talan import TalanConfig, __version__, set_talan_strength
+from peft_talan.checkpoint.merged_config import merged_side_paths
+from peft_talan.cli import app, main
+from peft_talan.cli.console import FAILED, MISUSED
 from peft_talan.sft.prompts import PromptForm
 
 from ..offline_hub import make_tokenizer, write_conversations
@@ -131,7 +132,7 @@ def test_inspect_reads_no_base_model_and_is_quick(saved: Path, tmp_path: Path) -
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     (tmp_path / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": "no/where"}))
     lines = (
-        "import sys; from peft_talan_cli import main; code = main(['inspect', sys.argv[1]]);"
+        "import sys; from peft_talan.cli import main; code = main(['inspect', sys.argv[1]]);"
         "sys.exit(code or 'torch' in sys.modules)"
     )
     shown = subprocess.run([sys.executable, "-c", lines, str(tmp_path)], check=True, capture_output=True, text=True)
@@ -243,7 +244,7 @@ def test_merge_writes_a_model(
     if side_path == "drop":
         set_talan_strength(adapted, 0.0)
     torch.testing.assert_close(logits(merged), logits(adapted), **rounding(torch.float32))
-    assert (output / "adapter_config.json").exists() == (side_path == "keep")
+    assert bool(merged_side_paths(json.loads((output / "config.json").read_text()))) == (side_path == "keep")
     assert "not empty" in fails(["merge", saved / "adapter", output])
     if side_path == "keep":
         again = fails(["merge", output, tmp_path / "again"])
@@ -285,6 +286,18 @@ def test_analyze_writes_tables_and_pictures(saved: Path, tmp_path: Path, answers
     assert "this is not a TALAN adapter" in fails(["analyze", saved / "lora", tmp_path / "data.jsonl", tmp_path])
 
 
+def test_analyze_writes_over_files_only_when_told(saved: Path, tmp_path: Path, answers: Answers, fails: Fails) -> None:
+    write_conversations(tmp_path / "data.jsonl", 1)
+    output = tmp_path / "out"
+    output.mkdir()
+    (output / "blocks.csv").write_text("mine")
+    words = ["analyze", saved / "adapter", tmp_path / "data.jsonl", output, "--max-tokens", "8"]
+    assert "not empty; give another one, or --overwrite" in fails(words)
+    assert (output / "blocks.csv").read_text() == "mine"
+    answers([*words, "--overwrite"])
+    assert (output / "blocks.csv").read_text() != "mine"
+
+
 def test_doctor_sees_what_is_broken(
     monkeypatch: pytest.MonkeyPatch, answers: Answers, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -317,10 +330,39 @@ def test_bad_option_is_named(arguments: list[str], named: str, fails: Fails) -> 
 
 def test_options_are_checked_before_anything_heavy_is_imported(saved: Path, tmp_path: Path) -> None:
     lines = (
-        "import sys; from peft_talan_cli import main; code = main(sys.argv[1:]);"
+        "import sys; from peft_talan.cli import main; code = main(sys.argv[1:]);"
         "sys.exit(code if 'torch' not in sys.modules and 'peft' not in sys.modules else 99)"
     )
-    words = ["--model", saved / "model", "--data", saved / "model" / "config.json", "--output", tmp_path / "out"]
-    for wrong in (["--talan-mixer", "x"], ["--report-to", "x"], ["--learning-rate", "0"], ["--resume"]):
-        command = [sys.executable, "-c", lines, "train", *words, *wrong]
-        assert subprocess.run(command, check=False, capture_output=True).returncode == MISUSED
+    (tmp_path / "data.jsonl").write_text('{"prompt": "a"\n')
+    (tmp_path / "good.jsonl").write_text('{"prompt": "a", "completion": "b"}\n' * 8)
+    (tmp_path / "file").touch()
+    words = ["--model", saved / "model", "--data", tmp_path / "good.jsonl", "--output", tmp_path / "out"]
+    unusable = ["--output", tmp_path / "file" / "out"]
+    commands = [
+        ["train", *words, *wrong]
+        for wrong in (
+            ["--talan-mixer", "x"],
+            ["--report-to", "x"],
+            ["--learning-rate", "0"],
+            ["--resume"],
+            ["--data", tmp_path / "data.jsonl"],
+            ["--lr-scheduler-type", "x"],
+            ["--lr-scheduler-type", "greedy"],
+            ["--assistant-only-loss"],
+            unusable,
+        )
+    ]
+    commands += [["compare", *words, *wrong] for wrong in (["--data", tmp_path / "data.jsonl"], unusable)]
+    commands += [
+        ["analyze", saved / "adapter", tmp_path / "data.jsonl", tmp_path / "out"],
+        ["analyze", saved / "adapter", tmp_path / "good.jsonl", tmp_path / "file" / "out"],
+        ["merge", saved / "adapter", tmp_path / "file" / "out"],
+        ["demo", *unusable],
+    ]
+    for command in commands:
+        before = os.times()
+        ended = subprocess.run([sys.executable, "-c", lines, *command], check=False, capture_output=True, text=True)
+        assert (ended.returncode, ended.stderr.count("\n")) == (MISUSED, 1), (command, ended.stderr)
+        after = os.times()
+        # Processor time: the wall clock of a machine that tests share says little.
+        assert sum(after[2:4]) - sum(before[2:4]) < 2.0, command

@@ -18,7 +18,8 @@ from pathlib import Path
 
 import typer
 from packaging.requirements import Requirement
-from peft_talan_cli import app, main
+
+from peft_talan.cli import app, main
 
 ROOT = Path(__file__).parents[2]
 PLACEHOLDER = "user/"

@@ -11,7 +11,7 @@ import torch
 from peft import PeftModel
 
 from peft_talan import TalanConfig, axes
-from peft_talan.functional import fused, writeback
+from peft_talan.functional import writeback
 
 from ..small_models import make_base, make_config, make_model, make_tokens, rounding
 
@@ -27,9 +27,8 @@ def change_squashed(
 
 @pytest.fixture
 def rule(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """The rule's rows in the tables, for one test."""
+    """The rule's row in the table, for one test."""
     monkeypatch.setitem(writeback.WRITEBACK_RULES, "squashed", change_squashed)
-    monkeypatch.setitem(fused.WRITEBACK_RULES, "squashed", change_squashed)
     monkeypatch.setattr(axes, "Writeback", Literal[(*get_args(axes.Writeback), "squashed")])
     yield "squashed"
 

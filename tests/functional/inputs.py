@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from peft_talan.functional.parameters import MIXERS, SidePathParameters
 
@@ -19,6 +22,24 @@ def assert_equal_up_to_rounding(found: torch.Tensor, expected: torch.Tensor) -> 
     scale = max(1.0, float(expected.detach().abs().max()))
     tolerance = ROUNDINGS * torch.finfo(expected.dtype).eps * scale
     torch.testing.assert_close(found, expected, rtol=0.0, atol=tolerance)
+
+
+class LargestTensor(TorchDispatchMode):
+    """Notes the largest number of elements of any tensor that an operation returns."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.elements = 0
+
+    def __torch_dispatch__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor):
+                # An expanded view has many elements and little memory.
+                self.elements = max(self.elements, tensor.untyped_storage().nbytes() // tensor.element_size())
+        return result
 
 
 def mixer_tensors(mixer: str, slots: int = SLOTS, width: int = WIDTH) -> tuple[torch.Tensor, ...]:

@@ -2,41 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from peft_talan.functional import chunked_autograd, fused, reference
 from peft_talan.functional.parameters import MIXERS
 
-from .inputs import SLOTS, WIDTH, assert_equal_up_to_rounding, memory, mixer_tensors, padding, segments
-
-
-class LargestTensor(TorchDispatchMode):
-    """Notes the largest number of elements of any tensor that an operation gives."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.elements = 0
-
-    def __torch_dispatch__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        result = func(*args, **(kwargs or {}))
-        for tensor in torch.utils._pytree.tree_leaves(result):
-            if isinstance(tensor, torch.Tensor):
-                # An expanded view has many elements and little memory.
-                self.elements = max(self.elements, tensor.untyped_storage().nbytes() // tensor.element_size())
-        return result
+from .inputs import SLOTS, WIDTH, LargestTensor, assert_equal_up_to_rounding, memory, mixer_tensors, padding, segments
 
 
 def inputs(batch: int, tokens: int) -> list[torch.Tensor]:
     """z, q, e."""
     values = torch.randn(batch, tokens, WIDTH, dtype=torch.float64)
-    weights = fused.slot_weights(torch.randn(batch, tokens, SLOTS, dtype=torch.float64), padding(batch, tokens))
+    weights = reference.slot_weights(torch.randn(batch, tokens, SLOTS, dtype=torch.float64), padding(batch, tokens))
     return [values, torch.randn_like(values), weights]
 
 
@@ -56,11 +36,11 @@ def test_gradcheck_of_the_remix(mixer: Any, tokens: int) -> None:
 
 
 @pytest.mark.parametrize("mixer", ["attention", "linear"])
-def test_several_slabs_equal_the_reference(mixer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_several_tiles_equal_the_reference(mixer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     batch, tokens = 3, 200
-    # A slab of one chunk a sequence, and one of several with a remainder: both occur at full size with long sequences.
-    for slab in (64, 3 * 64):
-        monkeypatch.setattr(chunked_autograd, "SLAB", slab)
+    # A tile of one chunk a sequence, and one of several with a remainder: both occur at full size with long sequences.
+    for tile_tokens in (64, 3 * 64):
+        monkeypatch.setattr(chunked_autograd, "TILE_TOKENS", tile_tokens)
         for ids, state in ((None, None), (segments(batch, tokens), memory(batch))):
             leaves = [leaf.requires_grad_() for leaf in (*inputs(batch, tokens), *mixer_tensors(mixer))]
             if state is not None:
@@ -80,7 +60,7 @@ def test_no_tensor_has_tokens_times_slots_times_width(mixer: Any, with_segments:
     batch, tokens, slots, width = 1, 2048, 8, 32
     values = torch.randn(batch, tokens, width).requires_grad_()
     queries = torch.randn(batch, tokens, width).requires_grad_()
-    weights = fused.slot_weights(torch.randn(batch, tokens, slots), None).requires_grad_()
+    weights = reference.slot_weights(torch.randn(batch, tokens, slots), None).requires_grad_()
     parameters = tuple(tensor.float().requires_grad_() for tensor in mixer_tensors(mixer, slots, width))
     ids = (torch.arange(tokens) // 300).unsqueeze(0) if with_segments else None
     direction = torch.randn(batch, tokens, width)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from types import ModuleType
 from typing import Any
 
@@ -14,7 +15,7 @@ from peft_talan.functional.parameters import MEMORY_SCOPES, MIXERS, WRITEBACKS, 
 from .inputs import BATCH, HIDDEN_SIZE, SLOTS, WIDTH, assert_equal_up_to_rounding, layout, side_path_tensors
 
 LENGTHS = (1, 2, 63, 64, 65, 200)
-"""One token, two, and both sides of a chunk's and a piece's end; the last makes several of them."""
+"""One token, two, and both sides of a chunk's and a tile's end; the last makes several of them."""
 
 
 def outputs_and_gradients(
@@ -38,7 +39,16 @@ def outputs_and_gradients(
         for tensor in (output.hidden_states, output.state)
     )
     gradients = torch.autograd.grad(scalar, leaves, materialize_grads=True)
-    return [output.hidden_states, output.state, output.weights, output.values, *gradients]
+    return [output.hidden_states, output.state, output.record.weights, output.record.values, *gradients]
+
+
+def test_twins_take_the_same_arguments() -> None:
+    both = {name for name, value in vars(fused).items() if inspect.isfunction(value)} & set(vars(reference))
+    twins = {name for name in both if getattr(fused, name) is not getattr(reference, name)}
+    assert {"read", "remix", "write_back", "side_path"} <= twins
+    for name in twins:
+        ours, theirs = (inspect.signature(getattr(module, name)).parameters.values() for module in (fused, reference))
+        assert [(p.name, p.kind, p.default) for p in ours] == [(p.name, p.kind, p.default) for p in theirs], name
 
 
 @pytest.mark.parametrize("tokens", LENGTHS)
@@ -216,6 +226,8 @@ def test_memory_after_is_the_memory_of_a_pass() -> None:
         given = layout(kind, BATCH, 70)
         hidden = torch.randn(BATCH, 70, HIDDEN_SIZE, dtype=torch.float64)
         output = reference.side_path(hidden, side_path_tensors("linear", "add"), SidePathOptions("linear"), **given)
-        found = fused.memory_after(output.values, output.weights, given.get("segment_ids"), given.get("state"))
+        found = fused.memory_after(
+            output.record.values, output.record.weights, given.get("segment_ids"), given.get("state")
+        )
         assert found.shape == (BATCH, SLOTS, WIDTH + 1)
         assert_equal_up_to_rounding(found, output.state)

@@ -34,8 +34,8 @@ def test_tokens_one_by_one_equal_the_reference(mixer: Any, writeback: Any, paddi
         written = one_token(hidden[:, index : index + 1], parameters, options, tokens, alpha=0.7, valid=now)
         assert_equal_up_to_rounding(written, expected.hidden_states[:, index : index + 1])
     weights, values = tokens.drain()
-    assert_equal_up_to_rounding(weights, expected.weights)
-    assert_equal_up_to_rounding(values, expected.values)
+    assert_equal_up_to_rounding(weights, expected.record.weights)
+    assert_equal_up_to_rounding(values, expected.record.values)
     assert expected.state is not None
     assert_equal_up_to_rounding(state, expected.state)
 

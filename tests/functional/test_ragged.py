@@ -6,13 +6,11 @@ from typing import Any
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from peft_talan.functional import ragged, ragged_reference, reference
 from peft_talan.functional.parameters import MIXERS, WRITEBACKS, SidePathOptions, SidePathParameters
 
-from .inputs import HIDDEN_SIZE, assert_equal_up_to_rounding, memory, mixer_tensors, side_path_tensors
+from .inputs import HIDDEN_SIZE, LargestTensor, assert_equal_up_to_rounding, memory, mixer_tensors, side_path_tensors
 
 PADDING = 5
 LENGTHS = {
@@ -31,7 +29,7 @@ def call(lengths: list[int], padded: int, mixer: Any, writeback: Any) -> tuple[t
     real = sum(lengths)
     hidden = torch.randn(real + padded, HIDDEN_SIZE, dtype=torch.float64)
     given = {
-        "query_start_loc": torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32),
+        "cu_seqlens": torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32),
         "state": memory(len(lengths)),
         "max_query_length": max(lengths),
         "alpha": 0.7,
@@ -49,14 +47,16 @@ def test_outputs_and_memories_equal_the_reference(lengths: list[int], mixer: Any
             arguments, given, real = call(lengths, padded, mixer, writeback)
             if not real + padded:
                 continue
-            for leave_at in (None, torch.tensor([0, *range(0, real, 3), -1, real + padded])):
-                found = ragged.ragged_side_path(*arguments, **given, leave_at=leave_at)
-                expected = ragged_reference.ragged_side_path(*arguments, **given, leave_at=leave_at)
+            for snapshot_positions in (None, torch.tensor([0, *range(0, real, 3), -1, real + padded])):
+                found = ragged.ragged_side_path(*arguments, **given, snapshot_positions=snapshot_positions)
+                expected = ragged_reference.ragged_side_path(
+                    *arguments, **given, snapshot_positions=snapshot_positions
+                )
                 assert found.hidden_states.isfinite().all() and found.states.isfinite().all()
                 if real:
                     assert_equal_up_to_rounding(found.hidden_states[:real], expected.hidden_states[:real])
-                if real or leave_at is None:
-                    wanted = slice(None) if leave_at is None else slice(-2)
+                if real or snapshot_positions is None:
+                    wanted = slice(None) if snapshot_positions is None else slice(-2)
                     assert_equal_up_to_rounding(found.states[wanted], expected.states[wanted])
 
 
@@ -64,11 +64,11 @@ def test_outputs_and_memories_equal_the_reference(lengths: list[int], mixer: Any
 def test_calls_in_which_each_token_is_a_request(mixer: Any) -> None:
     for writeback in WRITEBACKS:
         arguments, given, _ = call([1] * 7, 0, mixer, writeback)
-        given |= {"query_start_loc": None, "alpha": torch.randn(7, dtype=torch.float64)}
-        for leave_at in (None, torch.tensor([5, -1, 2, 7])):
-            found = ragged.ragged_side_path(*arguments, **given, leave_at=leave_at)
-            expected = ragged_reference.ragged_side_path(*arguments, **given, leave_at=leave_at)
-            wanted = slice(None) if leave_at is None else [0, 2]
+        given |= {"cu_seqlens": None, "alpha": torch.randn(7, dtype=torch.float64)}
+        for snapshot_positions in (None, torch.tensor([5, -1, 2, 7])):
+            found = ragged.ragged_side_path(*arguments, **given, snapshot_positions=snapshot_positions)
+            expected = ragged_reference.ragged_side_path(*arguments, **given, snapshot_positions=snapshot_positions)
+            wanted = slice(None) if snapshot_positions is None else [0, 2]
             assert_equal_up_to_rounding(found.hidden_states, expected.hidden_states)
             assert_equal_up_to_rounding(found.states[wanted], expected.states[wanted])
 
@@ -98,7 +98,7 @@ def test_the_reference_runs_each_request_as_a_sequence_of_its_own() -> None:
 
 
 @pytest.mark.parametrize("mixer", MIXERS)
-def test_a_call_cut_into_pieces_gives_what_the_whole_gives(mixer: Any) -> None:
+def test_a_call_cut_into_pieces_returns_what_the_whole_returns(mixer: Any) -> None:
     lengths = [40, 13, 77]
     (hidden, parameters, options), given, _ = call(lengths, 0, mixer, "gated")
     whole = ragged.ragged_side_path(hidden, parameters, options, **given)
@@ -108,7 +108,7 @@ def test_a_call_cut_into_pieces_gives_what_the_whole_gives(mixer: Any) -> None:
         pieces = [row[start : start + 11] for row in rows]
         ends = torch.tensor([0, *(len(piece) for piece in pieces)]).cumsum(0)
         part = ragged.ragged_side_path(
-            torch.cat(pieces), parameters, options, query_start_loc=ends, state=state, max_query_length=11, alpha=0.7
+            torch.cat(pieces), parameters, options, cu_seqlens=ends, state=state, max_query_length=11, alpha=0.7
         )
         state = part.states
         for request, piece in enumerate(part.hidden_states.split([len(piece) for piece in pieces])):
@@ -140,18 +140,6 @@ def test_the_operator_compiles_as_one_graph_without_asking_the_device(lengths: l
     assert_equal_up_to_rounding(found.states, expected.states)
 
 
-class LargestTensor(TorchDispatchMode):
-    """Notes the number of elements of the largest tensor that any operation gives."""
-
-    elements = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        sizes = [tensor.numel() for tensor in tree_leaves(result) if isinstance(tensor, torch.Tensor)]
-        self.elements = max(self.elements, *sizes, 0)
-        return result
-
-
 @pytest.mark.parametrize("mixer", MIXERS)
 def test_no_memory_is_made_for_every_token(mixer: Any) -> None:
     tokens, slots, width = 1200, 12, 16
@@ -165,7 +153,7 @@ def test_no_memory_is_made_for_every_token(mixer: Any) -> None:
             torch.randn(tokens, HIDDEN_SIZE),
             parameters,
             SidePathOptions(mixer=mixer),
-            query_start_loc=torch.tensor([0, 700, 1200]),
+            cu_seqlens=torch.tensor([0, 700, 1200]),
             state=torch.zeros(2, slots, width + 1),
             max_query_length=700,
         )

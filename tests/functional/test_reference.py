@@ -126,10 +126,9 @@ def test_capped_holds_its_trust_region(module: ModuleType) -> None:
             written = module.write_back(
                 hidden,
                 torch.randn(BATCH, 9, WIDTH, dtype=torch.float64),
-                torch.randn(HIDDEN_SIZE, WIDTH, dtype=torch.float64),
-                "capped",
-                alpha=strength,
-                cap=cap,
+                side_path_tensors("attention", "capped"),
+                SidePathOptions(writeback="capped", cap=cap),
+                strength,
             )
             # h' - h is rounded at the size of h, hence the slack.
             assert ((written - hidden).norm(dim=-1) <= cap * hidden.norm(dim=-1) + 1e-14 * hidden.norm(dim=-1)).all()
@@ -139,8 +138,8 @@ def test_capped_holds_its_trust_region(module: ModuleType) -> None:
 def test_orthogonal_has_no_component_along_the_hidden_state(module: ModuleType) -> None:
     hidden = torch.randn(BATCH, 9, HIDDEN_SIZE, dtype=torch.float64)
     readout = torch.randn(BATCH, 9, WIDTH, dtype=torch.float64)
-    weight = torch.randn(HIDDEN_SIZE, WIDTH, dtype=torch.float64)
-    change = module.write_back(hidden, readout, weight, "orthogonal") - hidden
+    parameters, options = side_path_tensors("attention", "orthogonal"), SidePathOptions(writeback="orthogonal")
+    change = module.write_back(hidden, readout, parameters, options) - hidden
     assert change.norm() > 1
     assert_equal_up_to_rounding((change * hidden).sum(-1), torch.zeros(BATCH, 9, dtype=torch.float64))
 

@@ -14,8 +14,9 @@ from transformers import DynamicCache, StaticCache
 
 from peft_talan.functional import reference
 from peft_talan.functional.parameters import SidePathOptions
-from peft_talan.memory.cache_memories import MemoryRequest, continue_or_start_memory, mark_stale
+from peft_talan.memory.cache import MemoryRequest, continue_or_start_memory, mark_stale
 from peft_talan.memory.latent_memory import LatentMemory
+from peft_talan.memory.token_layout import TokenLayout
 
 from ..functional.inputs import HIDDEN_SIZE, assert_equal_up_to_rounding, side_path_tensors
 from ..small_models import CONFIGS
@@ -35,7 +36,7 @@ def append(memory: LatentMemory, pieces: list[int], valid: torch.Tensor | None =
     written, start = [], 0
     for piece in pieces:
         now = None if valid is None else valid[:, start : start + piece]
-        written.append(memory.append(HIDDEN[:, start : start + piece], PARAMETERS, OPTIONS, valid=now))
+        written.append(memory.append(HIDDEN[:, start : start + piece], PARAMETERS, OPTIONS, TokenLayout(now)))
         start += piece
     return torch.cat(written, dim=1)
 
@@ -95,14 +96,14 @@ def test_a_crop_leaves_what_came_before(forget: int) -> None:
     if forget < 150:
         kept = expected(HIDDEN[:, :-forget], VALID[:, :-forget])
         assert_equal_up_to_rounding(memory.state, kept.state)
-    written = memory.append(HIDDEN[:, -forget:], PARAMETERS, OPTIONS, valid=VALID[:, -forget:])
+    written = memory.append(HIDDEN[:, -forget:], PARAMETERS, OPTIONS, TokenLayout(VALID[:, -forget:]))
     assert_equal_up_to_rounding(written, expected(HIDDEN, VALID).hidden_states[:, -forget:])
 
 
 def test_a_crop_into_an_earlier_segment() -> None:
     memory = LatentMemory(static=False)
     segments = torch.arange(30).expand(2, 30) // 10
-    memory.append(HIDDEN[:, :30], PARAMETERS, OPTIONS, segment_ids=segments)
+    memory.append(HIDDEN[:, :30], PARAMETERS, OPTIONS, TokenLayout(None, segments))
     memory.append(HIDDEN[:, 30:33], PARAMETERS, OPTIONS)
     for forget, start, end in ((3, 20, 30), (5, 20, 25), (10, 10, 15)):
         memory.crop(forget)
@@ -119,7 +120,7 @@ def test_rows_follow_beams_and_what_is_recorded_stays_one_piece() -> None:
         rows = torch.tensor([1, 0]) if index % 3 else torch.tensor([0, 0])
         memory.select_rows(rows)
         seen = torch.cat([seen, token], dim=1)[rows]
-    assert len(memory._records) == 1
+    assert len(memory.recent.records) == 1
     assert_equal_up_to_rounding(memory.state, expected(seen).state)
     memory.crop(7)
     assert_equal_up_to_rounding(memory.state, expected(seen[:, :-7]).state)
@@ -132,7 +133,16 @@ def make_cache(kind: str) -> DynamicCache | StaticCache:
 
 def request(past: int | torch.Tensor, **options: object) -> MemoryRequest:
     return MemoryRequest(
-        **{"block_index": 1, "adapter_name": "a", "past": past, "batch": 2, "scope": "causal", **options}
+        **{
+            "block_index": 1,
+            "child_name": "talan",
+            "adapter_name": "a",
+            "past": past,
+            "batch": 2,
+            "tokens": 6,
+            "scope": "causal",
+            **options,
+        }
     )
 
 
@@ -160,7 +170,7 @@ def test_only_a_memory_that_has_all_tokens_is_continued(kind: str) -> None:
     ):
         with pytest.raises(ValueError, match="empty cache"):
             continue_or_start_memory(cache, refused)
-    mark_stale(cache, 1, ["b"])
+    mark_stale(cache, 1, "talan", ["b"])
     with pytest.raises(ValueError, match="empty cache"):
         continue_or_start_memory(cache, request(past(6)))
     cache.reset()

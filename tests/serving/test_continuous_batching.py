@@ -14,7 +14,8 @@ from transformers.generation.continuous_batching import ContinuousBatchingManage
 from transformers.generation.continuous_batching.offloading_manager import OffloadingManager
 
 from peft_talan import set_talan_strength
-from peft_talan.memory.paged_pool import PagedMemory
+from peft_talan.serving.paged_cache import page_pools
+from peft_talan.serving.pages import PagePools
 from tests.small_models import VOCABULARY, make_config, make_model, make_several
 
 NEW_TOKENS = 9
@@ -182,8 +183,8 @@ def test_two_managers_of_one_model_stay_apart_and_free_their_memory() -> None:
     # Both run their requests at once, each in a thread of its own.
     names = [managers[0].add_requests(PROMPTS), managers[1].add_requests(PROMPTS[::-1])]
     found = [collect(manager) for manager in managers]
-    memories = [weakref.ref(manager.batch_processor.cache.talan_memory) for manager in managers]
-    assert all(isinstance(memory(), PagedMemory) for memory in memories)
+    memories = [weakref.ref(page_pools(manager.batch_processor.cache)) for manager in managers]
+    assert all(isinstance(memory(), PagePools) and memory().pools for memory in memories)
     while managers:
         manager = managers.pop()
         manager.stop()

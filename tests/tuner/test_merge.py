@@ -169,7 +169,7 @@ def test_keep_gives_the_adapters_outputs_without_peft(architecture: str) -> None
     torch.testing.assert_close(logits(kept), expected, **rounding())
     added = set(kept.state_dict()) - set(make_base(architecture).state_dict())
     assert added
-    assert all(".kept_side_path_0." in name for name in added)
+    assert all(".merged_side_paths_0." in name for name in added)
     assert not any(parameter.requires_grad for name, parameter in kept.named_parameters() if name in added)
 
 
@@ -177,8 +177,9 @@ def test_keep_gives_the_adapters_outputs_without_peft(architecture: str) -> None
 def test_kept_folder_gives_back_exactly_that_model(half: str, tmp_path: Path) -> None:
     kept = merge(make_model("qwen3", make_config(**HALVES[half], modules_to_save=["lm_head"]), torch.float32))
     kept.save_pretrained(tmp_path)
-    assert set(load_file(tmp_path / "model.safetensors")) == set(make_base("qwen3").state_dict())
-    assert all(".talan." in key for key in load_file(tmp_path / "adapter_model.safetensors"))
+    files = {"config.json", "generation_config.json", "model.safetensors"}
+    assert {file.name for file in tmp_path.iterdir()} == files
+    assert set(load_file(tmp_path / "model.safetensors")) == set(kept.state_dict())
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
     assert torch.equal(logits(loaded), logits(kept))
     assert set(loaded.state_dict()) == set(kept.state_dict())
@@ -202,10 +203,8 @@ def test_kept_folder_of_every_architecture(architecture: str, tmp_path: Path) ->
     kept.save_pretrained(tmp_path, max_shard_size="20KB")
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path, **EXPERTS).eval()
     assert torch.equal(logits(loaded), logits(kept))
-    # A program that reads the named files alone, and knows no side path, then refuses the folder.
     named = json.loads((tmp_path / "model.safetensors.index.json").read_text())["weight_map"]
-    side_path = load_file(tmp_path / "adapter_model.safetensors")
-    assert {key for key, file in named.items() if file == "adapter_model.safetensors"} == set(side_path)
+    assert {name for name in kept.state_dict() if ".merged_side_paths_0." in name} <= named.keys()
 
 
 def test_kept_model_generates_as_the_adapter() -> None:
@@ -250,15 +249,16 @@ def test_chosen_adapters_are_kept_and_the_others_removed() -> None:
         set_talan_strength(kept, 1.0, adapter_name="default")
 
 
-def test_several_active_adapters_are_kept_but_not_saved_as_one(tmp_path: Path) -> None:
+def test_several_active_adapters_are_kept_and_saved(tmp_path: Path) -> None:
     model = make_two("lora")
     model.base_model.set_adapter(["default", "second"])
     expected = logits(model)
     kept = merge(model)
     torch.testing.assert_close(logits(kept), expected, **rounding())
-    with pytest.raises(ValueError, match="one side path only"):
-        kept.save_pretrained(tmp_path)
-    assert not list(tmp_path.iterdir())
+    kept.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float64).eval()
+    assert torch.equal(logits(loaded), logits(kept))
+    set_talan_strength(loaded, 1.0, adapter_name="second")
 
 
 def test_a_wrong_choice_touches_nothing() -> None:

@@ -1,1 +1,1 @@
-"""vLLM runs the side path of a model that embeds a TALAN adapter; `peft_talan.autoload.vllm` is what vLLM calls."""
+"""vLLM runs the side path of a model that embeds a TALAN adapter; vLLM calls `plugin.register`."""

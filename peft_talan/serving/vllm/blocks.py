@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dis
 import inspect
 import typing
 from collections.abc import Callable
@@ -17,13 +16,29 @@ from vllm.v1.attention.backend import AttentionType
 METADATA: tuple[str, ...] = ("query_start_loc", "seq_lens", "block_table", "slot_mapping", "max_query_len")
 """What a side path needs to know of a batch, by the names that most of vLLM's attention backends give it."""
 
+IN_TWO_PARTS = """
+AfmoeDecoderLayer ApertusDecoderLayer BailingMoeBlock DeciLMDecoderLayer Ernie4_5_MoeDecoderLayer ExaoneDecoderLayer
+ExaoneMoeDecoderLayer Gemma2DecoderLayer Gemma3DecoderLayer GemmaDecoderLayer Glm4DecoderLayer Glm4MoeDecoderLayer
+HYV3DecoderLayer InternLMDecoderLayer LagunaDecoderLayer Llama4DecoderLayer LlamaDecoderLayer MiMoV2FlashDecoderLayer
+MiniMaxM2DecoderLayer MistralDecoderLayer MixtralDecoderLayer Molmo2DecoderLayer MolmoDecoderLayer NemotronDecoderLayer
+OlmoeDecoderLayer Qwen2DecoderLayer Qwen2MoeDecoderLayer Qwen3DecoderLayer Qwen3MoeDecoderLayer Rnj1DecoderLayer
+SolarDecoderLayer Step3TextDecoderLayer StepDecoderLayer TransformerBlock
+"""
+"""The blocks of vLLM 0.32 whose stream is `hidden_states + residual`: what a fused norm adds is left to the next."""
+
+IN_ONE_PART = """
+Cohere2MoeDecoderLayer CohereDecoderLayer Exaone4DecoderLayer Gemma4DecoderLayer HyperCLOVAXDecoderLayer
+MiniCPMDecoderLayer Molmo2DecoderNormAfterLayer MolmoDecoderNormAfterLayer PhiMoEDecoderLayer
+"""
+"""Those with an argument `residual` that they do not read: `hidden_states` is the stream."""
+
 
 def find_blocks(model: nn.Module, depth: int, wanted: str | None) -> tuple[str, nn.ModuleList]:
-    """Find the list of decoder blocks; blocks of other pipeline stages have their places in it.
+    """Find the list of decoder blocks.
 
     Args:
         model: vLLM's model.
-        depth: The number of blocks of the whole model.
+        depth: The number of blocks.
         wanted: The list's name in the model that the adapter was trained on, for models with several such lists.
 
     Returns:
@@ -86,40 +101,43 @@ def find_attention(name: str, block: nn.Module) -> Any:
 class StreamPlace:
     """Where the call of a block carries the residual stream h.
 
-    vLLM's blocks take and give h whole, or in two parts (hidden_states, residual) whose sum it is; what a fused norm
-    would add is then left to the next block. Some give a residual that is only left over: the stream is whole there.
-
     Args:
-        hidden_states: The place of the argument `hidden_states`.
-        residual: The place of the argument `residual` where the block adds it; None: the stream is whole.
+        arguments: The names of the block's arguments, in their order.
+        in_two_parts: Whether h is `hidden_states + residual`, in what the block takes and in what it returns.
     """
 
-    hidden_states: int
-    residual: int | None
+    arguments: tuple[str, ...]
+    in_two_parts: bool
 
     @classmethod
     def of(cls, name: str, block: nn.Module) -> StreamPlace:
-        """Look at a block.
+        """Look the block's class up.
 
         Args:
             name: The block's name.
             block: The block.
 
         Returns:
-            The places.
+            The place.
 
         Raises:
-            ValueError: The block has no argument `hidden_states`.
+            ValueError: The block has no argument `hidden_states`, or it has `residual` and is not known.
         """
-        forward = inspect.unwrap(type(block).forward)
-        arguments = list(inspect.signature(forward).parameters)[1:]
+        owner = next(kind for kind in type(block).__mro__ if "forward" in vars(kind))
+        arguments = tuple(inspect.signature(owner.forward).parameters)[1:]
+        vllm_name = owner.__name__ if owner.__module__.startswith("vllm.") else None
+        in_two_parts = "residual" in arguments and vllm_name in IN_TWO_PARTS.split()
         if "hidden_states" not in arguments:
             raise ValueError(
-                f"block {name}: {type(block).__name__}.forward has no argument 'hidden_states' that would be the "
+                f"block {name}: {owner.__name__}.forward has no argument 'hidden_states' that would be the "
                 "residual stream; serve the model with transformers"
             )
-        in_two_parts = "residual" in arguments and _reads_first(forward, "residual")
-        return cls(arguments.index("hidden_states"), arguments.index("residual") if in_two_parts else None)
+        if "residual" in arguments and not in_two_parts and vllm_name not in IN_ONE_PART.split():
+            raise ValueError(
+                f"block {name}: it is not known whether {owner.__name__}.forward adds its argument 'residual' to the "
+                "residual stream; serve the model with transformers"
+            )
+        return cls(arguments, in_two_parts)
 
     def change_input(
         self, change: Callable[[torch.Tensor], torch.Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -132,29 +150,28 @@ class StreamPlace:
             kwargs: Those by name.
 
         Returns:
-            The arguments to call it with.
+            The arguments to call it with, all of them by name.
         """
-        hidden_states = _argument(args, kwargs, self.hidden_states, "hidden_states")
-        residual = None if self.residual is None else _argument(args, kwargs, self.residual, "residual")
-        written, left = _change(change, hidden_states, residual)
-        args, kwargs = _with_argument(args, kwargs, self.hidden_states, "hidden_states", written)
-        if residual is None or self.residual is None:
-            return args, kwargs
-        return _with_argument(args, kwargs, self.residual, "residual", left)
+        named = {**dict(zip(self.arguments, args, strict=False)), **kwargs}
+        residual = named.get("residual") if self.in_two_parts else None
+        named["hidden_states"], left = _change(change, named["hidden_states"], residual)
+        if residual is not None:
+            named["residual"] = left
+        return (), named
 
     def change_output(self, change: Callable[[torch.Tensor], torch.Tensor], output: Any) -> Any:
-        """Change the stream that a block gives.
+        """Change the stream that a block returns.
 
         Args:
             change: What to do with h.
-            output: What the block gives.
+            output: What the block returns.
 
         Returns:
-            What it gives instead.
+            What it returns instead.
         """
         if not isinstance(output, tuple):
             return change(output)
-        residual = output[1] if self.residual is not None else None
+        residual = output[1] if self.in_two_parts else None
         written, left = _change(change, output[0], residual)
         return (written, *output[1:]) if residual is None else (written, left, *output[2:])
 
@@ -166,27 +183,3 @@ def _change(
         return change(hidden_states), None
     # All of h' in one part: adding a perturbation to one part would round twice what transformers rounds once.
     return change(hidden_states + residual), torch.zeros_like(residual)
-
-
-def _argument(args: tuple[Any, ...], kwargs: dict[str, Any], place: int, name: str) -> Any:
-    return args[place] if place < len(args) else kwargs.get(name)
-
-
-def _with_argument(
-    args: tuple[Any, ...], kwargs: dict[str, Any], place: int, name: str, value: Any
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    if place < len(args):
-        return (*args[:place], value, *args[place + 1 :]), kwargs
-    return args, {**kwargs, name: value}
-
-
-def _reads_first(function: Callable[..., Any], name: str) -> bool:
-    """Whether a function reads an argument before it assigns to it."""
-    for instruction in dis.get_instructions(function):
-        # An instruction of two steps (Python 3.13) names two variables, such as STORE_FAST_LOAD_FAST.
-        names = instruction.argval if isinstance(instruction.argval, tuple) else (instruction.argval,)
-        steps = [step for step in instruction.opname.split("_") if step in ("LOAD", "STORE")]
-        for step, variable in zip(steps, names, strict=False):
-            if variable == name:
-                return step == "LOAD"
-    return False

@@ -1,107 +1,130 @@
-"""What of vLLM a side path can't go along with: refused before a model is built."""
+"""Configures an engine with side paths by vLLM's options, and refuses what they do not support."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from typing import Any
 
-from peft.utils import PeftType
+from vllm.platforms import current_platform
 
-from ...config import TalanConfig
+from ...axes import check_causal
+from ...checkpoint.merged_config import MergedSidePath, merged_side_paths
+from ...tuner.merged import config_of
 from .strength import server_strength
 
-SCHEDULERS: dict[bool, str] = {
+SCHEDULERS = {
     False: "peft_talan.serving.vllm.scheduling.PageScheduler",
     True: "peft_talan.serving.vllm.scheduling.AsyncPageScheduler",
 }
-"""The schedulers that hold back what a side path can't run yet; True: with asynchronous scheduling."""
+"""The option `scheduler_cls`; True: with asynchronous scheduling."""
+
+WORKER = "peft_talan.serving.vllm.worker.SidePathWorker"
+"""The option `worker_cls`."""
+
+STRENGTH_CHECK = "peft_talan.serving.vllm.strength:StrengthCheck"
+"""What is added to the option `logits_processors`."""
+
+LOAD_FORMATS = ("auto", "hf", "safetensors", "fastsafetensors", "instanttensor", "pt", "npcache", "dummy")
+"""The values of the option `load_format` that side paths support."""
+
+LOAD_PREFIX = "peft_talan:"
+"""What stands before one of them where our loader builds the model."""
+
+EXECUTORS = ("uni", "mp", "external_launcher")
+"""The values of the option `distributed_executor_backend` whose workers are called step by step."""
 
 
-def choose_scheduler(vllm_config: Any) -> None:
-    """Let vLLM schedule an engine with side paths by one of `SCHEDULERS`.
-
-    Args:
-        vllm_config: vLLM's configuration; its option `scheduler_cls` is set.
-
-    Raises:
-        ValueError: It has another one already.
-    """
-    options = vllm_config.scheduler_config
-    if options.scheduler_cls not in (None, *SCHEDULERS.values()):
-        raise ValueError(
-            f"scheduler_cls={options.scheduler_cls!r}: a side path needs the scheduler of peft_talan, which lets no "
-            "request go on from a page that is written in the same step; leave the option out"
-        )
-    options.scheduler_cls = SCHEDULERS[bool(options.async_scheduling)]
-
-
-def check_scheduler(vllm_config: Any) -> None:
-    """Refuse an engine that is scheduled in another way.
+def configure(vllm_config: Any) -> None:
+    """Let an engine serve the side paths of its model: options name the scheduler, the worker and the loader.
 
     Args:
         vllm_config: vLLM's configuration.
 
     Raises:
-        ValueError: `choose_scheduler` did not choose its scheduler.
+        ValueError: An option of vLLM or of the adapter can't work; the message names the remedy.
     """
-    found = vllm_config.scheduler_config.scheduler_cls
-    if found not in SCHEDULERS.values():
-        raise ValueError(
-            f"scheduler_cls={found!r}: the engine was configured without the plugin of peft_talan; configure it by "
-            "vllm.LLM, `vllm serve` or EngineArgs.create_engine_config"
-        )
+    check_engine(vllm_config)
+    scheduling, load, model = vllm_config.scheduler_config, vllm_config.load_config, vllm_config.model_config
+    scheduling.scheduler_cls = SCHEDULERS[bool(scheduling.async_scheduling)]
+    vllm_config.parallel_config.worker_cls = WORKER
+    load.load_format = LOAD_PREFIX + load.load_format.removeprefix(LOAD_PREFIX)
+    if model.runner_type != "pooling":
+        model.logits_processors = [*(model.logits_processors or ()), STRENGTH_CHECK]
 
 
-def read_config(model_config: Any) -> TalanConfig:
-    """Read the configuration of the adapter that a model embeds.
+def check_configured(vllm_config: Any) -> None:
+    """Refuse an engine that was not configured by `configure`, or whose options were changed afterwards.
 
     Args:
-        model_config: vLLM's configuration of the model.
-
-    Returns:
-        The adapter's configuration, which knows where its tensors are.
+        vllm_config: vLLM's configuration.
 
     Raises:
-        ValueError: It is not a TALAN adapter, or its low-rank half is not merged into the model.
+        ValueError: Another class would schedule or work.
     """
-    options = {} if model_config.revision is None else {"revision": model_config.revision}
-    config = TalanConfig.from_pretrained(model_config.model, **options)
-    if config.peft_type != PeftType("TALAN"):
-        raise ValueError(f"model={model_config.model!r}: the adapter is of type {config.peft_type}, not TALAN")
-    if config.has_low_rank_half:
-        raise ValueError(
-            f"model={model_config.model!r}: the low-rank half of its adapter is not merged; run `peft-talan merge` "
-            "and serve the folder that it writes"
-        )
-    return config
+    found = {
+        "scheduler_cls": vllm_config.scheduler_config.scheduler_cls,
+        "worker_cls": vllm_config.parallel_config.worker_cls,
+    }
+    for name, value in found.items():
+        if value not in (*SCHEDULERS.values(), WORKER):
+            raise ValueError(
+                f"{name}={value!r}: the engine was configured without the plugin of peft_talan; configure it by "
+                "vllm.LLM, `vllm serve` or EngineArgs.create_engine_config, and leave this option as it is"
+            )
 
 
-def check_engine(vllm_config: Any) -> TalanConfig:
+def platform_worker() -> str:
+    """Find the worker class that vLLM chooses on this machine.
+
+    Returns:
+        Its name.
+    """
+    if current_platform.is_cpu():
+        return "vllm.v1.worker.cpu_worker.CPUWorker"
+    if current_platform.is_xpu():
+        return "vllm.v1.worker.xpu_worker.XPUWorker"
+    return "vllm.v1.worker.gpu_worker.Worker"
+
+
+def check_engine(vllm_config: Any) -> list[MergedSidePath]:
     """Refuse what can't give the answers of `generate`.
 
     Args:
-        vllm_config: vLLM's configuration of a model that embeds a TALAN adapter.
+        vllm_config: vLLM's configuration of a model that a side path belongs to.
 
     Returns:
-        The adapter's configuration.
+        The side paths, in the order of their stages.
 
     Raises:
-        ValueError: An option of vLLM or of the adapter can't work; the message names the remedy.
+        ValueError: An option of vLLM or an axis of a side path can't work; the message names the remedy.
     """
-    config = read_config(vllm_config.model_config)
+    side_paths = merged_side_paths(vllm_config.model_config.hf_config.to_dict())
+    for side_path in side_paths:
+        check_causal(config_of(side_path).talan_memory_scope, side_path.adapter_name)
     server_strength(vllm_config)
-    for reason in _reasons(vllm_config, config):
+    for reason in _reasons(vllm_config):
         raise ValueError(f"{reason} (the model {vllm_config.model_config.model!r} has a TALAN side path)")
-    return config
+    return side_paths
 
 
-def _reasons(vllm_config: Any, config: TalanConfig) -> Iterator[str]:
+def _reasons(vllm_config: Any) -> Iterator[str]:
     """Why this engine would not be exact, one sentence each."""
     parallel, model, cache = vllm_config.parallel_config, vllm_config.model_config, vllm_config.cache_config
-    if config.talan_memory_scope != "causal":
+    scheduler = vllm_config.scheduler_config.scheduler_cls
+    if scheduler not in (None, *SCHEDULERS.values()):
         yield (
-            f"talan_memory_scope={config.talan_memory_scope!r}: a token would see later ones; vLLM runs causal side "
-            "paths only"
+            f"scheduler_cls={scheduler!r}: a side path needs the scheduler of peft_talan, which lets no request "
+            "continue from a page that is written in the same step; leave the option out"
+        )
+    if parallel.worker_cls not in (platform_worker(), WORKER):
+        yield (
+            f"worker_cls={parallel.worker_cls!r}: a side path needs the worker of peft_talan, which knows each "
+            "request's strength; leave the option out"
+        )
+    if parallel.distributed_executor_backend not in EXECUTORS:
+        yield (
+            f"distributed_executor_backend={parallel.distributed_executor_backend!r}: it does not call a worker step "
+            "by step, as a side path needs it; use 'mp'"
         )
     if vllm_config.speculative_config is not None:
         yield (
@@ -121,6 +144,8 @@ def _reasons(vllm_config: Any, config: TalanConfig) -> Iterator[str]:
             f"pipeline_parallel_size={parallel.pipeline_parallel_size}: several steps would be under way at once, "
             "and their answers were not shown to be those of generate; use tensor_parallel_size"
         )
+    if parallel.enable_elastic_ep:
+        yield "enable_elastic_ep: new workers would build the model without its side path; start vLLM without it"
     if getattr(parallel, "enable_dbo", False) or getattr(parallel, "ubatch_size", 0) > 1:
         yield "enable_dbo: batches are not split between two streams here; start vLLM without it"
     if cache.kv_sharing_fast_prefill:
@@ -134,12 +159,6 @@ def _reasons(vllm_config: Any, config: TalanConfig) -> Iterator[str]:
         )
     if not isinstance(vllm_config.additional_config, dict):
         yield "additional_config: it must be a dictionary, so that compiled graphs are kept apart by their side paths"
-    loader = vllm_config.load_config.load_format
-    if not _builds_with_base_loader(vllm_config.load_config):
-        yield f"load_format={loader!r}: this loader does not build the model in vLLM's usual way; use 'auto'"
-
-
-def _builds_with_base_loader(load_config: Any) -> bool:
-    from vllm.model_executor.model_loader import BaseModelLoader, get_model_loader
-
-    return type(get_model_loader(load_config)).load_model is BaseModelLoader.load_model
+    load_format = vllm_config.load_config.load_format.removeprefix(LOAD_PREFIX)
+    if load_format not in LOAD_FORMATS:
+        yield f"load_format={load_format!r}: its loader was not shown to build and fill side paths; use 'auto'"

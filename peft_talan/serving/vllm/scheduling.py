@@ -1,7 +1,7 @@
-"""vLLM's schedulers, but no request goes on from a page that another request writes in the same step.
+"""vLLM's schedulers, but no request continues from a page that another request writes in the same step.
 
 vLLM shares a page as soon as its tokens are scheduled: attention writes all keys and values before it reads any. A
-side path reads the memory of every request before it writes any, so such a request waits for the next step. vLLM
+side path reads the state of every request before it writes any, so such a request waits for the next step. vLLM
 does the same for its own recurrent layers (`MambaManager.get_num_blocks_to_allocate`).
 """
 
@@ -12,28 +12,30 @@ from typing import Any
 from vllm.v1.core.kv_cache_manager import KVCacheManager
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs
+from vllm.v1.request import RequestStatus
 
-from .strength import keep_prefixes_apart
+from .strength import SESSION_REFUSAL, STRENGTH_OPTION, keep_prefixes_apart, request_strength
 
 
-class PageDependencies:
-    """Knows the pages that are written in the current step of a scheduler, and holds back requests that need them.
+class DependentPages:
+    """Stands before vLLM's manager of pages, and holds back requests that need a page which is written in this step.
 
     Args:
-        manager: The scheduler's manager of pages; its two methods are replaced by those of this class.
+        manager: vLLM's manager, which does everything else.
     """
 
     def __init__(self, manager: KVCacheManager) -> None:
         self.manager = manager
         self.written: set[int] = set()
-        self._allocate_slots, self._new_step_starts = manager.allocate_slots, manager.new_step_starts
-        manager.allocate_slots = self.allocate_slots
-        manager.new_step_starts = self.new_step_starts
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.manager, name)
 
     def new_step_starts(self) -> None:
         """Forget the pages of the step before."""
         self.written.clear()
-        self._new_step_starts()
+        self.manager.new_step_starts()
 
     def allocate_slots(
         self,
@@ -60,7 +62,7 @@ class PageDependencies:
         found = () if new_computed_blocks is None else new_computed_blocks.blocks
         if any(pages and pages[-1].block_id in self.written for pages in found):
             return None
-        given = self._allocate_slots(
+        given = self.manager.allocate_slots(
             request, num_new_tokens, num_new_computed_tokens, new_computed_blocks, *args, **kwargs
         )
         if given is not None:
@@ -72,11 +74,12 @@ class PageDependencies:
 
 
 class PageScheduler(Scheduler):
-    """vLLM's scheduler, with `PageDependencies`; requests share pages only at equal strengths."""
+    """vLLM's scheduler, with `DependentPages`; requests share pages only at equal strengths."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.dependencies = PageDependencies(self.kv_cache_manager)
+        self.kv_cache_manager = DependentPages(self.kv_cache_manager)
+        self.refused: set[str] = set()
 
     def add_request(self, request: Any) -> None:
         """Take a request, as vLLM does.
@@ -84,22 +87,33 @@ class PageScheduler(Scheduler):
         Args:
             request: The request.
         """
+        if request.resumable and request_strength(request.sampling_params) is not None:
+            self.refused.add(request.request_id)
+            # What it computes before it ends lies in pages of the server's strength.
+            given = request.sampling_params.extra_args.items()
+            request.sampling_params.extra_args = {name: value for name, value in given if name != STRENGTH_OPTION}
         keep_prefixes_apart(request)
         super().add_request(request)
 
-
-class AsyncPageScheduler(AsyncScheduler):
-    """vLLM's asynchronous scheduler, with `PageDependencies`; requests share pages only at equal strengths."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.dependencies = PageDependencies(self.kv_cache_manager)
-
-    def add_request(self, request: Any) -> None:
-        """Take a request, as vLLM does.
+    def update_from_output(self, *args: Any, **kwargs: Any) -> dict[int, EngineCoreOutputs]:
+        """End the step, as vLLM does, and the requests that are refused.
 
         Args:
-            request: The request.
+            *args: As in vLLM.
+            **kwargs: As in vLLM.
+
+        Returns:
+            The outputs by client; that of a refused request is an error, with the reason as `stop_reason`.
         """
-        keep_prefixes_apart(request)
-        super().add_request(request)
+        outputs: dict[int, EngineCoreOutputs] = super().update_from_output(*args, **kwargs)
+        for request in self.finish_requests(self.refused, RequestStatus.FINISHED_ERROR) if self.refused else ():
+            error = EngineCoreOutput(
+                request.request_id, [], finish_reason=request.get_finished_reason(), stop_reason=SESSION_REFUSAL
+            )
+            outputs.setdefault(request.client_index, EngineCoreOutputs()).outputs.append(error)
+        self.refused.clear()
+        return outputs
+
+
+class AsyncPageScheduler(PageScheduler, AsyncScheduler):
+    """The same for asynchronous scheduling."""

@@ -1,114 +1,125 @@
-"""A block's side path in vLLM: one memory state a page, read and written by one operator a call."""
+"""Side paths in vLLM: one state per page, read and written by one operator per call of a block's layer."""
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from functools import partial
+from typing import Any
 
 import torch
+from torch import nn
 from torch.nn import functional as F
 from vllm.compilation.breakable_cudagraph import eager_break_during_capture
-from vllm.forward_context import get_forward_context
+from vllm.forward_context import ForwardContext, get_forward_context
 from vllm.utils.torch_utils import direct_register_custom_op
 
-from ...config import TalanConfig
-from ...functional.ragged import ragged_side_path
-from ...memory.paged_pool import PagedMemory, of_tokens, page_ends, read_states, request_ends, write_states
-from ...tuner.tensors import AdapterTensors
+from ...checkpoint.checks import check_finite
+from ...memory.token_layout import TokenLayout
+from ...tuner.merged import MergedSidePaths
+from ..pages import PagedMemory, PagePools, Pages
+from .blocks import StreamPlace
 from .strength import PageStrengths
 
-ADAPTER_NAME = "default"
 NULL_PAGE = 0
 """The page that vLLM gives to no request."""
-
-_ENDING = ".talan"
-"""What a layer's name has after that of its block's attention."""
 
 _PAGES = "peft_talan.pages"
 """Where the context of a forward pass keeps the pages of its calls."""
 
 
-class Pages(NamedTuple):
-    """The pages that one forward pass reads and writes, for all blocks of one kind of attention.
-
-    Args:
-        starts: Where each request starts and the last one ends, [requests + 1], int; None: each token is a request.
-        longest: The number of tokens of the longest request, or more.
-        before: The page of each request's previous token, [requests], int64.
-        is_new: Whether the request begins with this call, [requests], bool.
-        leave_at: The tokens after which a page is left, [leaves], int64; None: each request's last.
-        after: Their pages, [leaves or requests], int64.
-        alpha: The strength of each token's perturbation, [tokens], float32.
-    """
-
-    starts: torch.Tensor | None
-    longest: int
-    before: torch.Tensor
-    is_new: torch.Tensor
-    leave_at: torch.Tensor | None
-    after: torch.Tensor
-    alpha: torch.Tensor
-
-
-def find_pages(metadata: Any, tokens: int, pages: int, page_size: int, strengths: PageStrengths) -> Pages:
-    """Find the pages of a forward pass.
-
-    Args:
-        metadata: What vLLM tells the attention of some blocks about the batch.
-        tokens: The number of tokens, with padding.
-        pages: The number of pages.
-        page_size: Tokens a page.
-        strengths: The strengths of the pages' tokens.
-
-    Returns:
-        The pages.
-    """
-    starts, block_table = metadata.query_start_loc, metadata.block_table
-    requests = starts.shape[0] - 1
-    before = metadata.seq_lens[:requests] - (starts[1:] - starts[:-1])
-    last = (before - 1).clamp_(min=0) // page_size
-    page_before = block_table[:requests].gather(1, last.long().unsqueeze(1)).squeeze(1).long()
+def _find_pages(
+    metadata: Any, tokens: int, num_pages: int, page_size: int, strengths: PageStrengths
+) -> tuple[Pages, torch.Tensor]:
+    """The pages of a forward pass, and the strength of each token, from what vLLM tells some blocks' attention."""
+    cu_seqlens, block_table = metadata.query_start_loc, metadata.block_table
+    requests = cu_seqlens.shape[0] - 1
+    past = metadata.seq_lens[:requests] - cu_seqlens.diff()
+    last = (past - 1).clamp_(min=0) // page_size
+    previous = block_table[:requests].gather(1, last.long().unsqueeze(1)).squeeze(1).long()
     # Padding has no place in a page, and a batch that is padded for a CUDA graph may have no places for it at all.
     slots = F.pad(metadata.slot_mapping, (0, tokens - metadata.slot_mapping.shape[0]), value=-1)
     page_of_token = torch.where(slots < 0, NULL_PAGE, slots // page_size).long()
-    alpha, is_new = strengths.of_tokens(page_of_token, pages), before == 0
-    if metadata.max_query_len == 1:
-        of_requests = (page_before, is_new, request_ends(page_of_token, starts, NULL_PAGE))
-        page_before, is_new, after = (of_tokens(tensor, tokens, NULL_PAGE) for tensor in of_requests)
-        return Pages(None, 1, page_before, is_new, None, after, alpha)
-    leave_at, after = page_ends(page_of_token, starts, page_size, NULL_PAGE)
-    return Pages(starts, metadata.max_query_len, page_before, is_new, leave_at, after, alpha)
+    pages = Pages.of_call(
+        num_pages,
+        page_of_token,
+        cu_seqlens,
+        metadata.max_query_len,
+        previous,
+        past == 0,
+        page_size=page_size,
+        unused_page=NULL_PAGE,
+    )
+    return pages, strengths.per_token(page_of_token, num_pages)
 
 
-class PagedSidePath(AdapterTensors):
-    """The side path of one block, with the memory of all requests in a pool of pages as the block's attention has it.
+class _StepContext:
+    """Stands for the context of a block's call: one step's requests, whose pages and strengths are known."""
+
+    def __init__(self, layer: PagedSidePaths, pages: Pages, strength: torch.Tensor) -> None:
+        self.layer, self.pages, self.strength = layer, pages, strength
+
+    def layout(self, hidden_states: torch.Tensor) -> TokenLayout:
+        return TokenLayout()
+
+    def memory(self, child_name: str, name: str, *_: Any) -> PagedMemory:
+        return PagedMemory(self.layer.pools, self.pages, self.layer.block_index, name, self.strength)
+
+
+class PagedSidePaths(MergedSidePaths):
+    """The side paths that one merge left on a block, with a state per page of the block's attention.
 
     Args:
         hidden_size: H, the width of the residual stream.
         block_index: The block's index.
-        config: The adapter's configuration.
-        strengths: What scales the perturbations.
-        attention: The block's attention layer, whose pages the memory follows.
+        depth: The number of the model's blocks.
+        stage: Which merge left them.
+        attention: The block's attention layer, whose pages the states follow.
+        strengths: The requests' strengths.
     """
 
     def __init__(
-        self, hidden_size: int, block_index: int, config: TalanConfig, strengths: PageStrengths, attention: Any
+        self, hidden_size: int, block_index: int, depth: int, stage: int, attention: Any, strengths: PageStrengths
     ) -> None:
-        super().__init__(hidden_size, block_index)
-        self.add_tensors(ADAPTER_NAME, config)
-        self.requires_grad_(False)
-        self.strengths = strengths
-        self.position = config.talan_position
-        self.slots, self.width = config.talan_slots, config.talan_dim
+        super().__init__(hidden_size, block_index, depth, stage)
         # In a tuple: it is the block's module.
         self._attention = (attention,)
-        self.layer_name = f"{attention.layer_name}{_ENDING}"
-        self.memory = PagedMemory()
+        self.layer_name = f"{attention.layer_name}.{self.child_name}"
+        self.pools = PagePools()
+        self.strengths = strengths
 
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """Change the residual stream of a batch of requests, at one end of the block.
+    def attach_to(self, block: nn.Module, place: StreamPlace) -> None:
+        """Become the block's child and act around its calls; at its input the last merge's side paths act first.
+
+        Args:
+            block: The block.
+            place: Where its calls carry the residual stream.
+        """
+        block.add_module(self.child_name, self)
+        ends = {position: partial(self, position=position) for position in self.talan_position.values()}
+        if "input" in ends:
+            block.register_forward_pre_hook(
+                lambda _, args, kwargs: place.change_input(ends["input"], args, kwargs),
+                with_kwargs=True,
+                prepend=True,
+            )
+        if "output" in ends:
+            block.register_forward_hook(lambda _, __, output: place.change_output(ends["output"], output))
+
+    def check_finite(self) -> None:
+        """Refuse side paths that were loaded in part, or with a NaN or an infinity.
+
+        Raises:
+            ValueError: A value is not finite.
+        """
+        for name, side_path in self.side_paths.items():
+            values = {f"{key}": value for key, value in self.named_parameters() if key.split(".")[1] == name}
+            check_finite(side_path.adapter_name, values)
+
+    def forward(self, hidden_states: torch.Tensor, position: str) -> torch.Tensor:  # type: ignore[override]
+        """Change the residual stream of a batch of requests.
 
         Args:
             hidden_states: h, [tokens, hidden_size] or [1, tokens, hidden_size].
+            position: `input` or `output`: which end of the block this is.
 
         Returns:
             h', likewise.
@@ -117,18 +128,21 @@ class PagedSidePath(AdapterTensors):
         flat = hidden_states if hidden_states.dim() == 2 else hidden_states.squeeze(0)
         if flat.dim() != 2:
             raise ValueError(f"hidden states of shape {tuple(hidden_states.shape)} are not one residual stream")
-        # Made outside of the operator: CUDA graphs around it then find the output in the same place every time.
+        # Created outside of the operator: CUDA graphs around it then find the output in the same place every time.
         output = torch.empty_like(flat)
-        torch.ops.peft_talan.paged_side_path(flat, output, self.layer_name)
+        torch.ops.peft_talan.paged_side_paths(flat, output, self.layer_name, position)
         return output.view_as(hidden_states)
 
-    def run(self, hidden_states: torch.Tensor, output: torch.Tensor, context: Any) -> None:
-        """Compute what `forward` gives.
+    def run_step(self, hidden_states: torch.Tensor, position: str, forward_context: ForwardContext) -> torch.Tensor:
+        """Compute what `forward` returns.
 
         Args:
             hidden_states: h, [tokens, hidden_size].
-            output: h', likewise; written in place.
-            context: vLLM's `ForwardContext`, which also carries from block to block what is the same for several.
+            position: `input` or `output`.
+            forward_context: vLLM's, which also carries from block to block what is the same for several.
+
+        Returns:
+            h', [tokens, hidden_size].
 
         Raises:
             RuntimeError: This version of vLLM lays keys and values out in a way that is not known here.
@@ -140,55 +154,35 @@ class PagedSidePath(AdapterTensors):
                 f"keys and values of shape {tuple(cache.shape)} are not laid out as [pages, heads, tokens, channels]; "
                 "install a version of vLLM that the documentation of peft_talan names"
             )
-        metadata = context.attn_metadata[attention.layer_name]
+        metadata = forward_context.attn_metadata[attention.layer_name]
         # Blocks whose attention has the same pages share its object.
-        known, key = context.additional_kwargs.setdefault(_PAGES, {}), id(metadata)
+        known, key = forward_context.additional_kwargs.setdefault(_PAGES, {}), id(metadata)
         if key not in known:
-            known[key] = find_pages(metadata, hidden_states.shape[0], cache.shape[0], cache.shape[2], self.strengths)
-        pages: Pages = known[key]
-        shape = (cache.shape[0], self.slots, self.width + 1)
-        pool = self.memory.pool(self.block_index, ADAPTER_NAME, shape, hidden_states)
-        result = ragged_side_path(
-            hidden_states,
-            self.parameters_of(ADAPTER_NAME),
-            self.talan_options[ADAPTER_NAME],
-            query_start_loc=pages.starts,
-            state=read_states(pool, pages.before, pages.is_new),
-            max_query_length=pages.longest,
-            leave_at=pages.leave_at,
-            alpha=pages.alpha,
-        )
-        write_states(pool, pages.after, result.states)
-        output.copy_(result.hidden_states)
+            known[key] = _find_pages(metadata, hidden_states.shape[0], cache.shape[0], cache.shape[2], self.strengths)
+        context: Any = _StepContext(self, *known[key])
+        return self.run(hidden_states, position, context, dict.fromkeys(self.talan_options))
 
 
-def paged_side_path(hidden_states: torch.Tensor, output: torch.Tensor, layer_name: str) -> None:
-    """Run the side path of a layer: what vLLM's compiler sees of it.
-
-    Args:
-        hidden_states: h, [tokens, hidden_size].
-        output: h', likewise; written in place.
-        layer_name: The layer's name.
-    """
+def _paged_side_paths(hidden_states: torch.Tensor, output: torch.Tensor, layer_name: str, position: str) -> None:
+    """Run the side paths of a layer: what vLLM's compiler sees of it; `output` is written in place."""
     context = get_forward_context()
-    layer = context.no_compile_layers[layer_name]
     if context.attn_metadata is None:  # vLLM warms up, without requests.
         output.copy_(hidden_states)
-        return
-    layer.run(hidden_states, output, context)
+    else:
+        output.copy_(context.no_compile_layers[layer_name].run_step(hidden_states, position, context))
 
 
-def _paged_side_path_fake(hidden_states: torch.Tensor, output: torch.Tensor, layer_name: str) -> None:
+def _paged_side_paths_fake(hidden_states: torch.Tensor, output: torch.Tensor, layer_name: str, position: str) -> None:
     return
 
 
-OPERATOR = "peft_talan::paged_side_path"
+OPERATOR = "peft_talan::paged_side_paths"
 _LIBRARY = torch.library.Library("peft_talan", "FRAGMENT")
 
 direct_register_custom_op(
-    op_name="paged_side_path",
-    op_func=eager_break_during_capture(paged_side_path),
+    op_name="paged_side_paths",
+    op_func=eager_break_during_capture(_paged_side_paths),
     mutates_args=["output"],
-    fake_impl=_paged_side_path_fake,
+    fake_impl=_paged_side_paths_fake,
     target_lib=_LIBRARY,
 )

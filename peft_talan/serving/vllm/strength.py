@@ -1,6 +1,6 @@
 """The strength of the perturbations: one for a server, and for each request that asks for another.
 
-A request's strength is kept by page, as its memory is: the worker notes it as pages are given to the request, and a
+A request's strength is kept per page, as its state is: the worker notes it as pages are given to the request, and a
 token is written with the strength of its page. Requests of different strengths share no pages, since what a page holds
 depends on it from the second side path on: the scheduler adds the strength to what a prefix is known by.
 """
@@ -11,14 +11,19 @@ import json
 from typing import Any
 
 import torch
+from vllm.v1.sample.logits_processor import LogitsProcessor
+from vllm.v1.worker.gpu.sample.logits_processor import LogitsProcessor as LogitsProcessorV2
 
 from ...tuner.strength import check_strength
 
 STRENGTH_OPTION = "talan_strength"
 """The key in vLLM's option `additional_config`, for a server, and in `SamplingParams.extra_args`, for a request."""
 
-STRENGTHS = "peft_talan.strengths"
-"""The name of a worker's `PageStrengths` among the layers that compiled models find by name."""
+SESSION_REFUSAL = (
+    f"extra_args={{{STRENGTH_OPTION!r}: ...}}: the prompt comes in pieces, whose strengths could differ; send it "
+    "whole, or start a server with that strength"
+)
+"""Why a prompt that is streamed in has no strength of its own."""
 
 
 def server_strength(vllm_config: Any) -> float:
@@ -53,36 +58,40 @@ def request_strength(sampling_params: Any) -> float | None:
     return check_strength(arguments[STRENGTH_OPTION]) if STRENGTH_OPTION in arguments else None
 
 
-def check_request(vllm_config: Any, request: Any) -> None:
-    """Refuse a request whose strength can't be met.
+class StrengthCheck(LogitsProcessor, LogitsProcessorV2):  # type: ignore[misc]
+    """Refuses requests whose strength is no finite number, by vLLM's hook for such checks; it changes no logits.
 
-    Args:
-        vllm_config: vLLM's configuration of a model with a side path.
-        request: vLLM's `EngineCoreRequest`.
-
-    Raises:
-        ValueError: The strength is not a finite number, or vLLM would lose it on its way.
+    It has the methods that vLLM's first model runner asks for, and those of the second.
     """
-    if request_strength(request.sampling_params) is None:
-        return
-    if request.resumable:
-        raise ValueError(
-            f"extra_args={{{STRENGTH_OPTION!r}: ...}}: the prompt comes in pieces, whose strengths could differ; "
-            "send it whole, or start a server with that strength"
-        )
-    if vllm_config.parallel_config.distributed_executor_backend not in ("uni", "mp"):
-        raise ValueError(
-            f"extra_args={{{STRENGTH_OPTION!r}: ...}}: workers of distributed_executor_backend="
-            f"{vllm_config.parallel_config.distributed_executor_backend!r} do not get a request's strength; use 'mp', "
-            "or start a server with that strength"
-        )
+
+    def __init__(self, *_: Any) -> None: ...
+
+    @classmethod
+    def validate_params(cls, sampling_params: Any) -> None:
+        """Look at a request before it is taken."""
+        request_strength(sampling_params)
+
+    def apply(self, logits: torch.Tensor, *_: Any) -> torch.Tensor:
+        """Return the logits as they are."""
+        return logits
+
+    def is_argmax_invariant(self) -> bool:
+        """Tell the first runner that the likeliest token stays what it is."""
+        return True
+
+    def update_state(self, batch_update: Any) -> None:
+        """Take the first runner's news of the batch."""
+
+    def add_request(self, req_idx: int, sampling_params: Any) -> bool:
+        """Tell the second runner that this request's logits stay what they are."""
+        return False
 
 
 def keep_prefixes_apart(request: Any) -> None:
     """Let a request share pages only with requests of the same strength.
 
     Args:
-        request: vLLM's `Request`, before it is scheduled; what its prefixes are known by is worked out anew.
+        request: vLLM's `Request`, before it is scheduled; what its prefixes are known by is computed again.
     """
     strength = request_strength(request.sampling_params)
     if strength is None and request.cache_salt is None:
@@ -94,17 +103,16 @@ def keep_prefixes_apart(request: Any) -> None:
 
 
 class PageStrengths:
-    """Knows the alpha of each page's tokens, in one worker.
+    """Knows the strength of each page's tokens, in one worker.
 
     Args:
-        alpha: The trained alpha.
         server: The strength of requests that ask for none.
-        cache_config: vLLM's configuration of the cache, which knows the number of pages once they are made.
+        cache_config: vLLM's configuration of the cache, which knows the number of pages once they are created.
         device: Where the pages are.
     """
 
-    def __init__(self, alpha: float, server: float, cache_config: Any, device: torch.device) -> None:
-        self.alpha, self.server = alpha, server
+    def __init__(self, server: float, cache_config: Any, device: torch.device) -> None:
+        self.server = server
         self._cache_config, self._device = cache_config, device
         self._of_request: dict[str, float] = {}
         self._table: torch.Tensor | None = None
@@ -112,10 +120,10 @@ class PageStrengths:
 
     @property
     def table(self) -> torch.Tensor:
-        """The alpha of each page, [pages], float32; changed in place, since CUDA graphs read it."""
+        """The strength of each page, [pages], float32; changed in place, since CUDA graphs read it."""
         pages = self._cache_config.num_gpu_blocks
         if self._table is None or self._table.shape[0] != pages:
-            self._table = torch.full((pages,), self.alpha * self.server, dtype=torch.float32, device=self._device)
+            self._table = torch.full((pages,), self.server, dtype=torch.float32, device=self._device)
         return self._table
 
     @torch.inference_mode()
@@ -141,31 +149,19 @@ class PageStrengths:
         pages: dict[int, float] = {}
         for name, groups in given:
             strength = self._of_request.get(name, self.server)
-            pages.update((page, self.alpha * strength) for group in groups or () for page in group)
+            pages.update((page, strength) for group in groups or () for page in group)
         if pages:
             index = torch.tensor([*pages], device=self._device)
             self.table.index_copy_(0, index, torch.tensor([*pages.values()], device=self._device))
 
-    def of_tokens(self, page_of_token: torch.Tensor, pages: int) -> torch.Tensor:
-        """Find the alpha of each token.
+    def per_token(self, page_of_token: torch.Tensor, num_pages: int) -> torch.Tensor:
+        """Find the strength of each token.
 
         Args:
             page_of_token: The page that each token is written to, [tokens], int64.
-            pages: The number of pages as attention counts them: it may cut one of the scheduler's into several.
+            num_pages: The number of pages as attention counts them: it may cut one of the scheduler's into several.
 
         Returns:
             [tokens], float32.
         """
-        return self.table.index_select(0, page_of_token // (pages // self.table.shape[0]))
-
-
-def follow(vllm_config: Any, scheduled: Any) -> None:
-    """Let the side paths of a worker know what strengths a step has, before it runs.
-
-    Args:
-        vllm_config: vLLM's configuration, as the worker has it.
-        scheduled: vLLM's `SchedulerOutput`.
-    """
-    strengths = vllm_config.compilation_config.static_forward_context.get(STRENGTHS)
-    if strengths is not None:
-        strengths.follow(scheduled)
+        return self.table.index_select(0, page_of_token // (num_pages // self.table.shape[0]))

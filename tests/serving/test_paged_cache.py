@@ -9,7 +9,7 @@ import torch
 from transformers import ContinuousBatchingConfig, GenerationConfig
 from transformers.generation.continuous_batching import PagedAttentionCache, RequestState
 
-from peft_talan.tuner.paged_call import find_paged_call
+from peft_talan.serving.paged_cache import find_paged_call
 from tests.small_models import make_model
 
 PAGE = 4
@@ -62,14 +62,14 @@ def test_flash_attentions_block_table_names_the_same_pages(cache: PagedAttention
     assert by_table is not None
     for block in range(2):
         expected, found = by_index.pages(block), by_table.pages(block)
-        assert torch.equal(found.after, expected.after)
+        assert torch.equal(found.written, expected.written)
         assert torch.equal(found.is_new, expected.is_new)
         begun = ~expected.is_new
-        assert torch.equal(found.before[begun], expected.before[begun])
-        assert found.after.unique().shape[0] == len(PAST) + (padded > 0)
+        assert torch.equal(found.previous[begun], expected.previous[begun])
+        assert found.written.unique().shape[0] == len(PAST) + (padded > 0)
         # Where the previous token lies in the same page, that is the one that is left.
         inside = [request for request, past in enumerate(PAST) if past % PAGE]
-        assert torch.equal(found.before[inside], found.after[inside])
+        assert torch.equal(found.previous[inside], found.written[inside])
 
 
 def test_pages_are_worked_out_once_for_all_blocks(cache: PagedAttentionCache) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from peft_talan.tuner.segments import Positions, token_layout
+from peft_talan.memory.token_layout import Positions, token_layout
 
 
 def square(samples: list[int], value: float | bool = False) -> torch.Tensor:
