@@ -16,16 +16,7 @@ from ..tuner.mixed_batch import NO_ROWS
 
 
 def check_continuous_batching(model: nn.Module, config: ContinuousBatchingConfig) -> None:
-    """Refuse what side paths can't run exactly under continuous batching.
-
-    Args:
-        model: The model that would be served.
-        config: The configuration that it would be served with.
-
-    Raises:
-        ValueError: Pages of the cache would be moved to the CPU, a memory is bidirectional, or rows of a batch were
-            given different adapters.
-    """
+    """Refuse what side paths can't run exactly under continuous batching."""
     layers = [layer for _, layer in attached_side_paths(model) if not layer.disable_adapters]
     if not layers and not any(merged_layers(model)):
         return
