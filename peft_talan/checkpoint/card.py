@@ -279,4 +279,4 @@ def write_cards_on_push() -> None:
         write_cards(self, working_dir, repo_id)
         return upload(self, working_dir, repo_id, *args, **kwargs)
 
-    PushToHubMixin._upload_modified_files = upload_modified_files
+    PushToHubMixin._upload_modified_files = upload_modified_files  # type: ignore[assignment, method-assign]

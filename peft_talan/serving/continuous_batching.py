@@ -29,9 +29,9 @@ def check_continuous_batching(model: nn.Module, config: ContinuousBatchingConfig
         for name in layer.active_adapters:
             if name in layer.talan_options:
                 check_causal(layer.talan_options[name].scope, name)
-    for layer in merged_layers(model):
-        for key, side_path in layer.side_paths.items():
-            check_causal(layer.talan_options[key].scope, side_path.adapter_name)
+    for merged in merged_layers(model):
+        for key, side_path in merged.side_paths.items():
+            check_causal(merged.talan_options[key].scope, side_path.adapter_name)
     for layer in layers:
         if any("adapter_names" in getattr(hook, "keywords", {}) for hook in layer._forward_pre_hooks.values()):
             raise ValueError(NO_ROWS)
