@@ -91,7 +91,7 @@ def chosen(
         gigabytes = (weights + needed) / 2**30
         raise LeftOut(f"the caches of two conditions need {gigabytes:.0f} GiB; the limit is {options.memory:g}")
     raise LeftOut(
-        f"{turns} turns of two conditions need {least:.0f} s ({max(seconds.values()):.0f} s a call); "
+        f"{turns} turns of two conditions need {least:.0f} s ({max(seconds.values()):.0f} s per call); "
         f"the limit is {time_limit:.0f} s"
     )
 

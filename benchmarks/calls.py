@@ -95,7 +95,7 @@ def lengthen(cache: Cache, times: int) -> None:
 
 
 def decode_calls(models: dict[str, nn.Module], context: int, batch: int, masked: bool = True) -> Calls:
-    """One decoded token a call, with a mask as `generate` passes it, each condition with its own cache."""
+    """One decoded token per call, with a mask as `generate` passes it, each condition with its own cache."""
     token = torch.full((batch, 1), 7, device=next(iter(models.values())).device)
     mask = token.new_ones(batch, context + MOST_DECODED)
 
@@ -118,13 +118,14 @@ def decode_calls(models: dict[str, nn.Module], context: int, batch: int, masked:
 def compiled_decode_calls(
     models: dict[str, nn.Module], context: int, batch: int, room: int, mode: str | None = None
 ) -> Calls:
-    """One decoded token a call, compiled, with a static cache; attention then runs over the cache's whole room."""
+    """One decoded token per call, compiled, with a static cache; attention then runs over the cache's whole room."""
     token = torch.full((batch, 1), 7, device=next(iter(models.values())).device)
     calls: Calls = {}
     for name, model in models.items():
         cache = StaticCache(config=model.config, max_cache_len=context + room)
         with torch.no_grad():
-            model(input_ids=_token_ids(model, batch, PROMPT), past_key_values=cache, use_cache=True, logits_to_keep=1)
+            prompt = _token_ids(model, batch, min(context, PROMPT))
+            model(input_ids=prompt, past_key_values=cache, use_cache=True, logits_to_keep=1)
         calls[name] = _compiled(_closing_over(token, cache), model, mode)
     return calls
 

@@ -48,7 +48,7 @@ def wait_for_device() -> None:
 
 
 def processor_name() -> str:
-    """The processor's name as the system gives it."""
+    """The processor's name as the system reports it."""
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())

@@ -48,17 +48,7 @@ class TensorHead(NamedTuple):
 
 
 def read_heads(file: str | PathLike[str]) -> dict[str, TensorHead]:
-    """Read the head of a safetensors file.
-
-    Args:
-        file: The file.
-
-    Returns:
-        The tensors by name.
-
-    Raises:
-        SafetensorError: It is no safetensors file.
-    """
+    """Read the head of a safetensors file."""
     with safe_open(file, framework="numpy") as opened:
         slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118 - it is not a dict
         return {name: TensorHead(tuple(part.get_shape()), part.get_dtype()) for name, part in slices.items()}

@@ -269,13 +269,7 @@ def write_adapter_card(adapter_name: str, folder: str | PathLike[str]) -> None:
 
 
 def write_cards(model: Any, folder: str | PathLike[str], repo_id: str | None = None) -> None:
-    """Write the card of a folder that a model was saved to, if the model has TALAN adapters or merged side paths.
-
-    Args:
-        model: The model; its adapters' names tell which subfolders belong to it.
-        folder: The folder.
-        repo_id: The repository on the hub that the folder goes to, if it is known. Default None.
-    """
+    """Write the card of a folder that a model was saved to, if the model has TALAN adapters or merged side paths."""
     names = [name for name, config in getattr(model, "peft_config", {}).items() if isinstance(config, TalanConfig)]
     folder = Path(folder)
     if names and _adapter(folder) is not None:

@@ -27,14 +27,7 @@ def _name_some(names: Collection[str]) -> str:
 
 
 def is_finite(tensor: torch.Tensor) -> bool:
-    """Whether a tensor has no NaN and no infinity; one on the meta device, whose values are elsewhere, passes.
-
-    Args:
-        tensor: Any shape and dtype.
-
-    Returns:
-        True where every number is finite.
-    """
+    """Whether a tensor has no NaN and no infinity; one on the meta device, whose values are elsewhere, passes."""
     if tensor.is_meta or tensor.numel() == 0 or not (tensor.is_floating_point() or tensor.is_complex()):
         return True
     if tensor.is_complex():
@@ -46,15 +39,7 @@ def is_finite(tensor: torch.Tensor) -> bool:
 
 
 def check_finite(adapter_name: str, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Refuse tensors with NaN or infinite values.
-
-    Args:
-        adapter_name: The adapter's name.
-        tensors: The checkpoint.
-
-    Raises:
-        ValueError: A value is not finite.
-    """
+    """Refuse tensors with NaN or infinite values."""
     broken = [name for name, tensor in tensors.items() if not is_finite(tensor)]
     if broken:
         raise ValueError(
@@ -67,14 +52,6 @@ def check_fit(adapter_name: str, tensors: Mapping[str, torch.Tensor], places: Ma
     """Refuse tensors that differ from their places in shape or in kind of number.
 
     torch would fill some places before it finds that another one does not fit.
-
-    Args:
-        adapter_name: The adapter's name.
-        tensors: The checkpoint; names that are not among the places are passed over.
-        places: The model's tensors.
-
-    Raises:
-        ValueError: A tensor does not fit.
     """
     for name, tensor in tensors.items():
         place = places.get(name)
@@ -118,17 +95,7 @@ class Header(NamedTuple):
 
 
 def read_header(location: CheckpointLocation) -> Header:
-    """Read what PEFT will load, without its values.
-
-    Args:
-        location: Where the checkpoint is.
-
-    Returns:
-        The names of the tensors, and the side path's shapes and dtypes.
-
-    Raises:
-        ValueError: The file can't be read, or holds something else.
-    """
+    """Read what PEFT will load, without its values."""
     try:
         file = _safetensors_file(location)
         if file is None:
@@ -161,18 +128,7 @@ def check_side_path(
     hidden_size: int,
     tensors: Mapping[str, torch.Tensor],
 ) -> None:
-    """Refuse a checkpoint whose side path is not exactly what its configuration says.
-
-    Args:
-        adapter_name: The adapter's name.
-        config: Its configuration.
-        blocks: The indices of the blocks with a side path.
-        hidden_size: H, the width of the residual stream.
-        tensors: The side path's tensors in the checkpoint; their values are not read.
-
-    Raises:
-        ValueError: A tensor is missing, has no place, or does not fit.
-    """
+    """Refuse a checkpoint whose side path is not exactly what its configuration says."""
     shapes = empty_parameters(config.side_path_options, hidden_size, config.talan_slots, config.talan_dim)
     places = {
         f"{index}.{CHILD_NAME}.lora_talan_{name}.values": tensor for index in blocks for name, tensor in shapes.items()
@@ -191,16 +147,7 @@ def check_side_path(
 
 
 def check_places(model: nn.Module, adapter_name: str, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Refuse tensors that do not fit their places, and side-path tensors that have none.
-
-    Args:
-        model: The model with the adapter.
-        adapter_name: The adapter's name.
-        tensors: The checkpoint, by the names that the adapter's tensors have in the model.
-
-    Raises:
-        ValueError: A tensor does not fit, or has no place.
-    """
+    """Refuse tensors that do not fit their places, and side-path tensors that have none."""
     known: dict[str, torch.Tensor] = dict(model.named_parameters())
     if not known.keys() >= tensors.keys():
         # Buffers, and names without the wrappers that named_parameters has; it takes three times as long.
@@ -221,16 +168,7 @@ def check_places(model: nn.Module, adapter_name: str, tensors: Mapping[str, torc
 
 
 def check_whole_modules(adapter_name: str, tensors: Collection[str], model: nn.Module) -> None:
-    """Refuse a checkpoint without the modules and tokens that are trained beside the adapter and saved whole.
-
-    Args:
-        adapter_name: The adapter's name.
-        tensors: The names in the checkpoint.
-        model: The model with the adapter.
-
-    Raises:
-        ValueError: A tensor is missing.
-    """
+    """Refuse a checkpoint without the modules and tokens that are trained beside the adapter and saved whole."""
     for name, module in model.named_modules():
         if isinstance(module, AuxiliaryTrainingWrapper):
             ends = [f"{name}.{key}" for key in module.adapter_state_dict_load_map(adapter_name)]

@@ -69,7 +69,7 @@ def test_executors_that_do_not_call_a_worker_step_by_step(folder: Path) -> None:
         config.parallel_config.distributed_executor_backend = executor
         assert [side_path.adapter_name for side_path in check_engine(config)] == ["default"]
     config.parallel_config.distributed_executor_backend = "ray"  # vLLM refuses it where Ray is not installed
-    with pytest.raises(ValueError, match="distributed_executor_backend='ray': .* use 'mp'"):
+    with pytest.raises(ValueError, match=r"distributed_executor_backend='ray': .* use 'mp'"):
         check_engine(config)
 
 
@@ -151,7 +151,7 @@ def test_options_that_were_changed_later(option: str, folder: Path) -> None:
     owner = config.scheduler_config if option == "scheduler_cls" else config.parallel_config
     setattr(owner, option, None if option == "scheduler_cls" else "vllm.v1.worker.cpu_worker.CPUWorker")
     loader = get_model_loader(config.load_config)
-    with pytest.raises(ValueError, match=f"{option}=.*configured without the plugin"):
+    with pytest.raises(ValueError, match=rf"{option}=.*configured without the plugin"):
         loader.create_model(vllm_config=config, model_config=config.model_config)
 
 

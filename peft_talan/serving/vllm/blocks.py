@@ -142,16 +142,7 @@ class StreamPlace:
     def change_input(
         self, change: Callable[[torch.Tensor], torch.Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Change the stream that a block is called with.
-
-        Args:
-            change: What to do with h.
-            args: The block's arguments by place.
-            kwargs: Those by name.
-
-        Returns:
-            The arguments to call it with, all of them by name.
-        """
+        """Change the stream in a block's arguments, which are then all given by name."""
         named = {**dict(zip(self.arguments, args, strict=False)), **kwargs}
         residual = named.get("residual") if self.in_two_parts else None
         named["hidden_states"], left = _change(change, named["hidden_states"], residual)
@@ -160,15 +151,7 @@ class StreamPlace:
         return (), named
 
     def change_output(self, change: Callable[[torch.Tensor], torch.Tensor], output: Any) -> Any:
-        """Change the stream that a block returns.
-
-        Args:
-            change: What to do with h.
-            output: What the block returns.
-
-        Returns:
-            What it returns instead.
-        """
+        """Change the stream in what a block returns."""
         if not isinstance(output, tuple):
             return change(output)
         residual = output[1] if self.in_two_parts else None
