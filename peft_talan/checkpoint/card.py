@@ -33,6 +33,9 @@ CARD_NAME = "README.md"
 TEMPLATE = Path(__file__).with_name("card_template.md")
 SECTION = re.compile(r"<!-- peft_talan (?P<digest>[0-9a-f]{12}) -->\n(?P<text>.*?)\n<!-- /peft_talan -->", re.DOTALL)
 
+TITLE = "# Model card"
+GENERATED = (TITLE, "### Framework versions", "- PEFT ", "This is the model card of a 🤗 transformers model")
+"""How the lines begin that PEFT, transformers and this module add to an empty card."""
 HELP: dict[str, str] = {axis.name: axis.metadata.get("help", "") for axis in fields(TalanConfig)}
 AUTO_CLASSES: dict[str, str] = {
     "CAUSAL_LM": "AutoModelForCausalLM",
@@ -150,8 +153,7 @@ def _is_from_a_template(text: str) -> bool:
     template = ModelCard.from_template(ModelCardData()).text
 
     def written(lines: str) -> list[str]:
-        added = ("### Framework versions", "- PEFT ", "This is the model card of a 🤗 transformers model")
-        return [line.strip() for line in lines.splitlines() if line.strip() and not line.startswith(added)]
+        return [line.strip() for line in lines.splitlines() if line.strip() and not line.startswith(GENERATED)]
 
     return written(text) == written(template)
 
@@ -166,6 +168,20 @@ def _put_section(text: str, section: str) -> str:
                 return f"{text.rstrip()}\n"
             return f"{text[: earlier.start()]}{block}{text[earlier.end() :].rstrip()}\n"
     return f"{text.rstrip()}\n\n{block}\n"
+
+
+def remove_sections(file: Path) -> None:
+    """Take the sections that nobody has edited out of a card, and the file away if only a template's text is left."""
+    text = file.read_text(encoding="utf-8")
+    left = SECTION.sub(lambda found: "" if _digest(found["text"]) == found["digest"] else found[0], text)
+    if left == text:
+        return
+    body = ModelCard(left, ignore_metadata_errors=True).text
+    rest = [line for line in body.splitlines() if line.strip() and not line.startswith(GENERATED)]
+    if rest:
+        file.write_text(left, encoding="utf-8")
+    else:
+        file.unlink()
 
 
 def _digest(section: str) -> str:
@@ -234,7 +250,7 @@ def write_card(
     if _is_from_a_template(card.text):
         card.data.library_name = "transformers" if adapter is None else "peft"
         framework = re.search(r"### Framework versions\n\n- PEFT .*", card.text)
-        card.text = "\n# Model card\n"
+        card.text = f"\n{TITLE}\n"
     for part in parts:
         card.text = _put_section(card.text, _section(part, folder, repo_id, subfolder))
     if framework is not None:
@@ -279,4 +295,4 @@ def write_cards_on_push() -> None:
         write_cards(self, working_dir, repo_id)
         return upload(self, working_dir, repo_id, *args, **kwargs)
 
-    PushToHubMixin._upload_modified_files = upload_modified_files  # type: ignore[assignment, method-assign]
+    PushToHubMixin._upload_modified_files = upload_modified_files  # type: ignore[method-assign, assignment]

@@ -23,6 +23,7 @@ from transformers import PreTrainedModel
 
 from ..config import TalanConfig
 from .names import low_rank_tensors
+from .saved_files import model_files, remove_saved_files
 
 EXPORT_NOTE = """\
 ---
@@ -42,6 +43,7 @@ def export_lora(
     model: PeftModel | PreTrainedModel | str | PathLike[str],
     save_directory: str | PathLike[str],
     adapter_name: str = "default",
+    overwrite: bool = False,
 ) -> None:
     """Write the low-rank half of an adapter as a plain LoRA adapter, which PEFT loads without this package.
 
@@ -49,9 +51,12 @@ def export_lora(
         model: A model with a TALAN adapter; or a saved adapter, as its folder or hub id: no base model is needed then.
         save_directory: The folder to write.
         adapter_name: The adapter's name in the model. Default `"default"`.
+        overwrite: Whether a model and a tokenizer in the folder are removed; otherwise a model is refused. Default
+            False.
 
     Raises:
-        ValueError: There is no such TALAN adapter, or it has no low-rank half.
+        ValueError: There is no such TALAN adapter, it has no low-rank half, or the folder holds a model or is that of
+            the adapter.
 
     Examples:
         >>> export_lora(model, "lora")  # of a model in memory
@@ -68,13 +73,24 @@ def export_lora(
     if not config.has_low_rank_half:
         raise ValueError(f"adapter_name={adapter_name!r}: the adapter has no low-rank half (r=0 or no target modules)")
     folder = Path(save_directory)
+    if not overwrite and (found := model_files(folder)):
+        raise ValueError(
+            f"save_directory={str(save_directory)!r}: it holds a model ({', '.join(found[:3])}), which transformers "
+            "would take for the adapter's base; give another folder"
+        )
+    if isinstance(model, (str, PathLike)) and folder.exists() and Path(model).exists() and folder.samefile(model):
+        raise ValueError(f"save_directory={str(save_directory)!r}: the adapter itself lies there; give another folder")
     folder.mkdir(parents=True, exist_ok=True)
     prefix = "base_model.model." if isinstance(model, PreTrainedModel) else ""
     if isinstance(model, (str, PathLike)):
-        found = load_peft_weights(str(model), device="cpu")
+        saved_tensors = load_peft_weights(str(model), device="cpu")
     else:
-        found = get_peft_model_state_dict(model, adapter_name=adapter_name)
-    tensors = {f"{prefix}{name}": tensor.contiguous() for name, tensor in low_rank_tensors(found).items()}
+        saved_tensors = get_peft_model_state_dict(model, adapter_name=adapter_name)
+    tensors = {f"{prefix}{name}": tensor.contiguous() for name, tensor in low_rank_tensors(saved_tensors).items()}
+    if overwrite:
+        remove_saved_files(folder)
+    for file in folder.glob("adapter_model.*"):
+        file.unlink()
     save_file(tensors, folder / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
     options = {option.name: getattr(config, option.name) for option in fields(LoraConfig) if option.init}
     lora_config = LoraConfig(**{**options, "inference_mode": True})

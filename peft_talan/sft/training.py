@@ -18,6 +18,7 @@ from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import SFTTrainer
 
 from ..axes import refusal
+from ..checkpoint.saved_files import remove_saved_files
 from ..tuner.trainability import talan_param_groups
 from .callbacks import SavePromptForm
 from .data import DataError, Rows
@@ -133,7 +134,9 @@ def make_trainer(
 
 
 def save(trainer: SFTTrainer, rows: Rows, output: Path) -> None:
-    """Save a trainer's adapter, its tokenizer and the form of the rows' prompts into a folder."""
+    """Save a trainer's adapter, its tokenizer and the form of the rows' prompts into a folder, in place of others."""
+    if trainer.args.should_save:
+        remove_saved_files(output)
     trainer.save_model(str(output))
     if trainer.args.should_save:
         PromptForm.of(rows).save(output)
