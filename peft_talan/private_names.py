@@ -112,7 +112,7 @@ VLLM: dict[str, str] = {
     "vllm.v1.engine.EngineCoreOutputs": "Created: that error.",
     "vllm.v1.request.Request.update_block_hashes": "Called: what a request's prefixes are known by.",
     "vllm.v1.request.RequestStatus.FINISHED_ERROR": "Read: how a refused request ends.",
-    "vllm.v1.sample.logits_processor.LogitsProcessor.validate_params": "Overridden: refuses requests.",
+    "vllm.v1.sample.logits_processor.LogitsProcessor.validate_params": "Overridden: refuses a request in time.",
     "vllm.v1.worker.gpu.sample.logits_processor.LogitsProcessor.validate_params": "The same for the second runner.",
     "vllm.v1.worker.worker_base.WorkerBase.execute_model": "Overridden: strengths are known before a step.",
     "vllm.v1.worker.worker_base.WorkerBase.load_model": "Overridden: finds the side paths.",

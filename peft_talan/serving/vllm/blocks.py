@@ -14,7 +14,7 @@ from vllm.model_executor.layers.attention import Attention
 from vllm.v1.attention.backend import AttentionType
 
 METADATA: tuple[str, ...] = ("query_start_loc", "seq_lens", "block_table", "slot_mapping", "max_query_len")
-"""What a side path needs to know of a batch, by the names that most of vLLM's attention backends give it."""
+"""What a side path needs to know of a batch, by the names that most attention backends use."""
 
 IN_TWO_PARTS = """
 AfmoeDecoderLayer ApertusDecoderLayer BailingMoeBlock DeciLMDecoderLayer Ernie4_5_MoeDecoderLayer ExaoneDecoderLayer
@@ -91,7 +91,7 @@ def find_attention(name: str, block: nn.Module) -> Any:
     missing = [field for field in METADATA if field not in known]
     if missing:
         raise ValueError(
-            f"attention backend {backend.get_name()} does not give {', '.join(missing)}, which a side path needs; "
+            f"attention backend {backend.get_name()} does not have {', '.join(missing)}, which a side path needs; "
             "start vLLM with another one, such as --attention-backend FLASH_ATTN or TRITON_ATTN"
         )
     return layer

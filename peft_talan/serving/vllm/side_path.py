@@ -19,7 +19,7 @@ from .blocks import StreamPlace
 from .strength import PageStrengths
 
 NULL_PAGE = 0
-"""The page that vLLM gives to no request."""
+"""The page that vLLM assigns to no request."""
 
 _PAGES = "peft_talan.pages"
 """Where the context of a forward pass keeps the pages of its calls."""
@@ -28,7 +28,7 @@ _PAGES = "peft_talan.pages"
 def _find_pages(
     metadata: Any, tokens: int, num_pages: int, page_size: int, strengths: PageStrengths
 ) -> tuple[Pages, torch.Tensor]:
-    """The pages of a forward pass, and the strength of each token, from what vLLM tells some blocks' attention."""
+    """The pages of a forward pass, and the strength of each token, from the metadata of some blocks' attention."""
     cu_seqlens, block_table = metadata.query_start_loc, metadata.block_table
     requests = cu_seqlens.shape[0] - 1
     past = metadata.seq_lens[:requests] - cu_seqlens.diff()
