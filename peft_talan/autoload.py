@@ -138,7 +138,7 @@ def prepare() -> None:
         if os.environ.get("PEFT_TALAN_AUTOLOAD") != "0":
             wait_for_peft()
         elif IMPORTED_BY_TORCH:
-            # As though torch had not called: the program's own `import peft_talan` starts anew.
+            # As though torch had not called: the program's own `import peft_talan` starts again.
             _stop_waiting()
             for name in [name for name in sys.modules if name.partition(".")[0] == "peft_talan"]:
                 del sys.modules[name]

@@ -65,7 +65,7 @@ def _adapter(folder: Path) -> _Part | None:
     if weights.exists():  # It may be a pickle.
         sizes = {name: head.numel for name, head in read_heads(weights).items()}
         counts = {
-            "low-rank half": sum(
+            "LoRA weights": sum(
                 size for name, size in sizes.items() if ".lora_" in name and not is_side_path_key(name)
             ),
             "side path": sum(size for name, size in sizes.items() if is_side_path_key(name)),

@@ -1,4 +1,4 @@
-"""Exchange with plain LoRA: an adapter's low-rank half as a LoRA adapter, and a LoRA adapter as a low-rank half."""
+"""Exchange with plain LoRA: an adapter's LoRA weights become a LoRA adapter, and those of a LoRA adapter an adapter's."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ tags:
 - lora
 ---
 
-# The low-rank half of a TALAN adapter
+# The LoRA weights of a TALAN adapter
 
 This LoRA adapter is **not equivalent** to the TALAN adapter that it was taken from: the side path, which was trained
 together with it, is missing. It loads with PEFT alone, and converters for LoRA take it.
@@ -45,7 +45,7 @@ def export_lora(
     adapter_name: str = "default",
     overwrite: bool = False,
 ) -> None:
-    """Write the low-rank half of an adapter as a plain LoRA adapter, which PEFT loads without this package.
+    """Write the LoRA weights of an adapter as a plain LoRA adapter, which PEFT loads without this package.
 
     Args:
         model: A model with a TALAN adapter; or a saved adapter, as its folder or hub id: no base model is needed then.
@@ -55,7 +55,7 @@ def export_lora(
             False.
 
     Raises:
-        ValueError: There is no such TALAN adapter, it has no low-rank half, or the folder holds a model or is that of
+        ValueError: There is no such TALAN adapter, it has no LoRA weights, or the folder holds a model or is that of
             the adapter.
 
     Examples:
@@ -70,8 +70,8 @@ def export_lora(
             if saved
             else f"adapter_name={adapter_name!r}: the model has no TALAN adapter of this name"
         )
-    if not config.has_low_rank_half:
-        raise ValueError(f"adapter_name={adapter_name!r}: the adapter has no low-rank half (r=0 or no target modules)")
+    if not config.has_lora_weights:
+        raise ValueError(f"adapter_name={adapter_name!r}: the adapter has no LoRA weights (r=0 or no target modules)")
     folder = Path(save_directory)
     if not overwrite and (found := model_files(folder)):
         raise ValueError(
@@ -108,7 +108,7 @@ def export_lora(
 def warm_start(
     model: PreTrainedModel, lora: str | PathLike[str], adapter_name: str = "default", **options: Any
 ) -> PeftModel:
-    """Make a TALAN model whose low-rank half is a trained LoRA adapter and whose side path is fresh.
+    """Make a TALAN model whose LoRA weights are those of a trained LoRA adapter and whose side path is fresh.
 
     At the start its outputs equal the LoRA adapter's.
 
@@ -136,7 +136,7 @@ def warm_start(
         raise ValueError(
             f"lora={str(lora)!r}: tensors are missing or have no place in {type(model).__name__}, such as "
             f"{min(expected ^ set(tensors))}; load the adapter with PEFT and save it again, and leave the options of "
-            "the low-rank half as they are"
+            "the LoRA weights as they are"
         )
     set_peft_model_state_dict(adapted, tensors, adapter_name)
     return adapted

@@ -30,7 +30,7 @@ def is_side_path_key(name: str) -> bool:
 
 
 def low_rank_tensors(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Take the low-rank half out of an adapter's tensors, by the names that they have in a plain LoRA adapter."""
+    """Take the LoRA weights out of an adapter's tensors, by the names that they have in a plain LoRA adapter."""
     plain = {name.removesuffix(".weight") if f".{MAGNITUDE}." in name else name: name for name in tensors}
     return {name: tensors[saved] for name, saved in plain.items() if not is_side_path_key(saved)}
 

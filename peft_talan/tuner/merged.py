@@ -1,8 +1,8 @@
 """Side paths that belong to the base model: what stays of adapters that were merged.
 
-The weights of a merged model hold the low-rank half, the side path lies beside them as ordinary parameters, and
+The weights of a merged model have the LoRA weights in them, the side path lies beside them as ordinary parameters, and
 `config.json` says what it is, so whatever saves, loads, copies, shards and trains the model's weights does the same to
-it. It is no adapter without a low-rank half: PEFT and transformers switch, train, save and delete whatever is a
+it. It is no adapter without LoRA weights: PEFT and transformers switch, train, save and delete whatever is a
 `BaseTunerLayer`, and take each tensor for an adapter's whose name has `lora`, the adapter's type or its name in it. A
 second adapter of any kind (LoRA, IA3, LoKr, prompt tuning) has to leave the side path alone, so it is a plain module,
 and its tensors' names have none of these words.

@@ -19,7 +19,7 @@ def register_talan() -> None:
     """Add the member TALAN to PEFT's enum of tuner types and register the tuner under it; a second call does nothing.
 
     PEFT and transformers look adapters up by enum member: a bare string in PEFT's mappings would break transformers'
-    `load_adapter`. The prefix is `lora_`, as AdaLoRA's: both halves of the adapter are found by the one prefix.
+    `load_adapter`. The prefix is `lora_`, as AdaLoRA's: LoRA weights and side path are found by the one prefix.
 
     Examples:
         >>> register_talan()  # `import peft_talan` does it

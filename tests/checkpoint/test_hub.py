@@ -264,7 +264,7 @@ def test_local_card_and_a_second_save(tmp_path: Path) -> None:
     sizes = {True: 0, False: 0}
     for name, tensor in get_peft_model_state_dict(model).items():
         sizes["lora_talan_" in name] += tensor.numel()
-    assert f"| side path | {sizes[True]:,} |" in text and f"| low-rank half | {sizes[False]:,} |" in text
+    assert f"| side path | {sizes[True]:,} |" in text and f"| LoRA weights | {sizes[False]:,} |" in text
     for axis in fields(TalanConfig):
         assert not axis.name.startswith("talan_") or axis.name == "talan_version" or f"| `{axis.name}` |" in text
 

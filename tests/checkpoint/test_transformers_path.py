@@ -1,4 +1,4 @@
-"""transformers' own way to adapters, without PEFT's wrapper: both halves, exactly."""
+"""transformers' own way to adapters, without PEFT's wrapper: LoRA weights and side path, exactly."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ subfolders = pytest.mark.skipif(
 
 
 def save(folder: Path, architecture: str = "qwen3", **options: object) -> PeftModel:
-    """An adapter and its base model; magnitudes are changed, so that one that starts anew would show."""
+    """An adapter and its base model; magnitudes are changed, so that one that starts again would show."""
     model = make_model(architecture, make_config(**options), torch.float32)
     with torch.no_grad():
         for name, parameter in model.named_parameters():

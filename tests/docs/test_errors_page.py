@@ -227,7 +227,7 @@ PROVOCATIONS: dict[str, Provocation] = {
     "talan_layers=…: a block is named twice": lambda _: make_model("qwen3", make_config(talan_layers=[DEPTH - 1, -1])),
     "does not work with TALAN": lambda _: make_config(layer_replication=[[0, 2]]),
     "task_type=… generates": lambda _: make_config(talan_memory_scope="bidirectional"),
-    "there is no low-rank half": lambda _: make_config(r=0, talan_trainable="low_rank"),
+    "there are no LoRA weights": lambda _: make_config(r=0, talan_trainable="low_rank"),
     "talan_dim=…, talan_slots=…": lambda _: make_model("qwen3", make_config(talan_dim=10**6)),
     "adapter_name=…: choose a name": lambda _: make_several({"a.b": {}}),
     "adapter_name=…: the model already has": lambda _: get_peft_model(adapted(), make_config()),
@@ -259,7 +259,7 @@ PROVOCATIONS: dict[str, Provocation] = {
     "side_path=…: choose": lambda _: make_model("qwen3").merge_and_unload(side_path="half"),
     "adapter … would be saved without": named_like_a_module,
     "path_initial_model_for_weight_conversion": converted,
-    "adapter_name=…: the adapter has no low-rank half": lambda folder: export_lora(no_low_rank(), folder),
+    "adapter_name=…: the adapter has no LoRA weights": lambda folder: export_lora(no_low_rank(), folder),
     "adapters=…: … and … both": lambda _: two_adapters().add_weighted_adapter(["one", "other"], [0.5, 0.5], "sum"),
     # Steering, training
     "strength=…": lambda _: set_talan_strength(make_model("qwen3"), float("nan")),
