@@ -1,4 +1,4 @@
-"""Exchange with plain LoRA: an adapter's LoRA weights become a LoRA adapter, and those of a LoRA adapter an adapter's."""
+"""Exchange with plain LoRA: LoRA weights of an adapter become a LoRA adapter, and those of a LoRA adapter an adapter's."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ from ..checkpoint.rollback import Snapshot
 
 
 class CheckpointedModel(LoraModel):
-    """PEFT's `LoraModel`, whose checkpoints have LoRA weights and side path, and are checked before they are loaded."""
+    """PEFT's `LoraModel`, whose checkpoints have LoRA weights and side path and are checked before loading."""
 
     # The model before the adapter that PEFT is about to load, for as long as its tensors have not come.
     _before_loading: Snapshot | None = None
