@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -35,39 +35,48 @@ def inspect(
     """
     try:
         description = describe(adapter, revision)
-    except MissingFile:
-        description = describe_merged(adapter, revision)
+    except MissingFile as no_adapter:
+        try:
+            description = describe_merged(adapter, revision)
+        except MissingFile:
+            raise no_adapter from None
         if not description["side_paths"]:
-            raise
-        if as_json:
-            print_json(description)
-            return
-        for side_path in description["side_paths"]:
-            rows = {
+            raise no_adapter from None
+    if as_json:
+        print_json(description)
+        return
+    for title, rows in _tables(description):
+        print_rows(title, rows)
+
+
+def _tables(description: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, object]]]:
+    for side_path in description.get("side_paths", ()):
+        yield (
+            f"Side path {side_path['adapter_name']!r} of the merged model {description['model']}",
+            {
                 "side path": _size(side_path),
                 "  at blocks": ", ".join(side_path["blocks"]),
                 **side_path["axes"],
                 "peft_talan version": side_path["version"],
-            }
-            print_rows(f"Side path {side_path['adapter_name']!r} of the merged model {adapter}", rows)
-        return
-    if as_json:
-        print_json(description)
-        return
-    low_rank, side_path, base = description["low_rank"], description["side_path"], description["base_model"]
-    rows: dict[str, object] = {
-        "base model": base["name"] and base["name"] + (f" ({base['revision']})" if base["revision"] else ""),
-        "task": description["task_type"],
-        "side path": _size(side_path),
-        "  at blocks": ", ".join(map(str, side_path["blocks"])) or "none",
-        "low-rank half": _size(low_rank),
-        "  in modules": low_rank["modules"],
-        "other tensors": _size(description["other"]) if description["other"]["parameters"] else None,
-        **{f"  {name}": value for name, value in low_rank["options"].items() if value and value != "none"},
-        **description["axes"],
-        **{f"{name} version": version for name, version in description["versions"].items()},
-    }
-    print_rows(f"TALAN adapter {adapter}", rows)
+            },
+        )
+    if "adapter" in description:
+        low_rank, side_path, base = description["low_rank"], description["side_path"], description["base_model"]
+        yield (
+            f"TALAN adapter {description['adapter']}",
+            {
+                "base model": base["name"] and base["name"] + (f" ({base['revision']})" if base["revision"] else ""),
+                "task": description["task_type"],
+                "side path": _size(side_path),
+                "  at blocks": ", ".join(map(str, side_path["blocks"])) or "none",
+                "low-rank half": _size(low_rank),
+                "  in modules": low_rank["modules"],
+                "other tensors": _size(description["other"]) if description["other"]["parameters"] else None,
+                **{f"  {name}": value for name, value in low_rank["options"].items() if value and value != "none"},
+                **description["axes"],
+                **{f"{name} version": version for name, version in description["versions"].items()},
+            },
+        )
 
 
 def _size(part: Mapping[str, Any]) -> str:
