@@ -35,6 +35,10 @@ class TensorHead(NamedTuple):
     shape: tuple[int, ...]
     dtype: str
 
+    def is_floating_point(self) -> bool:
+        """Whether its elements are floating-point numbers, as torch's tensors answer."""
+        return self.dtype.startswith(("F", "BF"))
+
     @property
     def numel(self) -> int:
         """The number of its elements."""

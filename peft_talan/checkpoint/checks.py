@@ -13,11 +13,12 @@ from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
 from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, load_peft_weights
 from peft.utils.other import AuxiliaryTrainingWrapper
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import nn
 
 from ..config import CheckpointLocation, TalanConfig
 from ..functional.initialization import empty_parameters
+from .adapter_file import TensorHead, read_heads
 from .names import CHILD_NAME, is_side_path_key
 
 
@@ -48,7 +49,9 @@ def check_finite(adapter_name: str, tensors: Mapping[str, torch.Tensor]) -> None
         )
 
 
-def check_fit(adapter_name: str, tensors: Mapping[str, torch.Tensor], places: Mapping[str, torch.Tensor]) -> None:
+def check_fit(
+    adapter_name: str, tensors: Mapping[str, torch.Tensor | TensorHead], places: Mapping[str, torch.Tensor]
+) -> None:
     """Refuse tensors that differ from their places in shape or in kind of number.
 
     torch would fill some places before it finds that another one does not fit.
@@ -87,26 +90,22 @@ class Header(NamedTuple):
 
     Args:
         names: The names of all tensors.
-        side_path: The tensors of the side path by name, on the meta device.
+        side_path: The tensors of the side path by name, as far as they have to be read.
     """
 
     names: Collection[str]
-    side_path: Mapping[str, torch.Tensor]
+    side_path: Mapping[str, torch.Tensor | TensorHead]
 
 
 def read_header(location: CheckpointLocation) -> Header:
     """Read what PEFT will load, without its values."""
     try:
         file = _safetensors_file(location)
-        if file is None:
-            # A pickle has no header. PEFT reads it with weights only: no code in it runs.
-            tensors: object = load_peft_weights(location.model_id, device="cpu", **location.options)
-        else:
-            with safe_open(file, framework="pt") as saved:
-                names = list(saved.keys())
-                # Values are mapped from the file and read when they are used, which they are not here.
-                side_path = {name: saved.get_tensor(name).to("meta") for name in names if is_side_path_key(name)}
-                return Header(names, side_path)
+        if file is not None:
+            heads = read_heads(file)
+            return Header(heads.keys(), {name: head for name, head in heads.items() if is_side_path_key(name)})
+        # A pickle has no header. PEFT reads it with weights only: no code in it runs.
+        tensors: object = load_peft_weights(location.model_id, device="cpu", **location.options)
     except (SafetensorError, pickle.UnpicklingError, EOFError, RuntimeError) as error:
         raise ValueError(
             f"the checkpoint in {location.model_id!r} can't be read ({type(error).__name__}: {error}); it is "
@@ -116,9 +115,7 @@ def read_header(location: CheckpointLocation) -> Header:
         raise ValueError(
             f"the checkpoint in {location.model_id!r} is not a dictionary of tensors; save it again with PEFT"
         )
-    return Header(
-        tensors.keys(), {name: tensor.to("meta") for name, tensor in tensors.items() if is_side_path_key(name)}
-    )
+    return Header(tensors.keys(), {name: tensor for name, tensor in tensors.items() if is_side_path_key(name)})
 
 
 def check_side_path(
@@ -126,7 +123,7 @@ def check_side_path(
     config: TalanConfig,
     blocks: Collection[int],
     hidden_size: int,
-    tensors: Mapping[str, torch.Tensor],
+    tensors: Mapping[str, torch.Tensor | TensorHead],
 ) -> None:
     """Refuse a checkpoint whose side path is not exactly what its configuration says."""
     shapes = empty_parameters(config.side_path_options, hidden_size, config.talan_slots, config.talan_dim)
