@@ -187,7 +187,7 @@ def operator_calls(base: nn.Module, tokens: int, rows: int) -> dict[str, Calls]:
     length = max(tokens // rows, 1)
     starts = torch.arange(0, tokens + 1, length, device=base.device)
     states = torch.zeros(len(starts) - 1, SLOTS, WIDTH + 1, device=base.device)
-    together = {"query_start_loc": starts, "state": states, "max_query_length": length}
+    together = {"cu_seqlens": starts, "state": states, "max_query_length": length}
     flat = hidden_states[0, : length * len(states)]
 
     def backward(module: Any) -> object:
