@@ -1,4 +1,4 @@
-"""Exchange with plain LoRA: LoRA weights of an adapter become a LoRA adapter, and those of a LoRA adapter an adapter's."""
+"""Exchange with plain LoRA: an adapter exported as a LoRA adapter, and one whose LoRA weights start from a LoRA adapter."""
 
 from __future__ import annotations
 
