@@ -1,4 +1,4 @@
-"""Exchange with plain LoRA: an adapter exported as a LoRA adapter, and one whose LoRA weights start from a LoRA adapter."""
+"""Exchange with plain LoRA: export as a LoRA adapter, and a warm start from one."""
 
 from __future__ import annotations
 
