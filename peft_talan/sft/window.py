@@ -1,0 +1,250 @@
+"""A sliding window for a full-attention model, and a training in which the window shrinks to it.
+
+A model that loses its old keys at once goes on relying on the keys that are left. While the window shrinks, what is
+asked for moves out of it little by little, and the side paths learn to carry it.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from random import Random
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import (
+    AutoModelForCausalLM,
+    MistralConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+
+ONE_WINDOW = ("mistral", "mixtral", "phi3", "starcoder2")
+"""Model types whose `sliding_window` holds for every block."""
+SWITCHED_WINDOW = ("qwen2", "qwen3", "qwen3_moe", "smollm3")
+"""Model types whose `sliding_window` has a switch, and which may list the kind of every block's attention."""
+SUPPORTED = ("llama", *ONE_WINDOW, *SWITCHED_WINDOW)
+NOT_TAKEN_OVER = ("model_type", "architectures", "transformers_version", "sliding_window", "layer_types")
+"""Fields of a Llama's configuration that a Mistral's doesn't take from it."""
+
+
+def windowed_config(config: PreTrainedConfig, window: int) -> PreTrainedConfig:
+    """The configuration of the same model with a sliding window in every block."""
+    if isinstance(window, bool) or not isinstance(window, int) or window < 2:
+        raise ValueError(f"window={window!r}: give the keys that a token sees, itself included, as a whole number >= 2")
+    kind = config.model_type
+    if kind not in SUPPORTED:
+        raise ValueError(
+            f"model: the model type {kind!r} can't be given a window in every block: its blocks have no window, or "
+            f"compute differently with one; use one of {', '.join(SUPPORTED)}"
+        )
+    fields = config.to_dict()
+    if kind == "llama":
+        biases = [name for name in ("attention_bias", "mlp_bias") if fields.get(name)]
+        if biases:
+            raise ValueError(
+                f"model: {biases[0]}=True; a Llama becomes a Mistral, whose projections have no biases; use a model "
+                "without"
+            )
+        return MistralConfig(
+            **{name: value for name, value in fields.items() if name not in NOT_TAKEN_OVER}, sliding_window=window
+        )
+    fields["sliding_window"] = window
+    if kind in SWITCHED_WINDOW:
+        fields["use_sliding_window"] = True
+        if "layer_types" in fields:
+            fields["layer_types"] = ["sliding_attention"] * config.num_hidden_layers
+        if "max_window_layers" in fields:
+            fields["max_window_layers"] = 0
+    return type(config)(**{name: value for name, value in fields.items() if name != "model_type"})
+
+
+def with_sliding_window(model: PreTrainedModel, window: int) -> PreTrainedModel:
+    """Make a causal model with a sliding window in every block of a model that has none, or a wider one.
+
+    The weights are shared with the given model, which is left as it is. A text inside the window gets the same logits;
+    `generate` then holds the window's keys alone, and `save_pretrained` writes a model that loads with its window.
+
+    Args:
+        model: A causal language model of the types llama (it becomes a Mistral), mistral, mixtral, phi3, starcoder2,
+            qwen2, qwen3, qwen3_moe or smollm3, without an adapter.
+        window: The keys that a token sees in each block, itself included.
+
+    Returns:
+        The model with the window.
+
+    Raises:
+        ValueError: The window is no whole number of at least 2, or the model can't have one.
+
+    Examples:
+        >>> model = with_sliding_window(AutoModelForCausalLM.from_pretrained("path/to/llama"), window=1024)
+        >>> model.save_pretrained("path/to/llama-with-window")
+    """
+    if getattr(model, "hf_quantizer", None) is not None:
+        raise ValueError("model: its weights are quantized; convert the model it was made of, and quantize that")
+    config = windowed_config(model.config, window)
+    with torch.device("meta"):
+        converted: PreTrainedModel = AutoModelForCausalLM.from_config(
+            config,
+            dtype=model.dtype,
+            attn_implementation=model.config._attn_implementation,
+            experts_implementation=getattr(model.config, "_experts_implementation", None),
+        )
+    if type(model).__name__ not in (type(converted).__name__, "LlamaForCausalLM"):
+        raise ValueError(f"model: {type(model).__name__} is no causal language model without an adapter; give that")
+    converted.load_state_dict(model.state_dict(), assign=True)
+    for name, buffer in model.named_buffers():
+        # Those that checkpoints don't hold, such as the rotary frequencies.
+        owner, _, leaf = name.rpartition(".")
+        setattr(converted.get_submodule(owner), leaf, buffer)
+    converted.tie_weights()
+    converted.generation_config = model.generation_config
+    converted.config.name_or_path = converted.name_or_path = model.name_or_path
+    return converted.train(model.training)
+
+
+def _windows(model: nn.Module) -> Iterator[Any]:
+    """Everything in a model that holds the window of every block: configurations, and modules with a copy."""
+    seen: set[int] = set()
+    for module in model.modules():
+        for holder in (getattr(module, "config", None), module):
+            if isinstance(getattr(holder, "sliding_window", None), int) and id(holder) not in seen:
+                seen.add(id(holder))
+                yield holder
+
+
+def _set_window(model: nn.Module, window: int) -> None:
+    for holder in _windows(model):
+        holder.sliding_window = window
+
+
+class ShrinkingWindow(TrainerCallback):
+    """Trains with a window that shrinks from the rows' length to the model's own.
+
+    A callback for `Trainer` and every trainer made of it. The window depends on the step and the seed alone: it is the
+    same in every process, and goes on where a resumed run stopped. Between the steps, and so in evaluations and in
+    what is saved, the model has its own window.
+
+    Args:
+        start (int | None): The window at the first step. None: the longest row of the training data, whose column
+            `input_ids` is read. Default None.
+        end (int | None): The last window. None: the model's. Default None.
+        share (float): The share of all steps after which the window is `end`, in (0, 1]. Default 0.7.
+        jitter (tuple[float, float]): Each step's window is the schedule's times a number drawn from this range, but
+            never below `end`. Default (0.6, 1.0).
+        shape ("linear" | "exponential"): Whether each step takes away as many tokens or as large a share. Default
+            `"linear"`.
+        seed (int): Of what is drawn. Default 0.
+
+    Raises:
+        ValueError: An argument can't be used; or, when training begins, the model has no window, or the rows' length
+            isn't known.
+
+    Examples:
+        >>> trainer = SFTTrainer(model, arguments, train_dataset=rows, callbacks=[ShrinkingWindow()])
+    """
+
+    def __init__(
+        self,
+        start: int | None = None,
+        end: int | None = None,
+        share: float = 0.7,
+        jitter: tuple[float, float] = (0.6, 1.0),
+        shape: str = "linear",
+        seed: int = 0,
+    ) -> None:
+        for name, value in (("start", start), ("end", end)):
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 2):
+                raise ValueError(f"{name}={value!r}: give a whole number of at least 2, or None")
+        if start is not None and end is not None and start < end:
+            raise ValueError(f"start={start}: smaller than end={end}; give a longer start, or None")
+        if not 0 < share <= 1:
+            raise ValueError(f"share={share!r}: give a number above 0 and up to 1")
+        if not 0 < jitter[0] <= jitter[1] <= 1:
+            raise ValueError(f"jitter={jitter!r}: give two numbers above 0 and up to 1, the smaller one first")
+        if shape not in ("linear", "exponential"):
+            raise ValueError(f"shape={shape!r}: choose 'linear' or 'exponential'")
+        self.start, self.end, self.share, self.jitter, self.shape, self.seed = start, end, share, jitter, shape, seed
+
+    def window_at(self, step: int, steps: int) -> int:
+        """The window of one step.
+
+        Args:
+            step: The optimizer steps that were taken before.
+            steps: All steps of the training.
+
+        Returns:
+            The keys that a token sees.
+
+        Raises:
+            ValueError: `start` or `end` is None, and no training has begun that would fill it in.
+        """
+        if self.start is None or self.end is None:
+            raise ValueError(f"start={self.start!r}, end={self.end!r}: give both, or begin the training first")
+        done = min(1.0, step / max(1.0, self.share * steps))
+        if self.shape == "linear":
+            window = self.start + done * (self.end - self.start)
+        else:
+            window = self.start * (self.end / self.start) ** done
+        drawn = Random(f"{self.seed} {step}").uniform(*self.jitter)
+        return max(self.end, round(window * drawn))
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Find out where the window starts and ends."""
+        own = {holder.sliding_window for holder in _windows(kwargs["model"])}
+        if len(own) != 1:
+            raise ValueError(
+                f"model: it must have one sliding window in all blocks, and has {sorted(own) or 'none'}; use "
+                "peft_talan.sft.window.with_sliding_window(model, window) before the trainer"
+            )
+        self.own = own.pop()
+        self.end = self.end or self.own
+        if self.start is None:
+            self.start = max(self.end, _longest(kwargs.get("train_dataloader")))
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Set the step's window."""
+        self.latest = self.window_at(state.global_step, state.max_steps)
+        _set_window(kwargs["model"], self.latest)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Give the model its own window back."""
+        _set_window(kwargs["model"], self.own)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Put the window beside the loss."""
+        if logs is not None and "loss" in logs:
+            logs["window"] = self.latest
+            if state.log_history and state.log_history[-1].get("step") == state.global_step:
+                state.log_history[-1]["window"] = self.latest
+
+
+def _longest(loader: Any) -> int:
+    """The tokens of the longest row that is trained on; of the longest sample, where rows are packed."""
+    rows = getattr(loader, "dataset", None)
+    columns = getattr(rows, "column_names", None) or ()
+    try:
+        if "seq_lengths" in columns:
+            return max(max(lengths) for lengths in rows["seq_lengths"])
+        return max(len(row["input_ids"]) for row in rows)
+    except (TypeError, KeyError, ValueError):
+        raise ValueError(
+            "start=None: the training data has no column 'input_ids' whose longest row could be found; give start"
+        ) from None
