@@ -38,7 +38,9 @@ def train(
     epochs: options.Epochs = 1.0,
     batch_size: options.BatchSize = 8,
     accumulate: options.Accumulation = 1,
-    learning_rate: options.LearningRate = 2e-4,
+    learning_rate: Annotated[
+        float | None, Option(help="Highest learning rate", show_default="2e-4, with --window 3e-4")
+    ] = None,
     max_length: options.MaxLength = 1024,
     rank: options.Rank = 16,
     lora_alpha: Annotated[int | None, Option(help="LoRA's alpha", show_default="twice the rank")] = None,
@@ -89,6 +91,15 @@ def train(
     logging_steps: Annotated[int, Option(min=1, help="Steps between logged losses")] = 10,
     report_to: Annotated[str, Option(metavar="|".join(TRACKERS), help="Tracker; several with commas")] = "none",
     run_name: Annotated[str | None, Option(help="Name of the run in the tracker", show_default="--output")] = None,
+    window: Annotated[
+        int | None,
+        Option(
+            min=2,
+            help="Keys that a token sees in each block: the model gets a sliding window, and what lies further back is "
+            "learned to be recalled",
+            show_default="the model's own",
+        ),
+    ] = None,
     *,
     axes: dict[str, Any],
 ) -> None:
@@ -98,6 +109,10 @@ def train(
     Ctrl-C saves a checkpoint, and the same command with --resume goes on from it.
     For several GPUs and 4-bit bases use the recipe of the docs' page on training.
     """
+    if learning_rate is None:
+        learning_rate = 2e-4 if window is None else 3e-4
+    if window is not None:
+        axes.setdefault("talan_layers", "all")
     trackers = [name.strip() for name in report_to.split(",")]
     check_trackers(trackers)
     if eval_steps is not None and not (eval_data or eval_split or eval_rows):
@@ -118,6 +133,7 @@ def train(
             held_out,
             output,
             last if resume else None,
+            window,
             adapter={
                 "r": rank,
                 "lora_alpha": lora_alpha or 2 * rank,
@@ -205,6 +221,7 @@ def _train(
     held_out: Any,
     output: Path,
     checkpoint: Path | None,
+    window: int | None,
     adapter: dict[str, Any],
     **arguments: Any,
 ) -> dict[str, Any]:
@@ -218,7 +235,16 @@ def _train(
         remove_checkpoints,
         save,
     )
+    from peft_talan.sft.window import (
+        BASE_MODEL,
+        ShrinkingWindow,
+        last_answers,
+        save_with_window,
+        use_faster_side_path,
+    )
 
+    if window is not None and not arguments["assistant_only_loss"]:
+        rows, held_out = last_answers(rows), held_out and last_answers(held_out)
     config = TalanConfig(task_type="CAUSAL_LM", **adapter)
     tokenizer = load_tokenizer(model)
     for line in describe_lengths(tokenizer, rows, arguments["max_length"]):
@@ -226,9 +252,15 @@ def _train(
     if checkpoint is None:
         remove_checkpoints(output)
     stop = StopOnInterrupt(note)
+    callbacks: list[Any] = [TrainingProgress(), stop]
+    if window is not None:
+        model = save_with_window(model, tokenizer, window, output / BASE_MODEL, resume=checkpoint is not None)
+        callbacks.append(ShrinkingWindow(seed=arguments["seed"]))
     trainer = make_trainer(
-        model, tokenizer, rows, config, output, eval_rows=held_out, callbacks=[TrainingProgress(), stop], **arguments
+        model, tokenizer, rows, config, output, eval_rows=held_out, callbacks=callbacks, **arguments
     )
+    if window is not None:
+        use_faster_side_path(trainer)
     outcome = trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     result = {"output": str(output), "steps": outcome.global_step, "loss": outcome.training_loss}
     if stop.requested and outcome.global_step < trainer.state.max_steps:

@@ -6,29 +6,39 @@ asked for moves out of it little by little, and the side paths learn to carry it
 
 from __future__ import annotations
 
-import json
-import math
 from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
 from random import Random
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     MistralConfig,
     PreTrainedConfig,
     PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Trainer,
     TrainerCallback,
     TrainerControl,
     TrainerState,
     TrainingArguments,
 )
 
+from ..tuner.trainability import talan_param_groups
+from .data import DataError, Rows
+
 ONE_WINDOW = ("mistral", "mixtral", "phi3", "starcoder2")
 """Model types whose `sliding_window` holds for every block."""
 SWITCHED_WINDOW = ("qwen2", "qwen3", "qwen3_moe", "smollm3")
 """Model types whose `sliding_window` has a switch, and which may list the kind of every block's attention."""
+BASE_MODEL = "base_model"
+"""The folder, in that of the adapter, of the model with its window."""
+SIDE_PATH_LR_SCALE = 10.0
+"""The side path's learning rate divided by that of the rest, where recall is learned."""
 SUPPORTED = ("llama", *ONE_WINDOW, *SWITCHED_WINDOW)
 NOT_TAKEN_OVER = ("model_type", "architectures", "transformers_version", "sliding_window", "layer_types")
 """Fields of a Llama's configuration that a Mistral's doesn't take from it."""
@@ -107,6 +117,72 @@ def with_sliding_window(model: PreTrainedModel, window: int) -> PreTrainedModel:
     converted.generation_config = model.generation_config
     converted.config.name_or_path = converted.name_or_path = model.name_or_path
     return converted.train(model.training)
+
+
+def save_with_window(
+    name: str, tokenizer: PreTrainedTokenizerBase, window: int, folder: Path, *, resume: bool = False
+) -> str:
+    """Save a model with a sliding window, so that an adapter on it is loaded with the window, too.
+
+    Args:
+        name: The model, its folder or hub id.
+        tokenizer: Its tokenizer.
+        window: The keys that a token sees in each block.
+        folder: Where to save it.
+        resume: Whether a run goes on that saved it before. Default False.
+
+    Returns:
+        The folder, absolute.
+
+    Raises:
+        ValueError: The model can't have the window, or the run was begun with another one.
+    """
+    if resume:
+        found = AutoConfig.from_pretrained(folder).sliding_window
+        if found != window:
+            raise ValueError(f"window={window}: the run was begun with {found}; give that, or begin anew")
+    else:
+        # In the precision it was saved in; a trainer loads it in its own.
+        with_sliding_window(AutoModelForCausalLM.from_pretrained(name, dtype="auto"), window).save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+    return str(folder.resolve())
+
+
+def last_answers(rows: Rows) -> Rows:
+    """Rows of `messages` as prompts and completions, so that the last answer alone is trained on.
+
+    In the mean over a whole conversation's tokens, the few of an answer that needs recall have no weight.
+
+    Args:
+        rows: Rows of any format.
+
+    Returns:
+        The rows; those of other formats as they are.
+
+    Raises:
+        DataError: A conversation doesn't end with an answer to something.
+    """
+    if rows.form != "messages":
+        return rows
+    split = []
+    for row, place in zip(rows.rows, rows.places, strict=True):
+        *given, last = row["messages"]
+        if not given or last["role"] != "assistant":
+            raise DataError(f"{place}: 'messages' must end with the assistant's answer to what stands before it")
+        kept = {name: value for name, value in row.items() if name != "messages"}
+        split.append({"prompt": given, "completion": [last], **kept})
+    return replace(rows, form="prompt-completion", rows=split)
+
+
+def use_faster_side_path(trainer: Trainer, scale: float = SIDE_PATH_LR_SCALE) -> None:
+    """Give the side path a higher learning rate than the rest; before the training begins.
+
+    Args:
+        trainer: A trainer whose model has its adapter.
+        scale: The side path's learning rate divided by the trainer's. Default 10.
+    """
+    groups = talan_param_groups(trainer.model, trainer.args.learning_rate, scale, trainer.args.weight_decay)
+    trainer.optimizer_cls_and_kwargs = (torch.optim.AdamW, {"params": groups})
 
 
 def _windows(model: nn.Module) -> Iterator[Any]:
