@@ -6,7 +6,7 @@
 A row is a fact, a piece of a text, and one question about the fact; the loss is that of the answer alone. There are
 three kinds of facts, and two texts: Python's manual, which every Python carries, and a licence. No row comes twice.
 Scored are rows of the parts of both texts that aren't trained on, by length in windows; an answer is right if greedy
-decoding gives all of its tokens and its end. Every run is a line of the results; runs that are there aren't made again.
+decoding gives all of its tokens and its end. Every run is a line of the results, and is made once.
 """
 
 from __future__ import annotations
@@ -45,17 +45,17 @@ LICENCE = Path(__file__).parents[2] / "LICENSE"
 TRAINED_SHARE = 0.8
 """How much of each text is trained on, from its start."""
 NAMES = (
-    "James Mary Robert Patricia John Jennifer Michael Linda David Elizabeth William Barbara Richard Susan Joseph "
-    "Jessica Thomas Karen Charles Sarah Daniel Lisa Matthew Nancy Anthony Sandra Mark Betty Donald Ashley Steven Emily "
-    "Paul Donna Andrew Michelle Joshua Carol Kenneth Amanda Kevin Olga Ingrid Pedro Hassan Fatima Yuki Igor"
-).split()
+    "James Mary Robert Patricia John Jennifer Michael Linda David Elizabeth William Barbara Richard Susan "
+    "Joseph Jessica Thomas Karen Charles Sarah Daniel Lisa Matthew Nancy Anthony Sandra Mark Betty Donald Ashley "
+    "Steven Emily Paul Donna Andrew Michelle Joshua Carol Kenneth Amanda Kevin Olga Ingrid Pedro Hassan Fatima Yuki Igor"
+)
 PLACES = (
     "London Paris Berlin Madrid Rome Vienna Lisbon Dublin Oslo Stockholm Helsinki Warsaw Prague Athens Cairo Nairobi "
     "Lagos Tokyo Seoul Beijing Delhi Mumbai Sydney Melbourne Toronto Montreal Chicago Boston Denver Seattle Houston "
-    "Miami Lima Bogota Santiago Havana Geneva Munich Hamburg Venice Naples Milan Lyon Marseille Porto Seville Valencia "
-    "Krakow"
-).split()
-NUMBERS = [str(number) for number in range(100, 1000)]
+    "Miami Lima Bogota Santiago Havana Geneva Munich Hamburg Venice Naples Milan Lyon Marseille Porto Seville "
+    "Valencia Krakow"
+)
+NUMBERS = " ".join(map(str, range(100, 1000)))
 KINDS = (
     ("The name of the witness is {}.\n", "\nThe name of the witness is", "\nWhat is the name of the witness?", NAMES),
     ("The train goes to {}.\n", "\nThe train goes to", "\nWhere does the train go?", PLACES),
@@ -135,7 +135,7 @@ class RowMaker:
     def make(self, kind: int, tokens: int, draw: random.Random) -> dict[str, Any]:
         """One row of that many tokens or, as pieces of text can become other tokens, some fewer."""
         fact, question, asked, answers = KINDS[kind]
-        answer, text = draw.choice(answers), draw.choice(self.texts)
+        answer, text = draw.choice(answers.split()), draw.choice(self.texts)
         start = draw.randrange(len(text) - tokens)
         length = tokens
         while True:

@@ -95,8 +95,8 @@ def train(
         int | None,
         Option(
             min=2,
-            help="Keys that a token sees in each block: the model gets a sliding window, and what lies further back is "
-            "learned to be recalled",
+            help="Keys that a token sees in each block: gives the model a sliding window, and learns to recall what "
+            "lies further back",
             show_default="the model's own",
         ),
     ] = None,

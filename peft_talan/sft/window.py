@@ -47,7 +47,9 @@ NOT_TAKEN_OVER = ("model_type", "architectures", "transformers_version", "slidin
 def windowed_config(config: PreTrainedConfig, window: int) -> PreTrainedConfig:
     """The configuration of the same model with a sliding window in every block."""
     if isinstance(window, bool) or not isinstance(window, int) or window < 2:
-        raise ValueError(f"window={window!r}: give the keys that a token sees, itself included, as a whole number >= 2")
+        raise ValueError(
+            f"window={window!r}: give the keys that a token sees, itself included, as a whole number >= 2"
+        )
     kind = config.model_type
     if kind not in SUPPORTED:
         raise ValueError(
@@ -142,6 +144,7 @@ def save_with_window(
         if found != window:
             raise ValueError(f"window={window}: the run was begun with {found}; give that, or begin anew")
     else:
+        windowed_config(AutoConfig.from_pretrained(name), window)  # refused before the weights are loaded
         # In the precision it was saved in; a trainer loads it in its own.
         with_sliding_window(AutoModelForCausalLM.from_pretrained(name, dtype="auto"), window).save_pretrained(folder)
         tokenizer.save_pretrained(folder)
@@ -181,7 +184,8 @@ def use_faster_side_path(trainer: Trainer, scale: float = SIDE_PATH_LR_SCALE) ->
         trainer: A trainer whose model has its adapter.
         scale: The side path's learning rate divided by the trainer's. Default 10.
     """
-    groups = talan_param_groups(trainer.model, trainer.args.learning_rate, scale, trainer.args.weight_decay)
+    model: Any = trainer.model
+    groups = talan_param_groups(model, trainer.args.learning_rate, scale, trainer.args.weight_decay)
     trainer.optimizer_cls_and_kwargs = (torch.optim.AdamW, {"params": groups})
 
 
@@ -293,7 +297,9 @@ class ShrinkingWindow(TrainerCallback):
         self.latest = self.window_at(state.global_step, state.max_steps)
         _set_window(kwargs["model"], self.latest)
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         """Give the model its own window back."""
         _set_window(kwargs["model"], self.own)
 
@@ -314,7 +320,7 @@ class ShrinkingWindow(TrainerCallback):
 
 def _longest(loader: Any) -> int:
     """The tokens of the longest row that is trained on; of the longest sample, where rows are packed."""
-    rows = getattr(loader, "dataset", None)
+    rows: Any = getattr(loader, "dataset", None)
     columns = getattr(rows, "column_names", None) or ()
     try:
         if "seq_lengths" in columns:

@@ -211,9 +211,7 @@ def test_a_resumed_run_goes_on_with_the_windows_it_would_have_had(tmp_path: Path
     first, _ = run(tmp_path / "parts", 3)
     second, resumed = run(tmp_path / "parts", 6, resume=True)
     assert (first, second) == (whole[:3], whole[3:])
-    for (name, value), other in zip(
-        uninterrupted.model.named_parameters(), resumed.model.parameters(), strict=True
-    ):
+    for (name, value), other in zip(uninterrupted.model.named_parameters(), resumed.model.parameters(), strict=True):
         assert torch.equal(value, other), name
 
 
