@@ -27,14 +27,15 @@ import torch
 from peft import LoraConfig
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase, TrainerCallback
 
-from peft_talan import TalanConfig, talan_param_groups
+from peft_talan import TalanConfig
 from peft_talan.demo.base_model import default_model_folder
 from peft_talan.sft.data import Rows
 from peft_talan.sft.models import load_tokenizer
 from peft_talan.sft.prompts import encode
+from peft_talan.sft.recall import ShrinkingWindow, use_faster_side_path
 from peft_talan.sft.scores import default_text, score_rows, text_loss
 from peft_talan.sft.training import make_trainer
-from peft_talan.sft.window import ShrinkingWindow, with_sliding_window
+from peft_talan.sft.window import with_sliding_window
 
 from ..measure import append_line, code_version, machine
 from ..quality.arms import trainable
@@ -45,15 +46,15 @@ LICENCE = Path(__file__).parents[2] / "LICENSE"
 TRAINED_SHARE = 0.8
 """How much of each text is trained on, from its start."""
 NAMES = (
-    "James Mary Robert Patricia John Jennifer Michael Linda David Elizabeth William Barbara Richard Susan "
-    "Joseph Jessica Thomas Karen Charles Sarah Daniel Lisa Matthew Nancy Anthony Sandra Mark Betty Donald Ashley "
-    "Steven Emily Paul Donna Andrew Michelle Joshua Carol Kenneth Amanda Kevin Olga Ingrid Pedro Hassan Fatima Yuki Igor"
+    "James Mary Robert Patricia John Jennifer Michael Linda David Elizabeth William Barbara Richard Susan Joseph "
+    "Jessica Thomas Karen Charles Sarah Daniel Lisa Matthew Nancy Anthony Sandra Mark Betty Donald Ashley Steven "
+    "Emily Paul Donna Andrew Michelle Joshua Carol Kenneth Amanda Kevin Olga Ingrid Pedro Hassan Fatima Yuki Igor"
 )
 PLACES = (
-    "London Paris Berlin Madrid Rome Vienna Lisbon Dublin Oslo Stockholm Helsinki Warsaw Prague Athens Cairo Nairobi "
-    "Lagos Tokyo Seoul Beijing Delhi Mumbai Sydney Melbourne Toronto Montreal Chicago Boston Denver Seattle Houston "
-    "Miami Lima Bogota Santiago Havana Geneva Munich Hamburg Venice Naples Milan Lyon Marseille Porto Seville "
-    "Valencia Krakow"
+    "London Paris Berlin Madrid Rome Vienna Lisbon Dublin Oslo Stockholm Helsinki Warsaw Prague Athens Cairo "
+    "Nairobi Lagos Tokyo Seoul Beijing Delhi Mumbai Sydney Melbourne Toronto Montreal Chicago Boston Denver "
+    "Seattle Houston Miami Lima Bogota Santiago Havana Geneva Munich Hamburg Venice Naples Milan Lyon Marseille "
+    "Porto Seville Valencia Krakow"
 )
 NUMBERS = " ".join(map(str, range(100, 1000)))
 KINDS = (
@@ -208,8 +209,7 @@ def run(settings: Settings, folder: str) -> dict[str, Any]:
         )
         # The loss and the gradients of padded rows, without the time that padding takes.
         trainer.data_collator.padding_free = True
-        groups = talan_param_groups(trainer.model, settings.learning_rate, settings.side_path_lr_scale)
-        trainer.optimizer_cls_and_kwargs = (torch.optim.AdamW, {"params": groups})
+        use_faster_side_path(trainer, settings.side_path_lr_scale)
         trainer.train()
     seconds = time.process_time() - started
     model = trainer.model.eval()

@@ -227,6 +227,7 @@ def _train(
 ) -> dict[str, Any]:
     from peft_talan import TalanConfig
     from peft_talan.sft.models import load_tokenizer
+    from peft_talan.sft.recall import ShrinkingWindow, last_answers, use_faster_side_path
     from peft_talan.sft.training import (
         StopOnInterrupt,
         TrainingProgress,
@@ -235,13 +236,7 @@ def _train(
         remove_checkpoints,
         save,
     )
-    from peft_talan.sft.window import (
-        BASE_MODEL,
-        ShrinkingWindow,
-        last_answers,
-        save_with_window,
-        use_faster_side_path,
-    )
+    from peft_talan.sft.window import BASE_MODEL, save_with_window
 
     if window is not None and not arguments["assistant_only_loss"]:
         rows, held_out = last_answers(rows), held_out and last_answers(held_out)

@@ -25,7 +25,8 @@ from transformers import (
 from trl import SFTConfig, SFTTrainer
 
 from peft_talan.sft.data import DataError, Rows
-from peft_talan.sft.window import SUPPORTED, ShrinkingWindow, last_answers, use_faster_side_path, with_sliding_window
+from peft_talan.sft.recall import ShrinkingWindow, last_answers, use_faster_side_path
+from peft_talan.sft.window import SUPPORTED, with_sliding_window
 
 from ..small_models import CONFIGS, WINDOW, make_base, make_config, make_tokens
 from .test_trainer import make_trainer
