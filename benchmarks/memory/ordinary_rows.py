@@ -1,7 +1,7 @@
 """A fact asked for beyond the window, learned from ordinary rows as `peft-talan train --window` trains on them.
 
-    python -m benchmarks.memory.ordinary_rows --seeds 0 1 2
-    python -m benchmarks.memory.ordinary_rows --arms LoRA --seeds 0 1 2
+    python -m benchmarks.memory.ordinary_rows --arms TALAN --seeds 0 1 2 --changes '{"by_command": true}'
+    python -m benchmarks.memory.ordinary_rows --arms LoRA --seeds 0 1 2 --changes '{"shrinking": {}}'
 
 A row is a fact, a piece of a text, and one question about the fact; the loss is that of the answer alone. There are
 three kinds of facts, and two texts: Python's manual, which every Python carries, and a licence. No row comes twice.
@@ -14,6 +14,8 @@ from __future__ import annotations
 import argparse
 import json
 import random
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Sequence
@@ -30,7 +32,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase, TrainerC
 from peft_talan import TalanConfig
 from peft_talan.demo.base_model import default_model_folder
 from peft_talan.sft.data import Rows
-from peft_talan.sft.models import load_tokenizer
+from peft_talan.sft.models import load_adapter, load_tokenizer
 from peft_talan.sft.prompts import encode
 from peft_talan.sft.recall import ShrinkingWindow, use_faster_side_path
 from peft_talan.sft.scores import default_text, score_rows, text_loss
@@ -38,7 +40,6 @@ from peft_talan.sft.training import make_trainer
 from peft_talan.sft.window import with_sliding_window
 
 from ..measure import append_line, code_version, machine
-from ..quality.arms import trainable
 from ..quality.study import finished
 
 RESULTS = Path(__file__).parents[1] / "results" / "memory_ordinary_rows.jsonl"
@@ -66,6 +67,9 @@ KINDS = (
 ARMS = ("TALAN", "LoRA")
 DEVELOPMENT_SEED = 900
 
+Trained = tuple[Any, list[dict[str, Any]]]
+"""The model in evaluation mode, and the log of its training."""
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -90,6 +94,7 @@ class Settings:
         scored: The lengths that are scored, in windows.
         rows: Held-out rows of each length.
         bf16: Whether products are rounded to bfloat16 in training.
+        by_command: Whether `peft-talan train` trains, in a process of its own.
     """
 
     arm: str
@@ -110,6 +115,7 @@ class Settings:
     scored: tuple[int, ...] = (1, 2, 4, 10)
     rows: int = 48
     bf16: bool = False
+    by_command: bool = False
 
     def key(self) -> str:
         return sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:16]
@@ -169,59 +175,79 @@ class Printed(TrainerCallback):
             print(state.global_step, round(sum(recent) / len(recent), 3), logs.get("window"), flush=True)
 
 
-def run(settings: Settings, folder: str) -> dict[str, Any]:
-    """Train and score once, on one thread."""
-    torch.set_num_threads(1)
-    tokenizer = load_tokenizer(folder)
+def train_by_command(settings: Settings, folder: str, made: list[dict[str, Any]], output: Path) -> Trained:
+    """Train as a user does; the options are those of the command, and its own choices are left to it."""
+    if settings.arm != "TALAN" or settings.shrinking is not None or settings.decay_steps is not None:
+        raise ValueError("by_command: the command trains TALAN, with its own window that shrinks and its own schedule")
+    data = output / "data.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in made), encoding="utf-8")
+    words = ["--model", folder, "--data", str(data), "--output", str(output / "adapter"), "--window", settings.window]
+    words += ["--steps", settings.steps, "--batch-size", settings.batch_size, "--seed", settings.seed]
+    words += ["--learning-rate", settings.learning_rate, "--rank", settings.rank, "--logging-steps", 1]
+    words += ["--lr-scheduler-type", settings.scheduler, "--save-steps", settings.steps]
+    words += ["--bf16" if settings.bf16 else "--no-bf16"]
+    for name, value in (settings.axes or {}).items():
+        words += ["--" + name.replace("_", "-"), value]
+    subprocess.run([sys.executable, "-m", "peft_talan", "train", *map(str, words)], check=True, stdout=sys.stderr)
+    model, _ = load_adapter(str(output / "adapter"), dtype="float32")
+    state = output / "adapter" / f"checkpoint-{settings.steps}" / "trainer_state.json"
+    return model, json.loads(state.read_text(encoding="utf-8"))["log_history"]
+
+
+def train_here(settings: Settings, folder: str, made: list[dict[str, Any]], output: Path) -> Trained:
+    """Train with the parts that the command is made of, and with other settings of theirs."""
     model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    model = with_sliding_window(model, settings.window)
     adapter = {"r": settings.rank, "lora_alpha": 2 * settings.rank, "target_modules": "all-linear"}
     axes = {"talan_layers": "all", **(settings.axes or {})}
     config = LoraConfig(task_type="CAUSAL_LM", **adapter)
     if settings.arm == "TALAN":
         config = TalanConfig(task_type="CAUSAL_LM", **adapter, **axes)
-    made = RowMaker(tokenizer, settings.form, held_out=False).rows(
-        settings.steps * settings.batch_size, settings.shortest, settings.longest, settings.seed
-    )
-    rows = Rows("ordinary rows", "prompt-completion", made, [str(i) for i in range(len(made))])
     callbacks: list[TrainerCallback] = [Printed()]
     if settings.shrinking is not None:
         callbacks.insert(0, ShrinkingWindow(seed=settings.seed, **settings.shrinking))
-    started = time.process_time()
+    trainer = make_trainer(
+        with_sliding_window(model, settings.window),
+        load_tokenizer(folder),
+        Rows("ordinary rows", "prompt-completion", made, [str(i) for i in range(len(made))]),
+        config,
+        output,
+        callbacks=callbacks,
+        max_steps=settings.steps,
+        per_device_train_batch_size=settings.batch_size,
+        learning_rate=settings.learning_rate,
+        lr_scheduler_type=settings.scheduler,
+        lr_scheduler_kwargs=None if settings.decay_steps is None else {"num_decay_steps": settings.decay_steps},
+        warmup_steps=0.03,
+        seed=settings.seed,
+        bf16=settings.bf16,
+        logging_steps=1,
+        save_strategy="no",
+    )
+    # The loss and the gradients of padded rows, without the time that padding takes.
+    trainer.data_collator.padding_free = True
+    use_faster_side_path(trainer, settings.side_path_lr_scale)
+    trainer.train()
+    return trainer.model.eval(), trainer.state.log_history
+
+
+def run(settings: Settings, folder: str) -> dict[str, Any]:
+    """Train and score once, on one thread."""
+    torch.set_num_threads(1)
+    tokenizer = load_tokenizer(folder)
+    made = RowMaker(tokenizer, settings.form, held_out=False).rows(
+        settings.steps * settings.batch_size, settings.shortest, settings.longest, settings.seed
+    )
+    started = time.monotonic()
     with tempfile.TemporaryDirectory() as output:
-        trainer = make_trainer(
-            model,
-            tokenizer,
-            rows,
-            config,
-            Path(output),
-            callbacks=callbacks,
-            max_steps=settings.steps,
-            per_device_train_batch_size=settings.batch_size,
-            learning_rate=settings.learning_rate,
-            lr_scheduler_type=settings.scheduler,
-            lr_scheduler_kwargs=None if settings.decay_steps is None else {"num_decay_steps": settings.decay_steps},
-            warmup_steps=0.03,
-            seed=settings.seed,
-            bf16=settings.bf16,
-            logging_steps=1,
-            save_strategy="no",
-        )
-        # The loss and the gradients of padded rows, without the time that padding takes.
-        trainer.data_collator.padding_free = True
-        use_faster_side_path(trainer, settings.side_path_lr_scale)
-        trainer.train()
-    seconds = time.process_time() - started
-    model = trainer.model.eval()
-    history = [entry for entry in trainer.state.log_history if "loss" in entry]
-    losses = [entry["loss"] for entry in history]
+        train = train_by_command if settings.by_command else train_here
+        model, log = train(settings, folder, made, Path(output))
+    seconds = time.monotonic() - started
+    history = [entry for entry in log if "loss" in entry]
+    losses = [float(entry["loss"]) for entry in history]
     held_out, right, by_kind = RowMaker(tokenizer, settings.form, held_out=True), {}, {}
     for windows in settings.scored:
         tokens = windows * settings.window
-        try:
-            found = score_rows(model, tokenizer, held_out.rows(settings.rows, tokens, tokens, 1), batch_size=4)
-        except ValueError:
-            continue  # the template alone is longer than that
+        found = score_rows(model, tokenizer, held_out.rows(settings.rows, tokens, tokens, 1), batch_size=4)
         right[windows] = sum(found.exact)
         by_kind[windows] = [sum(found.exact[i :: len(KINDS)]) for i in range(len(KINDS))]
     return {
@@ -233,8 +259,9 @@ def run(settings: Settings, folder: str) -> dict[str, Any]:
         "last_loss": sum(losses[-40:]) / len(losses[-40:]),
         "losses": [round(loss, 3) for loss in losses],
         "windows": [entry.get("window", settings.window) for entry in history],
-        "trainable": trainable(model),
-        "processor_seconds": round(seconds, 1),
+        # An adapter that was loaded is frozen: counted by name.
+        "trainable": sum(p.numel() for name, p in model.named_parameters() if "lora_" in name),
+        "seconds": round(seconds, 1),
         "code": code_version(),
         "machine": machine(),
     }

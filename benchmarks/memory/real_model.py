@@ -3,13 +3,12 @@
     python -m benchmarks.memory.real_model
     python -m benchmarks.memory.report --page docs/evidence.md
 
-SmolLM2-135M-Instruct is a Llama; Mistral's architecture is the same with a sliding window, so its weights are loaded
-into a Mistral configuration. The text is a story of 1889, the fact one of 16 colours. A training text asks for it
-several times, without the answer, and the pieces of the story between the questions grow in the first part of the
-training; the loss is that of the answers and of some tokens of the story. Scored are texts of held-out story with one
-question at the end. Every arm is first trained with equally many learning rates on a development seed; the one with
-the lowest loss of the answers is taken for the fresh seeds. A step takes about six seconds on one core. Runs that are
-in the results are not made again.
+SmolLM2-135M-Instruct is a Llama, which becomes a Mistral with a sliding window. The text is a story of 1889, the fact
+one of 16 colours. A training text asks for it several times, without the answer, and the pieces of the story between
+the questions grow in the first part of the training; the loss is that of the answers and of some tokens of the story.
+Scored are texts of held-out story with one question at the end. Every arm is first trained with equally many learning
+rates on a development seed; the one with the lowest loss of the answers is taken for the fresh seeds. A step takes
+about six seconds on one core. Runs that are in the results are not made again.
 """
 
 from __future__ import annotations
@@ -29,10 +28,11 @@ import torch
 from peft import get_peft_model
 from torch.nn import functional as F
 from tqdm import tqdm
-from transformers import AutoConfig, AutoTokenizer, MistralConfig, MistralForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from peft_talan import talan_param_groups
 from peft_talan.demo.recall import take_step, warm_up_and_decay
+from peft_talan.sft.window import with_sliding_window
 
 from ..measure import append_line, code_version, machine
 from ..quality.arms import make_config, trainable
@@ -108,13 +108,10 @@ class Settings:
         return sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:16]
 
 
-def load_with_window(folder: str, window: int | None) -> MistralForCausalLM:
-    """Load a Llama's weights into a Mistral configuration with a sliding window, or with none."""
-    fields = AutoConfig.from_pretrained(folder).to_dict()
-    left_out = ("model_type", "architectures", "transformers_version", "dtype", "sliding_window", "layer_types")
-    config = MistralConfig(**{k: v for k, v in fields.items() if k not in left_out}, sliding_window=window)
-    model: MistralForCausalLM = MistralForCausalLM.from_pretrained(folder, config=config, dtype=torch.float32)
-    return model
+def load_with_window(folder: str, window: int | None) -> PreTrainedModel:
+    """Load a Llama with a sliding window, or with none."""
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    return model if window is None else with_sliding_window(model, window)
 
 
 class Texts:
