@@ -20,6 +20,8 @@ from .data import DataError, Rows
 
 SIDE_PATH_LR_SCALE = 10.0
 """The side path's learning rate divided by that of the rest."""
+INTERRUPTED = "window_of_interrupted_step"
+"""The attribute of a model that holds its own window during a step, and after one that an error ended."""
 
 
 def last_answers(rows: Rows) -> Rows:
@@ -150,7 +152,10 @@ class ShrinkingWindow(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Find out where the window starts and ends."""
-        own = {holder.sliding_window for holder in _windows(kwargs["model"])}
+        model = kwargs["model"]
+        if INTERRUPTED in vars(model):
+            _set_window(model, vars(model).pop(INTERRUPTED))
+        own = {holder.sliding_window for holder in _windows(model)}
         if len(own) != 1:
             raise ValueError(
                 f"model: it must have one sliding window in all blocks, and has {sorted(own) or 'none'}; use "
@@ -166,13 +171,14 @@ class ShrinkingWindow(TrainerCallback):
     ) -> None:
         """Set the step's window."""
         self.latest = self.window_at(state.global_step, state.max_steps)
+        setattr(kwargs["model"], INTERRUPTED, self.own)
         _set_window(kwargs["model"], self.latest)
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Give the model its own window back."""
-        _set_window(kwargs["model"], self.own)
+        _set_window(kwargs["model"], vars(kwargs["model"]).pop(INTERRUPTED))
 
     def on_log(
         self,

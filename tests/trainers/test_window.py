@@ -118,6 +118,13 @@ def test_a_model_with_an_adapter_is_refused() -> None:
         with_sliding_window(get_peft_model(make_base("llama"), make_config()), 8)
 
 
+def test_a_model_on_several_devices_is_refused() -> None:
+    model = make_base("llama")
+    model.hf_device_map = {"model.layers.0": "cpu", "model.layers.1": "disk"}
+    with pytest.raises(ValueError, match="several devices"):
+        with_sliding_window(model, 8)
+
+
 @pytest.mark.parametrize("shape", ["linear", "exponential"])
 def test_the_window_shrinks_to_its_end_within_the_share_and_the_jitter(shape: str) -> None:
     plain = ShrinkingWindow(start=200, end=20, share=0.5, jitter=(1.0, 1.0), shape=shape)
@@ -193,6 +200,29 @@ def test_the_window_of_a_step_is_the_one_that_attention_has(tmp_path: Path) -> N
     shrinking = trained(NARROW, ShrinkingWindow(start=12, jitter=(1.0, 1.0)))
     assert all(torch.equal(shrinking[name], value) for name, value in fixed.items())
     assert any(not torch.equal(shrinking[name], value) for name, value in narrow.items())
+
+
+class FailAt(TrainerCallback):
+    """Ends the training with an error, in the middle of its first step."""
+
+    def on_pre_optimizer_step(self, *args: object, **kwargs: object) -> None:
+        raise KeyboardInterrupt
+
+
+def test_a_training_after_one_that_was_cut_off_in_a_step_ends_with_the_model_s_own_window(tmp_path: Path) -> None:
+    model = get_peft_model(with_sliding_window(make_base("llama", torch.float32), NARROW), make_config())
+    trainer = make_trainer(tmp_path, model, max_steps=2)
+    for callback in (ShrinkingWindow(), FailAt()):
+        trainer.add_callback(callback)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    assert model.get_base_model().config.sliding_window > NARROW
+    seen, again = SeenWindows(), make_trainer(tmp_path, model, max_steps=2)
+    for callback in (ShrinkingWindow(), seen):
+        again.add_callback(callback)
+    again.train()
+    assert seen.trained[-1] == NARROW
+    assert model.get_base_model().config.sliding_window == NARROW
 
 
 def test_a_resumed_run_goes_on_with_the_windows_it_would_have_had(tmp_path: Path) -> None:
