@@ -83,7 +83,7 @@ def with_sliding_window(model: PreTrainedModel, window: int) -> PreTrainedModel:
         raise ValueError("model: its weights are quantized; convert the model it was made of, and quantize that")
     if len(set(getattr(model, "hf_device_map", {}).values())) > 1:
         raise ValueError(
-            "model: it lies on several devices; convert it on one, save it, and load that with device_map"
+            "model: it lies on several devices; convert and save it on one, and load that with device_map"
         )
     config = _windowed_config(model.config, window)
     with torch.device("meta"):
