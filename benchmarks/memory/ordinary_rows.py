@@ -67,6 +67,9 @@ KINDS = (
 ARMS = ("TALAN", "LoRA")
 DEVELOPMENT_SEED = 900
 
+FULL = 1 << 20
+"""A window that is longer than any row."""
+
 Trained = tuple[Any, list[dict[str, Any]]]
 """The model in evaluation mode, and the log of its training."""
 
@@ -93,6 +96,7 @@ class Settings:
         axes: Of the side path.
         scored: The lengths that are scored, in windows.
         rows: Held-out rows of each length.
+        teacher: The weight of the distance from the blocks' outputs with full attention; 0: no teacher.
         bf16: Whether products are rounded to bfloat16 in training.
         by_command: Whether `peft-talan train` trains, in a process of its own.
     """
@@ -114,6 +118,7 @@ class Settings:
     axes: dict[str, Any] | None = None
     scored: tuple[int, ...] = (1, 2, 4, 10)
     rows: int = 48
+    teacher: float = 0.0
     bf16: bool = False
     by_command: bool = False
 
@@ -175,6 +180,45 @@ class Printed(TrainerCallback):
             print(state.global_step, round(sum(recent) / len(recent), 3), logs.get("window"), flush=True)
 
 
+class FullAttentionTeacher:
+    """Adds to a trainer's loss how far the blocks' outputs are from those of the same model with full attention.
+
+    The teacher is the base model without its adapter and its window. The distance is the squared one divided by the
+    squared length of the teacher's state, token by token; the mean over all tokens and blocks.
+
+    Args:
+        trainer: The trainer.
+        weight: Of the distance beside the loss.
+    """
+
+    def __init__(self, trainer: Any, weight: float) -> None:
+        self.trainer, self.weight, self.inner = trainer, weight, trainer.compute_loss
+        self.states: list[torch.Tensor] = []
+        self.answers: list[float] = []
+        body = trainer.model.get_base_model().model
+        for norm in [*(block.input_layernorm for block in body.layers[1:]), body.norm]:
+            norm.register_forward_pre_hook(lambda module, arguments: self.states.append(arguments[0]))
+        trainer.compute_loss = self
+
+    def __call__(self, model: Any, inputs: dict[str, Any], *arguments: Any, **options: Any) -> torch.Tensor:
+        self.states = []
+        loss: torch.Tensor = self.inner(model, inputs, *arguments, **options)
+        mine, self.states = self.states, []
+        self.answers.append(float(loss.detach()))
+        config = self.trainer.model.get_base_model().config
+        window, config.sliding_window = config.sliding_window, FULL
+        kept = {name: inputs[name] for name in ("input_ids", "attention_mask", "position_ids") if name in inputs}
+        with torch.no_grad(), self.trainer.model.disable_adapter():
+            self.trainer.model.get_base_model().model(**kept, use_cache=False)
+        config.sliding_window = window
+        valid = kept.get("attention_mask", torch.ones_like(kept["input_ids"])).bool()
+        distances = [
+            ((state - goal).float().square().sum(-1) / goal.float().square().sum(-1))[valid].mean()
+            for state, goal in zip(mine, self.states, strict=True)
+        ]
+        return loss + self.weight * torch.stack(distances).mean()
+
+
 def train_by_command(settings: Settings, folder: str, made: list[dict[str, Any]], output: Path) -> Trained:
     """Train as a user does; the options are those of the command, and its own choices are left to it."""
     if settings.arm != "TALAN" or settings.shrinking is not None or settings.decay_steps is not None:
@@ -226,8 +270,12 @@ def train_here(settings: Settings, folder: str, made: list[dict[str, Any]], outp
     # The loss and the gradients of padded rows, without the time that padding takes.
     trainer.data_collator.padding_free = True
     use_faster_side_path(trainer, settings.side_path_lr_scale)
+    teacher = FullAttentionTeacher(trainer, settings.teacher) if settings.teacher else None
     trainer.train()
-    return trainer.model.eval(), trainer.state.log_history
+    log = trainer.state.log_history
+    if teacher is not None:
+        log = [{**entry, "loss": loss} for entry, loss in zip(log, teacher.answers, strict=False) if "loss" in entry]
+    return trainer.model.eval(), log
 
 
 def run(settings: Settings, folder: str) -> dict[str, Any]:

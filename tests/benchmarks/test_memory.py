@@ -219,10 +219,16 @@ def test_an_ordinary_row_is_a_fact_a_piece_of_text_and_a_question_of_the_wanted_
 
 def test_ordinary_rows_are_trained_on_and_scored(asked_llama: str, tmp_path: Path) -> None:
     changes = {"steps": 2, "batch_size": 2, "shortest": 120, "longest": 160, "window": 70, "scored": [2, 3], "rows": 3}
-    for arm, more in (("LoRA", {"shrinking": {}}), ("TALAN", {"shrinking": {}}), ("TALAN", {"by_command": True})):
+    tries: list[tuple[str, dict[str, Any]]] = [
+        ("LoRA", {"shrinking": {}}),
+        ("TALAN", {"shrinking": {}}),
+        ("TALAN", {"by_command": True}),
+        ("TALAN", {"shrinking": {}, "teacher": 50.0}),
+    ]
+    for arm, more in tries:
         words = ["--arms", arm, "--seeds", "0", "--results", str(tmp_path / "rows.jsonl")]
         ordinary_rows.main(["--model", asked_llama, *words, "--changes", json.dumps({**changes, **more, "rank": 2})])
-    lora, here, command = study.finished(tmp_path / "rows.jsonl").values()
+    lora, here, command, taught = study.finished(tmp_path / "rows.jsonl").values()
     assert all(set(row["right"]) == {"2", "3"} for row in (lora, here, command))
     assert lora["trainable"] < here["trainable"] == command["trainable"]
     # The command does what the parts do, and what is saved says the same when it is loaded.
@@ -230,3 +236,6 @@ def test_ordinary_rows_are_trained_on_and_scored(asked_llama: str, tmp_path: Pat
     assert command["windows"][0] > 70
     assert command["losses"] == pytest.approx(here["losses"], abs=2e-3)
     assert command["text_loss"] == pytest.approx(here["text_loss"], abs=1e-4)
+    # The logged loss is that of the answers in each case; the teacher changes what is learned.
+    assert taught["losses"][0] == here["losses"][0]
+    assert taught["text_loss"] != here["text_loss"]
