@@ -88,11 +88,11 @@ class ShrinkingWindow(TrainerCallback):
         start (int | None): The window at the first step. None: the longest row of the training data, whose column
             `input_ids` is read. Default None.
         end (int | None): The last window. None: the model's. Default None.
-        share (float): The share of all steps after which the window is `end`, in (0, 1]. Default 0.5.
+        share (float): The share of all steps after which the window is `end`, in (0, 1]. Default 0.7.
         jitter (tuple[float, float]): Each step's window is the schedule's times a number drawn from this range, but
             never below `end`. Default (0.6, 1.0).
-        shape ("exponential" | "linear"): Whether each step takes away as large a share or as many tokens. Default
-            `"exponential"`.
+        shape ("linear" | "exponential"): Whether each step takes away as many tokens or as large a share. Default
+            `"linear"`.
         seed (int): Of what is drawn. Default 0.
 
     Raises:
@@ -107,9 +107,9 @@ class ShrinkingWindow(TrainerCallback):
         self,
         start: int | None = None,
         end: int | None = None,
-        share: float = 0.5,
+        share: float = 0.7,
         jitter: tuple[float, float] = (0.6, 1.0),
-        shape: str = "exponential",
+        shape: str = "linear",
         seed: int = 0,
     ) -> None:
         for name, value in (("start", start), ("end", end)):

@@ -218,7 +218,7 @@ def test_a_training_after_one_that_was_cut_off_in_a_step_ends_with_the_model_s_o
         trainer.train()
     assert model.get_base_model().config.sliding_window > NARROW
     seen, again = SeenWindows(), make_trainer(tmp_path, model, max_steps=2)
-    for callback in (ShrinkingWindow(), seen):
+    for callback in (ShrinkingWindow(share=0.5), seen):
         again.add_callback(callback)
     again.train()
     assert seen.trained[-1] == NARROW
