@@ -3,13 +3,12 @@
     python -m benchmarks.memory.real_model
     python -m benchmarks.memory.report --page docs/evidence.md
 
-SmolLM2-135M-Instruct is a Llama; Mistral's architecture is the same with a sliding window, so its weights are loaded
-into a Mistral configuration. The text is a story of 1889, the fact one of 16 colours. A training text asks for it
-several times, without the answer, and the pieces of the story between the questions grow in the first part of the
-training; the loss is that of the answers and of some tokens of the story. Scored are texts of held-out story with one
-question at the end. Every arm is first trained with equally many learning rates on a development seed; the one with
-the lowest loss of the answers is taken for the fresh seeds. A step takes about six seconds on one core. Runs that are
-in the results are not repeated.
+SmolLM2-135M-Instruct is a Llama, which becomes a Mistral with a sliding window. The text is a story of 1889, the fact
+one of 16 colours. A training text asks for it several times, without the answer, and the pieces of the story between
+the questions grow in the first part of the training; the loss is that of the answers and of some tokens of the story.
+Scored are texts of held-out story with one question at the end. Every arm is first trained with equally many learning
+rates on a development seed; the one with the lowest loss of the answers is taken for the fresh seeds. A step takes
+about six seconds on one core. Runs that are in the results are not repeated.
 """
 
 from __future__ import annotations
@@ -24,9 +23,10 @@ from typing import Any
 
 import torch
 from torch.nn import functional as F
-from transformers import AutoConfig, AutoTokenizer, MistralConfig, MistralForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from peft_talan import talan_param_groups
+from peft_talan.sft.window import with_sliding_window
 
 from ..measure import code_version, machine
 from ..quality.backbones import REAL, backbone_folder
@@ -74,13 +74,10 @@ class Settings(RunSettings):
     side_path_lr_scale: float = 0.0
 
 
-def load_with_window(folder: str, window: int | None) -> MistralForCausalLM:
-    """Load a Llama's weights into a Mistral configuration with a sliding window, or with none."""
-    fields = AutoConfig.from_pretrained(folder).to_dict()
-    left_out = ("model_type", "architectures", "transformers_version", "dtype", "sliding_window", "layer_types")
-    config = MistralConfig(**{k: v for k, v in fields.items() if k not in left_out}, sliding_window=window)
-    model: MistralForCausalLM = MistralForCausalLM.from_pretrained(folder, config=config, dtype=torch.float32)
-    return model
+def load_with_window(folder: str, window: int | None) -> PreTrainedModel:
+    """Load a Llama with a sliding window, or with none."""
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    return model if window is None else with_sliding_window(model, window)
 
 
 class Texts:

@@ -75,6 +75,35 @@ class RunOptions:
             raise Misuse(f"--lr-scheduler-type {self.lr_scheduler_type}: {remedy}")
 
 
+@dataclass
+class RecallOptions:
+    """Training for recall from beyond a window."""
+
+    window: Annotated[
+        int | None,
+        Option(
+            min=2,
+            help="Keys that a token sees in each block: gives the model a sliding window, and learns to recall what "
+            "lies further back. Unless they are given, --learning-rate is then 0.0003, --side-path-lr-scale 10, and "
+            "--talan-layers all",
+            show_default="the model's own",
+        ),
+    ] = None
+
+    def fill_in(self, context: typer.Context, training: TrainingOptions, axes: SidePathAxes) -> None:
+        """Set what has other defaults with a window, unless it is given."""
+        if self.window is None:
+            return
+        for options, name, value in (
+            (training, "learning_rate", 3e-4),
+            (training, "side_path_lr_scale", 10.0),
+            (axes, "talan_layers", "all"),
+        ):
+            source = context.get_parameter_source(name)
+            if source is None or source.name == "DEFAULT":
+                setattr(options, name, value)
+
+
 @with_groups
 def train(
     sources: Sources,
@@ -82,6 +111,7 @@ def train(
     training: TrainingOptions,
     lora: LoraOptions,
     run: RunOptions,
+    recall: RecallOptions,
     overwrite: Annotated[
         bool, Option("--overwrite", help="Write into a folder with files; its old checkpoints are removed")
     ] = False,
@@ -96,6 +126,7 @@ def train(
     report_to: Annotated[str, Option(metavar="|".join(TRACKERS), help="Tracker; several with commas")] = "none",
     run_name: Annotated[str | None, Option(help="Name of the run in the tracker", show_default="--output")] = None,
     *,
+    context: typer.Context,
     axes: SidePathAxes,
 ) -> None:
     """Fine-tune a TALAN adapter on your data with TRL's SFTTrainer, and save it.
@@ -104,6 +135,7 @@ def train(
     Ctrl-C saves a checkpoint, and the same command with --resume goes on from it.
     For several GPUs and 4-bit bases use the recipe of the docs' page on training.
     """
+    recall.fill_in(context, training, axes)
     trackers = [name.strip() for name in report_to.split(",")]
     check_trackers(trackers)
     evaluates = bool(sources.eval_data or sources.eval_split or eval_rows)
@@ -129,6 +161,7 @@ def train(
             held_out,
             output,
             last if resume else None,
+            recall.window,
             adapter={**lora.fields(), **vars(axes)},
             **vars(training),
             **vars(run),
@@ -180,6 +213,7 @@ def _train(
     held_out: Rows | None,
     output: Path,
     checkpoint: Path | None,
+    window: int | None,
     adapter: dict[str, Any],
     **arguments: Any,
 ) -> dict[str, Any]:
@@ -187,7 +221,11 @@ def _train(
     from ..sft import training
     from ..sft.callbacks import StopOnInterrupt, TrainingProgress
     from ..sft.models import load_tokenizer
+    from ..sft.recall import ShrinkingWindow, last_answers
+    from ..sft.window import BASE_MODEL, save_with_window
 
+    if window is not None and not arguments["assistant_only_loss"]:
+        rows, held_out = last_answers(rows), held_out and last_answers(held_out)
     config = TalanConfig(task_type="CAUSAL_LM", **adapter)
     tokenizer = load_tokenizer(model)
     if arguments["assistant_only_loss"]:
@@ -197,7 +235,10 @@ def _train(
     if checkpoint is None:
         training.remove_checkpoints(output)
     stop = StopOnInterrupt(note)
-    callbacks = [TrainingProgress(), stop]
+    callbacks: list[Any] = [TrainingProgress(), stop]
+    if window is not None:
+        model = save_with_window(model, tokenizer, window, output / BASE_MODEL, resume=checkpoint is not None)
+        callbacks.append(ShrinkingWindow(seed=arguments["seed"]))
     trainer = training.make_trainer(
         model, tokenizer, rows, config, output, eval_rows=held_out, callbacks=callbacks, **arguments
     )
