@@ -20,12 +20,12 @@ import yaml
 from huggingface_hub import ModelCard, ModelCardData
 from peft.peft_model import PeftModel
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
-from safetensors import safe_open
 from transformers.utils import CONFIG_NAME as MODEL_CONFIG_NAME
 from transformers.utils.hub import PushToHubMixin
 
 from ..config import TalanConfig
 from ..version import INSTALL
+from .adapter_file import LOW_RANK_FIELDS, read_heads
 from .names import is_side_path_key
 
 CARD_NAME = "README.md"
@@ -39,17 +39,6 @@ AUTO_CLASSES: dict[str, str] = {
     "TOKEN_CLS": "AutoModelForTokenClassification",
     "QUESTION_ANS": "AutoModelForQuestionAnswering",
 }
-LOW_RANK_FIELDS: tuple[str, ...] = (
-    "r",
-    "lora_alpha",
-    "lora_dropout",
-    "use_dora",
-    "use_rslora",
-    "target_modules",
-    "rank_pattern",
-    "alpha_pattern",
-    "modules_to_save",
-)
 
 
 def _adapter_config(folder: Path) -> dict[str, Any] | None:
@@ -64,15 +53,11 @@ def _count_halves(folder: Path) -> dict[str, int]:
     file = folder / SAFETENSORS_WEIGHTS_NAME
     if not file.exists():
         return {}
-    counts = {"low-rank half": 0, "side path": 0}
-    with safe_open(file, framework="pt") as tensors:
-        for name in tensors.keys():  # noqa: SIM118 - not a dictionary
-            size = torch.Size(tensors.get_slice(name).get_shape()).numel()
-            if is_side_path_key(name):
-                counts["side path"] += size
-            elif ".lora_" in name:
-                counts["low-rank half"] += size
-    return counts
+    sizes = {name: head.numel for name, head in read_heads(file).items()}
+    return {
+        "low-rank half": sum(size for name, size in sizes.items() if ".lora_" in name and not is_side_path_key(name)),
+        "side path": sum(size for name, size in sizes.items() if is_side_path_key(name)),
+    }
 
 
 def _training(folder: Path) -> dict[str, Any]:
