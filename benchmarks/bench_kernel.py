@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 from measure import in_turns, machine, medians, memory_of, operations_of
+from pages import markdown
 from runs import write_json
 
 from peft_talan.functional import fused, reference
@@ -127,25 +128,28 @@ def compare_one_token(repeats: int, seed: int, calls_per_turn: int) -> dict[str,
     return result
 
 
-def table(results: list[dict[str, Any]]) -> str:
-    """The comparison as text."""
-    lines = [f"{'mixer':<10} {'pass':<17} {'side':<19} {'ms':>9} {'x faster':>9} {'extra MiB':>10} {'share':>7}"]
+def tables(results: list[dict[str, Any]], one_token: dict[str, Any]) -> str:
+    """The comparisons as text."""
+    rows, long_rows = [], []
     for result in results:
         for what in ("forward", "forward_backward"):
             row = result[what]
-            for side, milliseconds in row["milliseconds"].items():
-                memory = row["peak_extra_bytes"][side]
-                lines.append(
-                    f"{result['mixer']:<10} {what:<17} {side:<19} {milliseconds:9.3f} "
-                    f"{row['milliseconds']['reference'] / milliseconds:9.2f} {memory / 2**20:10.2f} "
-                    f"{memory / row['peak_extra_bytes']['reference']:7.3f}"
-                )
-            lines.append(
-                f"{'':<10} {'':<17} fused at T={LONG_TOKENS}: {row['milliseconds_at_32768']:.2f} ms, "
-                f"{row['time_at_32768_over_time_at_2048']:.2f} times T={TOKENS}"
-            )
-        lines.extend(f"{'':<10} {side} failed: {why}" for side, why in result["failed"].items())
-    return "\n".join(lines)
+            times, memory = row["milliseconds"], row["peak_extra_bytes"]
+            for side, time_of_side in times.items():
+                numbers = (times["reference"] / time_of_side, memory[side] / 2**20, memory[side] / memory["reference"])
+                rows.append([result["mixer"], what, side, *(f"{number:.3f}" for number in (time_of_side, *numbers))])
+            growth = row["milliseconds_at_32768"], row["time_at_32768_over_time_at_2048"]
+            long_rows.append([result["mixer"], what, *(f"{number:.2f}" for number in growth)])
+        rows.extend([result["mixer"], why, side, *4 * [None]] for side, why in result["failed"].items())
+    tokens = [
+        [mixer, side, row["operations"], f"{row['microseconds']:.1f}"]
+        for mixer in MIXERS
+        for side, row in one_token[mixer].items()
+    ]
+    heads = ["mixer", "pass", "side", "ms", "x faster", "extra MiB", "share"]
+    long_heads = ["mixer", "pass", f"fused, ms at T={LONG_TOKENS}", f"times T={TOKENS}"]
+    token_heads = ["mixer", "one token", "operations", "microseconds"]
+    return "\n\n".join([markdown(heads, rows), markdown(long_heads, long_rows), markdown(token_heads, tokens)])
 
 
 def check_targets(attention: dict[str, Any]) -> dict[str, bool]:
@@ -180,11 +184,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not options.no_compile:
         sides["compiled_reference"] = torch.compile(reference.remix, dynamic=False)
     results = [compare(sides, mixer, **how) for mixer in MIXERS]
-    print(table(results))
     one_token = compare_one_token(**how)
-    for mixer in MIXERS:
-        for name, row in one_token[mixer].items():
-            print(f"one token, {mixer:<10} {name:<10} {row['operations']:4d} operations {row['microseconds']:8.1f} us")
+    print(tables(results, one_token))
     met = check_targets(results[0])
     for target, bound in TARGETS.items():
         print(f"{'met   ' if met[target] else 'MISSED'} {target} {bound}")

@@ -75,7 +75,6 @@ def answers(model: Any, prompts: list[list[int]], pages: dict[str, Any]) -> list
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run every setting."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, help="JSON lines; settings that are there are not run again")
     parser.add_argument("--architectures", nargs="+", choices=ARCHITECTURES, default=list(ARCHITECTURES))

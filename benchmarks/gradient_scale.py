@@ -26,7 +26,7 @@ from peft_talan.sft.models import load_model, load_tokenizer
 
 from .measure import machine
 from .runs import append_line
-from .training import adapted, encode, make_batch
+from .training import adapted, encode, make_batch, take_step
 
 RESULTS = Path(__file__).parent / "results" / "gradient_scale.jsonl"
 BATCH_SIZE = 2
@@ -54,13 +54,9 @@ def moves(base: Any, tokenizer: Any, scale: float, kind: str, steps: int) -> Mov
         parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         before = {name: p.detach().clone() for name, p in parameters.items()}
         optimizer = make_optimizer(parameters.values())
-        # No shared loop: that one always clips, and decays the learning rate.
         for start in range(0, steps * BATCH_SIZE, BATCH_SIZE):
-            model(**make_batch(model, tokenizer, rows[start : start + BATCH_SIZE])).loss.backward()
-            if clip is not None:
-                torch.nn.utils.clip_grad_norm_(parameters.values(), clip)
-            optimizer.step()
-            optimizer.zero_grad()
+            loss = model(**make_batch(model, tokenizer, rows[start : start + BATCH_SIZE])).loss
+            take_step(model, loss, optimizer, clip=clip)
         found: Moves = {"side path": {}, "low rank": {}}
         for name, parameter in parameters.items():
             found["side path" if ".talan." in name else "low rank"][name] = parameter.detach() - before[name]

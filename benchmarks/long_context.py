@@ -119,7 +119,6 @@ def drift(tokens: int, seed: int) -> Row:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Measure, print and store."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--measure", nargs="+", choices=["prefill", "drift"], default=["prefill", "drift"])
     parser.add_argument("--lengths", nargs="+", type=int, default=list(LENGTHS))

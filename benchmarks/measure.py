@@ -48,7 +48,7 @@ def wait_for_device() -> None:
 
 
 def processor_name() -> str:
-    """The processor's name as the system gives it."""
+    """The processor's name as the system reports it."""
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
@@ -172,3 +172,11 @@ def memory_of(call: Callable[[], object]) -> dict[str, int]:
         balance += event.nbytes()
         peak = max(peak, balance)
     return {"peak": peak, "allocated": sum(event.nbytes() for event in events if event.nbytes() > 0)}
+
+
+def card_memory_of(call: Callable[[], object]) -> dict[str, int]:
+    """The highest number of bytes allocated on the GPU during one call, weights included."""
+    torch.cuda.reset_peak_memory_stats()
+    call()
+    wait_for_device()
+    return {"peak": torch.cuda.max_memory_allocated()}

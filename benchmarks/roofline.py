@@ -150,7 +150,6 @@ def describe(config: PreTrainedConfig) -> dict[str, Any]:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Compute, print and store."""
     models = {"smollm2": SMOLLM2, **SHAPES, **ON_PAPER}
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", choices=list(models), default=list(models))

@@ -54,16 +54,19 @@ def warm_up_and_decay(optimizer: torch.optim.Optimizer, steps: int) -> torch.opt
 
 
 def take_step(
-    model: torch.nn.Module,
+    model: Any,
     loss: torch.Tensor,
     optimizer: torch.optim.Optimizer,
-    schedule: torch.optim.lr_scheduler.LRScheduler,
+    schedule: torch.optim.lr_scheduler.LRScheduler | None = None,
+    clip: float | None = 1.0,
 ) -> float:
-    """Take one optimizer step with gradients of norm 1 at most; return the loss."""
+    """Take one optimizer step with gradients whose norm is `clip` at most, and return the loss."""
     loss.backward()
-    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    if clip is not None:
+        torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
     optimizer.step()
-    schedule.step()
+    if schedule is not None:
+        schedule.step()
     optimizer.zero_grad()
     return float(loss.detach())
 

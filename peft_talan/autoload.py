@@ -1,4 +1,4 @@
-"""Lets `pip install` be enough: `import torch` calls `prepare`, and PEFT and transformers know TALAN from their import on.
+"""Lets `pip install` be enough: `import torch` calls `prepare`; PEFT and transformers know TALAN once imported.
 
 It uses the standard library alone and imports neither torch nor peft. `PEFT_TALAN_AUTOLOAD=0` switches it off.
 
@@ -23,7 +23,7 @@ IMPORTED_BY_TORCH = "torch" in sys.modules
 
 
 MODELS = "transformers.modeling_utils"
-"""What has to know merged models; it is imported after torch, whatever a program imports first."""
+"""What builds models, and has to know merged ones."""
 
 
 class _Registration:
@@ -31,13 +31,13 @@ class _Registration:
 
     def __init__(self) -> None:
         self.busy = False
+        self.knows_models = False
 
     def find_spec(
         self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        """Find PEFT, transformers' models, or a module of this package, which must be whole before it is registered."""
-        # Where PEFT is importing torch, one of its last modules is awaited: what is needed of it is there by then.
-        if self.busy or not (name in ("peft", "peft.mapping_func", MODELS) or name.startswith("peft_talan.")):
+        """Find PEFT, what builds models, or a module of this package, which must be whole before it is registered."""
+        if self.busy or not self._awaits(name):
             return None
         found = (finder.find_spec(name, path, target) for finder in sys.meta_path if finder is not self)
         spec = next((spec for spec in found if spec is not None), None)
@@ -47,9 +47,11 @@ class _Registration:
 
         def execute_and_register(module: ModuleType) -> None:
             del loader.exec_module  # the instance's; the class's own is left
-            if name == MODELS:
+            if name.startswith("transformers."):
                 loader.exec_module(module)
-                _or_warn(_know_merged_models)
+                if _models_are_imported() and not self.knows_models:
+                    self.knows_models = True
+                    _or_warn(_know_merged_models)
                 return
             self.busy = True
             try:
@@ -64,6 +66,18 @@ class _Registration:
         # On the loader itself, which was made for this spec: the module keeps the loader that it would have had.
         loader.exec_module = execute_and_register  # type: ignore[method-assign]
         return spec
+
+    def _awaits(self, name: str) -> bool:
+        # Where PEFT is importing torch, one of its last modules is awaited: what is needed of it is there by then.
+        # Where transformers' models are, any later module of transformers: it imports one as it loads a merged model.
+        models = (
+            not self.knows_models and name.startswith("transformers.") and (name == MODELS or MODELS in sys.modules)
+        )
+        return models or name in ("peft", "peft.mapping_func") or name.startswith("peft_talan.")
+
+
+def _models_are_imported() -> bool:
+    return hasattr(sys.modules.get(MODELS), "PreTrainedModel")
 
 
 def _peft_is_imported() -> bool:
@@ -91,6 +105,7 @@ def _or_warn(call: Callable[[], None]) -> None:
     try:
         call()
     except Exception as error:  # noqa: BLE001 - whatever is wrong with this package, `import peft` must work
+        _stop_waiting()  # What fails once fails again: one warning.
         _warn(error)
 
 
@@ -107,7 +122,7 @@ def wait_for_peft() -> None:
     if _peft_is_imported():
         register()
         return
-    if hasattr(sys.modules.get(MODELS), "PreTrainedModel"):
+    if _models_are_imported():
         _know_merged_models()
     if not any(isinstance(finder, _Registration) for finder in sys.meta_path):
         sys.meta_path.insert(0, _Registration())
@@ -123,7 +138,7 @@ def prepare() -> None:
         if os.environ.get("PEFT_TALAN_AUTOLOAD") != "0":
             wait_for_peft()
         elif IMPORTED_BY_TORCH:
-            # As though torch had not called: the program's own `import peft_talan` starts anew.
+            # As though torch had not called: the program's own `import peft_talan` starts again.
             _stop_waiting()
             for name in [name for name in sys.modules if name.partition(".")[0] == "peft_talan"]:
                 del sys.modules[name]

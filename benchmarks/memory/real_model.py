@@ -104,7 +104,7 @@ class Texts:
         for _ in range(rows):
             colour, places = draw.choice(COLOURS), []
             text = [*self.facts[colour]]
-            # Colours may differ in length: the first piece gives way, so that all texts have one length.
+            # Colours may differ in length: the first piece is cut, so that all texts have one length.
             lengths = [pieces[0] + longest - len(text), *pieces[1:]]
             for length in lengths:
                 start = draw.randrange(len(self.story) - length)

@@ -75,7 +75,6 @@ def choose_split(dataset: DatasetDict, split: str, argument: str) -> Dataset:
 
 
 def main() -> None:
-    """Train, and save the adapter."""
     script_args, training_args, model_args, talan_args = parse_arguments()
     model_args.use_peft = True
     adapter = get_peft_config(model_args)

@@ -76,7 +76,6 @@ def measure(options: argparse.Namespace, folders: dict[str, str], about: dict[st
 
 
 def main() -> None:
-    """Run the load."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--server", choices=SERVERS, default="transformers")
     parser.add_argument("--folder", type=Path, default=Path("build/serving"), help="where the models are written")

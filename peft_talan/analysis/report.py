@@ -108,6 +108,8 @@ def analyze(
     folder = Path(output_folder)
     folder.mkdir(parents=True, exist_ok=True)
     pictures: list[Path] = []
+    for earlier in folder.glob("slots_block_*_example_*.png"):  # of an adapter with other blocks, say
+        earlier.unlink()
 
     def draw(figure: Any, name: str) -> None:
         figure.savefig(folder / f"{name}.png", dpi=150)

@@ -35,6 +35,10 @@ class TensorHead(NamedTuple):
     shape: tuple[int, ...]
     dtype: str
 
+    def is_floating_point(self) -> bool:
+        """Whether its elements are floating-point numbers, as torch's tensors answer."""
+        return self.dtype.startswith(("F", "BF"))
+
     @property
     def numel(self) -> int:
         """The number of its elements."""
@@ -48,17 +52,7 @@ class TensorHead(NamedTuple):
 
 
 def read_heads(file: str | PathLike[str]) -> dict[str, TensorHead]:
-    """Read the head of a safetensors file.
-
-    Args:
-        file: The file.
-
-    Returns:
-        The tensors by name.
-
-    Raises:
-        SafetensorError: It is no safetensors file.
-    """
+    """Read the head of a safetensors file."""
     with safe_open(file, framework="numpy") as opened:
         slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118 - it is not a dict
         return {name: TensorHead(tuple(part.get_shape()), part.get_dtype()) for name, part in slices.items()}

@@ -38,12 +38,15 @@ def need(extra: str, *packages: str) -> None:
             raise Misuse(f"package {package!r} is missing; pip install 'peft-talan[{extra}]'")
 
 
-def check_output(output: Path, overwrite: bool) -> None:
-    """Refuse a folder that can't be written, or that has files in it unless they may be overwritten."""
+def check_output(output: Path, overwrite: bool, *sources: str) -> None:
+    """Refuse a folder that can't be written, one with files unless they may be overwritten, and that of a source."""
     if output.exists() and not output.is_dir():
         raise Misuse(f"{output}: expected a folder")
     if not overwrite and output.is_dir() and any(output.iterdir()):
         raise Misuse(f"{output}: the folder is not empty; give another one, or --overwrite")
+    for source in sources:
+        if output.exists() and Path(source).exists() and output.samefile(source):
+            raise Misuse(f"{output}: what is written there would replace {source}; give another folder")
     there = next(folder for folder in (output, *output.absolute().parents) if folder.exists())
     if not there.is_dir() or not os.access(there, os.W_OK):
         raise Misuse(f"{output}: can't be written, as {there} is no folder that you may write to; give another one")

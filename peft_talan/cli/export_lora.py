@@ -24,14 +24,15 @@ def export_lora(
     It is not equivalent to the adapter: the side path is left out. The base model is not needed.
     """
     read_config(adapter)
-    check_output(output, overwrite)
+    check_output(output, overwrite, adapter)
+    left_out = describe(adapter)["side_path"]
     from ..checkpoint import lora
 
     with warnings.catch_warnings():
         # The command's own help says what the warning would.
         warnings.filterwarnings("ignore", message="The LoRA adapter in .* is not equivalent")
-        lora.export_lora(adapter, output)
+        lora.export_lora(adapter, output, overwrite=overwrite)
     if as_json:
-        print_json({"output": str(output), "left_out": describe(adapter)["side_path"]})
+        print_json({"output": str(output), "left_out": left_out})
     else:
         print(output)

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from typer import Argument, Option
 
+from ..checkpoint.merged_config import MergedTensor, merged_side_paths, merged_tensor
 from .console import AsJson, Misuse, print_json, print_rows
 from .sources import check_source
+
+if TYPE_CHECKING:
+    from ..checkpoint.adapter_file import TensorHead
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -26,26 +30,53 @@ def inspect(
 ) -> None:
     """Show an adapter's axes, the sizes of its LoRA weights and side path, its layers, base model and versions.
 
-    It reads the configuration and the head of the weights file; the base model is not needed.
+    It reads the configuration and the head of the weights file; the base model is not needed. Of a merged model it
+    shows the side paths.
     """
-    description = describe(adapter, revision)
+    try:
+        description = describe(adapter, revision)
+    except MissingFile as no_adapter:
+        try:
+            description = describe_merged(adapter, revision)
+        except MissingFile:
+            raise no_adapter from None
+        if not description["side_paths"]:
+            raise no_adapter from None
     if as_json:
         print_json(description)
         return
-    low_rank, side_path, base = description["low_rank"], description["side_path"], description["base_model"]
-    rows: dict[str, object] = {
-        "base model": base["name"] and base["name"] + (f" ({base['revision']})" if base["revision"] else ""),
-        "task": description["task_type"],
-        "side path": _size(side_path),
-        "  at blocks": ", ".join(map(str, side_path["blocks"])) or "none",
-        "low-rank half": _size(low_rank),
-        "  in modules": low_rank["modules"],
-        "other tensors": _size(description["other"]) if description["other"]["parameters"] else None,
-        **{f"  {name}": value for name, value in low_rank["options"].items() if value and value != "none"},
-        **description["axes"],
-        **{f"{name} version": version for name, version in description["versions"].items()},
-    }
-    print_rows(f"TALAN adapter {adapter}", rows)
+    for title, rows in _tables(description):
+        print_rows(title, rows)
+
+
+def _tables(description: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, object]]]:
+    for side_path in description.get("side_paths", ()):
+        yield (
+            f"Side path {side_path['adapter_name']!r} of the merged model {description['model']}",
+            {
+                "side path": _size(side_path),
+                "  at blocks": ", ".join(side_path["blocks"]),
+                **side_path["axes"],
+                "peft_talan version": side_path["version"],
+            },
+        )
+    if "adapter" in description:
+        low_rank, side_path, base = description["low_rank"], description["side_path"], description["base_model"]
+        yield (
+            f"TALAN adapter {description['adapter']}",
+            {
+                "base model": base["name"] and base["name"] + (f" ({base['revision']})" if base["revision"] else ""),
+                "task": description["task_type"],
+                "side path": _size(side_path),
+                "  at blocks": ", ".join(map(str, side_path["blocks"])) or "none",
+                "low-rank half": _size(low_rank),
+                "  in modules": low_rank["modules"],
+                "other tensors": _size(description["other"]) if description["other"]["parameters"] else None,
+                **{f"  {name}": value for name, value in low_rank["options"].items() if value and value != "none"},
+                **description["axes"],
+                **{f"{name} version": version for name, version in description["versions"].items()},
+            },
+        )
 
 
 def _size(part: Mapping[str, Any]) -> str:
@@ -96,7 +127,7 @@ def describe(adapter: str, revision: str | None = None) -> dict[str, Any]:
     """Return what the files of a TALAN adapter say, as JSON can hold it: axes, both parts, base model and versions."""
     from safetensors import SafetensorError
 
-    from ..checkpoint.adapter_file import LOW_RANK_FIELDS, TensorHead, read_heads
+    from ..checkpoint.adapter_file import LOW_RANK_FIELDS, read_heads
 
     config = read_config(adapter, revision)
     file = find_file(adapter, WEIGHTS_FILE, revision)
@@ -108,13 +139,7 @@ def describe(adapter: str, revision: str | None = None) -> dict[str, Any]:
     modules = {name: LOW_RANK_KEY.match(name) for name in tensors}
 
     def summary(names: list[str]) -> dict[str, Any]:
-        heads: list[TensorHead] = [tensors[name] for name in names]
-        return {
-            "tensors": len(heads),
-            "parameters": sum(head.numel for head in heads),
-            "bytes": sum(head.nbytes for head in heads),
-            "dtypes": sorted({head.dtype for head in heads}),
-        }
+        return _summary([tensors[name] for name in names])
 
     return {
         "adapter": adapter,
@@ -132,4 +157,45 @@ def describe(adapter: str, revision: str | None = None) -> dict[str, Any]:
         },
         "other": summary([name for name in tensors if not places[name] and not modules[name]]),
         "versions": {"peft": config.get("peft_version"), "peft_talan": config.get("talan_version")},
+    }
+
+
+def _summary(heads: Sequence[TensorHead]) -> dict[str, Any]:
+    return {
+        "tensors": len(heads),
+        "parameters": sum(head.numel for head in heads),
+        "bytes": sum(head.nbytes for head in heads),
+        "dtypes": sorted({head.dtype for head in heads}),
+    }
+
+
+def describe_merged(model: str, revision: str | None = None) -> dict[str, Any]:
+    """Return what the files of a merged model say of its side paths, as JSON can hold it."""
+    from ..checkpoint.adapter_file import read_heads
+
+    config = read_json(find_file(model, "config.json", revision))
+    side_paths = merged_side_paths(config)
+    heads: list[tuple[MergedTensor, TensorHead]] = []
+    if side_paths:
+        try:
+            index = read_json(find_file(model, "model.safetensors.index.json", revision))
+            files = {file for name, file in index["weight_map"].items() if merged_tensor(name)}
+        except MissingFile:
+            files = {"model.safetensors"}
+        for file in files:
+            named = read_heads(find_file(model, file, revision)).items()
+            heads += [(tensor, head) for name, head in named if (tensor := merged_tensor(name))]
+    return {
+        "model": model,
+        "side_paths": [
+            {
+                "adapter_name": side_path.adapter_name,
+                "stage": side_path.stage,
+                "blocks": list(side_path.blocks),
+                "axes": dict(side_path.axes),
+                **_summary([head for tensor, head in heads if tensor.number == side_path.number]),
+                "version": side_path.talan_version,
+            }
+            for side_path in side_paths
+        ],
     }

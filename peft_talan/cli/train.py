@@ -117,7 +117,7 @@ def train(
         raise Misuse(f"--resume: {output} has no checkpoint; leave --resume out to begin")
     if last is not None and not resume and not overwrite:
         raise Misuse(f"{output} has {last.name}; --resume goes on from it, --overwrite starts over")
-    check_output(output, overwrite or resume)
+    check_output(output, overwrite or resume, sources.model)
     need("train", "datasets", "trl")
     with stdout_kept_clean():
         rows, held_out = sources.read(eval_rows, run.seed)

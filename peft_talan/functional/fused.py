@@ -133,20 +133,17 @@ def remix(
     scope: str = "causal",
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Compress the sequence into the latent memory and read it at every token; see `reference.remix`."""
-    inputs = RemixInputs(values, queries, weights, mixer, parameters, segment_ids, state)
-    if scope == "bidirectional":
-        return _remix_bidirectional(inputs)
     batch, tokens, slots = weights.shape
-    if tokens == 1:
-        return remix_one_token(inputs)
-    rule = REMIX_RULES[mixer]
-    if state is None:
-        return rule(inputs._replace(state=values.new_zeros(batch, slots, values.shape[2] + 1)))
-    if state.dtype is values.dtype:
-        return rule(inputs)
+    if scope == "bidirectional" or tokens == 1:
+        rule = _remix_bidirectional if scope == "bidirectional" else remix_one_token
+        return rule(RemixInputs(values, queries, weights, mixer, parameters, segment_ids, state))
     # A state may be more precise than the tokens: it is rounded for the read, and added to as it is.
-    readouts, _ = rule(inputs._replace(state=state.to(values.dtype)))
-    return readouts, memory_after(values, weights, segment_ids, state)
+    rounded = values.new_zeros(batch, slots, values.shape[2] + 1) if state is None else state.to(values.dtype)
+    inputs = RemixInputs(values, queries, weights, mixer, parameters, segment_ids, rounded)
+    readouts, final_state = REMIX_RULES[mixer](inputs)
+    if state is not None and state.dtype is not values.dtype:
+        final_state = memory_after(values, weights, segment_ids, state)
+    return readouts, final_state
 
 
 def _gate_openings(hidden_states: torch.Tensor, gate: torch.Tensor | None) -> torch.Tensor:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from typing import Any
 
 from torch import nn
@@ -17,16 +16,7 @@ from ..tuner.mixed_batch import NO_ROWS
 
 
 def check_continuous_batching(model: nn.Module, config: ContinuousBatchingConfig) -> None:
-    """Refuse what side paths can't run exactly under continuous batching.
-
-    Args:
-        model: The model that would be served.
-        config: The configuration that it would be served with.
-
-    Raises:
-        ValueError: Pages of the cache would be moved to the CPU, a memory is bidirectional, or rows of a batch were
-            given different adapters.
-    """
+    """Refuse what side paths can't run exactly under continuous batching."""
     layers = [layer for _, layer in attached_side_paths(model) if not layer.disable_adapters]
     if not layers and not any(merged_layers(model)):
         return
@@ -35,25 +25,28 @@ def check_continuous_batching(model: nn.Module, config: ContinuousBatchingConfig
             f"cpu_offload_space={config.cpu_offload_space}: the latent memory of a TALAN side path does not follow "
             "pages that are moved to the CPU; set cpu_offload_space=0, and num_blocks or max_memory_percent higher"
         )
-    scopes = {
-        name: layer.talan_options[name].scope
-        for layer in layers
-        for name in layer.active_adapters
-        if name in layer.talan_options
-    }
-    merged = {
-        one.adapter_name: layer.talan_options[key].scope
-        for layer in merged_layers(model)
-        for key, one in layer.side_paths.items()
-    }
-    for name, scope in (*scopes.items(), *merged.items()):
-        check_causal(scope, name)
+    for layer in layers:
+        for name in layer.active_adapters:
+            if name in layer.talan_options:
+                check_causal(layer.talan_options[name].scope, name)
+    for merged in merged_layers(model):
+        for key, side_path in merged.side_paths.items():
+            check_causal(merged.talan_options[key].scope, side_path.adapter_name)
     for layer in layers:
         if any("adapter_names" in getattr(hook, "keywords", {}) for hook in layer._forward_pre_hooks.values()):
             raise ValueError(NO_ROWS)
 
 
-def _checked(initialize: Callable[..., None]) -> Callable[..., None]:
+def check_managers() -> None:
+    """Let every manager of continuous batching look at its model first; a second call does nothing.
+
+    A manager runs the model in a thread of its own and puts what that raises into each request's output, so the
+    constructor is the last place that can refuse; transformers offers no hook there.
+    """
+    initialize = ContinuousBatchingManager.__init__
+    if hasattr(initialize, "__wrapped__"):
+        return
+
     @functools.wraps(initialize)
     def checked_initialize(
         self: ContinuousBatchingManager,
@@ -64,16 +57,6 @@ def _checked(initialize: Callable[..., None]) -> Callable[..., None]:
         **kwargs: Any,
     ) -> None:
         check_continuous_batching(model, continuous_batching_config)
-        initialize(self, model, generation_config, continuous_batching_config, *args, **kwargs)
+        initialize(self, model, generation_config, continuous_batching_config, *args, **kwargs)  # type: ignore[arg-type]
 
-    return checked_initialize
-
-
-def check_managers() -> None:
-    """Let every manager of continuous batching look at its model first; a second call does nothing.
-
-    A manager runs the model in a thread of its own and puts what that raises into each request's output, so the
-    constructor is the last place that can refuse; transformers offers no hook there.
-    """
-    if not hasattr(ContinuousBatchingManager.__init__, "__wrapped__"):
-        ContinuousBatchingManager.__init__ = _checked(ContinuousBatchingManager.__init__)  # type: ignore[method-assign]
+    ContinuousBatchingManager.__init__ = checked_initialize  # type: ignore[method-assign]

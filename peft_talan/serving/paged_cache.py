@@ -86,17 +86,7 @@ class PagedCall:
 
 
 def find_paged_call(kwargs: Mapping[str, Any]) -> PagedCall | None:
-    """Gather the arguments of a block that is called under continuous batching.
-
-    Args:
-        kwargs: The block's keyword arguments.
-
-    Returns:
-        The call, or None where the block was not given a paged cache.
-
-    Raises:
-        NotImplementedError: The arguments are not those of the versions that this was written for.
-    """
+    """Gather the arguments of a block that is called under continuous batching."""
     cache = next((value for value in kwargs.values() if isinstance(value, PagedAttentionCache)), None)
     if cache is None:
         return None
@@ -125,14 +115,7 @@ class _CacheCopy:
 
 
 def page_pools(cache: Any) -> PagePools:
-    """Find the states of a paged cache's pages, or create them; they follow copies of its pages from then on.
-
-    Args:
-        cache: The cache.
-
-    Returns:
-        The states, which live as long as the cache.
-    """
+    """The states of a paged cache's pages, which follow copies of the pages and live as long as the cache."""
     copy: _CacheCopy = vars(cache).get("perform_cache_copy") or _follow_copies(cache)
     return copy.pools
 

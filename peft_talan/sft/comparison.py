@@ -182,21 +182,7 @@ def compare(
     processes: int = 1,
     report: Report = lambda key, note, steps: None,
 ) -> list[Outcome]:
-    """Train and score every arm with every seed; the base model is scored once.
-
-    Args:
-        job: What all arms share.
-        arms: Of `ARMS`. Default all.
-        seeds: Of initialization and order. Default one.
-        processes: How many run at a time, each in a process of its own. Default 1: in this process.
-        report: Called with arm and seed, what is being done, and how many steps were.
-
-    Returns:
-        The outcomes: the base model's, then those of each seed in the order of the arms.
-
-    Raises:
-        ValueError: The base model can't have the axes; nothing was trained.
-    """
+    """Train and score every arm with every seed; the base model is scored once."""
     job.check()
     keys = [(BASE, 0), *((arm, seed) for seed in seeds for arm in arms)]
     names = [arm if len(seeds) == 1 else f"{arm}-seed-{seed}" for arm, seed in keys]

@@ -90,13 +90,6 @@ def encode(tokenizer: PreTrainedTokenizerBase, row: Mapping[str, Any]) -> Encode
     """Turn a row into tokens as TRL's SFTTrainer does.
 
     What the last message of a conversation says is its completion if it is the assistant's.
-
-    Args:
-        tokenizer: The model's tokenizer.
-        row: A checked row.
-
-    Returns:
-        The tokens.
     """
     if "text" in row:
         return Encoded([], list(tokenizer(_with_end(tokenizer, row["text"]))["input_ids"]))

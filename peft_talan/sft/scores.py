@@ -81,16 +81,6 @@ def score_rows(
 
     Greedy decoding generates exactly the completion if each of its tokens is the most likely one after the right ones
     before it: no token has to be generated.
-
-    Args:
-        model: The model, in evaluation mode.
-        tokenizer: Its tokenizer.
-        rows: The checked rows.
-        batch_size: Rows per forward pass. Default 16.
-        max_length: Where longer rows are cut, in tokens. Default 1024.
-
-    Returns:
-        The scores; a row without a token to score is left out.
     """
     scores = Scores([], [], [])
     base = model.get_base_model() if isinstance(model, PeftModel) else model

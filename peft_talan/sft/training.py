@@ -18,6 +18,7 @@ from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import SFTTrainer
 
 from ..axes import refusal
+from ..checkpoint.saved_files import remove_saved_files
 from ..tuner.trainability import talan_param_groups
 from .callbacks import SavePromptForm
 from .data import DataError, Rows
@@ -105,22 +106,7 @@ def make_trainer(
     side_path_lr_scale: float = 1.0,
     **arguments: Any,
 ) -> SFTTrainer:
-    """Make a trainer whose adapter can be continued, and prompted later as it was trained.
-
-    Args:
-        model: A model, or its folder or hub id.
-        tokenizer: Its tokenizer.
-        rows: What to train on.
-        adapter: The configuration of the adapter; None: the model has one.
-        output: The folder for checkpoints.
-        eval_rows: What to evaluate on while training. Default None.
-        callbacks: More callbacks.
-        side_path_lr_scale: The side path's learning rate divided by `learning_rate`. Default 1.
-        **arguments: Of `trl.SFTConfig`; those that are None take what suits the machine.
-
-    Returns:
-        The trainer.
-    """
+    """Make a trainer whose adapter can be continued, and prompted later as it was trained."""
     has_accelerator = torch.accelerator.is_available()
     defaults = {
         "bf16": torch.cuda.is_available() and torch.cuda.is_bf16_supported(),
@@ -148,7 +134,9 @@ def make_trainer(
 
 
 def save(trainer: SFTTrainer, rows: Rows, output: Path) -> None:
-    """Save a trainer's adapter, its tokenizer and the form of the rows' prompts into a folder."""
+    """Save a trainer's adapter, its tokenizer and the form of the rows' prompts into a folder, in place of others."""
+    if trainer.args.should_save:
+        remove_saved_files(output)
     trainer.save_model(str(output))
     if trainer.args.should_save:
         PromptForm.of(rows).save(output)

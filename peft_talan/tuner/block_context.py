@@ -107,7 +107,10 @@ class BlockContext:
         self._received = args[0] if args else kwargs.get(names[0])
         self._training = block.training
         self.cache = None if withholds_cache(block) else self._arguments.cache
-        self._paged = find_paged_call(kwargs) if self._forward is None else self._forward.paged
+        if self._forward is not None:
+            self._paged = self._forward.paged
+        else:
+            self._paged = find_paged_call(kwargs) if self._arguments.has_paged_cache else None
 
     def memory(
         self,

@@ -1,8 +1,8 @@
 """Side paths that belong to the base model: what stays of adapters that were merged.
 
-The weights of a merged model hold the low-rank half, the side path lies beside them as ordinary parameters, and
+The weights of a merged model have the LoRA weights in them, the side path lies beside them as ordinary parameters, and
 `config.json` says what it is, so whatever saves, loads, copies, shards and trains the model's weights does the same to
-it. It is no adapter without a low-rank half: PEFT and transformers switch, train, save and delete whatever is a
+it. It is no adapter without LoRA weights: PEFT and transformers switch, train, save and delete whatever is a
 `BaseTunerLayer`, and take each tensor for an adapter's whose name has `lora`, the adapter's type or its name in it. A
 second adapter of any kind (LoRA, IA3, LoKr, prompt tuning) has to leave the side path alone, so it is a plain module,
 and its tensors' names have none of these words.
@@ -28,17 +28,7 @@ from .side_path_layer import SidePathLayer
 
 
 def config_of(side_path: MergedSidePath) -> TalanConfig:
-    """The configuration of an adapter that is this side path alone.
-
-    Args:
-        side_path: The side path, as a model's configuration describes it.
-
-    Returns:
-        The configuration, with `r=0` and without what acts in training alone.
-
-    Raises:
-        ValueError: A field can't be used, or a newer major version of this package wrote it.
-    """
+    """The configuration of an adapter that is this side path alone."""
     return TalanConfig(r=0, inference_mode=True, talan_version=side_path.talan_version, **side_path.axes)
 
 
@@ -84,26 +74,14 @@ class MergedSidePaths(SidePathLayer):
 
 
 def merged_layers(model: nn.Module) -> Iterator[MergedSidePaths]:
-    """Go through the side paths that belong to a model.
-
-    Args:
-        model: The model.
-
-    Yields:
-        The layers of merged side paths.
-    """
+    """Go through the side paths that belong to a model."""
     for module in model.modules():
         if isinstance(module, MergedSidePaths):
             yield module
 
 
 def move_to_base(model: nn.Module, configs: Mapping[str, TalanConfig]) -> None:
-    """Make the side paths of some adapters a part of the model; those of all other adapters are removed.
-
-    Args:
-        model: The model, unwrapped.
-        configs: The configurations of the side paths that stay, by adapter name.
-    """
+    """Make the side paths of some adapters a part of the model; those of all other adapters are removed."""
     earlier = list(merged_layers(model))
     stage = 1 + max((layer.stage for layer in earlier), default=-1)
     first = 1 + max((int(name) for layer in earlier for name in layer.side_paths), default=-1)
@@ -187,14 +165,7 @@ def _config_with(root: PreTrainedModel, block_name: str) -> tuple[str, Any]:
 
 
 def attach_described(model: PreTrainedModel) -> None:
-    """Give a model that was just built the side paths that its configuration describes, with values still to be loaded.
-
-    Args:
-        model: The model, or an inner one of it: what has the blocks comes first.
-
-    Raises:
-        ValueError: The description can't be used.
-    """
+    """Give a model that was just built the side paths of its configuration, before their values are loaded."""
     side_paths = [MergedSidePath.from_json(entry) for entry in getattr(model.config, FIELD)]
     layers: dict[tuple[int, str], MergedSidePaths] = {}
     for side_path in sorted(side_paths, key=lambda one: (one.stage, one.number)):

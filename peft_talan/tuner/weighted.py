@@ -135,9 +135,7 @@ def add_weighted_adapter(
             f"adapter_name={adapter_name!r}: an adapter of this name exists; delete it, or choose another name"
         )
     side_paths = weigh_side_paths(tuner.model, configs, adapters, weights)
-    low_rank = {
-        name: weight for name, weight in zip(adapters, weights, strict=True) if configs[name].has_low_rank_half
-    }
+    low_rank = {name: weight for name, weight in zip(adapters, weights, strict=True) if configs[name].has_lora_weights}
     first = next(iter(low_rank), adapters[0])
     first_config = configs[first]
     # PEFT multiplies the scaling into the matrices, but would apply rsLoRA's to the sum once more.

@@ -1,4 +1,4 @@
-"""A merged model's folder is an ordinary one: it loads wherever it lies, in every way in which models load, and trains.
+"""A merged model's folder is an ordinary one: it loads wherever it lies, in every way in which models do, and trains.
 
 The right values are the logits of the merged model in memory.
 """
@@ -180,7 +180,9 @@ def test_full_fine_tuning_saves_resumes_and_finds_its_best(folder: Path, tmp_pat
     model = load(folder)
     assert all(parameter.requires_grad for parameter in model.parameters())
     make_trainer(model, tmp_path).train()
-    assert all(not torch.equal(tensor, side_path_of(load(folder))[name]) for name, tensor in side_path_of(model).items())
+    assert all(
+        not torch.equal(tensor, side_path_of(load(folder))[name]) for name, tensor in side_path_of(model).items()
+    )
     resumed = load(folder)
     make_trainer(resumed, tmp_path).train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     again = load(tmp_path / "checkpoint-4").state_dict()

@@ -280,6 +280,64 @@ def test_merge_writes_a_model(
         assert text == answers(["generate", saved / "adapter", PROMPT, "--plain", "--max-new-tokens", "5"])
 
 
+def earlier_saves(saved: Path, folder: Path) -> None:
+    """A model, shards of another, an adapter and a file of the user in one folder."""
+    folder.mkdir()
+    for part in ("model", "adapter"):
+        shutil.copytree(saved / part, folder, dirs_exist_ok=True)
+    (folder / "model-00001-of-00002.safetensors").write_bytes((saved / "model" / "model.safetensors").read_bytes())
+    index = {"metadata": {}, "weight_map": {"lm_head.weight": "model-00001-of-00002.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    (folder / "notes.txt").write_text("mine")
+
+
+@pytest.mark.parametrize("command", ["merge", "merge --side-path drop", "export-lora", "train"])
+def test_a_filled_folder_is_written_as_an_empty_one(
+    command: str, saved: Path, tmp_path: Path, answers: Answers, fails: Fails
+) -> None:
+    data = ["--data", tmp_path / "data.jsonl", "--max-steps", "1", "--batch-size", "2", "--rank", "2"]
+    write_conversations(tmp_path / "data.jsonl", 2)
+    earlier_saves(saved, tmp_path / "filled")
+    assert main(["merge", str(saved / "adapter"), str(tmp_path / "filled"), "--overwrite"]) == 0
+    for folder, options in (("empty", []), ("filled", ["--overwrite"])):
+        name, *words = command.split()
+        if name == "train":
+            answers([name, "--model", saved / "model", *data, "--output", tmp_path / folder, *options])
+        else:
+            answers([name, saved / "adapter", tmp_path / folder, *words, *options])
+    found = {folder: {file.name for file in (tmp_path / folder).iterdir()} for folder in ("empty", "filled")}
+    assert found["filled"] == found["empty"] | {"notes.txt"}
+    if command == "merge --side-path drop":
+        plain = AutoModelForCausalLM.from_pretrained(tmp_path / "filled")
+        assert torch.equal(logits(plain), logits(AutoModelForCausalLM.from_pretrained(tmp_path / "empty")))
+        assert "talan" not in (tmp_path / "filled" / "config.json").read_text()
+
+
+def test_nothing_is_written_over_what_is_read(saved: Path, tmp_path: Path, fails: Fails) -> None:
+    shutil.copytree(saved, tmp_path, dirs_exist_ok=True)
+    before = {file: file.read_bytes() for file in tmp_path.rglob("*.safetensors")}
+    write_conversations(tmp_path / "data.jsonl", 2)
+    adapter, model = tmp_path / "adapter", tmp_path / "model"
+    for words in (
+        ["merge", adapter, adapter, "--overwrite"],
+        ["merge", adapter, model, "--model", model, "--overwrite"],
+        ["export-lora", adapter, adapter, "--overwrite"],
+        ["train", "--model", model, "--data", tmp_path / "data.jsonl", "--output", model, "--overwrite"],
+    ):
+        assert "would replace" in fails(words)
+    assert before == {file: file.read_bytes() for file in before}
+
+
+def test_inspect_shows_the_side_path_of_a_merged_model(saved: Path, tmp_path: Path, answers: Answers) -> None:
+    main(["merge", str(saved / "adapter"), str(tmp_path / "merged")])
+    adapter = json.loads(answers(["inspect", saved / "adapter", "--json"]))
+    (side_path,) = json.loads(answers(["inspect", tmp_path / "merged", "--json"]))["side_paths"]
+    assert side_path["parameters"] == adapter["side_path"]["parameters"]
+    assert [int(block.rpartition(".")[2]) for block in side_path["blocks"]] == adapter["side_path"]["blocks"]
+    assert side_path["axes"].items() <= adapter["axes"].items()
+    assert "talan_mixer" in answers(["inspect", tmp_path / "merged"])
+
+
 def test_export_is_the_low_rank_half_and_needs_no_base_model(saved: Path, tmp_path: Path, answers: Answers) -> None:
     alone = tmp_path / "alone"
     alone.mkdir()

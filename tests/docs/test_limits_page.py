@@ -126,13 +126,13 @@ def crops(_: Path) -> None:
     for model in (make_base("qwen3"), make_model("qwen3")):
         static = StaticCache(config=model.config, max_cache_len=32)
         model(tokens, past_key_values=static, use_cache=True)
-        with pytest.raises(AttributeError, match="crop"):
+        with pytest.raises((AttributeError, ValueError), match=r"crop|can forget the last 0 tokens"):
             static.crop(-3)
     window = make_model("mistral")
     for model in (make_base("mistral"), window):
         cache = DynamicCache(config=model.config)
         model(tokens, past_key_values=cache, use_cache=True)
-        with pytest.raises(RuntimeError, match="activate_past_recording"):
+        with pytest.raises((RuntimeError, ValueError), match="activate_past_recording"):
             cache.crop(-3)
     recorded = DynamicCache(config=window.config)
     recorded.activate_past_recording()

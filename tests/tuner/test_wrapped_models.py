@@ -115,7 +115,7 @@ def test_names_of_wrappers_are_in_no_file(wrap: str, one_process: None, tmp_path
 def test_a_merged_model_is_saved_as_any_other_and_its_side_path_is_never_lost(
     wrap: str, one_process: None, tmp_path: Path
 ) -> None:
-    """transformers writes the names of some wrappers into a model's file, and loads such a file without its tensors."""
+    """transformers writes the names of some wrappers into a model's file, and then finds no place for its tensors."""
     plain, merged = make_base("qwen3", torch.float32), make_model("qwen3", dtype=torch.float32).merge_and_unload()
     expected = logits(merged)
     for name, model in (("plain", plain), ("merged", merged)):

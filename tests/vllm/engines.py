@@ -25,6 +25,7 @@ from transformers import (
     LlamaConfig,
     MistralConfig,
     PreTrainedConfig,
+    PreTrainedModel,
     Qwen2Config,
     Qwen3Config,
     Qwen3MoeConfig,
@@ -73,8 +74,8 @@ ENVIRONMENT = {
 """One process for all engines of a test run: each would import vLLM anew."""
 
 
-def make_model(config: PreTrainedConfig, seed: int = 0, **options: object) -> PeftModel:
-    """A random model with a random side path that changes what the model says."""
+def make_base(config: PreTrainedConfig, seed: int = 0) -> PreTrainedModel:
+    """A random model that tells tokens apart."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         base = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
@@ -83,14 +84,30 @@ def make_model(config: PreTrainedConfig, seed: int = 0, **options: object) -> Pe
                 # Small random weights hardly tell one token from another.
                 if parameter.dim() > 1:
                     parameter.mul_(4.0)
-        shared = {"task_type": "CAUSAL_LM", "r": 4, "target_modules": "all-linear", "init_lora_weights": False}
-        side_path = {"talan_layers": [1, -1], "init_talan_weights": False}
-        model = get_peft_model(base, TalanConfig(**{**shared, **side_path, **options}))
+    return base
+
+
+def adapt(model: PreTrainedModel | PeftModel, name: str, seed: int = 0, **options: object) -> PeftModel:
+    """Give a model a random side path that changes what it says."""
+    shared = {"task_type": "CAUSAL_LM", "r": 4, "target_modules": "all-linear", "init_lora_weights": False}
+    side_path = {"talan_layers": [1, -1], "init_talan_weights": False}
+    config = TalanConfig(**{**shared, **side_path, **options})
+    with torch.random.fork_rng():
+        torch.manual_seed(seed + 1)
+        if isinstance(model, PeftModel):
+            model.add_adapter(name, config)
+        else:
+            model = get_peft_model(model, config, adapter_name=name)
         with torch.no_grad():
-            for name, parameter in model.named_parameters():
-                if "talan_write" in name:
+            for key, parameter in model.named_parameters():
+                if "talan_write" in key and f".{name}." in key:
                     parameter.mul_(4.0)
     return model
+
+
+def make_model(config: PreTrainedConfig, seed: int = 0, **options: object) -> PeftModel:
+    """A random model with a random side path."""
+    return adapt(make_base(config, seed), "default", seed, **options)
 
 
 def save_model(

@@ -1,10 +1,12 @@
-"""What a side path can't go along with is refused before a model is built, by name and with a remedy."""
+"""What a side path does not support is refused before a model is built, by name and with a remedy."""
 
 from __future__ import annotations
 
+import ast
 import json
 import sys
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +34,7 @@ OPTIONS: dict[str, tuple[dict[str, Any], str]] = {
         {"scheduler_cls": "vllm.v1.core.sched.scheduler.Scheduler"},
         "scheduler_cls=.* leave the option out",
     ),
+    "another worker": ({"worker_cls": "vllm.v1.worker.gpu_worker.Worker"}, "worker_cls=.* leave the option out"),
     "a loader of its own": ({"load_format": "tensorizer"}, "load_format='tensorizer': .* use 'auto'"),
     "pipeline stages": ({"pipeline_parallel_size": 2}, "pipeline_parallel_size=2: .* use tensor_parallel_size"),
     "no strength": ({"additional_config": {"talan_strength": "much"}}, "strength='much': give a finite number"),
@@ -58,55 +61,54 @@ def test_options(kind: str, folder: Path) -> None:
         configure(folder, **options)
 
 
-@pytest.mark.parametrize(
-    ("fields", "message"),
-    [
-        ({"talan_memory_scope": "bidirectional", "task_type": None}, "talan_memory_scope='bidirectional'"),
-        ({"r": 4, "target_modules": ["q_proj"]}, "low-rank half .* is not merged; run `peft-talan merge`"),
-    ],
-)
-def test_adapters(fields: dict[str, Any], message: str, folder: Path, tmp_path: Path) -> None:
+def test_executors_that_do_not_call_a_worker_step_by_step(folder: Path) -> None:
+    from peft_talan.serving.vllm.checks import check_engine
+
+    config = configure(folder)
+    for executor in ("uni", "mp", "external_launcher"):
+        config.parallel_config.distributed_executor_backend = executor
+        assert [side_path.adapter_name for side_path in check_engine(config)] == ["default"]
+    config.parallel_config.distributed_executor_backend = "ray"  # vLLM refuses it where Ray is not installed
+    with pytest.raises(ValueError, match=r"distributed_executor_backend='ray': .* use 'mp'"):
+        check_engine(config)
+
+
+def test_a_bidirectional_memory(folder: Path, tmp_path: Path) -> None:
     for file in folder.iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
-    config = json.loads((folder / "adapter_config.json").read_text())
-    (tmp_path / "adapter_config.json").write_text(json.dumps({**config, **fields}))
-    with pytest.raises(ValueError, match=message):
+    config = json.loads((folder / "config.json").read_text())
+    config["talan"][0]["talan_memory_scope"] = "bidirectional"
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="talan_memory_scope='bidirectional' of adapter 'default' can't generate"):
         configure(tmp_path)
 
 
-def test_vllms_own_adapters_are_not_side_paths(folder: Path) -> None:
-    """As an adapter of vLLM's (`--lora-modules`), the folder would lose its side path: vLLM refuses its tensors."""
+def test_vllms_own_adapters_are_not_side_paths(tmp_path: Path) -> None:
+    """As an adapter of vLLM's (`--lora-modules`), an adapter would lose its side path: vLLM refuses its tensors."""
     from vllm.lora.lora_model import LoRAModel
     from vllm.lora.peft_helper import PEFTHelper
 
+    engines.make_model(engines.CONFIGS["qwen3"]).save_pretrained(tmp_path)
     helper = PEFTHelper(r=4, lora_alpha=8, target_modules=["q_proj"])
     with pytest.raises(ValueError, match=r"talan\..* is unsupported LoRA weight"):
-        LoRAModel.from_local_checkpoint(str(folder), {"q_proj"}, helper, device="cpu")
+        LoRAModel.from_local_checkpoint(str(tmp_path), {"q_proj"}, helper, device="cpu")
 
 
 def test_strengths_of_requests(folder: Path) -> None:
+    """By vLLM's own check of each request; another processor of logits, which a server was given, stays."""
     from vllm import SamplingParams
-    from vllm.v1.engine import EngineCoreRequest
+    from vllm.exceptions import VLLMClientError
+    from vllm.v1.engine.input_processor import InputProcessor
 
-    from peft_talan.serving.vllm.strength import check_request
-
-    config = configure(folder)
-
-    def check(strength: Any, **fields: Any) -> None:
-        names = ("mm_features", "pooling_params", "lora_request", "cache_salt", "data_parallel_rank")
-        parameters = SamplingParams(extra_args={"talan_strength": strength})
-        given = {"request_id": "0", "prompt_token_ids": [3], "sampling_params": parameters, "arrival_time": 0.0}
-        check_request(config, EngineCoreRequest(**{**dict.fromkeys(names), **given, **fields}))
-
-    check(0.5)
+    other = "vllm.v1.sample.logits_processor:MinPLogitsProcessor"
+    config = configure(folder, logits_processors=[other])
+    assert config.model_config.logits_processors[0] == other
+    check = InputProcessor(config).validate_logits_processors_params
+    check(SamplingParams())
+    check(SamplingParams(extra_args={"talan_strength": 0.5}))
     for strength in ("much", float("nan"), None, True):
-        with pytest.raises(ValueError, match=r"strength=.*: give a finite number"):
-            check(strength)
-    with pytest.raises(ValueError, match="the prompt comes in pieces"):
-        check(0.5, resumable=True)
-    config.parallel_config.distributed_executor_backend = "ray"
-    with pytest.raises(ValueError, match="distributed_executor_backend='ray' do not get a request's strength"):
-        check(0.5)
+        with pytest.raises(VLLMClientError, match=r"strength=.*: give a finite number"):
+            check(SamplingParams(extra_args={"talan_strength": strength}))
 
 
 def test_plain_models_are_left_alone(tmp_path: Path) -> None:
@@ -114,70 +116,121 @@ def test_plain_models_are_left_alone(tmp_path: Path) -> None:
     assert configure(tmp_path).scheduler_config.scheduler_cls is None
 
 
-@pytest.mark.parametrize(
-    "method",
-    [
-        "vllm.model_executor.model_loader.base_loader.BaseModelLoader.create_model",
-        "vllm.v1.worker.worker_base.WorkerWrapperBase.execute_model",
-    ],
-)
-def test_a_version_of_vllm_without_the_methods_is_said(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """And it is left as it is: a part of the changes would be worse than none."""
-    from vllm.v1.engine.input_processor import InputProcessor
+def test_a_version_of_vllm_without_the_method_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm.engine.arg_utils import EngineArgs
 
+    register()
+    configuring = EngineArgs.create_engine_config
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         register()
-    plain = InputProcessor.process_inputs.__wrapped__
-    monkeypatch.setattr(InputProcessor, "process_inputs", plain)
-    monkeypatch.delattr(method)
-    with pytest.warns(UserWarning, match=f"does not know this version of vLLM .*{method.rpartition('.')[2]}"):
+    assert EngineArgs.create_engine_config is configuring
+    monkeypatch.delattr(EngineArgs, "create_engine_config")
+    with pytest.warns(UserWarning, match=r"does not know this version of vLLM .*create_engine_config"):
         register()
-    assert InputProcessor.process_inputs is plain
 
 
 def test_a_name_that_vllm_lacks_is_said_before_the_model_is_built(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    for module in [name for name in sys.modules if name.startswith("peft_talan.serving.vllm.")]:
+        if module != "peft_talan.serving.vllm.plugin":
+            monkeypatch.delitem(sys.modules, module)
+    monkeypatch.delattr("vllm.utils.torch_utils.direct_register_custom_op")
+    with pytest.raises(RuntimeError, match=r"this version of vLLM lacks .*direct_register_custom_op"):
+        configure(folder)
+
+
+@pytest.mark.parametrize("option", ["scheduler_cls", "worker_cls"])
+def test_options_that_were_changed_later(option: str, folder: Path) -> None:
     from vllm.model_executor.model_loader import get_model_loader
 
+    import peft_talan.serving.vllm.loader  # noqa: F401 - as the worker's module does
+
     config = configure(folder)
-    for module in [name for name in sys.modules if name.startswith("peft_talan.serving.vllm.")]:
-        monkeypatch.delitem(sys.modules, module)
-    monkeypatch.delattr("vllm.utils.torch_utils.direct_register_custom_op")
+    owner = config.scheduler_config if option == "scheduler_cls" else config.parallel_config
+    setattr(owner, option, None if option == "scheduler_cls" else "vllm.v1.worker.cpu_worker.CPUWorker")
     loader = get_model_loader(config.load_config)
-    with pytest.raises(RuntimeError, match=r"this version of vLLM lacks .*direct_register_custom_op"):
+    with pytest.raises(ValueError, match=rf"{option}=.*configured without the plugin"):
         loader.create_model(vllm_config=config, model_config=config.model_config)
 
 
 def test_where_blocks_carry_the_stream() -> None:
-    from vllm.model_executor.models import commandr, gpt2, llama, stablelm
+    from vllm.model_executor.models import commandr, gpt2, llama, mistral, qwen3_next, stablelm
 
     from peft_talan.serving.vllm.blocks import StreamPlace
 
     def place(block: type[nn.Module]) -> StreamPlace:
         return StreamPlace.of("layers.0", block.__new__(block))
 
-    assert place(llama.LlamaDecoderLayer) == StreamPlace(hidden_states=1, residual=2)
+    assert place(llama.LlamaDecoderLayer) == StreamPlace(("positions", "hidden_states", "residual"), True)
+    assert place(mistral.MistralDecoderLayer).in_two_parts
     # Its residual is only what is left over.
-    assert place(commandr.CohereDecoderLayer) == StreamPlace(hidden_states=1, residual=None)
-    assert place(stablelm.StablelmDecoderLayer) == StreamPlace(hidden_states=1, residual=None)
-    assert place(gpt2.GPT2Block) == StreamPlace(hidden_states=0, residual=None)
+    assert place(commandr.CohereDecoderLayer) == StreamPlace(("positions", "hidden_states", "residual"), False)
+    assert place(stablelm.StablelmDecoderLayer) == StreamPlace(("positions", "hidden_states"), False)
+    assert place(gpt2.GPT2Block) == StreamPlace(("hidden_states",), False)
     with pytest.raises(ValueError, match="forward has no argument 'hidden_states'"):
         place(nn.Linear)
+    with pytest.raises(
+        ValueError, match=r"not known whether Qwen3NextDecoderLayer\.forward adds .* with transformers"
+    ):
+        place(qwen3_next.Qwen3NextDecoderLayer)
+
+    class LlamaDecoderLayer(llama.LlamaDecoderLayer):
+        def forward(self, positions: object, hidden_states: object, residual: object) -> None:
+            """Not vLLM's, whatever its name is."""
+
+    with pytest.raises(ValueError, match="not known whether"):
+        place(LlamaDecoderLayer)
+
+
+def test_the_table_of_blocks_says_what_vllms_sources_say() -> None:
+    """Whether a block reads its argument `residual` before it assigns to it."""
+    import vllm.model_executor.models as models
+
+    from peft_talan.serving.vllm.blocks import IN_ONE_PART, IN_TWO_PARTS
+
+    listed = {**dict.fromkeys(IN_TWO_PARTS.split(), "Load"), **dict.fromkeys(IN_ONE_PART.split(), "Store")}
+    found: dict[str, set[str]] = {name: set() for name in listed}
+    for file in Path(models.__file__).parent.rglob("*.py"):
+        if file.stem.endswith(("eagle", "eagle3")):
+            continue  # drafts of speculative decoding, some of them with the names of other blocks
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ClassDef) and node.name in listed:
+                calls = [one for one in node.body if isinstance(one, ast.FunctionDef) and one.name == "forward"]
+                found[node.name].update(first_use(call.body) for call in calls)
+                found[node.name].discard("none")
+    assert found == {name: {use} for name, use in listed.items()}
+
+
+def first_use(body: list[ast.stmt]) -> str:
+    """`Load` or `Store`: what comes first of `residual` where values are computed before they are assigned."""
+    for statement in body:
+        for node in walk_in_order(statement):
+            if isinstance(node, ast.Name) and node.id == "residual":
+                return type(node.ctx).__name__
+    return "none"
+
+
+def walk_in_order(node: ast.AST) -> Iterator[ast.AST]:
+    yield node
+    parts = list(ast.iter_child_nodes(node))
+    for part in reversed(parts) if isinstance(node, ast.Assign) else parts:
+        yield from walk_in_order(part)
 
 
 def test_a_part_of_the_stream_is_not_lost() -> None:
     from peft_talan.serving.vllm.blocks import StreamPlace
 
-    place = StreamPlace(hidden_states=1, residual=2)
+    place = StreamPlace(("positions", "hidden_states", "residual"), in_two_parts=True)
     first, second = torch.ones(3, 4), torch.full((3, 4), 2.0)
     for args, kwargs in (((0, first, second), {}), ((0,), {"hidden_states": first, "residual": second})):
         args, kwargs = place.change_input(lambda h: 10 * h, args, kwargs)
-        parts = (*args[1:], *kwargs.values())
-        assert torch.equal(sum(parts), torch.full((3, 4), 30.0))
-    args, _ = place.change_input(lambda h: 10 * h, (0, first, None), {})
-    assert torch.equal(args[1], 10 * first)
-    assert args[2] is None
+        assert not args
+        assert kwargs["positions"] == 0
+        assert torch.equal(kwargs["hidden_states"] + kwargs["residual"], torch.full((3, 4), 30.0))
+    _, kwargs = place.change_input(lambda h: 10 * h, (0, first, None), {})
+    assert torch.equal(kwargs["hidden_states"], 10 * first)
+    assert kwargs["residual"] is None
     written, left = place.change_output(lambda h: 10 * h, (first, second))
     assert torch.equal(written + left, torch.full((3, 4), 30.0))

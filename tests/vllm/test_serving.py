@@ -116,7 +116,7 @@ def test_requests_one_by_one_are_those_side_by_side(saved: Callable[..., Any], p
 
 
 def test_reloaded_weights(saved: Callable[..., Any], prompts: list[list[int]], tmp_path: Path) -> None:
-    """vLLM reads a folder again that has changed since: both halves follow."""
+    """vLLM reads a folder again that has changed since: LoRA weights and side path follow."""
     (first, before), (second, after) = saved("qwen3"), saved("qwen3", seed=1)
     assert before != after
     for file in first.iterdir():
@@ -140,6 +140,8 @@ def test_strength_of_a_server(saved: Callable[..., Any], prompts: list[list[int]
 
 def test_strength_of_each_request(saved: Callable[..., Any], prompts: list[list[int]]) -> None:
     """Requests with the same prompt, in one batch and in pages that others left."""
+    from vllm.exceptions import VLLMClientError
+
     folder, _ = saved("qwen3")
     asked = [0.5, None, 0.0, 2.0]
     expected = {strength: engines.generate(folder, prompts[:4], strength or 0.0) for strength in (0.0, 0.5, 2.0)}
@@ -157,8 +159,58 @@ def test_strength_of_each_request(saved: Callable[..., Any], prompts: list[list[
             found, cached = engines.ask(served, prompts[1:2], [strength])
             assert found == expected[strength][1:2]
         assert cached == [engines.PAGE]
-        with pytest.raises(ValueError, match="strength='much': give a finite number"):
+        with pytest.raises(VLLMClientError, match="strength='much': give a finite number"):
             engines.ask(served, prompts[:1], ["much"])
+
+
+def test_a_streamed_prompt_has_no_strength_of_its_own(saved: Callable[..., Any], prompts: list[list[int]]) -> None:
+    """Its pieces' strengths could differ. It ends with the reason, and what it computed before is nobody's prefix."""
+    from vllm import SamplingParams
+    from vllm.v1.engine import EngineCoreRequest, FinishReason
+
+    folder, expected = saved("qwen3")
+    parameters = SamplingParams(temperature=0.0, max_tokens=4, extra_args={"talan_strength": 0.5})
+    names = ("mm_features", "pooling_params", "lora_request", "cache_salt", "data_parallel_rank")
+    request = EngineCoreRequest(
+        request_id="0",
+        prompt_token_ids=prompts[1],
+        sampling_params=parameters,
+        arrival_time=0.0,
+        resumable=True,
+        **dict.fromkeys(names),
+    )
+    with engines.engine(folder, enforce_eager=True) as served:
+        core, ends = served.llm_engine.engine_core, []
+        core.add_request(request)
+        while not ends:
+            ends = [output for output in core.get_output().outputs if output.finish_reason is not None]
+        assert ends[0].finish_reason == FinishReason.ERROR
+        assert "the prompt comes in pieces" in ends[0].stop_reason
+        assert engines.ask(served, prompts[1:2]) == (expected[1:2], [engines.PAGE])
+
+
+def test_side_paths_of_several_merges(prompts: list[list[int]], tmp_path: Path) -> None:
+    """Those of the second merge see the sum of the first's; all at one block, at both of its ends."""
+    base = engines.CONFIGS["qwen3"]
+    stages = ({"talan_layers": [1]}, {"talan_layers": [1, 2], "talan_position": "input", "talan_alpha": 0.7})
+    model: Any = engines.make_base(base)
+    for stage, options in enumerate(stages):
+        for position in ("output", "input"):
+            model = engines.adapt(model, f"{position}{stage}", stage, **{**options, "talan_position": position})
+        model.base_model.set_adapter([f"{position}{stage}" for position in ("output", "input")])
+        model = model.merge_and_unload()
+    model.save_pretrained(tmp_path)
+    expected = engines.generate(tmp_path, prompts)
+    assert expected != engines.generate(tmp_path, prompts, strength=0.0)
+    check(tmp_path, prompts, expected)
+
+
+@pytest.mark.parametrize("load_format", ["safetensors", "dummy"])
+def test_load_formats(load_format: str, saved: Callable[..., Any], prompts: list[list[int]]) -> None:
+    folder, expected = saved("qwen3")
+    with engines.engine(folder, enforce_eager=True, load_format=load_format) as served:
+        answers, _ = engines.ask(served, prompts)
+        assert (answers == expected) == (load_format != "dummy")
 
 
 def in_processes(folder: Path, requests: Any, report: Path, options: Any, **environment: str) -> str:
@@ -204,4 +256,5 @@ def test_without_the_plugin_the_folder_is_refused(
     folder, _ = saved("qwen3", **options)
     printed = in_processes(folder, [prompts], tmp_path / "answers", {"enforce_eager": True}, VLLM_PLUGINS="none")
     assert not (tmp_path / "answers").exists()
-    assert "no module or parameter named 'base_model'" in printed
+    assert "no module or parameter named" in printed
+    assert "merged_side_paths_0" in printed

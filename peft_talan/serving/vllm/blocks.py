@@ -14,7 +14,7 @@ from vllm.model_executor.layers.attention import Attention
 from vllm.v1.attention.backend import AttentionType
 
 METADATA: tuple[str, ...] = ("query_start_loc", "seq_lens", "block_table", "slot_mapping", "max_query_len")
-"""What a side path needs to know of a batch, by the names that most of vLLM's attention backends give it."""
+"""What a side path needs to know of a batch, by the names that most attention backends use."""
 
 IN_TWO_PARTS = """
 AfmoeDecoderLayer ApertusDecoderLayer BailingMoeBlock DeciLMDecoderLayer Ernie4_5_MoeDecoderLayer ExaoneDecoderLayer
@@ -91,7 +91,7 @@ def find_attention(name: str, block: nn.Module) -> Any:
     missing = [field for field in METADATA if field not in known]
     if missing:
         raise ValueError(
-            f"attention backend {backend.get_name()} does not give {', '.join(missing)}, which a side path needs; "
+            f"attention backend {backend.get_name()} does not have {', '.join(missing)}, which a side path needs; "
             "start vLLM with another one, such as --attention-backend FLASH_ATTN or TRITON_ATTN"
         )
     return layer
@@ -124,7 +124,7 @@ class StreamPlace:
             ValueError: The block has no argument `hidden_states`, or it has `residual` and is not known.
         """
         owner = next(kind for kind in type(block).__mro__ if "forward" in vars(kind))
-        arguments = tuple(inspect.signature(owner.forward).parameters)[1:]
+        arguments = tuple(inspect.signature(vars(owner)["forward"]).parameters)[1:]
         vllm_name = owner.__name__ if owner.__module__.startswith("vllm.") else None
         in_two_parts = "residual" in arguments and vllm_name in IN_TWO_PARTS.split()
         if "hidden_states" not in arguments:
@@ -142,16 +142,7 @@ class StreamPlace:
     def change_input(
         self, change: Callable[[torch.Tensor], torch.Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Change the stream that a block is called with.
-
-        Args:
-            change: What to do with h.
-            args: The block's arguments by place.
-            kwargs: Those by name.
-
-        Returns:
-            The arguments to call it with, all of them by name.
-        """
+        """Change the stream in a block's arguments, which are then all given by name."""
         named = {**dict(zip(self.arguments, args, strict=False)), **kwargs}
         residual = named.get("residual") if self.in_two_parts else None
         named["hidden_states"], left = _change(change, named["hidden_states"], residual)
@@ -160,15 +151,7 @@ class StreamPlace:
         return (), named
 
     def change_output(self, change: Callable[[torch.Tensor], torch.Tensor], output: Any) -> Any:
-        """Change the stream that a block returns.
-
-        Args:
-            change: What to do with h.
-            output: What the block returns.
-
-        Returns:
-            What it returns instead.
-        """
+        """Change the stream in what a block returns."""
         if not isinstance(output, tuple):
             return change(output)
         residual = output[1] if self.in_two_parts else None

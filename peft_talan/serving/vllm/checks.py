@@ -61,24 +61,16 @@ def check_configured(vllm_config: Any) -> None:
     Raises:
         ValueError: Another class would schedule or work.
     """
-    found = {
-        "scheduler_cls": vllm_config.scheduler_config.scheduler_cls,
-        "worker_cls": vllm_config.parallel_config.worker_cls,
-    }
-    for name, value in found.items():
-        if value not in (*SCHEDULERS.values(), WORKER):
+    for name, owner in (("scheduler_cls", vllm_config.scheduler_config), ("worker_cls", vllm_config.parallel_config)):
+        if getattr(owner, name) not in (*SCHEDULERS.values(), WORKER):
             raise ValueError(
-                f"{name}={value!r}: the engine was configured without the plugin of peft_talan; configure it by "
-                "vllm.LLM, `vllm serve` or EngineArgs.create_engine_config, and leave this option as it is"
+                f"{name}={getattr(owner, name)!r}: the engine was configured without the plugin of peft_talan; "
+                "configure it by vllm.LLM, `vllm serve` or EngineArgs.create_engine_config, and leave this option"
             )
 
 
 def platform_worker() -> str:
-    """Find the worker class that vLLM chooses on this machine.
-
-    Returns:
-        Its name.
-    """
+    """The name of the worker class that vLLM chooses on this machine."""
     if current_platform.is_cpu():
         return "vllm.v1.worker.cpu_worker.CPUWorker"
     if current_platform.is_xpu():

@@ -20,6 +20,7 @@ from vllm.model_executor.model_loader import (
 )
 from vllm.model_executor.model_loader.reload import record_metadata_for_reloading
 
+from ...checkpoint.checks import check_finite
 from ...checkpoint.merged_config import MergedSidePath
 from ...tuner.merged import config_of, merged_layers
 from .blocks import StreamPlace, find_attention, find_blocks
@@ -30,7 +31,7 @@ from .strength import PageStrengths, server_strength
 logger = init_logger("vllm.peft_talan")
 
 
-class _Loader(BaseModelLoader):  # type: ignore[misc]
+class _Loader(BaseModelLoader):
     """Creates a model with its side paths; another base class reads their tensors."""
 
     def __init__(self, load_config: Any) -> None:
@@ -47,14 +48,15 @@ class _Loader(BaseModelLoader):  # type: ignore[misc]
     def load_weights(self, model: nn.Module, model_config: Any) -> None:
         super().load_weights(model, model_config)
         for layer in side_paths_of(model):
-            layer.check_finite()
+            for side_path in layer.side_paths.values():
+                check_finite(side_path.adapter_name, dict(layer.named_parameters()))
 
 
-class SidePathLoader(_Loader, DefaultModelLoader):  # type: ignore[misc]
+class SidePathLoader(_Loader, DefaultModelLoader):
     """vLLM's loader of folders and repositories, for models with a side path."""
 
 
-class DummySidePathLoader(_Loader, DummyModelLoader):  # type: ignore[misc]
+class DummySidePathLoader(_Loader, DummyModelLoader):
     """vLLM's loader of random weights, which is for profiling, for models with a side path."""
 
 

@@ -18,12 +18,8 @@ from vllm.v1.request import RequestStatus
 from .strength import SESSION_REFUSAL, STRENGTH_OPTION, keep_prefixes_apart, request_strength
 
 
-class DependentPages:
-    """Stands before vLLM's manager of pages, and holds back requests that need a page which is written in this step.
-
-    Args:
-        manager: vLLM's manager, which does everything else.
-    """
+class _DependentPages:
+    """Stands before vLLM's manager of pages, and holds requests back that need a page which this step writes."""
 
     def __init__(self, manager: KVCacheManager) -> None:
         self.manager = manager
@@ -33,7 +29,6 @@ class DependentPages:
         return getattr(self.manager, name)
 
     def new_step_starts(self) -> None:
-        """Forget the pages of the step before."""
         self.written.clear()
         self.manager.new_step_starts()
 
@@ -46,19 +41,7 @@ class DependentPages:
         *args: Any,
         **kwargs: Any,
     ) -> Any:
-        """Give a request the pages for its next tokens, as vLLM does.
-
-        Args:
-            request: The request.
-            num_new_tokens: The tokens to compute.
-            num_new_computed_tokens: The tokens found in the prefix cache.
-            new_computed_blocks: The pages of these.
-            *args: As in vLLM.
-            **kwargs: As in vLLM.
-
-        Returns:
-            The new pages, or None where the request can't run in this step.
-        """
+        """Give a request the pages for its next tokens; None where it can't run in this step."""
         found = () if new_computed_blocks is None else new_computed_blocks.blocks
         if any(pages and pages[-1].block_id in self.written for pages in found):
             return None
@@ -74,19 +57,17 @@ class DependentPages:
 
 
 class PageScheduler(Scheduler):
-    """vLLM's scheduler, with `DependentPages`; requests share pages only at equal strengths."""
+    """vLLM's scheduler, where no request needs a page of the same step; pages are shared at equal strengths only."""
+
+    kv_cache_manager: Any
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.kv_cache_manager = DependentPages(self.kv_cache_manager)
+        self.kv_cache_manager = _DependentPages(self.kv_cache_manager)
         self.refused: set[str] = set()
 
     def add_request(self, request: Any) -> None:
-        """Take a request, as vLLM does.
-
-        Args:
-            request: The request.
-        """
+        """Take a request, as vLLM does; a prompt that comes in pieces is refused if it has a strength."""
         if request.resumable and request_strength(request.sampling_params) is not None:
             self.refused.add(request.request_id)
             # What it computes before it ends lies in pages of the server's strength.
@@ -96,15 +77,7 @@ class PageScheduler(Scheduler):
         super().add_request(request)
 
     def update_from_output(self, *args: Any, **kwargs: Any) -> dict[int, EngineCoreOutputs]:
-        """End the step, as vLLM does, and the requests that are refused.
-
-        Args:
-            *args: As in vLLM.
-            **kwargs: As in vLLM.
-
-        Returns:
-            The outputs by client; that of a refused request is an error, with the reason as `stop_reason`.
-        """
+        """End the step, as vLLM does, and refused requests: their output is an error, whose `stop_reason` says why."""
         outputs: dict[int, EngineCoreOutputs] = super().update_from_output(*args, **kwargs)
         for request in self.finish_requests(self.refused, RequestStatus.FINISHED_ERROR) if self.refused else ():
             error = EngineCoreOutput(

@@ -12,7 +12,6 @@ from vllm.compilation.breakable_cudagraph import eager_break_during_capture
 from vllm.forward_context import ForwardContext, get_forward_context
 from vllm.utils.torch_utils import direct_register_custom_op
 
-from ...checkpoint.checks import check_finite
 from ...memory.token_layout import TokenLayout
 from ...tuner.merged import MergedSidePaths
 from ..pages import PagedMemory, PagePools, Pages
@@ -20,7 +19,7 @@ from .blocks import StreamPlace
 from .strength import PageStrengths
 
 NULL_PAGE = 0
-"""The page that vLLM gives to no request."""
+"""The page that vLLM assigns to no request."""
 
 _PAGES = "peft_talan.pages"
 """Where the context of a forward pass keeps the pages of its calls."""
@@ -29,7 +28,7 @@ _PAGES = "peft_talan.pages"
 def _find_pages(
     metadata: Any, tokens: int, num_pages: int, page_size: int, strengths: PageStrengths
 ) -> tuple[Pages, torch.Tensor]:
-    """The pages of a forward pass, and the strength of each token, from what vLLM tells some blocks' attention."""
+    """The pages of a forward pass, and the strength of each token, from the metadata of some blocks' attention."""
     cu_seqlens, block_table = metadata.query_start_loc, metadata.block_table
     requests = cu_seqlens.shape[0] - 1
     past = metadata.seq_lens[:requests] - cu_seqlens.diff()
@@ -87,32 +86,21 @@ class PagedSidePaths(MergedSidePaths):
         self.strengths = strengths
 
     def attach_to(self, block: nn.Module, place: StreamPlace) -> None:
-        """Become the block's child and act around its calls; at its input the last merge's side paths act first.
+        """Become the block's child and act around its calls.
 
         Args:
             block: The block.
             place: Where its calls carry the residual stream.
         """
         block.add_module(self.child_name, self)
-        ends = {position: partial(self, position=position) for position in self.talan_position.values()}
-        if "input" in ends:
+        at_input, at_output = partial(self, position="input"), partial(self, position="output")
+        if "input" in self.talan_position.values():
+            # To this layer, what earlier merges left is a part of the block.
             block.register_forward_pre_hook(
-                lambda _, args, kwargs: place.change_input(ends["input"], args, kwargs),
-                with_kwargs=True,
-                prepend=True,
+                lambda _, args, kwargs: place.change_input(at_input, args, kwargs), with_kwargs=True, prepend=True
             )
-        if "output" in ends:
-            block.register_forward_hook(lambda _, __, output: place.change_output(ends["output"], output))
-
-    def check_finite(self) -> None:
-        """Refuse side paths that were loaded in part, or with a NaN or an infinity.
-
-        Raises:
-            ValueError: A value is not finite.
-        """
-        for name, side_path in self.side_paths.items():
-            values = {f"{key}": value for key, value in self.named_parameters() if key.split(".")[1] == name}
-            check_finite(side_path.adapter_name, values)
+        if "output" in self.talan_position.values():
+            block.register_forward_hook(lambda _, __, output: place.change_output(at_output, output))
 
     def forward(self, hidden_states: torch.Tensor, position: str) -> torch.Tensor:  # type: ignore[override]
         """Change the residual stream of a batch of requests.
@@ -134,7 +122,7 @@ class PagedSidePaths(MergedSidePaths):
         return output.view_as(hidden_states)
 
     def run_step(self, hidden_states: torch.Tensor, position: str, forward_context: ForwardContext) -> torch.Tensor:
-        """Compute what `forward` returns.
+        """Compute what `forward` returns, for the requests of one step.
 
         Args:
             hidden_states: h, [tokens, hidden_size].

@@ -58,7 +58,7 @@ def request_strength(sampling_params: Any) -> float | None:
     return check_strength(arguments[STRENGTH_OPTION]) if STRENGTH_OPTION in arguments else None
 
 
-class StrengthCheck(LogitsProcessor, LogitsProcessorV2):  # type: ignore[misc]
+class StrengthCheck(LogitsProcessor, LogitsProcessorV2):
     """Refuses requests whose strength is no finite number, by vLLM's hook for such checks; it changes no logits.
 
     It has the methods that vLLM's first model runner asks for, and those of the second.
@@ -155,13 +155,5 @@ class PageStrengths:
             self.table.index_copy_(0, index, torch.tensor([*pages.values()], device=self._device))
 
     def per_token(self, page_of_token: torch.Tensor, num_pages: int) -> torch.Tensor:
-        """Find the strength of each token.
-
-        Args:
-            page_of_token: The page that each token is written to, [tokens], int64.
-            num_pages: The number of pages as attention counts them: it may cut one of the scheduler's into several.
-
-        Returns:
-            [tokens], float32.
-        """
+        """The strength of each token by its page, [tokens], float32; attention may cut a page into several."""
         return self.table.index_select(0, page_of_token // (num_pages // self.table.shape[0]))
