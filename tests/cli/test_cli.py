@@ -25,6 +25,7 @@ from peft_talan.cli import app, main
 from peft_talan.cli.console import FAILED, MISUSED
 from peft_talan.sft.prompts import PromptForm
 
+from ..checkpoint.loopback_hub import Repository, running_hub
 from ..offline_hub import make_tokenizer, write_conversations
 from ..small_models import rounding
 
@@ -192,6 +193,32 @@ def test_a_name_that_is_nothing_is_told_at_once(adapter: str, fails: Fails) -> N
     before = os.times()
     assert "no such file or folder" in fails(["generate", adapter, "a"])
     assert os.times().user - before.user < 2.0
+
+
+def test_the_hub_is_asked_once_and_its_answer_is_told(tmp_path: Path) -> None:
+    def refused(name: str, url: str) -> str:
+        lines = "import sys; from peft_talan.cli import main; sys.exit(main(sys.argv[1:]))"
+        settings = {
+            "HF_ENDPOINT": url,
+            "HF_HOME": str(tmp_path),
+            "HF_HUB_DISABLE_TELEMETRY": "1",
+            "HF_HUB_OFFLINE": "0",
+        }
+        command = [sys.executable, "-c", lines, "inspect", name]
+        ended = subprocess.run(command, check=False, capture_output=True, text=True, env={**os.environ, **settings})
+        assert (ended.returncode, ended.stderr.count("\n")) == (MISUSED, 1), ended.stderr
+        return ended.stderr
+
+    with running_hub() as hub:
+        for name, files in (("user/empty", {}), ("user/lora", {"adapter_config.json": b'{"peft_type": "LORA"}'})):
+            hub.repositories[name] = Repository(private=False)
+            hub.repositories[name].commit("main", files)
+        assert f"no adapter of that name that you may read on {hub.url}" in refused("user/nothing", hub.url)
+        assert hub.log == ["GET /api/models/user/nothing"]
+        assert "the hub gave no adapter_config.json" in refused("user/empty", hub.url)
+        assert "'LORA'" in refused("user/lora", hub.url)
+        url = hub.url
+    assert "the hub can't be reached" in refused("user/adapter", url)
 
 
 @pytest.mark.parametrize("adapter", ["adapter", "lora"])
