@@ -55,7 +55,7 @@ class MergedSidePath:
         names = [part.name for part in fields(cls) if part.name != "axes"]
         missing = [name for name in names if name not in entry]
         if missing:
-            raise ValueError(f"{FIELD}: the side path in config.json lacks {', '.join(missing)}; merge it again")
+            raise ValueError(f"talan: the side path in config.json lacks {', '.join(missing)}; merge it again")
         known = {name: entry[name] for name in names}
         known["blocks"] = tuple(entry["blocks"])
         return cls(**known, axes={name: value for name, value in entry.items() if name not in known})

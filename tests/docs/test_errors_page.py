@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn.attention.flex_attention import create_block_mask
 from transformers import (
+    AutoModelForCausalLM,
     ContinuousBatchingConfig,
     PreTrainedModel,
     Qwen3Config,
@@ -205,6 +206,25 @@ def named_like_a_module(folder: Path) -> object:
     return make_several({"one": {}, "self_attn": {}}).save_pretrained(folder, selected_adapters=["one"])
 
 
+def merged(folder: Path) -> Path:
+    make_model("qwen3").merge_and_unload().save_pretrained(folder)
+    return folder
+
+
+def merged_without_a_tensor(folder: Path) -> object:
+    tensors = load_file(merged(folder) / "model.safetensors")
+    left = {name: tensor for name, tensor in tensors.items() if ".write." not in name}
+    save_file(left, folder / "model.safetensors", {"format": "pt"})
+    return AutoModelForCausalLM.from_pretrained(folder)
+
+
+def merged_without_a_field(folder: Path) -> object:
+    config = json.loads((merged(folder) / "config.json").read_text())
+    del config["talan"][0]["blocks"]
+    (folder / "config.json").write_text(json.dumps(config))
+    return AutoModelForCausalLM.from_pretrained(folder)
+
+
 def converted(folder: Path) -> object:
     return make_model("qwen3").save_pretrained(folder, path_initial_model_for_weight_conversion=str(folder))
 
@@ -260,6 +280,10 @@ PROVOCATIONS: dict[str, Provocation] = {
     "adapter … would be saved without": named_like_a_module,
     "path_initial_model_for_weight_conversion": converted,
     "adapter_name=…: the adapter has no LoRA weights": lambda folder: export_lora(no_low_rank(), folder),
+    "save_directory=…: it holds a model": lambda folder: export_lora(saved(folder / "a"), merged(folder / "b")),
+    "save_directory=…: the adapter itself": lambda folder: export_lora(saved(folder), folder),
+    "the model's config.json has a side path": merged_without_a_tensor,
+    "talan: the side path in config.json lacks": merged_without_a_field,
     "adapters=…: … and … both": lambda _: two_adapters().add_weighted_adapter(["one", "other"], [0.5, 0.5], "sum"),
     # Steering, training
     "strength=…": lambda _: set_talan_strength(make_model("qwen3"), float("nan")),
