@@ -16,7 +16,8 @@ from typing import Any, TypeVar
 from tqdm import tqdm
 
 Row = dict[str, Any]
-Rows = dict[str, Row]
+Rows = dict[Any, Row]
+"""Runs by key, or by seed."""
 DEVELOPMENT_SEED = 100
 """The seed of the runs that choose learning rate and axes; it is in no comparison."""
 
@@ -47,6 +48,17 @@ def read_lines(file: Path) -> list[Row]:
 def finished(file: Path) -> Rows:
     """The stored runs by key."""
     return {row["key"]: row for row in read_lines(file)}
+
+
+def matching(rows: Iterable[Row], **settings: Any) -> list[Row]:
+    """The runs whose settings have these values."""
+    return [row for row in rows if settings.items() <= row["settings"].items()]
+
+
+def by_seed(rows: Iterable[Row]) -> Rows:
+    """The runs on fresh seeds, by seed."""
+    found = {row["settings"]["seed"]: row for row in rows}
+    return {seed: found[seed] for seed in sorted(found) if seed != DEVELOPMENT_SEED}
 
 
 def append_line(file: Path, row: Row) -> None:

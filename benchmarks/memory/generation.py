@@ -18,13 +18,13 @@ import torch
 from tqdm import tqdm
 from transformers import Cache, StaticCache
 
-from peft_talan.demo.recall import SCORED_SEED, WINDOW, Training, make_texts, train
+from peft_talan.demo.recall import SCORED_SEED, WINDOW, Training, make_texts
 from peft_talan.sft.intervals import Interval
 
 from ..measure import machine
 from ..runs import append_line
 from ..training import adapted
-from .one_run import ARMS, STEPS, base_of, config_of
+from .one_run import ARMS, STEPS, base_of, config_of, train
 
 RESULTS = Path(__file__).parents[1] / "results" / "memory_generation.jsonl"
 SETTINGS = ("rows", "seed", "chunk", "learning_rate", "steps")

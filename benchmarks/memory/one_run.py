@@ -10,14 +10,29 @@ from typing import Any, Literal
 
 import torch
 from peft import LoraConfig
+from torch.nn import functional as F
+from transformers import MistralForCausalLM
 
-from peft_talan.demo.recall import LONG_CONTEXT, SCORED_WINDOWS, WINDOW, Task, Training, pretrained, recall, train
+from peft_talan import talan_param_groups
+from peft_talan.demo.recall import (
+    LONG_CONTEXT,
+    SCORED_WINDOWS,
+    TRAINED_WINDOWS,
+    WINDOW,
+    Task,
+    Training,
+    answer_logits,
+    make_texts,
+    recall,
+    window_config,
+)
 
 from ..measure import code_version, machine
 from ..quality.arms import MATCHED, make_config
 from ..quality.backbones import weights_hash
 from ..runs import Row, RunSettings
 from ..training import adapted
+from ..training import train as train_on
 
 LINEAR, MLP = {**LONG_CONTEXT, "talan_mixer": "linear"}, {**LONG_CONTEXT, "talan_mixer": "mlp"}
 ARMS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -71,10 +86,29 @@ def mean_of_last(losses: list[float]) -> float | None:
     return sum(last) / len(last) if last else None
 
 
+def train(model: Any, task: Task, training: Training) -> list[float]:
+    """Train on the answers alone; not as the demo, whose schedule is Trainer's: the stored runs have this one."""
+    optimizer = torch.optim.AdamW(talan_param_groups(model, training.learning_rate))
+    generator = torch.Generator().manual_seed(training.seed)
+
+    def loss_of(step: int) -> torch.Tensor:
+        windows = training.windows[int(torch.randint(len(training.windows), (), generator=generator))]
+        tokens, answers = make_texts(task, windows, training.batch_size, generator)
+        return F.cross_entropy(answer_logits(model, tokens), answers)
+
+    return train_on(model, optimizer, training.steps, loss_of)
+
+
 @lru_cache(maxsize=2)
 def base_of(task: Task, seed: int, base: Base) -> tuple[Any, str, dict[int, float]]:
     """The base model, a hash of its weights, and its own recall by distance as far as it was measured."""
-    model = pretrained(task, seed, BASE_STEPS[base, task], full_attention=base == "full")
+    torch.manual_seed(seed)
+    model = MistralForCausalLM(window_config(task))
+    if base == "full":
+        model.config.sliding_window = None
+    windows = TRAINED_WINDOWS if base == "full" else (1,)
+    train(model, task, Training(BASE_STEPS[base, task], 3e-3, windows=windows, seed=seed))
+    model.config.sliding_window = WINDOW
     return model, weights_hash(model), {}
 
 

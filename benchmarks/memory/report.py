@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import math
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +25,7 @@ from ..quality.mixtures import MIXTURE_RESULTS
 from ..quality.paired import PAIRS, symbol
 from ..quality.report import pairs_of, summary_of
 from ..quality.study import RESULTS as QUALITY_RESULTS
-from ..runs import DEVELOPMENT_SEED, Row, finished, read_lines
+from ..runs import Row, Rows, by_seed, finished, matching, read_lines
 from . import real_model
 from .generation import RESULTS as GENERATION_RESULTS
 from .one_run import ARMS
@@ -39,22 +38,11 @@ COMPARED = 10
 ByDistance = dict[int, Interval]
 
 
-def of_arm(rows: Sequence[Row], arm: str, **settings: Any) -> dict[int, Row]:
-    """The runs of one arm on fresh seeds, by seed."""
-    wanted = {"arm": arm, **settings}
-    found = {row["settings"]["seed"]: row for row in rows if wanted.items() <= row["settings"].items()}
-    return {seed: row for seed, row in found.items() if seed != DEVELOPMENT_SEED}
-
-
-def recalls(runs: dict[int, Row], windows: int, measure: str = "recall") -> list[float]:
-    return [row[measure][str(windows)] for row in runs.values() if str(windows) in row[measure]]
-
-
-def curve(runs: dict[int, Row], measure: str = "recall") -> ByDistance:
+def curve(runs: Rows, measure: str = "recall") -> ByDistance:
     """Recall by distance; the interval is at least as wide as Wilson's of all texts, for seeds that are all alike."""
     found = {}
     for windows in sorted({int(windows) for row in runs.values() for windows in row[measure]}):
-        shares = recalls(runs, windows, measure)
+        shares = [row[measure][str(windows)] for row in runs.values() if str(windows) in row[measure]]
         rows = next(iter(runs.values()))["settings"]["rows"]
         seeds, texts = Interval.of_mean(shares), Interval.of_share(round(rows * sum(shares)), rows * len(shares))
         low, high = min(seeds.low, texts.low), max(seeds.high, texts.high)
@@ -62,9 +50,9 @@ def curve(runs: dict[int, Row], measure: str = "recall") -> ByDistance:
     return found
 
 
-def arms_of(rows: Sequence[Row], arms: Sequence[str] = tuple(ARMS), **settings: Any) -> dict[str, dict[int, Row]]:
-    """The runs of all arms that have any."""
-    found = {arm: of_arm(rows, arm, **settings) for arm in arms}
+def arms_of(rows: Sequence[Row], arms: Sequence[str] = tuple(ARMS), **settings: Any) -> dict[str, Rows]:
+    """The runs of all arms that have any on fresh seeds, by seed."""
+    found = {arm: by_seed(matching(rows, arm=arm, **settings)) for arm in arms}
     return {arm: runs for arm, runs in found.items() if runs}
 
 
@@ -77,13 +65,13 @@ def curves(rows: Sequence[Row], task: str, base: str = "window") -> dict[str, By
     return {"base model": curve(longest, "base_recall")} | {arm: curve(runs) for arm, runs in found.items()}
 
 
-def difference(mine: dict[int, Row], its: dict[int, Row]) -> Interval | None:
+def difference(mine: Rows, its: Rows) -> Interval | None:
     """Recall of an arm minus that of another one with the same seeds, where there are two at least."""
     pairs = [(mine[seed]["recall"], its[seed]["recall"]) for seed in sorted(mine.keys() & its.keys())]
     return Interval.of_mean([a[str(COMPARED)] - b[str(COMPARED)] for a, b in pairs]) if len(pairs) > 1 else None
 
 
-def over_lora(arm: str, by_arm: dict[str, dict[int, Row]]) -> str:
+def over_lora(arm: str, by_arm: dict[str, Rows]) -> str:
     """The cell of an arm's difference from LoRA; empty for LoRA, and where there is nothing to compare."""
     over = difference(by_arm[arm], by_arm.get(REFERENCE, {})) if arm != REFERENCE else None
     return "" if over is None else f"{symbol(over)} {over.text(1, 100.0, sign='+')}"
@@ -128,6 +116,7 @@ def real_model_table(rows: Sequence[Row]) -> str:
     return markdown([*heads, *recall_heads(shown), "text perplexity"], lines)
 
 
+SHOWN_TASKS = ("key", "pairs", "count")
 SHOWN_MEASURES = ("exact match, points", "plain text, nats lower")
 NAMES = {"lora": "LoRA", "lora-matched": MATCHED, "dora": "DoRA", "rslora": "rsLoRA", "lora+talan": "TALAN"}
 
@@ -141,15 +130,12 @@ def findings_table(
     def add(over: str, measure: str, found: Interval, pairs: int, digits: int = 2, factor: float = 1.0) -> None:
         lines.append([over, measure, symbol(found), found.text(digits, factor, sign="+"), pairs])
 
-    places = {
-        f"`{task}` beyond the window": partial(of_arm, rows, task=task, base="window")
-        for task in ("key", "pairs", "count")
-    }
-    places["SmolLM2 with a window, a colour beyond it"] = partial(of_arm, of_a_real_model)
-    for place, of in places.items():
-        mine = of(RECOMMENDED)
+    places = {f"`{task}` beyond the window": arms_of(rows, task=task, base="window") for task in SHOWN_TASKS}
+    places["SmolLM2 with a window, a colour beyond it"] = arms_of(of_a_real_model)
+    for place, by_arm in places.items():
         for arm in (REFERENCE, MATCHED):
-            if (found := difference(mine, its := of(arm))) is not None:
+            mine, its = by_arm.get(RECOMMENDED, {}), by_arm.get(arm, {})
+            if (found := difference(mine, its)) is not None:
                 count = len(mine.keys() & its.keys())
                 add(f"{RECOMMENDED}, against {arm}", f"{place}, points", found, count, 1, 100.0)
     for backbone, new, old, measure, found, seeds in mixtures_report.compared(mixtures, SHOWN_MEASURES):
@@ -183,7 +169,7 @@ def generation_table(rows: Sequence[Row]) -> str:
 def tables_of(results: Path, generation: Path, real_model_results: Path) -> dict[str, str]:
     """Every table of the page by its name, of what has been run."""
     rows, of_a_real_model = (list(finished(file).values()) for file in (results, real_model_results))
-    tables = {f"memory {task}": task_table(rows, task) for task in ("key", "pairs", "count") if curves(rows, task)}
+    tables = {f"memory {task}": task_table(rows, task) for task in SHOWN_TASKS if curves(rows, task)}
     if curves(rows, "key", "full"):
         tables["memory dropped keys"] = task_table(rows, "key", "full")
     tables["memory findings"] = findings_table(

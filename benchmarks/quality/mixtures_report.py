@@ -16,7 +16,7 @@ from pathlib import Path
 from peft_talan.sft.intervals import Interval
 
 from ..pages import markdown, show
-from ..runs import DEVELOPMENT_SEED, Row, finished
+from ..runs import DEVELOPMENT_SEED, Row, by_seed, finished, matching
 from . import inside
 from .mixtures import GROUPS, MIXTURE_RESULTS, best
 from .paired import MEASURES, PAIRS, symbol
@@ -46,23 +46,11 @@ def by_backbone(rows: Sequence[Row]) -> dict[str, list[Row]]:
     return found
 
 
-def tries_of(rows: Sequence[Row], arm: str) -> list[Row]:
-    """The runs of one arm on the development seed, in their order."""
-    wanted = {"adapter": arm, "seed": DEVELOPMENT_SEED}
-    return [row for row in rows if wanted.items() <= row["settings"].items()]
-
-
-def of_arm(rows: Sequence[Row], arm: str) -> dict[int, Row]:
-    """The runs of one arm on fresh seeds, by seed."""
-    found = {row["settings"]["seed"]: row for row in rows if row["settings"]["adapter"] == arm}
-    return {seed: found[seed] for seed in sorted(found) if seed != DEVELOPMENT_SEED}
-
-
 def compared(rows: Sequence[Row], measures: Sequence[str]) -> Iterator[tuple[str, str, str, str, Interval, int]]:
     """Backbone, both arms, measure, difference and its seeds, where there are two seeds at least."""
     for backbone, own in by_backbone(rows).items():
         for new, old in PAIRS:
-            mine, its = of_arm(own, new), of_arm(own, old)
+            mine, its = (by_seed(matching(own, adapter=arm)) for arm in (new, old))
             for measure in measures:
                 found = [MEASURES[measure](row, its[seed]) for seed, row in mine.items() if seed in its]
                 if len(found) > 1:
@@ -82,7 +70,7 @@ def scores_table(rows: Sequence[Row]) -> str:
     lines = []
     for backbone, own in by_backbone(rows).items():
         for arm in ARMS:
-            found = list(of_arm(own, arm).values())
+            found = list(by_seed(matching(own, adapter=arm)).values())
             if not found:
                 continue
             first = found[0]["settings"]
@@ -103,9 +91,9 @@ def tries_table(rows: Sequence[Row]) -> str:
     """Every try on the development seed, and which was taken."""
     lines = []
     for backbone, own in by_backbone(rows).items():
-        base = next(iter(of_arm(own, "base").values()))
+        base = matching(own, adapter="base")[0]
         for arm in ARMS:
-            tries = tries_of(own, arm)
+            tries = matching(own, adapter=arm, seed=DEVELOPMENT_SEED)
             taken = best(tries, base)["key"] if tries else ""
             for row in tries:
                 settings = row["settings"]

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ..pages import markdown, show
-from ..runs import Row, finished
+from ..runs import Row, finished, matching
 from . import inside, strength
 from .arms import MATCHED, VARIANTS
 from .initial_scales import SCALES_RESULTS
@@ -31,15 +31,11 @@ def _place(row: Row) -> tuple[Any, ...]:
     return tuple(row["settings"][name] for name in names)
 
 
-def of_arm(rows: Iterable[Row], adapter: str, variant: str = "default") -> list[Row]:
-    wanted = {"adapter": adapter, "variant": variant}
-    return [row for row in rows if wanted.items() <= row["settings"].items()]
-
-
 def pairs_of(rows: Iterable[Row], new: str, old: str, variant: str = "default") -> Pairs:
     """The runs of an arm with those of another one that differ in nothing else."""
-    partners = {_place(row): row for row in of_arm(rows, old)}
-    return [(row, partners[_place(row)]) for row in of_arm(rows, new, variant) if _place(row) in partners]
+    partners = {_place(row): row for row in matching(rows, adapter=old, variant="default")}
+    mine = matching(rows, adapter=new, variant=variant)
+    return [(row, partners[_place(row)]) for row in mine if _place(row) in partners]
 
 
 def cells_of(pairs: Pairs, measure: str) -> dict[tuple[str, str], list[float]]:
@@ -68,10 +64,9 @@ def _mean(values: Iterable[float]) -> float:
 def scores_table(rows: Sequence[Row]) -> str:
     """Mean exact match and loss of every arm in every cell."""
     groups: dict[tuple[str, str, str], list[Row]] = defaultdict(list)
-    for row in rows:
+    for row in matching(rows, variant="default"):
         settings = row["settings"]
-        if settings["variant"] == "default":
-            groups[settings["backbone"], settings["task"], settings["adapter"]].append(row)
+        groups[settings["backbone"], settings["task"], settings["adapter"]].append(row)
     lines = []
     for place, found in sorted(groups.items()):
         exact, known, loss, text = (
@@ -154,7 +149,7 @@ def ablation_table(rows: Sequence[Row]) -> str:
         if over_lora:
             loss, *others = (summary_of(over_lora, measure).text() for measure in measures)
             from_default = summary_of(over_default, measures[0]).text() if over_default else ""
-            size = f"{of_arm(rows, adapter, variant)[0]['trainable']:,}"
+            size = f"{over_lora[0][0]['trainable']:,}"
             lines.append([name, len(over_lora), size, loss, from_default, *others])
     heads = ("variant", "pairs", "trainable", "loss, % lower than LoRA", "loss, % lower than the default")
     more = ("exact match, points over LoRA", "known tasks, points over LoRA", "plain text, nats lower than LoRA")

@@ -18,6 +18,7 @@ from benchmarks.architectures import __main__ as architectures
 from benchmarks.memory import generation, one_run
 from benchmarks.quality import arms, backbones, initial_scales, inside, strength, study
 from benchmarks.runs import finished, read_lines
+from peft_talan.demo import recall
 
 from ..small_models import CONFIGS
 
@@ -241,7 +242,7 @@ def test_initial_scales_change_the_side_path_alone(backbone: str, tmp_path: Path
     assert len({row["losses"][0] for row in rows.values()}) == 1
     assert len({row["losses"][2] for row in rows.values()}) == len(rows)
     base = arms.make_config("lora+talan", None, 4, ["q_proj"], {})
-    model = one_run.pretrained("key", 0, 1)
+    model = recall.pretrained("key", 0, 1)
     found = {}
     for variant in ("default", *arms.INITIAL_SCALES):
         torch.manual_seed(0)
