@@ -21,7 +21,7 @@ def compare(
     output: Annotated[Path, Option("--output", "--output-dir", help="Folder for adapters, table and picture")],
     training: TrainingOptions,
     seeds: Annotated[int, Option(min=1, help="How many seeds each arm is trained with")] = 3,
-    rank: Annotated[int, Option("--rank", "--lora-r", min=1, help="Rank of LoRA and of TALAN's low-rank half")] = 16,
+    rank: Annotated[int, Option("--rank", "--lora-r", min=1, help="LoRA's rank, alone and with the side path")] = 16,
     processes: Annotated[int, Option(min=1, help="How many are trained at a time")] = 1,
     retention_text: Annotated[
         Path | None, Option(help="Plain text for retention", show_default="a page of English prose")

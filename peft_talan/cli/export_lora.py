@@ -19,7 +19,7 @@ def export_lora(
     overwrite: Overwrite = False,
     as_json: AsJson = False,
 ) -> None:
-    """Write the low-rank half as a plain LoRA adapter, for PEFT and converters that know LoRA alone.
+    """Write the LoRA weights as a plain LoRA adapter, for PEFT and converters that know LoRA alone.
 
     It is not equivalent to the adapter: the side path is left out. The base model is not needed.
     """

@@ -30,7 +30,7 @@ def generate(
     ] = None,
     max_new_tokens: Annotated[int, Option(min=1, help="Longest answer, in tokens")] = 128,
     temperature: Annotated[float, Option(min=0.0, help="Of sampling; 0 is greedy")] = 0.0,
-    strength: Annotated[float, Option(help="Of the side path: 1 as trained, 0 the low-rank half alone")] = 1.0,
+    strength: Annotated[float, Option(help="Of the side path: 1 as trained, 0 LoRA weights only")] = 1.0,
     seed: Annotated[int, Option(help="Of sampling")] = 0,
     dtype: models.Dtype = "auto",
     device: models.Device = None,

@@ -69,7 +69,7 @@ def _tables(description: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, obj
                 "task": description["task_type"],
                 "side path": _size(side_path),
                 "  at blocks": ", ".join(map(str, side_path["blocks"])) or "none",
-                "low-rank half": _size(low_rank),
+                "LoRA weights": _size(low_rank),
                 "  in modules": low_rank["modules"],
                 "other tensors": _size(description["other"]) if description["other"]["parameters"] else None,
                 **{f"  {name}": value for name, value in low_rank["options"].items() if value and value != "none"},

@@ -22,7 +22,7 @@ def merge(
         Option(
             metavar="keep|drop",
             help="keep: it stays beside the weights, outputs are the adapter's. "
-            "drop: a plain model, the low-rank half alone",
+            "drop: a plain model with the LoRA weights only",
         ),
     ] = "keep",
     model: models.BaseModel = None,
@@ -32,7 +32,7 @@ def merge(
     device: models.Device = None,
     as_json: AsJson = False,
 ) -> None:
-    """Fold the low-rank half into the base model's weights and write a model folder.
+    """Fold the LoRA weights into the base model's weights and write a model folder.
 
     The side path depends on its input and can't become weights: it is kept beside them, or dropped.
     """
@@ -40,7 +40,7 @@ def merge(
         raise Misuse(f"--side-path {side_path}: choose keep or drop")
     check_output(output, overwrite, adapter)
     if models.check_adapter(adapter, model, "TALAN", merged_too=True) == models.MERGED:
-        raise Misuse(f"{adapter}: is a model with a side path; its low-rank half is merged already")
+        raise Misuse(f"{adapter}: is a model with a side path; its LoRA weights are merged already")
     models.check_place(dtype, device)
     from ..checkpoint.card import write_card
     from ..checkpoint.saved_files import remove_saved_files

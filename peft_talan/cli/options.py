@@ -90,7 +90,7 @@ class TrainingOptions:
     ] = 1
     learning_rate: Annotated[float, Option(help="Highest learning rate")] = 2e-4
     side_path_lr_scale: Annotated[
-        float, Option(help="The side path's learning rate divided by that of the low-rank half")
+        float, Option(help="The side path's learning rate divided by that of the LoRA weights")
     ] = 5.0
     max_length: Annotated[int, Option(min=1, help="Where longer examples are cut, in tokens")] = 1024
     bf16: Annotated[bool | None, Option(help="Train in bfloat16", show_default="on a GPU that has it")] = None

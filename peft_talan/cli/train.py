@@ -34,14 +34,12 @@ SCHEDULES = (
 class LoraOptions:
     """Fields of `TalanConfig`, by their names there."""
 
-    r: Annotated[
-        int, Option("--rank", "--lora-r", min=0, help="Rank of the low-rank half; 0: the side path alone")
-    ] = 16
+    r: Annotated[int, Option("--rank", "--lora-r", min=0, help="LoRA's rank; 0: the side path alone")] = 16
     lora_alpha: Annotated[int | None, Option(help="LoRA's alpha", show_default="twice the rank")] = None
     target_modules: Annotated[
-        str, Option("--target-modules", "--lora-target-modules", help="Modules of the low-rank half, with commas")
+        str, Option("--target-modules", "--lora-target-modules", help="LoRA's modules, with commas")
     ] = "all-linear"
-    use_dora: Annotated[bool, Option("--use-dora", "--dora", help="DoRA as the low-rank half")] = False
+    use_dora: Annotated[bool, Option("--use-dora", "--dora", help="Train DoRA beside the side path")] = False
     use_rslora: Annotated[bool, Option("--use-rslora", "--rslora", help="rsLoRA's scaling")] = False
 
     def fields(self) -> dict[str, Any]:

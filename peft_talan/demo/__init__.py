@@ -23,7 +23,7 @@ class DemoOptions:
     steps: Annotated[int, Option(min=1, help="Optimizer steps of each adapter of the task")] = 20
     batch_size: Annotated[int, Option(min=1, help="Examples of a step")] = 8
     learning_rate: Annotated[float, Option(help="Highest learning rate")] = 1e-3
-    rank: Annotated[int, Option(min=1, help="Rank of the low-rank half")] = 16
+    rank: Annotated[int, Option(min=1, help="LoRA's rank")] = 16
     held_out: Annotated[int, Option(min=2, help="Number of held-out items")] = 100
     seed: Annotated[int, Option(help="Of data, initialization and order")] = 0
     ask: Annotated[

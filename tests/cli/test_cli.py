@@ -356,7 +356,7 @@ def test_export_is_the_low_rank_half_and_needs_no_base_model(saved: Path, tmp_pa
 def test_export_refuses_what_has_no_low_rank_half(saved: Path, tmp_path: Path, fails: Fails) -> None:
     config = TalanConfig(task_type="CAUSAL_LM", r=0)
     get_peft_model(AutoModelForCausalLM.from_pretrained(saved / "model"), config).save_pretrained(tmp_path / "a")
-    assert "no low-rank half" in fails(["export-lora", tmp_path / "a", tmp_path / "b"])
+    assert "no LoRA weights" in fails(["export-lora", tmp_path / "a", tmp_path / "b"])
     assert not (tmp_path / "b").exists()
 
 
