@@ -92,14 +92,15 @@ def weigh_side_paths(
                 raise ValueError(
                     f"adapters={adapters!r}: {other!r} and {name!r} both have a side path at block "
                     f"{layer.block_index}, and the sum of two side paths is none; give one of them the weight 0, or "
-                    "activate both with set_adapter([...]), where their perturbations add up"
+                    "activate both with model.base_model.set_adapter([...]), where their perturbations add up"
                 )
             for axis, value in _axes(configs[name], weight).items():
                 other, value_there = axes.setdefault(axis, (name, value))
                 if value_there != value:
                     raise ValueError(
                         f"{axis}={value!r} of adapter {name!r} with weight {weight} is {value_there!r} for {other!r}, "
-                        "and an adapter has one for all its blocks; activate both with set_adapter([...])"
+                        "and an adapter has one for all its blocks; activate both with "
+                        "model.base_model.set_adapter([...])"
                     )
             sources[layer.block_index] = SidePathSource(name, factor)
     fields = {axis: value for axis, (_, value) in axes.items()}
