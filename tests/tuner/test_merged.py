@@ -28,7 +28,16 @@ from peft_talan import set_talan_strength, talan_strength
 from peft_talan.analysis import measure_blocks
 
 from ..bad_input.entrances import assert_unchanged, picture
-from ..small_models import logits, make_base, make_config, make_lora_config, make_model, make_tokens, rounding
+from ..small_models import (
+    adapter_calls_of_transformers,
+    logits,
+    make_base,
+    make_config,
+    make_lora_config,
+    make_model,
+    make_tokens,
+    rounding,
+)
 
 SECOND: dict[str, Callable[[], PeftConfig]] = {
     "lora": lambda: make_lora_config(init_lora_weights=False),
@@ -176,6 +185,7 @@ def test_a_second_stage_of_lora_is_merged_and_saved_with_it(merged: PreTrainedMo
     assert loaded.state_dict().keys() == model.state_dict().keys()
 
 
+@adapter_calls_of_transformers
 def test_transformers_own_adapters_leave_it_alone(merged: PreTrainedModel, tmp_path: Path) -> None:
     model, expected = copy.deepcopy(merged), logits(merged)
     with pytest.raises(ValueError, match="No adapter loaded"):
