@@ -64,12 +64,9 @@ def _adapter(folder: Path) -> _Part | None:
     weights, counts = folder / SAFETENSORS_WEIGHTS_NAME, {}
     if weights.exists():  # It may be a pickle.
         sizes = {name: head.numel for name, head in read_heads(weights).items()}
-        counts = {
-            "LoRA weights": sum(
-                size for name, size in sizes.items() if ".lora_" in name and not is_side_path_key(name)
-            ),
-            "side path": sum(size for name, size in sizes.items() if is_side_path_key(name)),
-        }
+        side_path = sum(size for name, size in sizes.items() if is_side_path_key(name))
+        counts = {"LoRA weights": sum(s for name, s in sizes.items() if ".lora_" in name) - side_path}
+        counts["side path"] = side_path
     axes = tuple(name for name in HELP if name.startswith("talan_") and name != "talan_version")
     return _Part("TALAN adapter", config, (*axes, *LOW_RANK_FIELDS), counts)
 
@@ -79,21 +76,17 @@ def _merged(folder: Path) -> list[_Part]:
     file = folder / MODEL_CONFIG_NAME
     config = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
     side_paths = merged_side_paths(config)
-    heads = [read_heads(weights) for weights in folder.glob("*.safetensors")] if side_paths else []
-    sizes = [(merged_tensor(name), head.numel) for file_heads in heads for name, head in file_heads.items()]
+    files = folder.glob("*.safetensors") if side_paths else ()
+    sizes = [(merged_tensor(name), head.numel) for one in files for name, head in read_heads(one).items()]
+    model_class = (config.get("architectures") or ["AutoModel"])[0]
+    task_type = "CAUSAL_LM" if model_class.endswith("ForCausalLM") else None
+    shared = {"model_class": model_class, "task_type": task_type}
     parts = []
     for one in side_paths:
-        title = (
-            "TALAN side path" if len(side_paths) == 1 else f"TALAN side path {one.number + 1}, `{one.adapter_name}`"
-        )
-        fields_of_part = {**one.axes, "blocks": list(one.blocks), "talan_version": one.talan_version}
+        title = "TALAN side path" + (f" {one.number + 1}, `{one.adapter_name}`" if len(side_paths) > 1 else "")
+        values = {**one.axes, "blocks": list(one.blocks), "talan_version": one.talan_version, **shared}
         count = sum(size for tensor, size in sizes if tensor is not None and tensor.number == one.number)
-        architectures = config.get("architectures") or ["AutoModel"]
-        parts.append(
-            _Part(
-                title, {**fields_of_part, "model_class": architectures[0]}, ("blocks", *one.axes), {"side path": count}
-            )
-        )
+        parts.append(_Part(title, values, ("blocks", *one.axes), {"side path": count}))
     return parts
 
 
@@ -120,10 +113,6 @@ def _base_model(config: Mapping[str, Any], repo_id: str | None) -> str | None:
 def _section(part: _Part, folder: Path, repo_id: str | None, subfolder: str | None) -> str:
     config = part.config
     merged = "model_class" in config
-    auto_class = AUTO_CLASSES.get(str(config.get("task_type") or ""), "AutoModel")
-    if merged:
-        name = config["model_class"]
-        auto_class = "AutoModelForCausalLM" if name.endswith("ForCausalLM") else name
     card = ModelCard.from_template(
         ModelCardData(),
         str(TEMPLATE),
@@ -131,7 +120,7 @@ def _section(part: _Part, folder: Path, repo_id: str | None, subfolder: str | No
         base=_base_model(config, repo_id),
         base_place=json.dumps(config.get("base_model_name_or_path") or "the/base-model"),
         merged=merged,
-        auto_class=auto_class,
+        auto_class=AUTO_CLASSES.get(str(config.get("task_type")), config.get("model_class", "AutoModel")),
         place=json.dumps(repo_id or "path/to/this/folder"),
         subfolder=subfolder and json.dumps(subfolder),
         install=INSTALL,

@@ -194,7 +194,8 @@ def test_merged_model(client: Client, hub: Hub, tmp_path: Path) -> None:
     card = card_of(hub, "user/merged")
     assert 'AutoModelForCausalLM.from_pretrained("user/merged")' in card.text and "PeftModel" not in card.text
     assert (card.data.base_model, card.data["base_model_relation"]) == ("user/base", "finetune")
-    assert "talan" in card.data.tags
+    assert "talan" in card.data.tags and card.data.pipeline_tag == "text-generation"
+    assert '| `talan_mixer` | `"attention"` |' in card.text and "| side path |" in card.text
 
 
 def test_plain_lora_on_a_model_that_had_talan(client: Client, hub: Hub) -> None:
