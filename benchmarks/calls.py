@@ -1,4 +1,4 @@
-"""What the overhead benchmarks time: prefill, a decoded token, a training step, attaching; eager or compiled."""
+"""What the benchmarks time: prefill, a decoded token, a training step, attaching, the operators by themselves."""
 
 from __future__ import annotations
 
@@ -10,9 +10,13 @@ from typing import Any
 
 import torch
 from conditions import ADAPTERS, make_conditions
+from long_context import SLOTS, WIDTH, make_parameters
 from peft import PeftModel, get_peft_model
 from torch import nn
 from transformers import Cache, DynamicCache, PreTrainedConfig, StaticCache
+
+from peft_talan.functional import fused, one_token, ragged, ragged_reference, reference
+from peft_talan.functional.parameters import SidePathOptions
 
 PROMPT = 128
 """Tokens that are really read before decoding; a longer context repeats their keys."""
@@ -23,11 +27,13 @@ MOST_DECODED = 4096
 Calls = dict[str, Callable[[], Any]]
 
 
+def head_width(config: PreTrainedConfig) -> int:
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
 def key_bytes(config: PreTrainedConfig, itemsize: int) -> int:
     """Bytes of keys and values of one token."""
-    heads = config.num_key_value_heads
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return 2 * config.num_hidden_layers * heads * width * itemsize
+    return 2 * config.num_hidden_layers * config.num_key_value_heads * head_width(config) * itemsize
 
 
 def prefill_operations(model: nn.Module, tokens: int) -> float:
@@ -35,17 +41,13 @@ def prefill_operations(model: nn.Module, tokens: int) -> float:
     config = model.config
     matrices = sum(p.numel() for name, p in model.named_parameters() if p.dim() == 2 and "embed" not in name)
     matrices -= 0 if config.tie_word_embeddings else config.vocab_size * config.hidden_size
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return tokens * matrices + config.num_hidden_layers * config.num_attention_heads * width * tokens**2
+    attention = config.num_hidden_layers * config.num_attention_heads * head_width(config)
+    return tokens * matrices + attention * tokens**2
 
 
 def _token_ids(model: nn.Module, batch: int, tokens: int) -> torch.Tensor:
     ids = torch.randint(0, model.config.vocab_size, (batch, tokens), generator=torch.Generator().manual_seed(2))
-    return ids.to(_device(model))
-
-
-def _device(model: nn.Module) -> torch.device:
-    return next(model.parameters()).device
+    return ids.to(model.device)
 
 
 def _compiled(call: Callable[[nn.Module], Any], model: nn.Module, mode: str | None = None) -> Callable[[], Any]:
@@ -93,8 +95,8 @@ def lengthen(cache: Cache, times: int) -> None:
 
 
 def decode_calls(models: dict[str, nn.Module], context: int, batch: int, masked: bool = True) -> Calls:
-    """One decoded token a call, with a mask as `generate` passes it, each condition going on with its own cache."""
-    token = torch.full((batch, 1), 7, device=_device(next(iter(models.values()))))
+    """One decoded token per call, with a mask as `generate` passes it, each condition with its own cache."""
+    token = torch.full((batch, 1), 7, device=next(iter(models.values())).device)
     mask = token.new_ones(batch, context + MOST_DECODED)
 
     def step(model: nn.Module, cache: Cache) -> torch.Tensor:
@@ -116,13 +118,14 @@ def decode_calls(models: dict[str, nn.Module], context: int, batch: int, masked:
 def compiled_decode_calls(
     models: dict[str, nn.Module], context: int, batch: int, room: int, mode: str | None = None
 ) -> Calls:
-    """One decoded token a call, compiled, with a static cache; attention then runs over the cache's whole room."""
-    token = torch.full((batch, 1), 7, device=_device(next(iter(models.values()))))
+    """One decoded token per call, compiled, with a static cache; attention then runs over the cache's whole room."""
+    token = torch.full((batch, 1), 7, device=next(iter(models.values())).device)
     calls: Calls = {}
     for name, model in models.items():
         cache = StaticCache(config=model.config, max_cache_len=context + room)
         with torch.no_grad():
-            model(input_ids=_token_ids(model, batch, PROMPT), past_key_values=cache, use_cache=True, logits_to_keep=1)
+            prompt = _token_ids(model, batch, min(context, PROMPT))
+            model(input_ids=prompt, past_key_values=cache, use_cache=True, logits_to_keep=1)
         calls[name] = _compiled(_closing_over(token, cache), model, mode)
     return calls
 
@@ -166,3 +169,46 @@ def load_calls(base: nn.Module, names: list[str], folder: Path) -> Calls:
         model.unload()
         calls[name] = partial(PeftModel.from_pretrained, bare, folder / name)
     return calls
+
+
+OPERATORS = ("forward", "forward and backward", "one token", "requests together")
+
+
+def operator_calls(base: nn.Module, tokens: int, rows: int) -> dict[str, Calls]:
+    """The reference and the fused operator in a model's hidden size, dtype and place, by what they do."""
+    like = {"device": base.device, "dtype": base.dtype}
+    parameters = make_parameters(base.config.hidden_size, SLOTS, WIDTH).to(base.device)
+    trained = [tensor.requires_grad_() for tensor in (parameters.read, *parameters.mixer, parameters.write)]
+    options = SidePathOptions()
+    hidden_states = torch.randn(1, tokens, base.config.hidden_size, **like)
+    one = torch.randn(rows, 1, base.config.hidden_size, **like)
+    state = torch.rand(rows, SLOTS, WIDTH + 1, device=base.device)
+    buffers = one_token.TokenBuffers(state.clone(), torch.float32)
+    length = max(tokens // rows, 1)
+    starts = torch.arange(0, tokens + 1, length, device=base.device)
+    states = torch.zeros(len(starts) - 1, SLOTS, WIDTH + 1, device=base.device)
+    together = {"cu_seqlens": starts, "state": states, "max_query_length": length}
+    flat = hidden_states[0, : length * len(states)]
+
+    def backward(module: Any) -> object:
+        output = module.side_path(hidden_states, parameters, options).hidden_states
+        return torch.autograd.grad(output, trained, torch.ones_like(output))
+
+    def forward(call: Callable[..., object], tensor: torch.Tensor, *more: Any, **named: Any) -> Callable[[], object]:
+        return torch.no_grad()(partial(call, tensor, parameters, options, *more, **named))
+
+    return {
+        "forward": {
+            "reference": forward(reference.side_path, hidden_states),
+            "fused": forward(fused.side_path, hidden_states),
+        },
+        "forward and backward": {"reference": partial(backward, reference), "fused": partial(backward, fused)},
+        "one token": {
+            "reference": forward(reference.side_path, one, state=state),
+            "fused": forward(one_token.one_token, one, buffers),
+        },
+        "requests together": {
+            "reference": forward(ragged_reference.ragged_side_path, flat, **together),
+            "fused": forward(ragged.ragged_side_path, flat, **together),
+        },
+    }

@@ -51,6 +51,15 @@ ON_PAPER: dict[str, PreTrainedConfig] = {
     ),
 }
 MODELS = ("smollm2", *SHAPES)
+NAMES = {
+    "smollm2": "SmolLM2-135M",
+    "qwen3-0.6b": "Qwen3-0.6B shape",
+    "qwen3-1.7b": "Qwen3-1.7B shape",
+    "llama-3.2-1b": "Llama-3.2-1B shape",
+    "llama-3.1-8b": "Llama-3.1-8B shape",
+    "llama-3.1-70b": "Llama-3.1-70B shape",
+}
+"""Of all models in tables, which have this order."""
 
 LOW_RANK = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
 EIGHT_BLOCKS = [index / 8 for index in range(8)]
@@ -92,16 +101,7 @@ SMALLER_GROUPS = {
 
 
 def load_base(name: str, dtype: torch.dtype, blocks: int | None = None) -> nn.Module:
-    """The real model, or random weights in a shape.
-
-    Args:
-        name: One of `MODELS`.
-        dtype: Of its weights.
-        blocks: Keep so many of the first blocks; None: all.
-
-    Returns:
-        The model, for evaluation.
-    """
+    """The real model or random weights in a shape, for evaluation; `blocks`: only so many of the first blocks."""
     if name == "smollm2":
         model = AutoModelForCausalLM.from_pretrained(default_model_folder(), dtype=dtype).eval()
     else:
@@ -128,25 +128,15 @@ def random_model(config: PreTrainedConfig, dtype: torch.dtype) -> nn.Module:
                 piece.copy_(noise[: len(piece)])
     for module in model.modules():
         if hasattr(module, "compute_default_rope_parameters"):
-            # Its frequencies are buffers, which an empty model has not: they are made anew, and by nobody else.
+            # Its frequencies are buffers, which an empty model has not; nothing else computes them again.
             module.__init__(config=model.config)  # type: ignore[misc]
     return model.eval()
 
 
 def make_conditions(base: nn.Module, names: list[str]) -> dict[str, nn.Module]:
-    """The model in each condition; all share the base's tensors.
+    """The model in each condition, for evaluation; all share the base's tensors.
 
-    A fresh low-rank half adds exactly zero to the weights that it is merged into, so the merged models share them too.
-
-    Args:
-        base: The base model.
-        names: The conditions.
-
-    Returns:
-        The models, for evaluation.
-
-    Raises:
-        RuntimeError: A merged model has weights of its own.
+    Fresh LoRA weights add exactly zero to those that they are merged into, so the merged models share them too.
     """
     models: dict[str, nn.Module] = {}
     for name in names:
@@ -170,6 +160,5 @@ def trainable_shares(base: nn.Module) -> dict[str, float]:
     backbone = sum(parameter.numel() for parameter in base.parameters())
     shares = {}
     for name in ("lora", "talan", "talan, 8 blocks"):
-        model = make_conditions(base, [name])[name]
-        shares[name] = sum(tensor.numel() for tensor in model.parameters() if tensor.requires_grad) / backbone
+        shares[name] = make_conditions(base, [name])[name].get_nb_trainable_parameters()[0] / backbone
     return {**shares, "side path": shares["talan"] - shares["lora"]}

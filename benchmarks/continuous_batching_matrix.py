@@ -1,7 +1,7 @@
 """Whether answers of transformers' continuous batching equal those of `generate`, over many settings, beside LoRA's.
 
 `python -m benchmarks.continuous_batching_matrix` runs every setting on tiny models with random weights (a quarter of
-an hour on two cores) and prints one line a setting; `--out FILE` keeps them as JSON lines and goes on from those.
+an hour on two cores) and prints one line per setting; `--out FILE` keeps them as JSON lines and continues from those.
 """
 
 from __future__ import annotations
@@ -9,48 +9,27 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+from collections.abc import Sequence
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import (
-    AutoModelForCausalLM,
-    ContinuousBatchingConfig,
-    Gemma3TextConfig,
-    GenerationConfig,
-    LlamaConfig,
-    Qwen3Config,
-)
+from transformers import AutoModelForCausalLM, ContinuousBatchingConfig, GenerationConfig
 from transformers.utils import logging
 
-from peft_talan import TalanConfig
+from tests.small_models import CONFIGS, VOCABULARY, make_config, make_lora_config
 
-VOCABULARY, NEW_TOKENS, DEPTH = 64, 10, 4
-SIZES = {
-    "vocab_size": VOCABULARY,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": None,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": DEPTH,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "max_position_embeddings": 256,
-}
-LAYER_TYPES = ["sliding_attention", "full_attention"] * (DEPTH // 2)
-ARCHITECTURES = {
-    "qwen3": Qwen3Config(**SIZES),
-    "llama": LlamaConfig(**SIZES),
-    "gemma3, window 16": Gemma3TextConfig(**SIZES, sliding_window=16, layer_types=LAYER_TYPES),
-}
-AXES: dict[str, dict[str, Any]] = {
-    "default": {},
-    "input": {"talan_position": "input"},
-    "mlp, gated": {"talan_mixer": "mlp", "talan_writeback": "gated"},
+from .runs import Row, append_line, read_lines
+
+NEW_TOKENS, WINDOW = 10, 16
+ARCHITECTURES = ("qwen3", "llama", f"gemma3, window {WINDOW}")
+ADAPTERS: dict[str, LoraConfig] = {
+    "LoRA": make_lora_config(init_lora_weights=False),
+    "default": make_config(),
+    "input": make_config(talan_position="input"),
+    "mlp, gated": make_config(talan_mixer="mlp", talan_writeback="gated"),
 }
 PAGES: dict[str, dict[str, Any]] = {
     "page 8, budget 16": {"page_size": 8, "max_batch_tokens": 16},
@@ -67,11 +46,15 @@ def make_prompts() -> list[list[int]]:
     return [*drawn[:4], drawn[0] + drawn[4], drawn[0] + drawn[5]]
 
 
-def make_model(architecture: str, attention: str, config: LoraConfig) -> Any:
-    """A tiny model with random weights, both halves of whose adapter change the output."""
+def make_model(architecture: str, attention: str, adapter: str) -> Any:
+    """A tiny model with random weights, all of whose adapter changes the output."""
+    name, *window = architecture.split(", window ")
+    config = copy.deepcopy(CONFIGS[name])
+    if window:
+        config.sliding_window = int(window[0])
     torch.manual_seed(0)
-    base = AutoModelForCausalLM.from_config(copy.deepcopy(ARCHITECTURES[architecture]), attn_implementation=attention)
-    return get_peft_model(base, config).eval()
+    base = AutoModelForCausalLM.from_config(config, attn_implementation=attention)
+    return get_peft_model(base, copy.deepcopy(ADAPTERS[adapter])).eval()
 
 
 def expected_answers(model: Any, prompts: list[list[int]]) -> list[list[int]]:
@@ -83,55 +66,41 @@ def expected_answers(model: Any, prompts: list[list[int]]) -> list[list[int]]:
 
 def answers(model: Any, prompts: list[list[int]], pages: dict[str, Any]) -> list[list[int]]:
     """What continuous batching answers."""
+    options = {"max_new_tokens": NEW_TOKENS, "do_sample": False, "eos_token_id": -1, "pad_token_id": 0}
+    batching = ContinuousBatchingConfig(num_blocks=64, **pages)
     outputs = model.generate_batch(
-        prompts,
-        generation_config=GenerationConfig(
-            max_new_tokens=NEW_TOKENS, do_sample=False, eos_token_id=-1, pad_token_id=0
-        ),
-        continuous_batching_config=ContinuousBatchingConfig(num_blocks=64, **pages),
+        prompts, generation_config=GenerationConfig(**options), continuous_batching_config=batching
     )
     return [output.generated_tokens for output in outputs.values()]
 
 
-def main() -> None:
-    """Run every setting."""
+def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, help="JSON lines; settings that are there are not run again")
     parser.add_argument("--architectures", nargs="+", choices=ARCHITECTURES, default=list(ARCHITECTURES))
-    options = parser.parse_args()
+    parser.add_argument("--attention", nargs="+", choices=["sdpa", "eager"], default=["sdpa", "eager"])
+    options = parser.parse_args(arguments)
     logging.set_verbosity_error()
     torch.set_num_threads(1)
     prompts = make_prompts()
-    rows: list[dict[str, Any]] = []
-    if options.out is not None and options.out.exists():
-        rows = [json.loads(line) for line in options.out.read_text(encoding="utf-8").splitlines()]
-    shared = {"r": 4, "target_modules": "all-linear", "task_type": "CAUSAL_LM", "init_lora_weights": False}
-    kinds: dict[str, LoraConfig] = {"LoRA": LoraConfig(**shared)}
-    for name, axes in AXES.items():
-        sizes = {"talan_layers": [1, -1], "talan_slots": 3, "talan_dim": 5, "init_talan_weights": False}
-        kinds[name] = TalanConfig(**shared, **sizes, **axes)
-    for architecture, attention, (name, config) in product(options.architectures, ("sdpa", "eager"), kinds.items()):
-        setting = {"architecture": architecture, "attention": attention, "adapter": name}
+    rows: list[Row] = read_lines(options.out) if options.out is not None else []
+    for architecture, attention, adapter in product(options.architectures, options.attention, ADAPTERS):
+        setting = {"architecture": architecture, "attention": attention, "adapter": adapter}
         known = [row["pages"] for row in rows if row.items() >= setting.items()]
-        missing = {pages: settings for pages, settings in PAGES.items() if pages not in known}
-        if not missing:
+        if set(known) == set(PAGES):
             continue
-        model = make_model(architecture, attention, copy.deepcopy(config))
+        model = make_model(architecture, attention, adapter)
         expected = expected_answers(model, prompts)
-        for pages, settings_of_pages in missing.items():
-            found = answers(model, prompts, settings_of_pages)
+        for pages in (pages for pages in PAGES if pages not in known):
+            found = answers(model, prompts, PAGES[pages])
             right = sum(one == other for one, other in zip(found, expected, strict=False))
-            row = {**setting, "pages": pages, "equal": right, "prompts": len(prompts)}
-            rows.append(row)
-            print(json.dumps(row), flush=True)
+            rows.append({**setting, "pages": pages, "equal": right, "prompts": len(prompts)})
+            print(json.dumps(rows[-1]), flush=True)
             if options.out is not None:
-                with options.out.open("a", encoding="utf-8") as file:
-                    file.write(json.dumps(row) + "\n")
-    for kind, of_kind in {
-        "LoRA": [row for row in rows if row["adapter"] == "LoRA"],
-        "TALAN": [row for row in rows if row["adapter"] != "LoRA"],
-    }.items():
-        print(f"{kind}: {sum(row['equal'] == row['prompts'] for row in of_kind)} of {len(of_kind)} settings equal")
+                append_line(options.out, rows[-1])
+    for kind in ("LoRA", "TALAN"):
+        of_kind = [row["equal"] == row["prompts"] for row in rows if (row["adapter"] == "LoRA") == (kind == "LoRA")]
+        print(f"{kind}: {sum(of_kind)} of {len(of_kind)} settings equal")
 
 
 if __name__ == "__main__":

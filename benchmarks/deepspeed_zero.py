@@ -67,21 +67,21 @@ def differences(runs: dict[str, Run], expected: Run) -> dict[str, object]:
     """Compare a whole and a resumed training with one process, and with each other."""
 
     def largest(one: Run, other: Run) -> float | None:
-        return max(
-            ((one[1][key] - other[1][key]).abs().max().item() for key in one[1].keys() & other[1]), default=None
-        )
+        shared = one[1].keys() & other[1]
+        return max(((one[1][key] - other[1][key]).abs().max().item() for key in shared), default=None)
+
+    def largest_loss(run: Run) -> float:
+        return max(abs(a - b) for a, b in zip(run[0], expected[0][-len(run[0]) :], strict=True))
 
     whole, resumed = runs["whole"], runs["resumed"]
     return {
         "tensors_expected": len(expected[1]),
         "tensors_saved": len(whole[1]),
         "empty_tensors": sum(tensor.numel() == 0 for tensor in whole[1].values()),
-        "largest_loss_difference": max(abs(a - b) for a, b in zip(whole[0], expected[0], strict=True)),
+        "largest_loss_difference": largest_loss(whole),
         "largest_weight_difference": largest(whole, expected),
         "resumed_tensors_saved": len(resumed[1]),
-        "resumed_largest_loss_difference": max(
-            abs(a - b) for a, b in zip(resumed[0], expected[0][-len(resumed[0]) :], strict=True)
-        ),
+        "resumed_largest_loss_difference": largest_loss(resumed),
         "resumed_largest_weight_difference": largest(resumed, expected),
         "resumed_largest_weight_difference_to_whole": largest(resumed, whole),
     }
@@ -150,12 +150,15 @@ def in_each_process(stage: int, folder: Path) -> None:
     dist.destroy_process_group()
 
 
-def rows_of_engine(stage: int, folder: Path) -> list[dict[str, object]]:
-    code, output = launch(
-        [*TORCHRUN, "-m", "benchmarks.deepspeed_zero", "--stage", str(stage), "--in-each-process", str(folder)]
-    )
+def start(command: list[str], **environment: str) -> None:
+    """Run a launcher; its last lines are the error's if it fails."""
+    code, output = launch(command, **environment)
     if code != 0:
         raise RuntimeError(output[-6000:])
+
+
+def rows_of_engine(stage: int, folder: Path) -> list[dict[str, object]]:
+    start([*TORCHRUN, "-m", "benchmarks.deepspeed_zero", "--stage", str(stage), "--in-each-process", str(folder)])
     return json.loads((folder / "rows.json").read_text())
 
 
@@ -173,15 +176,8 @@ def rows_of_trainer(stage: int, folder: Path) -> list[dict[str, object]]:
     config.write_text(json.dumps({**zero(stage), **dict.fromkeys(auto, "auto")}))
     how = ["--use_deepspeed", "--deepspeed_config_file", str(config), "--num_processes", "2", "--num_machines", "1"]
     options = json.dumps({"parts": str(folder), "dtype": "float32"})
-    code, output = launch(
-        [
-            *("accelerate.commands.launch", *how, "--main_process_port", free_port()),
-            *("-m", training.__name__, str(out), options),
-        ],
-        ACCELERATE_USE_CPU="false",
-    )
-    if code != 0:
-        raise RuntimeError(output[-6000:])
+    launcher = ["accelerate.commands.launch", *how, "--main_process_port", free_port()]
+    start([*launcher, "-m", training.__name__, str(out), options], ACCELERATE_USE_CPU="false")
     classes = json.loads((out / "resumed" / "log.json").read_text())["classes"]
     if "DeepSpeedEngine" not in classes:
         raise RuntimeError(f"DeepSpeed did not train: {classes}")

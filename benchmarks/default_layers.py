@@ -1,24 +1,34 @@
 """Measures where one or two side paths do best, so that the default of `talan_layers` rests on something.
 
 Every run fine-tunes SmolLM2-135M-Instruct on sums of two two-digit numbers, matched in all but the placement, and
-reports the held-out loss. One JSON line a finished run; a killed run goes on where it stopped. Two processes, one
+reports the held-out loss. One JSON line per finished run; a killed run continues where it stopped. Two processes, one
 thread each:
 
-    python benchmarks/default_layers.py --steps 50 --seeds 0 1
+    python -m benchmarks.default_layers --steps 50 --seeds 0 1
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import platform
+import random
 import statistics
-import subprocess
-import sys
-from concurrent.futures import ThreadPoolExecutor
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+
+import torch
+
+from peft_talan.demo.base_model import default_model_folder
+from peft_talan.demo.tasks import make_rows
+from peft_talan.sft.models import load_model, load_tokenizer
+from peft_talan.sft.scores import score_rows
+
+from .measure import machine
+from .quality.arms import make_config
+from .runs import Row, RunSettings, read_lines, run_missing
+from .training import adapted, encode, make_batch, train
 
 RESULTS = Path(__file__).parent / "results" / "default_layers.jsonl"
 PLACEMENTS: dict[str, list[float] | None] = {
@@ -28,88 +38,74 @@ PLACEMENTS: dict[str, list[float] | None] = {
     "0.67": [0.67],
     "0.33 and 0.67": [0.33, 0.67],
 }
-HELD_OUT = 200
+HELD_OUT, SCORED_TOGETHER = 200, 50
 RANK = 8
 BATCH_SIZE = 8
 
 
-def run(placement: str, seed: int, steps: int) -> None:
-    """Train and evaluate once, in this process."""
-    import torch
-    from peft import get_peft_model
-    from supervised import build_config, encode, load_base_model, make_batch, make_examples, train
+@dataclass(frozen=True)
+class Settings(RunSettings):
+    """All that a run depends on."""
 
-    from peft_talan.demo.base_model import default_model_folder
+    placement: str
+    seed: int
+    steps: int
 
+
+def run(settings: Settings, folder: str) -> Row:
+    """Train and evaluate once."""
     torch.set_num_threads(1)
-    examples = make_examples("chain_sum", steps * BATCH_SIZE + HELD_OUT, seed)
-    base, tokenizer = load_base_model(default_model_folder())
-    layers = PLACEMENTS[placement]
-    config = (
-        build_config("LoRA", RANK, {}) if layers is None else build_config("TALAN", RANK, {"talan_layers": layers})
-    )
-    torch.manual_seed(seed)
-    model: Any = get_peft_model(base, config)
-    _, seconds = train(
-        model,
-        tokenizer,
-        examples[HELD_OUT:],
-        steps=steps,
-        batch_size=BATCH_SIZE,
-        learning_rate=1e-3,
-        seed=seed,
-        report=lambda step, loss: None,
-    )
-    losses = []
-    with torch.no_grad():
-        for start in range(0, HELD_OUT, 50):
-            rows = [encode(tokenizer, example) for example in examples[start : start + 50]]
-            losses.append(float(model(**make_batch(rows, tokenizer.pad_token_id), use_cache=False).loss))
-    row = {
-        "placement": placement,
-        "seed": seed,
-        "steps": steps,
-        "held_out_loss": statistics.mean(losses),
-        "seconds_a_step": seconds,
-        "trainable": sum(p.numel() for p in model.parameters() if p.requires_grad),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "machine": platform.machine(),
-    }
-    RESULTS.parent.mkdir(exist_ok=True)
-    with RESULTS.open("a") as file:
-        file.write(json.dumps(row) + "\n")
-    print(row, flush=True)
+    rows = make_rows("chain_sum", settings.steps * BATCH_SIZE + HELD_OUT, settings.seed).rows
+    base, tokenizer = load_model(folder, "float32", "cpu"), load_tokenizer(folder)
+    layers = PLACEMENTS[settings.placement]
+    adapter, axes = ("lora", {}) if layers is None else ("lora+talan", {"talan_layers": layers})
+    encoded = [encode(tokenizer, row) for row in rows[HELD_OUT:]]
+    order = random.Random(settings.seed).sample(encoded, len(encoded))
+    torch.manual_seed(settings.seed)
+    with adapted(base, make_config(adapter, base, RANK, "all-linear", axes)) as model:
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+
+        def loss_of(step: int) -> torch.Tensor:
+            batch = make_batch(model, tokenizer, order[step * BATCH_SIZE : (step + 1) * BATCH_SIZE])
+            return model(**batch, use_cache=False).loss
+
+        started = time.perf_counter()
+        train(model, optimizer, settings.steps, loss_of)
+        seconds = time.perf_counter() - started
+        parts = [rows[start : start + SCORED_TOGETHER] for start in range(0, HELD_OUT, SCORED_TOGETHER)]
+        losses = [score_rows(model, tokenizer, part, batch_size=SCORED_TOGETHER).loss for part in parts]
+        return {
+            "key": settings.key(),
+            **asdict(settings),
+            "held_out_loss": statistics.mean(losses),
+            "seconds_a_step": seconds / settings.steps,
+            "trainable": model.get_nb_trainable_parameters()[0],
+            "machine": machine(),
+        }
 
 
-def finished() -> list[dict[str, Any]]:
-    return [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.exists() else []
-
-
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default=None, help="a folder or a hub id; default: SmolLM2-135M-Instruct")
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
-    parser.add_argument("--jobs", type=int, default=2)
-    parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    if options.one:
-        run(options.one[0], int(options.one[1]), options.steps)
-        return
-    done = {(row["placement"], row["seed"], row["steps"]) for row in finished()}
-    wanted = [(p, s) for s in options.seeds for p in PLACEMENTS if (p, s, options.steps) not in done]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
-
-    def start(work: tuple[str, int]) -> None:
-        command = [sys.executable, __file__, "--steps", str(options.steps), "--one", work[0], str(work[1])]
-        subprocess.run(command, check=True, env=environment)
-
-    with ThreadPoolExecutor(options.jobs) as pool:
-        list(pool.map(start, wanted))
-    rows = [row for row in finished() if row["steps"] == options.steps and row["seed"] in options.seeds]
+    parser.add_argument("--jobs", type=int, default=2, help="processes")
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    options = parser.parse_args(arguments)
+    wanted = [Settings(placement, seed, options.steps) for seed in options.seeds for placement in PLACEMENTS]
+    stored = read_lines(options.results)
+    done = {Settings(row["placement"], row["seed"], row["steps"]).key(): row for row in stored}
+    run_missing(
+        lambda: [settings for settings in wanted if settings.key() not in done],
+        partial(run, folder=options.model or default_model_folder()),
+        options.results,
+        done,
+        lambda row: f"{row['placement']}, seed {row['seed']}: {row['held_out_loss']:.4f}",
+        jobs=options.jobs,
+    )
     print(f"{'placement':16} held-out loss, by seed")
     for placement in PLACEMENTS:
-        losses = [row["held_out_loss"] for row in rows if row["placement"] == placement]
+        losses = [done[settings.key()]["held_out_loss"] for settings in wanted if settings.placement == placement]
         print(f"{placement:16} {' '.join(f'{loss:.4f}' for loss in losses)}   mean {statistics.mean(losses):.4f}")
 
 

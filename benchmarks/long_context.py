@@ -1,7 +1,7 @@
 """The side path by itself at lengths that no model of ours reaches here: its memory, and how its sums drift.
 
-`prefill`: one pass of the whole side path up to 131072 tokens, with and without the memory of a cache; the bytes that
-it allocates beyond its input and output, against the tokens. What grows is O(tokens x width): the projections.
+`prefill`: one pass of the whole side path up to 131072 tokens; the bytes that it allocates beyond its input and
+output, against the tokens. What grows is O(tokens x width): the projections.
 `drift`: one million decoded tokens of a float32 model, one at a time as in generation, against the reference in
 float64. The latent memory is a long sum, so its error could grow; what is written back, from ratios of two such sums,
 is what the model sees.
@@ -12,13 +12,15 @@ is what the model sees.
 from __future__ import annotations
 
 import argparse
-import json
 import time
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from measure import code_version, machine, memory_of
+from runs import Row, read_json, write_json
 
 from peft_talan.functional import fused, reference
 from peft_talan.functional.parameters import SidePathOptions, SidePathParameters
@@ -41,28 +43,23 @@ def make_parameters(hidden_size: int, slots: int, width: int) -> SidePathParamet
     )
 
 
-def prefill(lengths: tuple[int, ...]) -> list[dict[str, Any]]:
+def prefill(lengths: Sequence[int]) -> list[Row]:
     """Seconds and bytes of one pass over so many tokens."""
     rows = []
     parameters = make_parameters(HIDDEN_SIZE, SLOTS, WIDTH)
     for tokens in lengths:
         hidden_states = torch.randn(1, tokens, HIDDEN_SIZE)
-
-        def run(hidden_states: torch.Tensor = hidden_states) -> torch.Tensor:
-            with torch.no_grad():
-                return fused.side_path(hidden_states, parameters, SidePathOptions()).hidden_states
-
+        run = torch.no_grad()(partial(fused.side_path, hidden_states, parameters, SidePathOptions()))
         run()
         start = time.perf_counter()
         run()
         seconds = time.perf_counter() - start
-        memory = memory_of(run)
-        output = hidden_states.nbytes
+        peak, output = memory_of(run)["peak"], hidden_states.nbytes
         row = {
             "tokens": tokens,
             "seconds": seconds,
-            "peak_bytes": memory.peak,
-            "peak_bytes_a_token_beyond_the_output": (memory.peak - output) / tokens,
+            "peak_bytes": peak,
+            "peak_bytes_a_token_beyond_the_output": (peak - output) / tokens,
             "output_bytes_a_token": output / tokens,
         }
         print(row, flush=True)
@@ -75,7 +72,8 @@ def relative_error(found: torch.Tensor, right: torch.Tensor) -> float:
     return float((found.double() - right).norm() / right.norm())
 
 
-def drift(tokens: int, seed: int) -> dict[str, Any]:
+@torch.no_grad()
+def drift(tokens: int, seed: int) -> Row:
     """Errors of the memory and of what is written after single steps of generation, against float64, along the way."""
     generator = torch.Generator().manual_seed(seed)
     parameters = make_parameters(DRIFT_HIDDEN_SIZE, SLOTS, WIDTH)
@@ -83,11 +81,11 @@ def drift(tokens: int, seed: int) -> dict[str, Any]:
         parameters.read.double(), tuple(tensor.double() for tensor in parameters.mixer), parameters.write.double()
     )
     options = SidePathOptions()
-    memory = LatentMemory(static=False, recorded=False)
+    memory = LatentMemory(static=False, max_recorded=0)
     exact = torch.zeros(1, SLOTS, WIDTH + 1, dtype=torch.float64)
     # A mean beside the noise, so that the sums have a direction to grow in, and the slots differ.
     mean = torch.randn(DRIFT_HIDDEN_SIZE, generator=generator)
-    rows: list[dict[str, Any]] = []
+    rows: list[Row] = []
     checkpoints = {10**power * digit for power in range(3, 8) for digit in (1, 2, 5)} | {tokens}
     begin, stepping = time.perf_counter(), 0.0
     for done in range(0, tokens, PIECE):
@@ -120,8 +118,7 @@ def drift(tokens: int, seed: int) -> dict[str, Any]:
     return {"memory_dtype": kept_in, "microseconds_a_token": 1e6 * stepping / tokens, "along_the_way": rows}
 
 
-def main() -> None:
-    """Measure, print and store."""
+def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--measure", nargs="+", choices=["prefill", "drift"], default=["prefill", "drift"])
     parser.add_argument("--lengths", nargs="+", type=int, default=list(LENGTHS))
@@ -129,19 +126,17 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--output", type=Path, default=RESULTS)
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
     torch.manual_seed(options.seed)
-    stored = json.loads(options.output.read_text()) if options.output.exists() else {}
-    facts = {"machine": machine(), "code": code_version(), "seed": options.seed}
-    shape = {"hidden_size": HIDDEN_SIZE, "slots": SLOTS, "width": WIDTH, "dtype": "float32"}
+    facts: dict[str, Any] = {"machine": machine(), "code": code_version(), "seed": options.seed}
+    facts |= {"hidden_size": HIDDEN_SIZE, "slots": SLOTS, "width": WIDTH, "dtype": "float32"}
+    stored = read_json(options.output)
     if "prefill" in options.measure:
-        stored["prefill"] = {**facts, **shape, "rows": prefill(tuple(options.lengths))}
+        stored["prefill"] = {**facts, "rows": prefill(options.lengths)}
     if "drift" in options.measure:
-        with torch.no_grad():
-            stored["drift"] = {**facts, **shape, **drift(options.decoded, options.seed)}
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    options.output.write_text(json.dumps(stored, indent=2) + "\n")
+        stored["drift"] = {**facts, **drift(options.decoded, options.seed)}
+    write_json(options.output, stored)
 
 
 if __name__ == "__main__":

@@ -1,16 +1,16 @@
-"""What the benchmarks measure with: times in alternation, allocated bytes, dispatched operations, the machine."""
+"""What the benchmarks measure with: times in turns, allocated bytes, dispatched operations, the machine."""
 
 from __future__ import annotations
 
 import gc
 import hashlib
-import json
+import math
 import platform
 import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import peft
 import torch
@@ -41,46 +41,17 @@ class DispatchCounter(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-class CallMemory(NamedTuple):
-    """The bytes of one call.
-
-    Args:
-        peak: The highest balance of allocated minus freed bytes since the call began.
-        allocated: The sum of all allocations.
-    """
-
-    peak: int
-    allocated: int
-
-
 def wait_for_device() -> None:
     """Wait until an accelerator, if there is one, has done all that it was given: else only launches are timed."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
 
 
-class Ratio(NamedTuple):
-    """A ratio of two conditions' times.
-
-    Args:
-        median: Of the ratios within a turn.
-        low: The lower end of its 95% confidence interval, by bootstrap over the turns.
-        high: The upper end.
-    """
-
-    median: float
-    low: float
-    high: float
-
-
 def processor_name() -> str:
-    """The processor's name as the system gives it."""
+    """The processor's name as the system reports it."""
     cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        for line in cpuinfo.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor()
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
 
 
 def machine() -> dict[str, Any]:
@@ -105,46 +76,20 @@ def code_version() -> str:
     return digest.hexdigest()[:10]
 
 
-def medians_in_alternation(
-    calls: dict[str, Callable[[], object]], repeats: int, calls_a_turn: int
-) -> dict[str, float]:
-    """Give every call a turn in each round, and return each one's median in milliseconds."""
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    for call in calls.values():
-        for _ in range(3):
-            call()
-    for _ in range(repeats):
-        for name, call in calls.items():
-            for _ in range(calls_a_turn):
-                start = time.perf_counter()
-                call()
-                times[name].append(1e3 * (time.perf_counter() - start))
-    return {name: statistics.median(values) for name, values in times.items()}
-
-
 def in_turns(
     calls: dict[str, Callable[[], Any]],
     rounds: int,
     warm_up: int,
-    seconds: float,
+    seconds: float = math.inf,
     fewest: int = 3,
-    after: Callable[[Any], object] | None = None,
+    after: Callable[[Any], object] = lambda result: None,
+    calls_per_turn: int = 1,
 ) -> dict[str, list[float]]:
-    """Time all calls, one each a turn, so that a change of the machine's clock hits all of them.
+    """Time all calls in turns, so that a change of the machine's clock hits all of them; milliseconds by name.
 
-    The order of a turn is rotated from turn to turn, and every second one is backwards: no call always follows the
-    same other one, and two that are compared stay neighbours.
-
-    Args:
-        calls: By condition.
-        rounds: The most turns.
-        warm_up: Turns before them that are not counted.
-        seconds: No further turn begins after so many, once there are `fewest`.
-        fewest: The fewest turns.
-        after: Undoes what a call did, outside of its time; receives its result.
-
-    Returns:
-        Milliseconds of each call of each condition.
+    The order is rotated from turn to turn, and every second one is backwards: no call always follows the same other
+    one, and two that are compared stay neighbours. After so many `seconds`, no turn beyond the `fewest` begins.
+    `after` undoes what a call did, outside of its time.
     """
     times: dict[str, list[float]] = {name: [] for name in calls}
     names = list(calls)
@@ -157,41 +102,44 @@ def in_turns(
         if turn >= fewest and time.perf_counter() - begin > seconds:
             break
         shift = (turn // 2) % len(names)
-        order = names[shift:] + names[:shift]
-        for name in order if turn % 2 else reversed(order):
+        order = (names[shift:] + names[:shift])[:: 1 if turn % 2 else -1]
+        for name in [name for name in order for _ in range(calls_per_turn)]:
             wait_for_device()
             start = time.perf_counter()
             result = calls[name]()
             wait_for_device()
             if turn >= 0:
                 times[name].append(1e3 * (time.perf_counter() - start))
-            if after is not None:
-                after(result)
+            after(result)
             del result
     gc.unfreeze()
     return times
 
 
-def ratio_of(times: list[float], others: list[float]) -> Ratio:
-    """The median of the turns' ratios with its confidence interval."""
+def medians(times: dict[str, list[float]]) -> dict[str, float]:
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def ratio_of(times: list[float], others: list[float]) -> dict[str, float]:
+    """The median of the turns' ratios with its 95% confidence interval, by bootstrap over the turns."""
     ratios = torch.tensor(times, dtype=torch.float64) / torch.tensor(others, dtype=torch.float64)
     picked = torch.randint(len(ratios), (RESAMPLES, len(ratios)), generator=torch.Generator().manual_seed(0))
-    medians = ratios[picked].quantile(0.5, dim=1)
-    low, high = medians.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
-    return Ratio(statistics.median(ratios.tolist()), low, high)
+    resampled = ratios[picked].quantile(0.5, dim=1)
+    low, high = resampled.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    return {"median": statistics.median(ratios.tolist()), "low": low, "high": high}
+
+
+def interval_text(ratio: dict[str, float], digits: int = 4) -> str:
+    """A ratio with its interval."""
+    return "{median:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]".format(**ratio, digits=digits)
 
 
 def summary(times: dict[str, list[float]], partners: dict[str, str]) -> dict[str, Any]:
-    """Medians, ratios within the turns, and the turns themselves.
-
-    Args:
-        times: Milliseconds of every turn, by condition.
-        partners: What each condition is compared with, where both were timed.
-    """
+    """Medians, ratios within the turns to each one's partner where both were timed, and the turns themselves."""
     pairs = [(name, partners[name]) for name in times if partners.get(name) in times]
     return {
-        "milliseconds": {name: statistics.median(values) for name, values in times.items()},
-        "ratios": {name: {"to": other, **ratio_of(times[name], times[other])._asdict()} for name, other in pairs},
+        "milliseconds": medians(times),
+        "ratios": {name: {"to": other, **ratio_of(times[name], times[other])} for name, other in pairs},
         "times": {name: [round(value, 3) for value in values] for name, values in times.items()},
     }
 
@@ -210,8 +158,11 @@ def operations_of(call: Callable[[], object]) -> dict[str, int]:
     return {"dispatched": counter.count, "no_views": counter.count - counter.views, "profiler": events}
 
 
-def memory_of(call: Callable[[], object]) -> CallMemory:
-    """The bytes that one call allocates, by torch.profiler; results included, inputs excluded."""
+def memory_of(call: Callable[[], object]) -> dict[str, int]:
+    """The bytes that one call allocates, by torch.profiler; results included, inputs excluded.
+
+    `peak`: the highest balance of allocated minus freed bytes since the call began. `allocated`: all allocations.
+    """
     call()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as run:
         call()
@@ -220,22 +171,12 @@ def memory_of(call: Callable[[], object]) -> CallMemory:
     for event in sorted(events, key=lambda event: event.start_ns()):
         balance += event.nbytes()
         peak = max(peak, balance)
-    return CallMemory(peak, sum(event.nbytes() for event in events if event.nbytes() > 0))
+    return {"peak": peak, "allocated": sum(event.nbytes() for event in events if event.nbytes() > 0)}
 
 
-def peak_extra_bytes(call: Callable[[], object]) -> int:
-    """The highest balance of allocated minus freed bytes during one call."""
-    return memory_of(call).peak
-
-
-def read_lines(file: Path) -> list[dict[str, Any]]:
-    """The stored results, oldest first."""
-    lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
-    return [json.loads(line) for line in lines]
-
-
-def append_line(file: Path, result: dict[str, Any]) -> None:
-    """Store one finished measurement."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with file.open("a", encoding="utf-8") as stream:
-        stream.write(json.dumps(result) + "\n")
+def card_memory_of(call: Callable[[], object]) -> dict[str, int]:
+    """The highest number of bytes allocated on the GPU during one call, weights included."""
+    torch.cuda.reset_peak_memory_stats()
+    call()
+    wait_for_device()
+    return {"peak": torch.cuda.max_memory_allocated()}

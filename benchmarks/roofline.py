@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from calls import decode_calls, key_bytes, train_calls
 from conditions import ON_PAPER, SHAPES, make_conditions, random_model
 from measure import code_version, machine, operations_of
 from peft import LoraConfig, get_peft_model
+from runs import write_json
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig
 
 from peft_talan import TalanConfig
@@ -37,7 +39,7 @@ SMOLLM2 = LlamaConfig(
     num_key_value_heads=3,
     tie_word_embeddings=True,
 )
-LOW_RANK_HALVES: dict[str, dict[str, Any]] = {
+LORA_WEIGHTS: dict[str, dict[str, Any]] = {
     "PEFT's defaults (r=8, q and v)": {"r": 8},
     "r=8, all linear layers": {"r": 8, "target_modules": "all-linear"},
     "r=16, all linear layers": {"r": 16, "target_modules": "all-linear"},
@@ -50,7 +52,7 @@ def side_path_parameters(hidden_size: int) -> int:
 
 
 def side_path_operations(hidden_size: int, decoding: bool) -> int:
-    """Floating-point operations a token: the two projections, and the memory (2 a multiply-add)."""
+    """Floating-point operations per token: the two projections, and the memory (2 per multiply-add)."""
     projections = 2 * hidden_size * (3 * WIDTH + SLOTS) + 2 * hidden_size
     rank_one_and_read = 6 * SLOTS * WIDTH
     inside_the_chunk = 0 if decoding else 4 * CHUNK_SIZE * (WIDTH + SLOTS)
@@ -68,19 +70,15 @@ def on_meta(config: PreTrainedConfig) -> Any:
         return AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=torch.bfloat16)
 
 
-def count(model: Any) -> int:
-    """Parameters that require gradients."""
-    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-
-
 def trainable(config: PreTrainedConfig) -> dict[str, dict[str, float]]:
-    """Shares of the backbone, by low-rank half: the side path's, and both halves'."""
+    """Shares of the backbone's parameters by LoRA weights: the side path's, and those of both."""
     shares = {}
-    backbone = count(on_meta(config))
-    for name, low_rank in LOW_RANK_HALVES.items():
+    backbone = on_meta(config).num_parameters()
+    for name, low_rank in LORA_WEIGHTS.items():
         with torch.device("meta"):
-            lora = count(get_peft_model(on_meta(config), LoraConfig(task_type="CAUSAL_LM", **low_rank)))
-            both = count(get_peft_model(on_meta(config), TalanConfig(task_type="CAUSAL_LM", **low_rank)))
+            configs = (kind(task_type="CAUSAL_LM", **low_rank) for kind in (LoraConfig, TalanConfig))
+            models = [get_peft_model(on_meta(config), adapter) for adapter in configs]
+        lora, both = (model.get_nb_trainable_parameters()[0] for model in models)
         shares[name] = {"side_path": (both - lora) / backbone, "both_halves": both / backbone}
     return shares
 
@@ -88,14 +86,9 @@ def trainable(config: PreTrainedConfig) -> dict[str, dict[str, float]]:
 def operations_of_shallow(config: PreTrainedConfig, blocks: int) -> dict[str, dict[str, int]]:
     """What one call of each kind dispatches, counted on a narrow model of so many blocks."""
     narrow = copy.deepcopy(config)
-    sizes = {
-        "hidden_size": 64,
-        "intermediate_size": 64,
-        "vocab_size": 128,
-        "head_dim": 16,
-        "num_hidden_layers": blocks,
-    }
-    for name, value in {**sizes, "num_attention_heads": 4, "num_key_value_heads": 2}.items():
+    sizes = {"hidden_size": 64, "intermediate_size": 64, "vocab_size": 128, "num_hidden_layers": blocks}
+    sizes |= {"head_dim": 16, "num_attention_heads": 4, "num_key_value_heads": 2}
+    for name, value in sizes.items():
         setattr(narrow, name, value)
     narrow.eos_token_id = narrow.bos_token_id = narrow.pad_token_id = None
     if getattr(narrow, "layer_types", None):
@@ -141,7 +134,7 @@ def describe(config: PreTrainedConfig) -> dict[str, Any]:
     return {
         "hidden_size": hidden_size,
         "blocks": blocks,
-        "parameters": count(model),
+        "parameters": model.num_parameters(),
         "side_path_parameters": side_path_parameters(hidden_size),
         "block_operations": 2 * block,
         "side_path_operations_prefill": side_path_operations(hidden_size, decoding=False),
@@ -156,18 +149,19 @@ def describe(config: PreTrainedConfig) -> dict[str, Any]:
     }
 
 
-def main() -> None:
-    """Compute, print and store."""
-    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
-    torch.set_num_threads(1)
+def main(arguments: Sequence[str] | None = None) -> None:
     models = {"smollm2": SMOLLM2, **SHAPES, **ON_PAPER}
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", choices=list(models), default=list(models))
+    parser.add_argument("--output", type=Path, default=RESULTS)
+    options = parser.parse_args(arguments)
+    torch.set_num_threads(1)
     result: dict[str, Any] = {"machine": machine(), "code": code_version(), "slots": SLOTS, "width": WIDTH}
-    result["context"] = CONTEXT
-    result["models"] = {}
-    for name, config in models.items():
-        result["models"][name] = describe(config)
+    result |= {"context": CONTEXT, "models": {}}
+    for name in options.models:
+        result["models"][name] = describe(models[name])
         print(name, json.dumps(result["models"][name]), flush=True)
-    RESULTS.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    write_json(options.output, result)
 
 
 if __name__ == "__main__":

@@ -7,15 +7,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from long_context import make_parameters
-from measure import code_version, in_turns, machine
+from measure import code_version, in_turns, machine, medians
+from runs import write_json
 
 from peft_talan.functional import fused
 from peft_talan.functional.parameters import SidePathOptions
@@ -29,10 +28,12 @@ SWEEPS: dict[str, tuple[int, ...]] = {
     "width": (16, 32, 64, 128),
     "hidden_size": (576, 1024, 2048, 4096, 8192),
 }
+GRID = [(size, tokens) for size in (576, 1024, 2048) for tokens in (512, 2048, 8192)]
+"""Widths and lengths of bench_overhead.py's prefills."""
 
 
 def side_path_call(tokens: int, hidden_size: int, slots: int, width: int) -> Callable[[], object]:
-    """One pass, which for a single token goes on from a memory."""
+    """One pass, which for a single token continues from a memory."""
     parameters = make_parameters(hidden_size, slots, width)
     hidden_states = torch.randn(1, tokens, hidden_size)
     state = torch.rand(1, slots, width + 1) if tokens == 1 else None
@@ -44,42 +45,39 @@ def side_path_call(tokens: int, hidden_size: int, slots: int, width: int) -> Cal
     return run
 
 
+def times_of(shapes: list[dict[str, int]], rounds: int, warm_up: int) -> list[float]:
+    """Median milliseconds of each shape, all in turns."""
+    calls = {str(place): side_path_call(**shape) for place, shape in enumerate(shapes)}
+    return list(medians(in_turns(calls, rounds, warm_up, 20)).values())
+
+
 def sweep(what: str, tokens: int, rounds: int) -> list[dict[str, Any]]:
-    """Median milliseconds along one axis, all points in turns."""
-    calls = {}
-    for value in SWEEPS[what]:
-        shape = {**DEFAULT, "tokens": tokens, what: value}
-        calls[str(value)] = partial(side_path_call(**shape))
-    times = in_turns(calls, rounds, 3, 20)
-    return [{what: int(name), "milliseconds": statistics.median(values)} for name, values in times.items()]
+    """Median milliseconds along one axis."""
+    times = times_of([{**DEFAULT, "tokens": tokens, what: value} for value in SWEEPS[what]], rounds, 3)
+    return [{what: value, "milliseconds": time} for value, time in zip(SWEEPS[what], times, strict=True)]
 
 
 def grid(rounds: int) -> list[dict[str, Any]]:
-    """Median milliseconds at the widths and lengths of bench_overhead.py's prefills."""
-    shapes = [(size, tokens) for size in (576, 1024, 2048) for tokens in (512, 2048, 8192)]
-    calls = {
-        f"{size} {tokens}": side_path_call(tokens, size, DEFAULT["slots"], DEFAULT["width"]) for size, tokens in shapes
-    }
-    times = in_turns(calls, rounds, 2, 20)
-    return [
-        {"hidden_size": size, "tokens": tokens, "milliseconds": statistics.median(times[f"{size} {tokens}"])}
-        for size, tokens in shapes
-    ]
+    """Median milliseconds at the points of `GRID`."""
+    shapes = [{"hidden_size": size, "tokens": tokens} for size, tokens in GRID]
+    times = times_of([{**DEFAULT, **shape} for shape in shapes], rounds, 2)
+    return [{**shape, "milliseconds": time} for shape, time in zip(shapes, times, strict=True)]
 
 
-def main() -> None:
-    """Measure, print and store."""
+def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=1)
-    options = parser.parse_args()
+    parser.add_argument("--rounds", type=int, default=20, help="most turns of a pass (default 20)")
+    parser.add_argument("--output", type=Path, default=RESULTS)
+    options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
     result: dict[str, Any] = {"machine": machine(), "code": code_version(), "default": DEFAULT, "prefill": PREFILL}
-    result["passes"] = {what: sweep(what, PREFILL, 20) for what in SWEEPS}
-    result["one_token"] = {what: sweep(what, 1, 400) for what in SWEEPS if what != "tokens"}
-    result["grid"] = grid(12)
+    result["passes"] = {what: sweep(what, PREFILL, options.rounds) for what in SWEEPS}
+    result["one_token"] = {what: sweep(what, 1, 20 * options.rounds) for what in SWEEPS if what != "tokens"}
+    result["grid"] = grid(max(options.rounds * 3 // 5, 1))
     print(json.dumps(result, indent=2))
-    RESULTS.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    write_json(options.output, result)
 
 
 if __name__ == "__main__":

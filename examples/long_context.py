@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from peft import LoraConfig, get_peft_model
 from torch.nn import functional as F
-from transformers import MistralConfig, MistralForCausalLM, StaticCache
+from transformers import DynamicCache, MistralConfig, MistralForCausalLM
 
 from peft_talan import TalanConfig
 
@@ -80,8 +80,8 @@ def right_answers(model: Any, length: int) -> tuple[float, int]:
         The share of right answers, and the bytes that the cache takes for one text.
     """
     texts, keys = make_texts(length, 64, torch.Generator().manual_seed(1_000_000 + length))
-    # A static cache of a sliding-window model keeps the window, and each side path's memory of the whole text.
-    cache = StaticCache(model.config, max_cache_len=length + 1)
+    # The default cache of a sliding-window model: the window, and each side path's memory of the whole text.
+    cache = DynamicCache(config=model.config)
     options = {"max_new_tokens": 1, "do_sample": False, "pad_token_id": BEGIN}
     answers = model.generate(texts, attention_mask=torch.ones_like(texts), past_key_values=cache, **options)[:, -1]
     layers: list[Any] = cache.layers

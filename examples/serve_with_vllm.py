@@ -1,4 +1,4 @@
-"""Serves an adapter with vLLM: the low-rank half is merged into the weights, the side path stays beside them.
+"""Serves an adapter with vLLM: the LoRA weights are merged into the base weights, the side path stays beside them.
 
 Printed is vLLM's answer to each prompt. vLLM finds this package by an entry point, so nothing is imported for it; the
 folder works with `vllm serve FOLDER`, too.

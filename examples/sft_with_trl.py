@@ -119,7 +119,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         ),
         train_dataset=Dataset.from_list(make_rows(8 * options.steps, seed=0)),
         # With LoraConfig in place of TalanConfig this is a LoRA training; every option of LoRA's goes through.
-        peft_config=TalanConfig(task_type="CAUSAL_LM", r=16, target_modules="all-linear"),
+        peft_config=TalanConfig(task_type="CAUSAL_LM", r=16, lora_alpha=32, target_modules="all-linear"),
     )
     unseen = make_rows(options.held_out, seed=1)
     tokenizer = trainer.processing_class

@@ -1,4 +1,4 @@
-"""Lets `pip install` be enough: `import torch` calls `prepare`, and PEFT knows TALAN from its own import on.
+"""Lets `pip install` be enough: `import torch` calls `prepare`; PEFT and transformers know TALAN once imported.
 
 It uses the standard library alone and imports neither torch nor peft. `PEFT_TALAN_AUTOLOAD=0` switches it off.
 
@@ -14,7 +14,7 @@ from __future__ import annotations
 import os
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 
@@ -22,18 +22,22 @@ IMPORTED_BY_TORCH = "torch" in sys.modules
 """If torch calls `prepare`, whether it was torch, not the program, that imported this package."""
 
 
+MODELS = "transformers.modeling_utils"
+"""What builds models, and has to know merged ones."""
+
+
 class _Registration:
-    """Finds modules as the other finders do, and registers TALAN after the first that imports PEFT was executed."""
+    """Finds modules as the other finders do, and registers TALAN right after those that it waits for were executed."""
 
     def __init__(self) -> None:
         self.busy = False
+        self.knows_models = False
 
     def find_spec(
         self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        """Find PEFT, or a module of this package, which must be whole before it is registered."""
-        # Where PEFT is importing torch, one of its last modules is awaited: what is needed of it is there by then.
-        if self.busy or not (name in ("peft", "peft.mapping_func") or name.startswith("peft_talan.")):
+        """Find PEFT, what builds models, or a module of this package, which must be whole before it is registered."""
+        if self.busy or not self._awaits(name):
             return None
         found = (finder.find_spec(name, path, target) for finder in sys.meta_path if finder is not self)
         spec = next((spec for spec in found if spec is not None), None)
@@ -43,11 +47,17 @@ class _Registration:
 
         def execute_and_register(module: ModuleType) -> None:
             del loader.exec_module  # the instance's; the class's own is left
+            if name.startswith("transformers."):
+                loader.exec_module(module)
+                if _models_are_imported() and not self.knows_models:
+                    self.knows_models = True
+                    _or_warn(_know_merged_models)
+                return
             self.busy = True
             try:
                 loader.exec_module(module)
                 if not name.startswith("peft_talan."):
-                    _register_or_warn()
+                    _or_warn(register)
                 elif _peft_is_imported():
                     register()
             finally:
@@ -56,6 +66,18 @@ class _Registration:
         # On the loader itself, which was made for this spec: the module keeps the loader that it would have had.
         loader.exec_module = execute_and_register  # type: ignore[method-assign]
         return spec
+
+    def _awaits(self, name: str) -> bool:
+        # Where PEFT is importing torch, one of its last modules is awaited: what is needed of it is there by then.
+        # Where transformers' models are, any later module of transformers: it imports one as it loads a merged model.
+        models = (
+            not self.knows_models and name.startswith("transformers.") and (name == MODELS or MODELS in sys.modules)
+        )
+        return models or name in ("peft", "peft.mapping_func") or name.startswith("peft_talan.")
+
+
+def _models_are_imported() -> bool:
+    return hasattr(sys.modules.get(MODELS), "PreTrainedModel")
 
 
 def _peft_is_imported() -> bool:
@@ -73,10 +95,17 @@ def register() -> None:
     _stop_waiting()
 
 
-def _register_or_warn() -> None:
+def _know_merged_models() -> None:
+    from .tuner.merged_loading import let_transformers_build_merged_models
+
+    let_transformers_build_merged_models()
+
+
+def _or_warn(call: Callable[[], None]) -> None:
     try:
-        register()
+        call()
     except Exception as error:  # noqa: BLE001 - whatever is wrong with this package, `import peft` must work
+        _stop_waiting()  # What fails once fails again: one warning.
         _warn(error)
 
 
@@ -89,10 +118,13 @@ def _warn(error: Exception) -> None:
 
 
 def wait_for_peft() -> None:
-    """Register as soon as PEFT is imported: at once where it is already."""
+    """Register as soon as PEFT is imported: at once where it is already; transformers' models likewise."""
     if _peft_is_imported():
         register()
-    elif not any(isinstance(finder, _Registration) for finder in sys.meta_path):
+        return
+    if _models_are_imported():
+        _know_merged_models()
+    if not any(isinstance(finder, _Registration) for finder in sys.meta_path):
         sys.meta_path.insert(0, _Registration())
 
 
@@ -106,7 +138,7 @@ def prepare() -> None:
         if os.environ.get("PEFT_TALAN_AUTOLOAD") != "0":
             wait_for_peft()
         elif IMPORTED_BY_TORCH:
-            # As though torch had not called: the program's own `import peft_talan` starts anew.
+            # As though torch had not called: the program's own `import peft_talan` starts again.
             _stop_waiting()
             for name in [name for name in sys.modules if name.partition(".")[0] == "peft_talan"]:
                 del sys.modules[name]

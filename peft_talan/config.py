@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from os import PathLike
 from typing import Any
@@ -55,16 +55,19 @@ class TalanRuntimeConfig(LoraRuntimeConfig):
     Args:
         checkpoint (CheckpointLocation | None): The checkpoint that the configuration was loaded with and that PEFT
             loads next, filled in by `TalanConfig.from_pretrained`. Default None.
+        after_save (Callable | None): What a model with the adapter does with the folder that PEFT has saved it to.
+            Default None.
     """
 
     checkpoint: CheckpointLocation | None = None
+    after_save: Callable[[str], None] | None = None
 
 
 @dataclass
 class TalanConfig(SidePathAxes, LoraConfig):
     """Configure a TALAN adapter: every option of `LoraConfig`, and the axes of the side path (arXiv 2606.06902).
 
-    `r=0`, or `target_modules=[]`, leaves the low-rank half out: the side path alone.
+    `r=0`, or `target_modules=[]`, leaves the LoRA weights out: the side path alone.
 
     Args:
         talan_layers (None | "all" | Sequence[int] | Sequence[float]): The decoder blocks with a side path: indices
@@ -78,15 +81,15 @@ class TalanConfig(SidePathAxes, LoraConfig):
         talan_writeback ("add" | "gated" | "capped" | "orthogonal"): How the residual stream is changed. Default
             `"add"`.
         talan_cap (float): rho of the `capped` writeback, the largest |change| / |hidden state|. Default 0.1.
-        talan_alpha (float): The strength of the perturbation; 0 leaves the low-rank half alone. Default 1.0.
+        talan_alpha (float): The strength of the perturbation; 0: LoRA weights only. Default 1.0.
         talan_dropout (float): The probability of dropping a component of the read-out in training. Default 0.0.
-        talan_trainable ("joint" | "side_path" | "writeback" | "low_rank"): What requires a gradient: both halves, the
-            side path, its write-back (and gate), or the low-rank half. Default `"joint"`.
+        talan_trainable ("joint" | "side_path" | "writeback" | "low_rank"): What requires a gradient: LoRA weights and
+            side path, the side path, its write-back (and gate), or the LoRA weights. Default `"joint"`.
         talan_grad_scale (float): gamma, by which the gradient that enters the side path is multiplied. Default 1.0.
         talan_memory_scope ("causal" | "bidirectional"): Whether a token's memory holds the tokens up to itself or
             those of the whole sequence (encoders; not for generation). Default `"causal"`.
-        init_talan_weights (bool): True: the write-back starts at zero, so that a fresh adapter is its low-rank half.
-            False: at random, for tests. Default True.
+        init_talan_weights (bool): True: the write-back starts at zero, so that a fresh adapter is its LoRA weights
+            alone. False: at random, for tests. Default True.
         talan_blocks (str | None): The name of the `nn.ModuleList` that holds the blocks, such as
             `"model.layers"`, if it can't be found. Default None.
         talan_hidden_size (int | None): H, the width of the residual stream, if it can't be found. Default None.
@@ -113,7 +116,7 @@ class TalanConfig(SidePathAxes, LoraConfig):
 
     @classmethod
     def from_lora(cls, lora: LoraConfig | str | PathLike[str], **options: Any) -> TalanConfig:
-        """Take the low-rank half's options from a LoRA adapter; `warm_start` takes its weights, too.
+        """Take the LoRA weights' options from a LoRA adapter; `warm_start` takes its weights, too.
 
         Args:
             lora: A LoRA configuration, or an adapter's folder or name on the hub.
@@ -141,7 +144,7 @@ class TalanConfig(SidePathAxes, LoraConfig):
         """Load the configuration of a checkpoint, as PEFT does before it loads the checkpoint itself.
 
         The tensors of that checkpoint are then checked before a model is touched. `PeftConfig.from_pretrained` loads a
-        configuration alone, to train anew with it.
+        configuration alone, to train again with it.
 
         Args:
             pretrained_model_name_or_path: The adapter's folder or its name on the hub.
@@ -160,6 +163,18 @@ class TalanConfig(SidePathAxes, LoraConfig):
         location = CheckpointLocation(str(pretrained_model_name_or_path), given, config._fields_of_checkpoint())
         config.runtime_config = TalanRuntimeConfig(checkpoint=location)
         return config
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """Write the configuration into a folder; of a model that PEFT saves it is the last file but the card.
+
+        Args:
+            save_directory: The folder.
+            **kwargs: What PEFT passes as it saves a model.
+        """
+        super().save_pretrained(save_directory, **kwargs)
+        after_save = getattr(self.runtime_config, "after_save", None)
+        if after_save is not None and "auto_mapping_dict" in kwargs:
+            after_save(save_directory)
 
     def checkpoint_to_load(self) -> CheckpointLocation | None:
         """Where the tensors lie that PEFT is about to load.
@@ -255,16 +270,16 @@ class TalanConfig(SidePathAxes, LoraConfig):
                 raise refusal(
                     "talan_trainable",
                     self.talan_trainable,
-                    "there is no low-rank half (r=0 or no target modules); use 'joint' or 'side_path'",
+                    "there are no LoRA weights (r=0 or no target modules); use 'joint' or 'side_path'",
                 )
             if self.target_parameters:
                 raise refusal("target_parameters", self.target_parameters, "needs r >= 1")
-            # PEFT's own name for an adapter whose low-rank half matches no module.
+            # PEFT's own name for an adapter whose LoRA weights match no module.
             self.target_modules = DUMMY_TARGET_MODULES
 
     @property
-    def has_low_rank_half(self) -> bool:
-        """Whether there is a low-rank half at all."""
+    def has_lora_weights(self) -> bool:
+        """Whether there are LoRA weights at all."""
         return bool(self.target_modules != DUMMY_TARGET_MODULES)
 
     @property

@@ -14,6 +14,7 @@ __all__ = [
     "ATTRIBUTES",
     "FUNCTIONS",
     "METHODS",
+    "PLACES",
     "UNDOCUMENTED",
     "VLLM",
     "_adapter_names_pre_forward_hook",
@@ -56,10 +57,9 @@ METHODS: dict[str, str] = {
     "transformers.PreTrainedConfig._attn_implementation": "Read: the form in which a model hands masks to its blocks.",
     "transformers.utils.output_capturing._active_collector": "Read: whether hidden states are being recorded.",
     "transformers.PreTrainedModel._hf_peft_config_loaded": "Read and reset: whether a model has an adapter.",
-    "transformers.PreTrainedModel._load_pretrained_model": "Extended on one model: an embedded side path is loaded.",
     "transformers.PreTrainedModel._no_split_modules": "Read: the classes of a model's decoder blocks.",
-    "transformers.utils.hub.PushToHubMixin._get_files_timestamps": "Called: what a folder held before a save.",
-    "transformers.utils.hub.PushToHubMixin._upload_modified_files": "Extended: the model card's last writer.",
+    "transformers.fusion_mapping._FUSION_REGISTRY": "Extended: see PLACES.",
+    "transformers.utils.hub.PushToHubMixin._upload_modified_files": "Extended: see PLACES.",
 }
 """Methods and class attributes: those that are overridden, and those that are called or read on instances."""
 
@@ -70,27 +70,22 @@ ATTRIBUTES: dict[str, str] = {
     "torch.distributed.fsdp._common_utils._fsdp_wrapped_module": "The same for FSDP.",
     "torch.distributed.algorithms._checkpoint.checkpoint_wrapper._checkpoint_wrapped_module": "The same for "
     "activation checkpointing.",
-    "transformers.core_model_loading._weight_conversions": "Put back: how the base model's names are saved.",
+    "transformers.core_model_loading._is_hf_initialized": "Read, and asked of us: which tensors a file has filled.",
     "transformers._device_mesh": "Read: the processes of tensor parallelism.",
 }
 """Attributes that only instances have, with the module or package that sets them."""
 
 UNDOCUMENTED: dict[str, str] = {
     "peft.utils.AuxiliaryTrainingWrapper": "Modules and tokens that are trained beside an adapter and saved.",
-    "peft.utils.constants.DUMMY_TARGET_MODULES": "PEFT's name for an adapter whose low-rank half matches no module.",
+    "peft.utils.constants.DUMMY_TARGET_MODULES": "PEFT's name for an adapter whose LoRA weights match no module.",
     "peft.utils.integrations.init_empty_weights": "Creates an adapter on the meta device.",
     "peft.utils.transformers_weight_conversion.convert_peft_config_for_transformers": "Experts that are fused.",
-    "transformers.conversion_mapping.get_checkpoint_conversion_mapping": "The place of DoRA's magnitudes.",
     "transformers.conversion_mapping.get_model_conversion_mapping": "Experts that transformers fuses.",
-    "transformers.conversion_mapping.register_checkpoint_conversion_mapping": "The place of DoRA's magnitudes.",
-    "transformers.core_model_loading.WeightRenaming": "The place of DoRA's magnitudes.",
-    "transformers.utils.hub.create_and_tag_model_card": "The card of a kept model that is pushed as it is saved.",
 }
 """Names without an underscore that no documentation page promises."""
 
 VLLM: dict[str, str] = {
-    "vllm.engine.arg_utils.EngineArgs.create_engine_config": "Replaced, as nothing else is: no hook sees an engine's "
-    "configuration.",
+    "vllm.engine.arg_utils.EngineArgs.create_engine_config": "Replaced, as nothing else is: see PLACES.",
     "vllm.compilation.breakable_cudagraph.eager_break_during_capture": "Called: the operator runs outside of graphs.",
     "vllm.forward_context.ForwardContext": "Read: what attention is told of a batch; carries the pages.",
     "vllm.forward_context.get_forward_context": "Called: by the operator.",
@@ -123,3 +118,23 @@ VLLM: dict[str, str] = {
     "vllm.v1.worker.worker_base.WorkerBase.load_model": "Overridden: finds the side paths.",
 }
 """Names of vLLM 0.32.0, which promises none of them to plug-ins. Only the first one is replaced."""
+
+PLACES: dict[str, str] = {
+    "peft.optimizers.lorafa.LoraFAOptimizer.__init__": "It pairs all tensors with `lora` in their names, A before B. "
+    "Seen in PEFT 0.21.",
+    "transformers.PreTrainedModel.post_init": "A merged model gets its side paths as it is built, before its weights "
+    "are loaded. Seen in transformers 5.19 and 5.23.",
+    "transformers.cache_utils.Cache": "What crops, reorders, repeats or resets a cache does so to its memories; and "
+    "these are an attribute of it. Seen in transformers 5.19 and 5.23.",
+    "transformers.fusion_mapping._FUSION_REGISTRY": "A merged model's configuration names the fusion `talan`, which "
+    "transformers without this package refuses. Seen in transformers 5.19 and 5.23.",
+    "transformers.generation.continuous_batching.ContinuousBatchingManager.__init__": "The last place that can refuse "
+    "a model before requests are taken. Seen in transformers 5.19 and 5.23.",
+    "transformers.generation.continuous_batching.PagedAttentionCache.perform_cache_copy": "Of one paged cache: pages "
+    "of memories are copied as those of keys are. Seen in transformers 5.19 and 5.23.",
+    "transformers.utils.hub.PushToHubMixin._upload_modified_files": "`push_to_hub` puts another model card over the "
+    "saved one just before. Seen in transformers 5.19 and 5.23.",
+    "vllm.engine.arg_utils.EngineArgs.create_engine_config": "A model with side paths names the classes that serve "
+    "them in vLLM's own options. Seen in vLLM 0.32.",
+}
+"""What of ours stays on another library's object, and why: for none of these does the library have a hook."""

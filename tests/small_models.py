@@ -161,7 +161,7 @@ def logits(model: nn.Module, **kwargs: object) -> torch.Tensor:
 
 
 def last_state(model: nn.Module) -> torch.Tensor:
-    """What the last block hands on; the model's own final norm comes after it."""
+    """What the last block passes on; the model's own final norm comes after it."""
     seen: list[torch.Tensor] = []
     blocks = next(module for module in model.modules() if isinstance(module, nn.ModuleList))
     handle = blocks[-1].register_forward_hook(lambda _, __, output: seen.append(output))

@@ -50,6 +50,20 @@ with torch.no_grad():
 """
 
 
+MERGED = """
+{first}
+import sys
+early = {{"peft", "peft_talan.tuner.merged"}} & set(sys.modules)
+import torch
+from transformers import AutoModelForCausalLM
+expected = torch.load("expected.pt")
+with torch.no_grad():
+    loaded = AutoModelForCausalLM.from_pretrained("merged").eval()(expected["tokens"]).logits
+torch.testing.assert_close(loaded, expected["logits"])
+print(early)
+"""
+
+
 def run(script: str, folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-c", script],
@@ -75,6 +89,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model.save_pretrained(folder / "adapter")
     with torch.no_grad():
         torch.save({"tokens": make_tokens(), "logits": model(make_tokens()).logits}, folder / "expected.pt")
+    model.merge_and_unload().save_pretrained(folder / "merged")
     return folder
 
 
@@ -113,6 +128,25 @@ def test_every_name_of_the_package_is_there() -> None:
         assert getattr(peft_talan, name) is getattr(peft_talan, name)
     with pytest.raises(AttributeError, match="no_such_name"):
         peft_talan.no_such_name  # noqa: B018
+
+
+# transformers imports torch at the top of modeling_utils, if nothing has imported it before.
+@pytest.mark.parametrize("first", ["import torch", "import transformers.modeling_utils"])
+def test_transformers_alone_loads_a_merged_model_and_imports_peft_for_nothing_else(first: str, saved: Path) -> None:
+    finished = run(MERGED.format(first=first), saved)
+    assert finished.stdout.strip() == "set()", finished.stderr
+
+
+@pytest.mark.parametrize("environment", [{}, {"PEFT_TALAN_AUTOLOAD": "0"}], ids=["waiting", "switched off"])
+def test_this_package_after_transformers_loads_a_merged_model(environment: dict[str, str], saved: Path) -> None:
+    script = MERGED.format(first="import transformers.modeling_utils\nimport peft_talan")
+    finished = run(script, saved, **environment)
+    assert finished.stdout.strip() == "set()", finished.stderr
+
+
+def test_a_program_without_this_package_does_not_run_a_merged_model_without_its_side_path(saved: Path) -> None:
+    finished = run(MERGED.format(first=""), saved, PEFT_TALAN_AUTOLOAD="0")
+    assert finished.stderr.strip().endswith("ValueError: Unknown fusion type: talan")
 
 
 def test_torch_alone_imports_neither_peft_nor_the_tuner(tmp_path: Path) -> None:

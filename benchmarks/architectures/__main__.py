@@ -12,11 +12,10 @@ type has a process of its own and a time limit; results are JSON lines, the last
 from __future__ import annotations
 
 import argparse
-import json
 import multiprocessing
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from multiprocessing import connection
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ import peft
 import torch
 import transformers
 
+from ..runs import Row, append_line
 from .checks import CHECKS
 from .compare import SEVEREST, examine
 from .report import page, read_results
@@ -42,23 +42,14 @@ def _work(pipe: Any, family: str, model_type: str, names: list[str]) -> None:
     pipe.send(examine(family, model_type, names))
 
 
-def in_processes(
-    work: list[tuple[str, str]], names: list[str], limit: float, jobs: int
-) -> Iterator[tuple[str, str, dict[str, Any]]]:
-    """Run `examine` on types, each in a process of its own, which inherits what is imported here.
+def in_processes(work: list[tuple[str, str]], names: list[str], limit: float, jobs: int) -> Iterator[Row]:
+    """Run `examine` on families and types, each in a process of its own, which inherits what is imported here.
 
-    Args:
-        work: Families and types.
-        names: The checks.
-        limit: Seconds of a type.
-        jobs: How many processes run at a time.
-
-    Yields:
-        Family, type and result, as they come.
+    `limit`: seconds of a type.
     """
     context = multiprocessing.get_context("fork")
     waiting = list(reversed(work))
-    running: dict[Any, tuple[str, str, Any, float]] = {}
+    running: dict[Any, tuple[Row, Any, float]] = {}
     while waiting or running:
         while waiting and len(running) < jobs:
             family, model_type = waiting.pop()
@@ -66,12 +57,12 @@ def in_processes(
             process = context.Process(target=_work, args=(sender, family, model_type, names), daemon=True)
             process.start()
             sender.close()
-            running[receiver] = (family, model_type, process, time.monotonic() + limit)
+            running[receiver] = ({"family": family, "type": model_type}, process, time.monotonic() + limit)
         ready = set(connection.wait(running, timeout=1))
-        for receiver, (family, model_type, process, deadline) in list(running.items()):
+        for receiver, (about, process, deadline) in list(running.items()):
             if receiver not in ready and time.monotonic() < deadline:
                 continue
-            found = {"base": "not built", "message": f"no result within {limit:.0f} seconds"}
+            found: Row = {"base": "not built", "message": f"no result within {limit:.0f} seconds"}
             try:
                 if receiver in ready:
                     found = receiver.recv()
@@ -80,24 +71,22 @@ def in_processes(
             process.kill()
             process.join()
             del running[receiver]
-            yield family, model_type, found
+            yield {**about, **found}
 
 
-def show(row: dict[str, Any]) -> None:
-    """Print one line a type, and one for each check that is not right."""
-    checks = row.get("checks", {})
-    lines = []
-    for name, cells in checks.items():
-        for placement, cell in cells.items():
-            if cell["outcome"] != "right":
-                detail = cell.get("message") or f"{cell['difference']:.1e}"
-                lines.append(f"    {name} [{placement}]: {cell['outcome']}: {detail}")
-    outcomes = [cell["outcome"] for cells in checks.values() for cell in cells.values()]
+def show(row: Row) -> None:
+    """Print one line per type, and one for each check that is not right."""
+    cells = [(name, where, cell) for name, found in row.get("checks", {}).items() for where, cell in found.items()]
+    outcomes = [cell["outcome"] for _, _, cell in cells]
     worst = min(outcomes, key=SEVEREST.index) if outcomes else f"{row['base']}: {row['message']}"
-    print(f"{row['family']} {row['type']}: {worst}", *lines, sep="\n", flush=True)
+    print(f"{row['family']} {row['type']}: {worst}")
+    for name, where, cell in cells:
+        if cell["outcome"] != "right":
+            detail = cell.get("message") or f"{cell['difference']:.1e}"
+            print(f"    {name} [{where}]: {cell['outcome']}: {detail}", flush=True)
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--types", nargs="+", help="model types; default: all that have no result yet")
     parser.add_argument("--families", nargs="+", choices=list(FAMILIES), default=list(FAMILIES))
@@ -107,7 +96,7 @@ def main() -> None:
     parser.add_argument("--show", action="store_true", help="print only: nothing is stored")
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--report", action="store_true", help="write the page of the documentation from the results")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     if options.report:
         types = sum(len(types) for _, types in FAMILIES.values())
         PAGE.write_text(page(read_results(options.results), types), encoding="utf-8")
@@ -120,13 +109,10 @@ def main() -> None:
         for model_type in FAMILIES[family][1]
         if (model_type in options.types if options.types else (family, model_type) not in done)
     ]
-    for family, model_type, found in in_processes(work, options.checks, options.seconds, options.jobs):
-        row = {"family": family, "type": model_type, **found, **versions}
-        show(row)
+    for found in in_processes(work, options.checks, options.seconds, options.jobs):
+        show(found)
         if not options.show:
-            options.results.parent.mkdir(exist_ok=True)
-            with options.results.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(row) + "\n")
+            append_line(options.results, {**found, **versions})
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The checks that an adapter must pass on a model: each gives a difference that is zero where all is right.
+"""The checks that an adapter must pass on a model: each returns a difference that is zero where all is right.
 
 Differences are the largest one over the largest logit. A check is run on plain LoRA first, and says nothing about the
 side path where LoRA itself fails.
@@ -29,14 +29,7 @@ LARGEST_ROUNDING = 1e-3
 
 
 class Check(NamedTuple):
-    """A check.
-
-    Args:
-        run: Takes the model with its adapter and the subject, gives the difference.
-        exact: Whether any difference at all is a fault.
-        families: Where it makes sense.
-        once: Whether one placement shows it, so that the others are left out.
-    """
+    """A check, which takes the model with its adapter and the subject and returns the difference."""
 
     run: Callable[[PeftModel, Subject], float]
     exact: bool = False
@@ -116,7 +109,7 @@ def right_padding(model: PeftModel, subject: Subject) -> float:
 
 @_check(families=("causal", "image-text"))
 def packing(model: PeftModel, subject: Subject) -> float:
-    """Two samples in one row, told by their positions, are as each alone."""
+    """Two samples in one row, separated by their positions, are as each alone."""
     first, second = subject.ids[:1, :6], subject.ids[1:, :7]
     positions = torch.cat([torch.arange(6), torch.arange(7)])[None]
     together = subject.logits(model, torch.cat([first, second], 1), [0], position_ids=positions)
@@ -128,7 +121,7 @@ def packing(model: PeftModel, subject: Subject) -> float:
 
 @_check(families=DECODERS)
 def cached(model: PeftModel, subject: Subject) -> float:
-    """What is generated with a cache, step by step, is what a forward pass of the whole gives."""
+    """What is generated with a cache, step by step, is what a forward pass of the whole returns."""
     result = subject.generate(model, subject.ids, NEW_TOKENS)
     whole = subject.logits(model, result.sequences[:, :-1])
     return difference(torch.stack(result.logits, 1), whole[:, -NEW_TOKENS:])
@@ -149,7 +142,7 @@ def padded_generation(model: PeftModel, subject: Subject) -> float:
 
 @_check(exact=True, once=True)
 def reload(model: PeftModel, subject: Subject) -> float:
-    """A saved and loaded adapter gives the same logits."""
+    """A saved and loaded adapter has the same logits."""
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
         loaded = PeftModel.from_pretrained(copy.deepcopy(subject.base), folder).to(subject.dtype).eval()
@@ -162,7 +155,7 @@ def _hooks(model: nn.Module) -> int:
 
 @_check(exact=True, once=True)
 def unload(model: PeftModel, subject: Subject) -> float:
-    """What `unload` gives back is the base model without a trace."""
+    """What `unload` returns is the base model without a trace."""
     plain = copy.deepcopy(model).unload()
     same_names = list(plain.state_dict()) == list(subject.base.state_dict())
     if not same_names or _hooks(plain) != _hooks(subject.base):
@@ -179,7 +172,7 @@ def kept_merge(model: PeftModel, subject: Subject) -> float:
 
 @_check()
 def training(model: PeftModel, subject: Subject) -> float:
-    """A plain training step gives every tensor of the side path a gradient (LoRA: any); 1 if not.
+    """After a plain training step every tensor of the side path has a gradient (LoRA: any); 1 if not.
 
     Blocks in which LoRA gets none do not run: those of Llama 3.2 Vision that read an image.
     """

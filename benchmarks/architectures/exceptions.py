@@ -7,12 +7,21 @@ from typing import Any
 _HYBRID = ["linear_attention", "linear_attention", "full_attention", "linear_attention"]
 _SPARSE = ["dense", "sparse", "sparse", "sparse"]
 _ROPE = {"rope_type": "default", "rope_theta": 10000.0}
+_ROPES = {"rope_parameters": {"full_attention": _ROPE, "sliding_attention": _ROPE}}
+_INDEXER = {"budget": 8, "compress_ratio": 4, "n_heads": 4, "kv_heads": 1, "head_dim": 16}
+_EXPERIMENTAL = {**{f"indexer_{name}": value for name, value in _INDEXER.items()}, "ngram_vocab_size_base": 200}
+_MROPE = ("glm46v", "glm4v", "glm_ocr", "glmga", "paddleocr_vl", "qwen2_5_omni_thinker", "qwen2_5_vl", "qwen2_vl")
+
+
+def _in_text(fields: dict[str, Any]) -> dict[str, Any]:
+    return {f"text_config.{name}": value for name, value in fields.items()}
+
 
 EXCEPTIONS: dict[str, dict[str, Any]] = {
     "bamba": {"mamba_n_heads": 8, "attn_layer_indices": [2]},
     "chameleon": {"vocabulary_map": {"<image>": 126, "IMGIMGA": 100, "IMGIMGB": 101}},
-    "cohere_compass": {"text_config.rope_parameters": {"full_attention": _ROPE, "sliding_attention": _ROPE}},
-    "cohere_compass_text": {"rope_parameters": {"full_attention": _ROPE, "sliding_attention": _ROPE}},
+    "cohere_compass": _in_text(_ROPES),
+    "cohere_compass_text": _ROPES,
     "dbrx": {"attn_config.rope_theta": 10000.0, "attn_config.clip_qkv": 8.0},
     "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2, "first_k_dense_replace": 1},
     "emu3": {"vocabulary_map": {"<image>": 126, "<|visual token 000000|>": 100}},
@@ -39,14 +48,7 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     "reformer": {"is_decoder": True, "axial_pos_embds": False},
     "zamba": {
         "num_hidden_layers": 6,
-        "layers_block_type": [
-            "linear_attention",
-            "linear_attention",
-            "hybrid",
-            "linear_attention",
-            "hybrid",
-            "hybrid",
-        ],
+        "layers_block_type": [*2 * ["linear_attention"], "hybrid", "linear_attention", *2 * ["hybrid"]],
     },
     "deepseek_ocr2": {"text_config.mlp_layer_types": _SPARSE, "text_config.num_experts_per_tok": 2},
     "diffusion_gemma": {
@@ -65,40 +67,14 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     "granite4_vision": {"deepstack_layer_map": [[-1, 0]], "spatial_target_layers": [1, 2, 3, 3]},
     "mistral_large4": {"text_config.kv_source_layers": [0, 1, 2, 3]},
     "molmo2": {"adapter_config.vision_feature_layer": [2, 1]},
-    "qwen4_exp": {
-        "text_config.indexer_budget": 8,
-        "text_config.indexer_compress_ratio": 4,
-        "text_config.indexer_n_heads": 4,
-        "text_config.indexer_kv_heads": 1,
-        "text_config.indexer_head_dim": 16,
-        "text_config.ngram_vocab_size_base": 200,
-    },
-    "qwen4_exp_text": {
-        "indexer_budget": 8,
-        "indexer_compress_ratio": 4,
-        "indexer_n_heads": 4,
-        "indexer_kv_heads": 1,
-        "indexer_head_dim": 16,
-        "ngram_vocab_size_base": 200,
-    },
+    "qwen4_exp": _in_text(_EXPERIMENTAL),
+    "qwen4_exp_text": _EXPERIMENTAL,
     "vibevoice_asr": {"acoustic_tokenizer_chunk_size": 3200},
     "blenderbot": {"encoder_layers": 4},
     "deepseek_v2": {"num_experts_per_tok": 2},
     "hrm_text": {"num_layers_per_stack": 2, "num_hidden_layers": 16},
     "idefics": {"cross_layer_interval": 2},
     "xmod": {"default_language": "en_XX"},
-    **{
-        name: {"text_config.rope_parameters.mrope_section": [2, 3, 3]}
-        for name in (
-            "glm46v",
-            "glm4v",
-            "glm_ocr",
-            "glmga",
-            "paddleocr_vl",
-            "qwen2_5_omni_thinker",
-            "qwen2_5_vl",
-            "qwen2_vl",
-        )
-    },
+    **{name: {"text_config.rope_parameters.mrope_section": [2, 3, 3]} for name in _MROPE},
     "glm4v_moe": {"text_config.rope_parameters.mrope_section": [1, 1, 2]},
 }

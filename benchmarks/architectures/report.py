@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from pathlib import Path
-from typing import Any
+
+from ..pages import markdown
+from ..runs import Row, read_lines
 
 OUTCOMES = ("right", "refused", "wrong", "crash", "LoRA fails", "not built")
 HEAD = """# Model types
@@ -34,28 +35,13 @@ packing are left out there.
 """
 
 
-def read_results(path: Path) -> list[dict[str, Any]]:
-    """The last result of each type, in the order of the file; a line that was cut off is none."""
-    rows: dict[tuple[str, str], dict[str, Any]] = {}
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError:
-            continue
-        rows[row["family"], row["type"]] = row
-    return list(rows.values())
+def read_results(path: Path) -> list[Row]:
+    """The last result of each type, in the order of the file."""
+    return list({(row["family"], row["type"]): row for row in read_lines(path)}.values())
 
 
-def summary(row: dict[str, Any], wanted: set[str]) -> tuple[str, str]:
-    """A type's outcome, and the detail that the page shows with it.
-
-    Args:
-        row: The type's result.
-        wanted: The checks that its family has.
-
-    Returns:
-        Both.
-    """
+def summary(row: Row, expected: set[str]) -> tuple[str, str]:
+    """A type's outcome, and the detail that the page shows with it; `expected`: the checks that its family has."""
     if "base" in row:
         return row["base"], _first_sentence(row["message"])
     checks = row["checks"]
@@ -68,8 +54,9 @@ def summary(row: dict[str, Any], wanted: set[str]) -> tuple[str, str]:
             return ("crash" if outcome == "refused" else outcome), ", ".join(names)
     failing = [name for name, cells in checks.items() if "lora" in cells]
     details = [f"LoRA is not right in: {', '.join(failing)}"] if failing else []
-    left_out = sorted(wanted - checks.keys())
-    return "right", "; ".join([*details, f"not run: {', '.join(left_out)}"] if left_out else details)
+    left_out = sorted(expected - checks.keys())
+    details += [f"not run: {', '.join(left_out)}"] if left_out else []
+    return "right", "; ".join(details).replace("_", " ")
 
 
 def _first_sentence(message: str) -> str:
@@ -77,29 +64,17 @@ def _first_sentence(message: str) -> str:
     return text if len(text) <= 160 else f"{text[:157]}..."
 
 
-def page(rows: list[dict[str, Any]], types: int) -> str:
-    """The page of the documentation.
-
-    Args:
-        rows: Of `read_results`.
-        types: The number of all types.
-
-    Returns:
-        Its text.
-    """
-    families = list(dict.fromkeys(row["family"] for row in rows))
+def page(rows: list[Row], types: int) -> str:
+    """The page of the documentation; `types`: the number of all types."""
     summaries: dict[str, list[tuple[str, str, str]]] = {}
-    for family in families:
-        own = sorted((row for row in rows if row["family"] == family), key=lambda row: row["type"])
-        wanted = {name for row in own for name in row.get("checks", ())}
-        summaries[family] = [(row["type"], *summary(row, wanted)) for row in own]
+    for family in dict.fromkeys(row["family"] for row in rows):
+        of_family = sorted((row for row in rows if row["family"] == family), key=lambda row: row["type"])
+        expected = {name for row in of_family for name in row.get("checks", ())}
+        summaries[family] = [(f"`{row['type']}`", *summary(row, expected)) for row in of_family]
+    counts = {family: Counter(outcome for _, outcome, _ in found) for family, found in summaries.items()}
+    lines = [[family, *(found[outcome] for outcome in OUTCOMES)] for family, found in counts.items()]
     text = HEAD.format(transformers=rows[-1]["transformers"], results=len(rows), types=types)
-    text += f"| family | {' | '.join(OUTCOMES)} |\n|---|{'---:|' * len(OUTCOMES)}\n"
+    text += markdown(["family", *OUTCOMES], lines, "---:") + "\n"
     for family, found in summaries.items():
-        counts = Counter(outcome for _, outcome, _ in found)
-        text += f"| {family} | {' | '.join(str(counts[outcome]) for outcome in OUTCOMES)} |\n"
-    for family, found in summaries.items():
-        text += f"\n## {family.capitalize()} models\n\n| type | outcome | detail |\n|---|---|---|\n"
-        for model_type, outcome, detail in found:
-            text += f"| `{model_type}` | {outcome} | {detail.replace('_', ' ') if outcome == 'right' else detail} |\n"
+        text += f"\n## {family.capitalize()} models\n\n{markdown(['type', 'outcome', 'detail'], found)}\n"
     return text

@@ -18,12 +18,7 @@ SMALLEST_TOKEN, TOKENS_DRAWN = 5, 55
 
 
 class Subject:
-    """A base model and its inputs.
-
-    Args:
-        base: The base model.
-        family: Its family.
-    """
+    """A base model of a family and its inputs."""
 
     def __init__(self, base: PreTrainedModel, family: str) -> None:
         self.base = base
@@ -36,8 +31,16 @@ class Subject:
             torch.randint(SMALLEST_TOKEN, TOKENS_DRAWN, (2, TOKENS), generator=generator) for _ in range(2)
         )
         self.targets = _targets(base)
-        # Where positions are not worked out from the mask, they are passed.
+        # Where positions are not computed from the mask, they are passed.
         self.passes_positions = False
+
+    def _sides(self, ids: torch.Tensor, rows: list[int] | None, mask: torch.Tensor | None) -> dict[str, Any]:
+        """The tokens and their mask, which are the decoder's where the model has two sides."""
+        prefix = "decoder_" if self.two_sided else ""
+        inputs = {f"{prefix}input_ids": ids, f"{prefix}attention_mask": mask}
+        if self.two_sided:
+            inputs["input_ids"] = self.source if rows is None else self.source[rows]
+        return {name: value for name, value in inputs.items() if value is not None}
 
     def inputs(
         self,
@@ -47,15 +50,7 @@ class Subject:
         position_ids: torch.Tensor | None = None,
     ) -> dict[str, Any]:
         """The keyword arguments of a forward pass."""
-        if self.two_sided:
-            source = self.source if rows is None else self.source[rows]
-            inputs: dict[str, Any] = {"input_ids": source, "decoder_input_ids": ids}
-            if mask is not None:
-                inputs["decoder_attention_mask"] = mask
-        else:
-            inputs = {"input_ids": ids}
-            if mask is not None:
-                inputs["attention_mask"] = mask
+        inputs = self._sides(ids, rows, mask)
         if position_ids is None and mask is not None and self.passes_positions:
             position_ids = (mask.cumsum(1) - 1).clamp(min=0)
         if position_ids is not None:
@@ -91,12 +86,9 @@ class Subject:
         mask: torch.Tensor | None = None,
     ) -> Any:
         """Generate greedily with a cache."""
-        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids) if mask is None else mask}
-        if self.two_sided:
-            source = self.source if rows is None else self.source[rows]
-            inputs = {"input_ids": source, "decoder_input_ids": ids}
-            if mask is not None:
-                inputs["decoder_attention_mask"] = mask
+        if mask is None and not self.two_sided:
+            mask = torch.ones_like(ids)
+        inputs = self._sides(ids, rows, mask)
         torch.manual_seed(0)
         return model.generate(
             **inputs,
@@ -130,9 +122,9 @@ class Subject:
 
 
 def _targets(base: PreTrainedModel) -> list[str]:
-    """The two kinds of linear layers that stand in most blocks: a low-rank half that runs fast."""
+    """The two kinds of linear layers that stand in most blocks: LoRA weights that run fast."""
     layers = [name.split(".")[-1] for name, m in base.named_modules() if isinstance(m, (nn.Linear, Conv1D))]
-    # PEFT refuses the last layer of state-space blocks and halves of fused experts; routers return more than a tensor.
+    # PEFT refuses the last layer of state-space blocks and parts of fused experts; routers return more than a tensor.
     unfit = re.compile(r"out_proj|lm_head|router|gate|up_proj|down_proj|^[0-9]")
     return [name for name, _ in Counter(layers).most_common() if not unfit.search(name)][:2]
 

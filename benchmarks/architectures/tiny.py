@@ -36,7 +36,7 @@ FAMILIES: dict[str, tuple[Any, Mapping[str, Any]]] = {
 }
 """Each family's automatic class and its model types."""
 
-# The first pattern that a field's name matches gives its largest value.
+# The first pattern that a field's name matches sets its largest value.
 LARGEST: tuple[tuple[str, int], ...] = (
     (r"token_id$|_idx$|_index$", VOCABULARY - 1),
     (r"type_vocab|segment_types|prompt_types", 4),
@@ -79,14 +79,7 @@ def _small_list(name: str, values: list[Any], depth: int) -> list[Any]:
 
 
 def small_fields(fields: dict[str, Any]) -> dict[str, Any]:
-    """Make the fields of a configuration, and of those inside it, tiny.
-
-    Args:
-        fields: The default configuration as a dictionary.
-
-    Returns:
-        The fields that differ or nest.
-    """
+    """The fields of a configuration's dictionary, and of those inside it, made tiny."""
     counts = ("num_hidden_layers", "n_layer", "num_layers", "n_layers", "decoder_layers", "depth", "num_blocks")
     depth = next((fields[name] for name in counts if isinstance(fields.get(name), int)), 0)
     small: dict[str, Any] = {}
@@ -98,7 +91,7 @@ def small_fields(fields: dict[str, Any]) -> dict[str, Any]:
         elif isinstance(value, dict):
             small[name] = small_fields(value) if value else value
         elif name == "head_dim" and value is None:
-            small[name] = 16  # WIDTH over the number of heads, which some types do not work out
+            small[name] = 16  # WIDTH over the number of heads, which some types do not compute
         elif isinstance(value, bool) or value is None:
             small[name] = value
         elif isinstance(value, int):
@@ -134,14 +127,7 @@ def _put(fields: dict[str, Any], path: str, value: Any) -> None:
 
 
 def make_config(model_type: str) -> Any:
-    """Make the tiny configuration of a model type.
-
-    Args:
-        model_type: Its name in transformers' automatic mappings.
-
-    Returns:
-        The configuration.
-    """
+    """The tiny configuration of a model type."""
     config_class: Any = CONFIG_MAPPING[model_type]
     exceptions = EXCEPTIONS.get(model_type, {})
     before = {path[1:]: value for path, value in exceptions.items() if path.startswith("!")}
@@ -166,16 +152,7 @@ def _few_experts(config: Any) -> None:
 
 
 def make_base(family: str, model_type: str, dtype: torch.dtype = torch.float64) -> PreTrainedModel:
-    """Build a model with random weights; the same type gives the same weights every time.
-
-    Args:
-        family: One of `FAMILIES`.
-        model_type: One of the family's types.
-        dtype: Of the weights. Default float64.
-
-    Returns:
-        The model, in evaluation mode.
-    """
+    """Build a model with random weights, for evaluation; the same type has the same weights every time."""
     torch.manual_seed(0)
     automatic, _ = FAMILIES[family]
     config = make_config(model_type)

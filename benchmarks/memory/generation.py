@@ -15,18 +15,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import get_peft_model
 from tqdm import tqdm
 from transformers import Cache, StaticCache
 
-from peft_talan.demo.recall import SCORED_SEED, WINDOW, Training, make_texts, train
+from peft_talan.demo.recall import SCORED_SEED, WINDOW, Training, make_texts
 from peft_talan.sft.intervals import Interval
 
-from ..measure import append_line, machine
-from ..quality.arms import make_config
-from .one_run import ARMS, STEPS, base_of
+from ..measure import machine
+from ..runs import append_line
+from ..training import adapted
+from .one_run import ARMS, STEPS, base_of, config_of, train
 
 RESULTS = Path(__file__).parents[1] / "results" / "memory_generation.jsonl"
+SETTINGS = ("rows", "seed", "chunk", "learning_rate", "steps")
 
 
 def tensor_bytes(*tensors: Any) -> int:
@@ -70,33 +71,31 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = make_parser().parse_args(arguments)
     torch.set_num_threads(1)
     model, weights, _ = base_of("key", options.seed, "window")
+    windows = tuple(range(1, options.longest_trained + 1))
+    training = Training(options.steps, options.learning_rate, 16, windows, 1000 + options.seed)
     for arm in options.arms:
-        adapter, axes = ARMS[arm]
         torch.manual_seed(options.seed)
-        tuned = get_peft_model(model, make_config(adapter, model, 8, "all-linear", axes))
-        windows = tuple(range(1, options.longest_trained + 1))
-        train(tuned, "key", Training(options.steps, options.learning_rate, 16, windows, 1000 + options.seed))
-        for length in options.tokens:
-            generator = torch.Generator().manual_seed(SCORED_SEED + length)
-            tokens, answers = make_texts("key", length // WINDOW, options.rows, generator)
-            started = time.process_time()
-            found, cache = answer_in_chunks(tuned, tokens, options.chunk)
-            right = int((found == answers).sum())
-            settings = {name: getattr(options, name) for name in ("rows", "seed", "chunk", "learning_rate", "steps")}
-            row = {
-                "arm": arm,
-                "tokens": tokens.shape[1],
-                "longest_trained": options.longest_trained,
-                "recall": [right / options.rows, *vars(Interval.of_share(right, options.rows)).values()][1:],
-                "bytes_a_row": {name: size // options.rows for name, size in cache_bytes(cache).items()},
-                "processor_seconds": round(time.process_time() - started, 1),
-                "settings": settings,
-                "weights": weights,
-                "machine": machine(),
-            }
-            append_line(options.results, row)
-            print(arm, row["tokens"], row["recall"], row["bytes_a_row"], flush=True)
-        model = tuned.unload()
+        with adapted(model, config_of(arm, model)) as tuned:
+            train(tuned, "key", training)
+            for length in options.tokens:
+                generator = torch.Generator().manual_seed(SCORED_SEED + length)
+                tokens, answers = make_texts("key", length // WINDOW, options.rows, generator)
+                started = time.process_time()
+                found, cache = answer_in_chunks(tuned, tokens, options.chunk)
+                share = Interval.of_share(int((found == answers).sum()), options.rows)
+                row = {
+                    "arm": arm,
+                    "tokens": tokens.shape[1],
+                    "longest_trained": options.longest_trained,
+                    "recall": [share.mean, share.low, share.high],
+                    "bytes_a_row": {name: size // options.rows for name, size in cache_bytes(cache).items()},
+                    "processor_seconds": round(time.process_time() - started, 1),
+                    "settings": {name: getattr(options, name) for name in SETTINGS},
+                    "weights": weights,
+                    "machine": machine(),
+                }
+                append_line(options.results, row)
+                print(arm, row["tokens"], row["recall"], row["bytes_a_row"], flush=True)
 
 
 if __name__ == "__main__":

@@ -3,92 +3,61 @@
     python -m benchmarks.memory.real_model
     python -m benchmarks.memory.report --page docs/evidence.md
 
-SmolLM2-135M-Instruct is a Llama; Mistral's architecture is the same with a sliding window, so its weights are loaded
-into a Mistral configuration. The text is a story of 1889, the fact one of 16 colours. A training text asks for it
-several times, without the answer, and the pieces of the story between the questions grow in the first part of the
-training; the loss is that of the answers and of some tokens of the story. Scored are texts of held-out story with one
-question at the end. Every arm is first trained with equally many learning rates on a development seed; the one with
-the lowest loss of the answers is taken for the fresh seeds. A step takes about six seconds on one core. Runs that are
-in the results are not made again.
+SmolLM2-135M-Instruct is a Llama, which becomes a Mistral with a sliding window. The text is a story of 1889, the fact
+one of 16 colours. A training text asks for it several times, without the answer, and the pieces of the story between
+the questions grow in the first part of the training; the loss is that of the answers and of some tokens of the story.
+Scored are texts of held-out story with one question at the end. Every arm is first trained with equally many learning
+rates on a development seed; the one with the lowest loss of the answers is taken for the fresh seeds. A step takes
+about six seconds on one core. Runs that are in the results are not repeated.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import math
 import random
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import get_peft_model
 from torch.nn import functional as F
-from tqdm import tqdm
-from transformers import AutoConfig, AutoTokenizer, MistralConfig, MistralForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from peft_talan import talan_param_groups
-from peft_talan.demo.recall import take_step, warm_up_and_decay
+from peft_talan.sft.window import with_sliding_window
 
-from ..measure import append_line, code_version, machine
-from ..quality.arms import make_config, trainable
+from ..measure import code_version, machine
 from ..quality.backbones import REAL, backbone_folder
 from ..quality.one_run import text_loss
-from ..quality.study import finished
 from ..quality.tasks import plain_text
-from .one_run import ARMS
-from .study import DEVELOPMENT_SEED
+from ..runs import DEVELOPMENT_SEED, Row, RunSettings, finished, run_missing, tuned
+from ..training import adapted
+from ..training import train as train_on
+from .one_run import ARMS, config_of, mean_of_last
+from .study import describe
 
 RESULTS = Path(__file__).parents[1] / "results" / "memory_real_model.jsonl"
 BASE, FULL = "base model", "base model, full attention"
-COLOURS = [
-    "red",
-    "blue",
-    "green",
-    "yellow",
-    "black",
-    "white",
-    "orange",
-    "purple",
-    "pink",
-    "brown",
-    "grey",
-    "gold",
-    "silver",
-    "violet",
-    "scarlet",
-    "olive",
-]
+COLOURS = (
+    "red", "blue", "green", "yellow", "black", "white", "orange", "purple",
+    "pink", "brown", "grey", "gold", "silver", "violet", "scarlet", "olive",
+)  # fmt: skip
 FACT, QUESTION = "The colour of the door is {}.\n", "\nThe colour of the door is"
 RATES = ((1e-3, 5.0), (3e-4, 10.0))
 """What every arm tries: a learning rate, and by how much the side path's is higher."""
 SMALLEST_PIECE, FIRST_SHARE = 4, 0.4
 """The shortest piece of the story in tokens, and how much of its length a piece has at the first step."""
 
-Rows = dict[str, dict[str, Any]]
-
 
 @dataclass(frozen=True)
-class Settings:
-    """All that a run depends on.
+class Settings(RunSettings):
+    """All that a run depends on; `arm` is one of `ARMS` or of the base models.
 
-    Args:
-        model: SmolLM2's name, a folder or a hub id of a Llama.
-        arm: One of `ARMS`, or one of the base models.
-        seed: Of the adapter and the texts.
-        window: Keys that a token sees.
-        pieces: The longest pieces of the story before each question of a training text, in tokens.
-        steps: Optimizer steps.
-        batch_size: Texts a step.
-        story_tokens: How many tokens of the story each training text is trained to continue with.
-        scored: The lengths that are scored, in windows.
-        rows: Held-out texts of each length.
-        learning_rate: The highest; 0 for a base model.
-        side_path_lr_scale: The side path's learning rate divided by it.
+    `window`, `pieces` and `story_tokens` are in tokens: the keys that a token sees, the longest pieces of the story
+    before each question, and how much of the story is in the loss. `scored` are lengths in windows, `rows` the
+    held-out texts of each.
     """
 
     model: str
@@ -104,26 +73,15 @@ class Settings:
     learning_rate: float = 0.0
     side_path_lr_scale: float = 0.0
 
-    def key(self) -> str:
-        return sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:16]
 
-
-def load_with_window(folder: str, window: int | None) -> MistralForCausalLM:
-    """Load a Llama's weights into a Mistral configuration with a sliding window, or with none."""
-    fields = AutoConfig.from_pretrained(folder).to_dict()
-    left_out = ("model_type", "architectures", "transformers_version", "dtype", "sliding_window", "layer_types")
-    config = MistralConfig(**{k: v for k, v in fields.items() if k not in left_out}, sliding_window=window)
-    model: MistralForCausalLM = MistralForCausalLM.from_pretrained(folder, config=config, dtype=torch.float32)
-    return model
+def load_with_window(folder: str, window: int | None) -> PreTrainedModel:
+    """Load a Llama with a sliding window, or with none."""
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    return model if window is None else with_sliding_window(model, window)
 
 
 class Texts:
-    """Texts with a fact at the start and questions in a story.
-
-    Args:
-        tokenizer: The model's.
-        story: The plain text.
-    """
+    """Texts with a fact at the start and questions in a story."""
 
     def __init__(self, tokenizer: Any, story: str) -> None:
         def encode(text: str) -> list[int]:
@@ -143,7 +101,7 @@ class Texts:
         for _ in range(rows):
             colour, places = draw.choice(COLOURS), []
             text = [*self.facts[colour]]
-            # Colours may differ in length: the first piece gives way, so that all texts have one length.
+            # Colours may differ in length: the first piece is cut, so that all texts have one length.
             lengths = [pieces[0] + longest - len(text), *pieces[1:]]
             for length in lengths:
                 start = draw.randrange(len(self.story) - length)
@@ -163,10 +121,9 @@ class Texts:
 def train(model: Any, texts: Texts, settings: Settings) -> list[float]:
     """Train the adapter; the losses of the answers."""
     groups = talan_param_groups(model, settings.learning_rate, side_path_lr_scale=settings.side_path_lr_scale)
-    optimizer = torch.optim.AdamW(groups)
-    schedule = warm_up_and_decay(optimizer, settings.steps)
     draw, losses = random.Random(settings.seed), []
-    for step in tqdm(range(settings.steps), desc=f"{settings.arm}, seed {settings.seed}"):
+
+    def loss_of(step: int) -> torch.Tensor:
         share = min(1.0, FIRST_SHARE + 2 * step / settings.steps)
         pieces = [max(SMALLEST_PIECE, int(piece * share * draw.uniform(0.5, 1.0))) for piece in settings.pieces]
         tokens, answers, asked = texts.draw(settings.batch_size, pieces, draw)
@@ -176,7 +133,9 @@ def train(model: Any, texts: Texts, settings: Settings) -> list[float]:
         answered, continued = logits.transpose(1, 2).split([len(asked), len(story)], dim=2)
         loss = F.cross_entropy(answered, answers[:, None].expand(-1, len(asked)))
         losses.append(float(loss.detach()))
-        take_step(model, loss + F.cross_entropy(continued, tokens[:, story + 1]), optimizer, schedule)
+        return loss + F.cross_entropy(continued, tokens[:, story + 1])
+
+    train_on(model, torch.optim.AdamW(groups), settings.steps, loss_of, f"{settings.arm}, seed {settings.seed}")
     return losses
 
 
@@ -188,60 +147,32 @@ def recall(model: Any, texts: Texts, tokens: int, rows: int) -> float:
     return float((torch.cat(parts).argmax(-1) == answers).float().mean())
 
 
-def run(settings: Settings) -> dict[str, Any]:
+def run(settings: Settings) -> Row:
     """Train and score once, on one thread."""
     torch.set_num_threads(1)
     folder = backbone_folder(settings.model)
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    model: Any = load_with_window(folder, None if settings.arm == FULL else settings.window)
-    train_on, held_out = (Texts(tokenizer, part) for part in plain_text())
-    losses: list[float] = []
-    started = time.process_time()
-    if settings.arm in ARMS:
-        adapter, axes = ARMS[settings.arm]
-        torch.manual_seed(settings.seed)
-        model = get_peft_model(model, make_config(adapter, model, 8, "all-linear", axes))
-        losses = train(model, train_on, settings)
-    seconds = time.process_time() - started
-    model.eval()
-    last = losses[-math.ceil(settings.steps / 5) :]
-    return {
-        "key": settings.key(),
-        "settings": asdict(settings),
-        "recall": {
-            windows: recall(model, held_out, windows * settings.window, settings.rows) for windows in settings.scored
-        },
-        "text_loss": text_loss(model, tokenizer),
-        "last_loss": sum(last) / len(last) if last else None,
-        "losses": [round(loss, 3) for loss in losses],
-        "trainable": trainable(model) if losses else 0,
-        "processor_seconds": round(seconds, 1),
-        "code": code_version(),
-        "machine": machine(),
-    }
-
-
-def missing(done: Rows, common: Settings, arms: Sequence[str], seeds: Sequence[int]) -> Iterator[Settings]:
-    """The runs that are not in the results, in order; `done` grows while they are made."""
-    tries = {
-        arm: [
-            replace(common, arm=arm, seed=DEVELOPMENT_SEED, learning_rate=rate, side_path_lr_scale=scale)
-            for rate, scale in RATES
-        ]
-        for arm in arms
-        if arm in ARMS
-    }
-    wanted = [replace(common, arm=arm, seed=0) for arm in arms if arm not in ARMS]
-    yield from (settings for settings in wanted if settings.key() not in done)
-    for settings in (settings for found in tries.values() for settings in found):
-        if settings.key() not in done:
-            yield settings
-    for seed in seeds:
-        for found in tries.values():
-            best = min(found, key=lambda settings: done[settings.key()]["last_loss"])
-            settings = replace(best, seed=seed)
-            if settings.key() not in done:
-                yield settings
+    base = load_with_window(folder, None if settings.arm == FULL else settings.window)
+    train_texts, held_out = (Texts(tokenizer, part) for part in plain_text())
+    torch.manual_seed(settings.seed)
+    config = config_of(settings.arm, base) if settings.arm in ARMS else None
+    with adapted(base, config) as model:
+        started = time.process_time()
+        losses = [] if config is None else train(model, train_texts, settings)
+        seconds = time.process_time() - started
+        lengths = {windows: windows * settings.window for windows in settings.scored}
+        return {
+            "key": settings.key(),
+            "settings": asdict(settings),
+            "recall": {windows: recall(model, held_out, tokens, settings.rows) for windows, tokens in lengths.items()},
+            "text_loss": text_loss(model, tokenizer),
+            "last_loss": mean_of_last(losses),
+            "losses": [round(loss, 3) for loss in losses],
+            "trainable": 0 if config is None else model.get_nb_trainable_parameters()[0],
+            "processor_seconds": round(seconds, 1),
+            "code": code_version(),
+            "machine": machine(),
+        }
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -268,13 +199,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = vars(make_parser().parse_args(arguments))
     arms, seeds, results = options.pop("arms"), options.pop("seeds"), options.pop("results")
     options.update(pieces=tuple(options["pieces"]), scored=tuple(options["scored"]))
+    common = Settings(arm=BASE, seed=0, **options)
+    first = replace(common, seed=DEVELOPMENT_SEED)
+    tries = [
+        [replace(first, arm=arm, learning_rate=rate, side_path_lr_scale=scale) for rate, scale in RATES]
+        for arm in arms
+        if arm in ARMS
+    ]
     done = finished(results)
-    for settings in missing(done, Settings(arm=BASE, seed=0, **options), arms, seeds):
-        row = run(settings)
-        append_line(results, row)
-        done[row["key"]] = row
-        shares = " ".join(f"{windows}: {100 * share:.0f}%" for windows, share in row["recall"].items())
-        print(f"{settings.arm}, seed {settings.seed}, {settings.learning_rate:g}: {shares}", flush=True)
+
+    def missing() -> Iterator[Settings]:
+        bases = [replace(common, arm=arm) for arm in arms if arm not in ARMS]
+        yield from (settings for settings in bases if settings.key() not in done)
+        yield from tuned(tries, done, seeds)
+
+    run_missing(missing, run, results, done, describe)
 
 
 if __name__ == "__main__":

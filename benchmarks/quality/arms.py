@@ -21,7 +21,7 @@ OF_THE_TRAINING = (LEARNING_RATE_SCALE, FIRST_WRITE, TWO_STAGES)
 """The axes that belong to the training and not to the configuration.
 
 `first_write`: the norm of each column of the write-back before the first step, instead of zero. `two_stages`: the
-low-rank half alone in the first half of the steps, then both.
+LoRA weights alone in the first steps, up to the middle, then the side path, too.
 """
 
 SIDE_PATH_TRIES: dict[str, dict[str, Any]] = {
@@ -32,52 +32,45 @@ SIDE_PATH_TRIES: dict[str, dict[str, Any]] = {
 }
 """What is tried on the development seed beside the defaults, in this order; no arm has weight decay."""
 
+
+def _along(axis: str, name: str, *values: Any) -> dict[str, dict[str, Any]]:
+    return {name.format(value): {axis: value} for value in values}
+
+
 VARIANTS: dict[str, dict[str, Any]] = {
     "default": {},
-    "layers 0.0": {"talan_layers": [0.0]},
-    "layers 0.17": {"talan_layers": [0.17]},
-    "layers 0.5": {"talan_layers": [0.5]},
-    "layers 0.67": {"talan_layers": [0.67]},
-    "layers 1.0": {"talan_layers": [1.0]},
+    **_along("talan_layers", "layers {0[0]}", [0.0], [0.17], [0.5], [0.67], [1.0]),
     "layers 0.33 and 0.67": {"talan_layers": [0.33, 0.67]},
     "layers all": {"talan_layers": "all"},
     "position input": {"talan_position": "input"},
-    "slots 1": {"talan_slots": 1},
-    "slots 4": {"talan_slots": 4},
-    "slots 16": {"talan_slots": 16},
-    "slots 32": {"talan_slots": 32},
-    "width 8": {"talan_dim": 8},
-    "width 16": {"talan_dim": 16},
-    "width 64": {"talan_dim": 64},
-    "mixer linear": {"talan_mixer": "linear"},
-    "mixer mlp": {"talan_mixer": "mlp"},
-    "writeback gated": {"talan_writeback": "gated"},
-    "writeback capped": {"talan_writeback": "capped"},
-    "writeback orthogonal": {"talan_writeback": "orthogonal"},
+    **_along("talan_slots", "slots {}", 1, 4, 16, 32),
+    **_along("talan_dim", "width {}", 8, 16, 64),
+    **_along("talan_mixer", "mixer {}", "linear", "mlp"),
+    **_along("talan_writeback", "writeback {}", "gated", "capped", "orthogonal"),
     "trains side path": {"talan_trainable": "side_path"},
     "trains writeback": {"talan_trainable": "writeback"},
-    "gradient scale 0.1": {"talan_grad_scale": 0.1},
-    "gradient scale 10": {"talan_grad_scale": 10.0},
-    "alpha 0.03": {"talan_alpha": 0.03},
-    "alpha 0.1": {"talan_alpha": 0.1},
-    "alpha 0.3": {"talan_alpha": 0.3},
-    "alpha 3": {"talan_alpha": 3.0},
-    "alpha 10": {"talan_alpha": 10.0},
-    "learning rate x0.1": {LEARNING_RATE_SCALE: 0.1},
-    "learning rate x0.3": {LEARNING_RATE_SCALE: 0.3},
-    "learning rate x3": {LEARNING_RATE_SCALE: 3.0},
-    "learning rate x10": {LEARNING_RATE_SCALE: 10.0},
+    **_along("talan_grad_scale", "gradient scale {:g}", 0.1, 10.0),
+    **_along("talan_alpha", "alpha {:g}", 0.03, 0.1, 0.3, 3.0, 10.0),
+    **_along(LEARNING_RATE_SCALE, "learning rate x{:g}", 0.1, 0.3, 3.0, 10.0),
     "memory bidirectional": {"talan_memory_scope": "bidirectional"},
 }
 """The axes of the ablation, each changed alone from the package's defaults."""
 
+INITIAL_SCALES = {
+    "init slots x3": (3, 1),
+    "init queries x4": (1, 4),
+    "init slots x3 queries x4": (3, 4),
+    "init slots x3 queries x10": (3, 10),
+}
+"""By variant: what the initial slot logits and queries are multiplied by. No axis, so that the stored keys stay."""
+
 
 def low_rank_options(adapter: str, rank: int, target_modules: str | list[str]) -> dict[str, Any]:
-    """The options of the low-rank half, which an arm shares with its partner without the side path."""
+    """The options of the LoRA weights, which an arm shares with its partner without the side path."""
     kind = "lora" if adapter == MATCHED else adapter.removesuffix("+talan")
     return {
         "r": rank,
-        # rsLoRA has it, too: with an alpha that gives LoRA's scale at this rank it would be LoRA itself.
+        # rsLoRA has it, too: with an alpha that leads to LoRA's scale at this rank it would be LoRA itself.
         "lora_alpha": 2 * rank,
         "target_modules": target_modules,
         "task_type": None,
@@ -85,31 +78,30 @@ def low_rank_options(adapter: str, rank: int, target_modules: str | list[str]) -
     }
 
 
-def trainable(model: Any) -> int:
-    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-
-
 def configured(axes: dict[str, Any]) -> dict[str, Any]:
     """The axes that are fields of the configuration."""
     return {name: value for name, value in axes.items() if name not in OF_THE_TRAINING}
 
 
-def set_first_write(model: Any, size: float) -> None:
-    """Start every write-back from random columns of this norm."""
+def prepare(model: Any, variant: str, axes: dict[str, Any]) -> None:
+    """Change the fresh side path of an arm that starts from other values."""
     for name, parameter in model.named_parameters():
-        if "lora_talan_write" in name:
-            parameter.data = size * functional.normalize(torch.randn_like(parameter), dim=0)
+        if "lora_talan_write" in name and FIRST_WRITE in axes:
+            parameter.data = axes[FIRST_WRITE] * functional.normalize(torch.randn_like(parameter), dim=0)
+        if "lora_talan_read" in name and variant in INITIAL_SCALES:
+            slots, queries = INITIAL_SCALES[variant]
+            width = model.peft_config["default"].talan_dim
+            # Its rows: values, queries, slot logits.
+            parameter.data[width : 2 * width] *= queries
+            parameter.data[2 * width :] *= slots
 
 
 def raised_rank(base: Any, rank: int, target_modules: str | list[str], axes: dict[str, Any]) -> int:
     """The smallest rank at which LoRA trains at least as many parameters as LoRA with the side path."""
-    counts = []
-    for config in (
-        LoraConfig(**low_rank_options("lora", rank, target_modules)),
-        TalanConfig(**low_rank_options("lora", rank, target_modules), **axes),
-    ):
+    options, counts = low_rank_options("lora", rank, target_modules), []
+    for config in (LoraConfig(**options), TalanConfig(**options, **axes)):
         model = get_peft_model(base, config)
-        counts.append(trainable(model))
+        counts.append(model.get_nb_trainable_parameters()[0])
         model.unload()
     return math.ceil(rank * counts[1] / counts[0])
 

@@ -4,14 +4,15 @@
     python -m benchmarks.quality.backbones small-qwen3
 
 pretrains the small ones on tasks and plain text: float32, one thread, every batch drawn from its step's
-number, so that the same versions on the same machine give the same weights. `--limit-seconds` stops early and goes on
-with the next call. The folder is `$PEFT_TALAN_CACHE` or the user's cache.
+number, so that the same versions on the same machine lead to the same weights. `--limit-seconds` stops early; the next
+call continues. The folder is `$PEFT_TALAN_CACHE` or the user's cache.
 """
 
 from __future__ import annotations
 
 import argparse
 import hashlib
+import itertools
 import math
 import os
 import random
@@ -27,9 +28,10 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from peft_talan.demo.base_model import default_model_folder
+from peft_talan.sft.prompts import Encoded
 
-from ..supervised import Example, encode, make_batch
-from .tasks import KNOWN_TASKS, PROMPTS, SHORT_TASKS, TASKS, held_out, plain_text, to_train_on
+from ..training import encode, make_batch, take_step
+from .tasks import KNOWN_TASKS, PROMPTS, SHORT_TASKS, TASKS, example_of, held_out, plain_text, to_train_on
 
 VOCABULARY = 768
 SHAPE = {
@@ -49,15 +51,10 @@ SHAPE = {
 
 
 class Pretraining(NamedTuple):
-    """What one of the backbones that are pretrained here is pretrained on.
+    """What one of the backbones that are pretrained here is pretrained on, where it differs from the others.
 
-    Args:
-        tasks: Names of tasks, drawn evenly; one that is named twice is drawn twice as often.
-        steps: Optimizer steps.
-        horizon: The step at which the cosine of the learning rate would end.
-        sorted_rows: Whether all rows of a step are of one task, which saves padding; else each row's task is drawn.
-        text_every: Steps from one batch of plain text to the next.
-        shape: What differs from `SHAPE`.
+    `tasks` are drawn evenly, by rows, or by batches if `sorted_rows`, which saves padding; a batch of plain text comes
+    every `text_every` steps; the cosine of the learning rate would end at the step `horizon`.
     """
 
     tasks: tuple[str, ...] = tuple(KNOWN_TASKS)
@@ -68,17 +65,12 @@ class Pretraining(NamedTuple):
     shape: Mapping[str, int] = MappingProxyType({})
 
 
+SMALL_TASKS = (*KNOWN_TASKS, *(3 * list(SHORT_TASKS)))
+SMALL_SHAPE = {"num_hidden_layers": 4, "intermediate_size": 256}
 PRETRAINED_HERE = {
     "tiny-qwen3": Pretraining(),
     "tiny-qwen3-moe": Pretraining(),
-    "small-qwen3": Pretraining(
-        tasks=(*KNOWN_TASKS, *(3 * list(SHORT_TASKS))),
-        steps=7500,
-        horizon=7500,
-        sorted_rows=True,
-        text_every=4,
-        shape={"num_hidden_layers": 4, "intermediate_size": 256},
-    ),
+    "small-qwen3": Pretraining(SMALL_TASKS, 7500, 7500, sorted_rows=True, text_every=4, shape=SMALL_SHAPE),
 }
 REAL = "SmolLM2-135M-Instruct"
 TASK_ROWS, TEXT_ROWS, TEXT_TOKENS = 24, 4, 64
@@ -107,10 +99,8 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
     )
     tokenizer.decoder = decoders.ByteLevel()
-    texts = [plain_text()[0]]
-    for task in (*KNOWN_TASKS, *TASKS):
-        for example in to_train_on(task, 400, 0, ()):
-            texts.append(f"{example.messages[0][1]}\n{example.answer}")
+    examples = [example for task in (*KNOWN_TASKS, *TASKS) for example in to_train_on(task, 400, 0, ())]
+    texts = [plain_text()[0], *(f"{example.messages[0][1]}\n{example.answer}" for example in examples)]
     trainer = trainers.BpeTrainer(
         vocab_size=VOCABULARY,
         special_tokens=["<eos>", "<pad>"],
@@ -121,28 +111,25 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<pad>")
 
 
-def in_prompt(example: Example, prompt: str) -> Example:
-    ((role, question),) = example.messages
-    return Example(((role, prompt.format(question)),), example.answer)
+def encoded_items(task: str, tokenizer: PreTrainedTokenizerFast) -> list[Encoded]:
+    """What is pretrained on of one task; short forms stand in changing prompts."""
+    is_short = task in SHORT_TASKS
+    items = to_train_on(task, KNOWN_ITEMS, 0, held_out(task, HELD_OUT_SHORT if is_short else HELD_OUT_KNOWN))
+    if is_short:
+        prompts = itertools.cycle(PROMPTS)
+        items = [example_of(next(prompts).format(example.messages[0][1]), example.answer) for example in items]
+    return [encode(tokenizer, example.row(tokenizer)) for example in items]
 
 
 def pretrain(name: str, limit_seconds: float) -> bool:
-    """Pretrain for at most so long, and say whether it is finished."""
+    """Pretrain for at most so long, and return whether it is finished."""
     folder = cache_folder() / name
     if (folder / "config.json").exists():
         return True
     started = time.monotonic()
     torch.set_num_threads(1)
-    tokenizer = make_tokenizer()
-    recipe = PRETRAINED_HERE[name]
-    encoded = {}
-    for task in dict.fromkeys(recipe.tasks):
-        is_short = task in SHORT_TASKS
-        items = to_train_on(task, KNOWN_ITEMS, 0, held_out(task, HELD_OUT_SHORT if is_short else HELD_OUT_KNOWN))
-        encoded[task] = [
-            encode(tokenizer, in_prompt(example, PROMPTS[number % len(PROMPTS)]) if is_short else example)
-            for number, example in enumerate(items)
-        ]
+    tokenizer, recipe = make_tokenizer(), PRETRAINED_HERE[name]
+    encoded = {task: encoded_items(task, tokenizer) for task in dict.fromkeys(recipe.tasks)}
     known = [encoded[task] for task in recipe.tasks]
     prose = tokenizer(plain_text()[0], add_special_tokens=False)["input_ids"]
     model = make_model(name)
@@ -150,14 +137,13 @@ def pretrain(name: str, limit_seconds: float) -> bool:
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min((step + 1) / 100, 0.5 * (1 + math.cos(math.pi * step / recipe.horizon)) + 0.01)
     )
-    unfinished = folder.with_suffix(".unfinished.pt")
-    first = 0
+    unfinished, first = folder.with_suffix(".unfinished.pt"), 0
+    parts = {"model": model, "optimizer": optimizer, "schedule": schedule}
     if unfinished.exists():
         saved = torch.load(unfinished, weights_only=True)
-        model.load_state_dict(saved["model"])
-        optimizer.load_state_dict(saved["optimizer"])
-        schedule.load_state_dict(saved["schedule"])
         first = saved["step"]
+        for part, stateful in parts.items():
+            stateful.load_state_dict(saved[part])
     model.train()
     bar = tqdm(range(first, recipe.steps), initial=first, total=recipe.steps, desc=name, mininterval=5)
     for step in bar:
@@ -165,23 +151,15 @@ def pretrain(name: str, limit_seconds: float) -> bool:
         drawn = [draw.choice(known)] if recipe.sorted_rows else known
         rows = [draw.choice(draw.choice(drawn)) for _ in range(TASK_ROWS)]
         starts = [draw.randrange(len(prose) - TEXT_TOKENS) for _ in range(TEXT_ROWS)]
-        text = torch.tensor([prose[start : start + TEXT_TOKENS] for start in starts])
-        loss = model(**make_batch(rows, tokenizer.pad_token_id), use_cache=False).loss
+        loss = model(**make_batch(model, tokenizer, rows), use_cache=False).loss
         if step % recipe.text_every == 0:
-            text_loss = model(input_ids=text, labels=text, use_cache=False).loss
-            (loss + 0.5 * text_loss).backward()
-        else:
-            loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
-        if step % 50 == 0:
-            bar.set_postfix(answers=f"{loss.item():.3f}", text=f"{text_loss.item():.3f}")
+            text = torch.tensor([prose[start : start + TEXT_TOKENS] for start in starts])
+            loss = loss + 0.5 * model(input_ids=text, labels=text, use_cache=False).loss
+        bar.set_postfix(loss=f"{take_step(model, loss, optimizer, schedule):.3f}", refresh=False)
         if time.monotonic() - started > limit_seconds and step + 1 < recipe.steps:
-            state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
             folder.parent.mkdir(parents=True, exist_ok=True)
-            torch.save({**state, "schedule": schedule.state_dict(), "step": step + 1}, unfinished)
+            states = {part: stateful.state_dict() for part, stateful in parts.items()}
+            torch.save({**states, "step": step + 1}, unfinished)
             return False
     model.eval()
     beside = folder.with_suffix(f".{os.getpid()}")
@@ -219,7 +197,7 @@ def main() -> None:
     parser.add_argument("--limit-seconds", type=float, default=math.inf)
     options = parser.parse_args()
     for name in options.names:
-        print(name, "finished" if pretrain(name, options.limit_seconds) else "to be gone on with")
+        print(name, "finished" if pretrain(name, options.limit_seconds) else "to be continued")
 
 
 if __name__ == "__main__":

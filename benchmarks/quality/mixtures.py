@@ -1,37 +1,34 @@
-"""The study of mixtures: one adapter a run for the four tasks together, every arm tuned by equally many tries.
+"""The study of mixtures: one adapter per run for the four tasks together, every arm tuned by equally many tries.
 
     python -m benchmarks.quality.backbones small-qwen3
     python -m benchmarks.quality.mixtures                          # runs what is not in the results yet
     python -m benchmarks.quality.mixtures --backbones SmolLM2-135M-Instruct --mixture mixture --batch-size 8 \\
         --steps 40 --tries 3 --held-out 50
     python -m benchmarks.quality.inside --study benchmarks/results/mixtures.jsonl \\
-        --results benchmarks/results/mixtures_inside.jsonl         # sizes of both halves
+        --results benchmarks/results/mixtures_inside.jsonl         # sizes of both parts
     python -m benchmarks.quality.mixtures_report --page docs/evidence-tables.md
 
 Arms without a side path try `--tries` learning rates on the development seed. Arms with one try the first two with the
 default side path, more of them as long as none keeps plain text, and the best of these with other axes. Of the tries
 that keep the perplexity of plain text within 10% of the backbone's, the one with the lowest loss on the development
-items is taken for the fresh seeds. One JSON line a finished run, so a study that was stopped goes on where it was.
+items is taken for the fresh seeds. One JSON line per finished run, so a study that was stopped continues there.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import math
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
-from tqdm import tqdm
-
-from ..measure import append_line
+from ..runs import DEVELOPMENT_SEED, Row, Rows, finished, run_missing
 from .arms import MATCHED, SIDE_PATH_TRIES, configured
 from .backbones import cache_folder
 from .one_run import Settings
-from .study import RESULTS, common_settings, finished, make_parser, run_all
-from .tasks import DEVELOPMENT_SEED, MIXTURES
+from .study import RESULTS, common_settings, make_parser, run_in_worker, scores_text
+from .tasks import MIXTURES
 
 MIXTURE_RESULTS = RESULTS.with_name("mixtures.jsonl")
 LEARNING_RATES = (1e-3, 2e-3, 5e-4, 1.5e-3, 7e-4, 3e-4)
@@ -40,33 +37,25 @@ GROUPS = (("base",), ("lora", "lora+talan"), (MATCHED,), ("dora", "dora+talan"),
 """The order of the runs, so that a part of a study has whole comparisons. `lora-matched` follows `lora+talan`."""
 PERPLEXITY_MARGIN = 0.1
 
-Rows = dict[str, dict[str, Any]]
 
-
-def keeps_text(row: dict[str, Any], base: dict[str, Any]) -> bool:
+def keeps_text(row: Row, base: Row) -> bool:
     return bool(row["text_loss"] <= base["text_loss"] + math.log1p(PERPLEXITY_MARGIN))
 
 
-def best(found: Sequence[dict[str, Any]], base: dict[str, Any]) -> dict[str, Any]:
+def best(found: Sequence[Row], base: Row) -> Row:
     """The try with the lowest loss of those that keep plain text; the one that keeps it best if none does."""
     kept = [row for row in found if keeps_text(row, base)]
     return min(kept, key=lambda row: row["loss"]) if kept else min(found, key=lambda row: row["text_loss"])
 
 
 class Plan:
-    """The runs of one backbone; which come next depends on those that are finished.
-
-    Args:
-        backbone: Its name.
-        options: The command's options.
-        done: The finished runs by key.
-    """
+    """The runs of one backbone; which come next depends on those that are finished."""
 
     def __init__(self, backbone: str, options: argparse.Namespace, done: Rows) -> None:
         self.options, self.done = options, done
         self.common = Settings(backbone, options.mixture, "base", 0, **common_settings(options))
 
-    def row(self, settings: Settings) -> dict[str, Any] | None:
+    def row(self, settings: Settings) -> Row | None:
         return self.done.get(settings.key())
 
     def _try(self, arm: str, rate: float, name: str = "default", axes: dict[str, Any] | None = None) -> Settings:
@@ -74,7 +63,7 @@ class Plan:
             self.common, adapter=arm, seed=DEVELOPMENT_SEED, learning_rate=rate, variant=name, axes=axes or {}
         )
 
-    def _best(self, tries: Sequence[Settings]) -> dict[str, Any] | None:
+    def _best(self, tries: Sequence[Settings]) -> Row | None:
         """The best try, as soon as all are done."""
         base, found = self.row(self.common), [self.row(settings) for settings in tries]
         rows = [row for row in found if row is not None]
@@ -127,12 +116,8 @@ class Plan:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = make_parser(__doc__)
-    most = 2 + len(SIDE_PATH_TRIES)
-    parser.add_argument("--mixture", choices=list(MIXTURES), default="asked mixture")
-    parser.add_argument("--tries", type=int, choices=range(1, most + 1), default=4, help="of each arm")
-    parser.add_argument("--learning-rates", nargs="+", type=float, default=list(LEARNING_RATES), help="in this order")
-    parser.set_defaults(
+    parser = make_parser(
+        __doc__,
         backbones=["small-qwen3"],
         learning_rate=LEARNING_RATES[0],
         steps=240,
@@ -143,24 +128,27 @@ def main(arguments: Sequence[str] | None = None) -> None:
         results=MIXTURE_RESULTS,
         adapters_folder=cache_folder() / "mixtures",
     )
+    most = 2 + len(SIDE_PATH_TRIES)
+    parser.add_argument("--mixture", choices=list(MIXTURES), default="asked mixture")
+    parser.add_argument("--tries", type=int, choices=range(1, most + 1), default=4, help="of each arm")
+    parser.add_argument("--learning-rates", nargs="+", type=float, default=list(LEARNING_RATES), help="in this order")
     options = parser.parse_args(arguments)
     if options.tries > len(options.learning_rates):
         parser.error(f"--tries {options.tries}: give as many --learning-rates")
     done = finished(options.results)
     plans = [Plan(backbone, options, done) for backbone in options.backbones]
     arms = [arm for group in GROUPS[1:] for arm in group if arm in options.adapters]
-    stop = time.monotonic() + options.limit_seconds
-    with tqdm(total=len(plans) * (1 + len(arms) * (options.tries + len(options.seeds))), desc="runs") as bar:
-        while time.monotonic() < stop and (wanted := [settings for plan in plans for settings in plan.ready()]):
-            options.limit_seconds = stop - time.monotonic()
-            # One process takes one run at a time, so that the next can depend on it.
-            for row in run_all(wanted if options.jobs > 1 else wanted[:1], options):
-                append_line(options.results, row)
-                # As it will be read back: JSON knows no tuples.
-                done[row["key"]] = json.loads(json.dumps(row))
-                name = "{backbone} {adapter} {seed} {learning_rate:g} {variant}".format(**row["settings"])
-                bar.set_postfix_str(f"{name}: loss {row['loss']:.4f}, {100 * row['exact_match']:.1f}%")
-                bar.update()
+    name = "{backbone} {adapter} {seed} {learning_rate:g} {variant}: "
+    run_missing(
+        lambda: (settings for plan in plans for settings in plan.ready()),
+        partial(run_in_worker, options=options),
+        options.results,
+        done,
+        lambda row: name.format(**row["settings"]) + scores_text(row),
+        total=len(plans) * (1 + len(arms) * (options.tries + len(options.seeds))),
+        jobs=options.jobs,
+        seconds=options.limit_seconds,
+    )
 
 
 if __name__ == "__main__":

@@ -3,40 +3,50 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from peft_talan.sft.intervals import Interval
 
+from ..runs import Row
+
 RESAMPLES = 10_000
 CONFIDENCE = 0.95
 FEWEST_SEEDS = 3
 """A resampling of fewer is no interval: it ends at the lowest and the highest seed."""
+PAIRS = (
+    ("lora+talan", "lora"),
+    ("lora+talan", "lora-matched"),
+    ("lora-matched", "lora"),
+    ("dora+talan", "dora"),
+    ("rslora+talan", "rslora"),
+)
+MEASURES: dict[str, Callable[[Row, Row], float]] = {
+    "exact match, points": lambda new, old: 100 * (new["exact_match"] - old["exact_match"]),
+    "loss, % lower": lambda new, old: 100 * (1 - new["loss"] / old["loss"]),
+    "known tasks, points": lambda new, old: 100 * (new["known_exact_match"] - old["known_exact_match"]),
+    "known tasks, loss % lower": lambda new, old: 100 * (1 - new["known_loss"] / old["known_loss"]),
+    "plain text, nats lower": lambda new, old: old["text_loss"] - new["text_loss"],
+}
+"""Differences so that more is better."""
 
 
 @dataclass(frozen=True)
-class Summary:
-    """The mean of paired differences, its bootstrap interval, and the sign test.
+class Summary(Interval):
+    """The mean of paired differences with its bootstrap interval, NaN where a cell has fewer than `FEWEST_SEEDS`."""
 
-    Args:
-        mean: Over all pairs.
-        low: The lower end of the 95% interval; NaN where a cell has fewer seeds than `FEWEST_SEEDS`.
-        high: The upper end.
-        positive: Pairs above zero.
-        negative: Pairs below zero.
-        pairs: All pairs.
-        sign_test: The two-sided p of the sign test; ties are left out.
-    """
-
-    mean: float
-    low: float
-    high: float
     positive: int
     negative: int
     pairs: int
     sign_test: float
+
+    def text(self, digits: int = 2, factor: float = 1.0, sign: str = "+") -> str:
+        """The mean with both ends, or alone where these are not known."""
+        if math.isnan(self.low):
+            return f"{factor * self.mean:{sign}.{digits}f}"
+        return super().text(digits, factor, sign)
 
 
 def symbol(found: Interval) -> str:
@@ -45,7 +55,7 @@ def symbol(found: Interval) -> str:
 
 
 def sign_test(positive: int, negative: int) -> float:
-    """The probability of a split at least as uneven, were both signs equally likely."""
+    """The probability of a split at least as uneven, were both signs equally likely; ties are left out."""
     count = positive + negative
     if count == 0:
         return 1.0
@@ -54,18 +64,12 @@ def sign_test(positive: int, negative: int) -> float:
 
 
 def summarise(cells: Sequence[Sequence[float]]) -> Summary:
-    """Summarise differences by cell; the bootstrap draws seeds inside each cell, so cells keep their weight.
-
-    Args:
-        cells: For each cell (backbone and task), the differences by seed.
-
-    Returns:
-        The summary; the mean is that of the cells' means.
-    """
+    """Summarise the seeds' differences in each cell (backbone and task); the mean is that of the cells' means."""
     kept = [np.asarray(cell, dtype=float) for cell in cells if len(cell)]
     if not kept:
         raise ValueError("cells: there is no pair")
     draw = np.random.default_rng(0)
+    # Seeds are drawn inside each cell, so that cells keep their weight.
     means = np.mean([cell[draw.integers(0, len(cell), (RESAMPLES, len(cell)))].mean(axis=1) for cell in kept], axis=0)
     spread = all(len(cell) >= FEWEST_SEEDS for cell in kept)
     low, high = np.quantile(means, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2]) if spread else (math.nan, math.nan)

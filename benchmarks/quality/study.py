@@ -4,7 +4,7 @@
     python -m benchmarks.quality.study --seeds 0 1 2 3 4   # runs what is not in the results yet
     python -m benchmarks.quality.report                    # tables and plots
 
-One JSON line a finished run, so a study that was stopped goes on where it was; the seed changes slowest, so that a
+One JSON line per finished run, so a study that was stopped continues where it was; the seed changes slowest, so that a
 part of a study is balanced. `--jobs N` runs N processes. `--ablation` changes one axis at a time instead.
 """
 
@@ -14,34 +14,23 @@ import argparse
 import json
 import math
 import multiprocessing
-import time
-from collections.abc import Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
+from peft import PeftModel
 
+from ..runs import Row, finished, run_missing
 from .arms import ADAPTERS, MATCHED, VARIANTS
 from .backbones import cache_folder
-from .one_run import Settings, run
+from .one_run import Settings, loaded, run
 from .tasks import TASKS
 
 RESULTS = Path(__file__).parents[1] / "results" / "quality.jsonl"
-
-
-def finished(results: Path) -> dict[str, dict[str, Any]]:
-    """The finished runs by key; a line that was cut off is no run."""
-    rows: dict[str, dict[str, Any]] = {}
-    if results.exists():
-        for line in results.read_text(encoding="utf-8").splitlines():
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError:
-                continue
-            rows[row["key"]] = row
-    return rows
+Arm = tuple[str, str, dict[str, Any]]
+"""Adapter, name of the variant, and its axes."""
 
 
 def common_settings(options: argparse.Namespace) -> dict[str, Any]:
@@ -52,66 +41,51 @@ def common_settings(options: argparse.Namespace) -> dict[str, Any]:
     return {**{name: getattr(options, name) for name in names}, "target_modules": whole}
 
 
-def grid(options: argparse.Namespace) -> list[Settings]:
-    """All runs that are asked for, the seed changing slowest."""
+def run_in_worker(settings: Settings, options: argparse.Namespace) -> Row:
+    """Run once; workers are spread over the GPUs."""
+    device = options.device
+    if device == "cuda":
+        identity = multiprocessing.current_process()._identity
+        device = f"cuda:{(identity[0] - 1 if identity else 0) % torch.cuda.device_count()}"
+    return run(settings, device, options.dtype, options.adapters_folder, options.lm_eval, options.lm_eval_folder)
+
+
+def run_grid(options: argparse.Namespace, tasks: Iterable[str], arms: Iterable[Arm], most: float = math.inf) -> None:
+    """Run what is missing of all combinations."""
     common = common_settings(options)
-    arms = (
-        [("lora", "default", {}), (MATCHED, "default", {})]
-        + [("lora+talan", name, VARIANTS[name]) for name in options.variants]
-        if options.ablation
-        else [(adapter, "default", {}) for adapter in options.adapters]
-    )
-    if options.axes:
-        arms = [(adapter, json.dumps(options.axes), options.axes) for adapter, _, _ in arms]
-    return [
+    everything = [
         Settings(backbone, task, adapter, seed, variant, axes, **common)
         for seed in options.seeds
         for backbone in options.backbones
-        for task in options.tasks
+        for task in tasks
         for adapter, variant, axes in arms
     ]
+    done = finished(options.results)
 
+    def missing() -> list[Settings]:
+        return [settings for settings in everything if settings.key() not in done]
 
-def device_of_this_worker(device: str) -> str:
-    """Spread the workers over the GPUs."""
-    if device != "cuda":
-        return device
-    identity = multiprocessing.current_process()._identity
-    return f"cuda:{(identity[0] - 1 if identity else 0) % torch.cuda.device_count()}"
-
-
-def run_in_worker(settings: Settings, options: argparse.Namespace) -> dict[str, Any]:
-    return run(
-        settings,
-        device_of_this_worker(options.device),
-        options.dtype,
-        options.adapters_folder,
-        options.lm_eval,
-        options.lm_eval_folder,
+    run_missing(
+        missing,
+        partial(run_in_worker, options=options),
+        options.results,
+        done,
+        lambda row: "{backbone} {task} {adapter} {seed}: ".format(**row["settings"]) + scores_text(row),
+        total=len(everything),
+        initial=len(everything) - len(missing()),
+        jobs=options.jobs,
+        seconds=options.limit_seconds,
+        most=most,
     )
+    left = len(missing())
+    print(f"{left} runs left" if left else "finished")
 
 
-def run_all(wanted: list[Settings], options: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """Run what is wanted, here or in processes, and start nothing new after the time that is given."""
-    deadline = time.monotonic() + options.limit_seconds
-    if options.jobs == 1:
-        for settings in wanted:
-            if time.monotonic() > deadline:
-                return
-            yield run_in_worker(settings, options)
-        return
-    queue = list(reversed(wanted))
-    running: set[Future[dict[str, Any]]] = set()
-    with ProcessPoolExecutor(options.jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
-        while running or (queue and time.monotonic() < deadline):
-            while queue and len(running) < options.jobs and time.monotonic() < deadline:
-                running.add(pool.submit(run_in_worker, queue.pop(), options))
-            done, running = wait(running, return_when=FIRST_COMPLETED)
-            for future in done:
-                yield future.result()
+def scores_text(row: Row) -> str:
+    return f"loss {row['loss']:.4f}, {100 * row['exact_match']:.1f}%"
 
 
-def make_parser(description: str | None) -> argparse.ArgumentParser:
+def make_parser(description: str | None, **defaults: Any) -> argparse.ArgumentParser:
     """The options that every study has."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
@@ -133,7 +107,52 @@ def make_parser(description: str | None) -> argparse.ArgumentParser:
     parser.add_argument("--device", default="cpu", help="cpu or cuda; the processes are spread over the GPUs")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"], help="of the backbone")
     parser.add_argument("--limit-seconds", type=float, default=math.inf, help="start no run after this time")
+    parser.set_defaults(**{"learning_rate": 1e-2, **defaults})
     return parser
+
+
+def make_adapters_parser(description: str | None, results: Path) -> argparse.ArgumentParser:
+    """The options of what is measured on the adapters of a study."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--study", type=Path, default=RESULTS)
+    parser.add_argument("--results", type=Path, default=results)
+    parser.add_argument("--adapters-folder", type=Path, default=cache_folder() / "study")
+    parser.add_argument("--limit-seconds", type=float, default=math.inf, help="start no adapter after this time")
+    return parser
+
+
+def measure_adapters(
+    options: argparse.Namespace,
+    wanted: Callable[[dict[str, Any]], bool],
+    measure: Callable[[Any, Any, dict[str, Any]], Row],
+) -> list[Row]:
+    """Measure the stored adapters whose settings are wanted, those that have a result left out; all results."""
+    done = finished(options.results)
+
+    def missing() -> list[Row]:
+        rows = [row for row in finished(options.study).values() if wanted(row["settings"]) and row["key"] not in done]
+        return [row for row in rows if (options.adapters_folder / row["key"]).exists()]
+
+    def measured(row: Row) -> Row:
+        base, tokenizer, weights = loaded(row["settings"]["backbone"])
+        if weights != row["weights"]:
+            name = row["settings"]["backbone"]
+            raise SystemExit(f"{name} has other weights than the study's: {weights}, not {row['weights']}")
+        model = PeftModel.from_pretrained(base, options.adapters_folder / row["key"]).eval()
+        found = {"key": row["key"], "settings": row["settings"], **measure(model, tokenizer, row["settings"])}
+        model.unload()
+        return found
+
+    run_missing(
+        missing,
+        measured,
+        options.results,
+        done,
+        lambda row: row["key"],
+        total=len(missing()),
+        seconds=options.limit_seconds,
+    )
+    return list(done.values())
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -142,24 +161,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--ablation", action="store_true", help="LoRA+TALAN with one axis changed at a time")
     parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=list(VARIANTS))
     parser.add_argument("--axes", type=json.loads, default=None, help='other defaults, as JSON: {"talan_alpha": 3}')
-    parser.add_argument("--learning-rate", type=float, default=1e-2)
-    parser.add_argument("--runs", type=int, default=None, help="at most so many runs, then stop")
+    parser.add_argument("--learning-rate", type=float)
+    parser.add_argument("--runs", type=int, default=math.inf, help="at most so many runs, then stop")
     options = parser.parse_args(arguments)
-    everything = grid(options)
-    done = finished(options.results)
-    wanted = [settings for settings in everything if settings.key() not in done]
-    before = len(everything) - len(wanted)
-    options.results.parent.mkdir(parents=True, exist_ok=True)
-    # The bar shows the runs done, the time gone and an estimate of the time left.
-    with tqdm(total=len(everything), initial=before, desc="runs", mininterval=1) as bar:
-        for row in run_all(wanted[: options.runs], options):
-            with options.results.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(row) + "\n")
-            name = "{backbone} {task} {adapter} {seed}".format(**row["settings"])
-            bar.set_postfix_str(f"{name}: loss {row['loss']:.4f}, {100 * row['exact_match']:.1f}%")
-            bar.update()
-    left = len(wanted) - (bar.n - before)
-    print(f"{left} runs left" if left else "finished")
+    arms: list[Arm] = [(adapter, "default", {}) for adapter in options.adapters]
+    if options.ablation:
+        arms = [("lora", "default", {}), (MATCHED, "default", {})]
+        arms += [("lora+talan", name, VARIANTS[name]) for name in options.variants]
+    if options.axes:
+        arms = [(adapter, json.dumps(options.axes), options.axes) for adapter, _, _ in arms]
+    run_grid(options, options.tasks, arms, options.runs)
 
 
 if __name__ == "__main__":

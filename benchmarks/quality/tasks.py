@@ -11,20 +11,40 @@ import re
 from collections.abc import Callable
 from functools import cache
 from importlib.resources import files
-from typing import Any
+from typing import Any, NamedTuple
 
 import reasoning_gym
+from transformers import PreTrainedTokenizerBase
 
-from ..supervised import Example
+from ..runs import DEVELOPMENT_SEED
 
 HELD_OUT_SEED = 1_000_000
-DEVELOPMENT_SEED = 100
-"""The seed of the runs that choose learning rate and axes, which are scored on held-out items of their own."""
 TEXT_HELD_OUT = 4_000
 """Characters at the end of the plain text that no backbone is pretrained on."""
 
+Make = Callable[[int, int], list[tuple[str, str]]]
+"""From a number and a seed to so many questions with their answers."""
 
-def _gym(name: str, **settings: Any) -> Callable[[int, int], list[tuple[str, str]]]:
+
+class Example(NamedTuple):
+    """A conversation up to the answer, as (role, content), and the answer."""
+
+    messages: tuple[tuple[str, str], ...]
+    answer: str
+
+    def row(self, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+        """The example as `peft_talan.sft` takes it: messages, or texts where the tokenizer has no chat template."""
+        if tokenizer.chat_template is None:
+            return {"prompt": "".join(f"{content}\n" for _, content in self.messages), "completion": self.answer}
+        messages = [{"role": role, "content": content} for role, content in self.messages]
+        return {"prompt": messages, "completion": [{"role": "assistant", "content": self.answer}]}
+
+
+def example_of(question: str, answer: str) -> Example:
+    return Example((("user", question),), answer)
+
+
+def _gym(name: str, **settings: Any) -> Make:
     def make(count: int, seed: int) -> list[tuple[str, str]]:
         items = reasoning_gym.create_dataset(name, size=count, seed=seed, **settings)
         return [(item["question"], item["answer"]) for item in items]
@@ -66,7 +86,7 @@ def _number_programs(count: int, seed: int) -> list[tuple[str, str]]:
     return items
 
 
-TASKS: dict[str, Callable[[int, int], list[tuple[str, str]]]] = {
+TASKS: dict[str, Make] = {
     "arithmetic": _gym("chain_sum", min_terms=3, max_terms=3, min_digits=1, max_digits=1),
     "algebra": _gym("simple_equations", min_terms=2, max_terms=2, min_value=1, max_value=9),
     "logic": _gym("family_relationships"),
@@ -74,7 +94,7 @@ TASKS: dict[str, Callable[[int, int], list[tuple[str, str]]]] = {
 }
 """What the adapters are trained on."""
 
-KNOWN_TASKS: dict[str, Callable[[int, int], list[tuple[str, str]]]] = {
+KNOWN_TASKS: dict[str, Make] = {
     "sums": _gym("chain_sum", min_terms=2, max_terms=2, min_digits=1, max_digits=2),
     "divisors": _gym("gcd", min_numbers=2, max_numbers=2, min_value=2, max_value=40),
     "letters": _gym("letter_counting", min_words=2, max_words=4),
@@ -93,14 +113,13 @@ SHORTENED: dict[str, Callable[[str], str]] = {
 }
 """The same questions in other words, so that a backbone can know a task's matter and not its wording."""
 
-
 PROMPTS = ("{}", "{} ?", "Answer this: {}", "{}\nAnswer:")
 """What a short form may stand in where a backbone is pretrained on it."""
 ASKED = "Question: {}"
 """The prompt of a short form that no backbone was pretrained with."""
 
 
-def _short(task: str, prompt: str = "{}") -> Callable[[int, int], list[tuple[str, str]]]:
+def _short(task: str, prompt: str = "{}") -> Make:
     def make(count: int, seed: int) -> list[tuple[str, str]]:
         return [(prompt.format(SHORTENED[task](question)), answer) for question, answer in TASKS[task](count, seed)]
 
@@ -120,7 +139,7 @@ def held_out(task: str, count: int) -> tuple[Example, ...]:
     found: dict[str, str] = {}
     for question, answer in ALL_TASKS[task](2 * count, HELD_OUT_SEED):
         found.setdefault(question, answer)
-    return tuple(Example((("user", question),), answer) for question, answer in list(found.items())[:count])
+    return tuple(example_of(*item) for item in list(found.items())[:count])
 
 
 def scored_items(task: str, count: int, seed: int) -> dict[str, tuple[Example, ...]]:
@@ -145,7 +164,7 @@ def to_train_on(task: str, count: int, seed: int, without: tuple[Example, ...]) 
     kept_out = {example.messages[0][1] for example in without}
     make = ALL_TASKS[task]
     items = [item for item in make(count + count // 4 + len(without), seed) if item[0] not in kept_out]
-    return [Example((("user", question),), answer) for question, answer in items[:count]]
+    return [example_of(*item) for item in items[:count]]
 
 
 @cache

@@ -55,53 +55,26 @@ class TalanArguments:
 def parse_arguments(
     arguments: list[str] | None = None,
 ) -> tuple[ScriptArguments, SFTConfig, ModelConfig, TalanArguments]:
-    """Read the command line, and the file that `--config` names.
-
-    Args:
-        arguments: Default: the process's own.
-
-    Returns:
-        TRL's arguments and ours.
-    """
+    """Read the command line, and the file that `--config` names."""
     parser = TrlParser((ScriptArguments, SFTConfig, ModelConfig, TalanArguments))
     return parser.parse_args_and_config(arguments, fail_with_unknown_args=True)
 
 
 def load_data(script_args: ScriptArguments) -> DatasetDict:
-    """Load a JSON or JSONL file, or a dataset by its name.
-
-    Args:
-        script_args: TRL's arguments; `dataset_name` is a file or a name.
-
-    Returns:
-        The splits.
-    """
+    """Load a JSON or JSONL file, or a dataset by its name."""
     if Path(script_args.dataset_name).is_file():
         return load_dataset("json", data_files={script_args.dataset_train_split: script_args.dataset_name})
     return load_dataset(script_args.dataset_name, name=script_args.dataset_config)
 
 
 def choose_split(dataset: DatasetDict, split: str, argument: str) -> Dataset:
-    """Take one split.
-
-    Args:
-        dataset: The splits.
-        split: The name of one.
-        argument: The argument that gave the name.
-
-    Returns:
-        The split.
-
-    Raises:
-        ValueError: There is no such split.
-    """
+    """Take one split; a ValueError names the argument if there is no such split."""
     if split not in dataset:
         raise ValueError(f"{argument}={split!r}: the dataset has {', '.join(map(repr, dataset))}; name one of these")
     return dataset[split]
 
 
 def main() -> None:
-    """Train, and save the adapter."""
     script_args, training_args, model_args, talan_args = parse_arguments()
     model_args.use_peft = True
     adapter = get_peft_config(model_args)

@@ -1,8 +1,8 @@
 """Serves a kept side path over loopback under load: every answer must be that of `generate`, at what speed.
 
-SmolLM2-135M-Instruct gets a side path with random weights and is written to two folders, whole and with the low-rank
-half alone. One server runs the first folder and two run the second, all at once; they are measured in turns, the
-others suspended, so the ratio of the last two says how much of a difference is chance. Beside tokens a second stands
+SmolLM2-135M-Instruct gets a side path with random weights and is written to two folders, whole and with the LoRA
+weights alone. One server runs the first folder and two run the second, all at once; they are measured in turns, the
+others suspended, so the ratio of the last two says how much of a difference is chance. Beside tokens per second stands
 the time that processors spent on each token, which other programs on the machine change less. Then clients are killed
 in the middle of answers, beside clients whose answers must stay; many requests are sent while the server's memory is
 watched; and at last the first two servers get a prompt that is longer than all pages.
@@ -24,37 +24,38 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from ..pages import filled
-from .clients import COUNTED, TOPICS, disturb, expected_answers, load, send_too_long, soak, write_folders
+from ..pages import show
+from ..runs import Row, append_line
+from .clients import COUNTED, TOPICS, disturb, expected_answers, measure_load, send_too_long, soak, write_folders
 from .servers import SERVERS, all_serving, alone
 from .table import NAME, PAGE_WITH_TABLE, RESULTS, ratios, table
 
 
-def report(out: Path, row: dict[str, Any]) -> None:
-    """Print a row and keep it."""
-    print(json.dumps(row), flush=True)
-    with out.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(row) + "\n")
-
-
 def measure(options: argparse.Namespace, folders: dict[str, str], about: dict[str, Any]) -> None:
-    """Run the load and report each part of it."""
+    """Run the load, print each part of it and store it."""
+
+    def report(row: Row) -> None:
+        row = {**about, **row}
+        print(json.dumps(row), flush=True)
+        append_line(options.out, row)
+
     topics = [TOPICS[number % len(TOPICS)] for number in range(options.requests)]
     expected = {name: expected_answers(folder, TOPICS, options.tokens) for name, folder in folders.items()}
     served = {"talan": folders["talan"], "lora": folders["lora"], "lora again": folders["lora"]}
     with all_serving(options.server, served, options.threads) as servers:
         for server in servers:  # The first answer waits for what is made when it is first used.
             with alone(server, servers):
-                load(server, topics, len(TOPICS), 2)
+                measure_load(server, topics, len(TOPICS), 2)
         for clients in options.clients:
-            rows: list[dict[str, Any]] = []
+            rows: list[Row] = []
             for turn in range(options.turns):
                 for place in range(len(servers)):
                     # No server is always the first of a turn.
                     server = servers[(place + turn) % len(servers)]
                     right = expected[server.name.split()[0]]
                     with alone(server, servers):
-                        rows.append({"served": server.name, **load(server, topics, clients, options.tokens, right)})
+                        found = measure_load(server, topics, clients, options.tokens, right)
+                    rows.append({"served": server.name, **found})
             for name in served:
                 sums = {field: sum(row[field] for row in rows if row["served"] == name) for field in COUNTED}
                 of_name = [row["tokens_per_second"] for row in rows if row["served"] == name]
@@ -62,34 +63,33 @@ def measure(options: argparse.Namespace, folders: dict[str, str], about: dict[st
                 if name != "lora":
                     row |= {"speed": ratios(rows, name, "tokens_per_second")}
                     row |= {"processor time": ratios(rows, name, "processor_seconds_per_token")}
-                report(options.out, {**about, "turns": options.turns, **row})
-        row = disturb(servers[0], topics, max(options.clients), options.tokens, expected["talan"])
-        report(options.out, {**about, "served": "talan", "clients": max(options.clients), **row})
+                report({"turns": options.turns, **row})
+        most = max(options.clients)
+        row = disturb(servers[0], topics, most, options.tokens, expected["talan"])
+        report({"served": "talan", "clients": most, **row})
         if options.soak:
             used = soak(servers[0], TOPICS, options.soak, 4)
-            report(options.out, {**about, "served": "talan", "requests": options.soak, "MiB": used})
+            report({"served": "talan", "requests": options.soak, "MiB": used})
         for server in servers[:2]:
-            row = send_too_long(server, topics, max(options.clients), options.tokens, expected[server.name])
-            report(options.out, {**about, "served": server.name, "clients": max(options.clients), **row})
+            row = send_too_long(server, topics, most, options.tokens, expected[server.name])
+            report({"served": server.name, "clients": most, **row})
 
 
 def main() -> None:
-    """Run the load."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--server", choices=SERVERS, default="transformers")
     parser.add_argument("--folder", type=Path, default=Path("build/serving"), help="where the models are written")
     parser.add_argument("--clients", type=int, nargs="+", default=[1, 4, 16])
     parser.add_argument("--requests", type=int, default=64, help="of each server, in each turn")
     parser.add_argument("--turns", type=int, default=5)
-    parser.add_argument("--tokens", type=int, default=48, help="new tokens a request, at most")
+    parser.add_argument("--tokens", type=int, default=48, help="new tokens per request, at most")
     parser.add_argument("--soak", type=int, default=1000, help="requests during which the memory is watched")
     parser.add_argument("--threads", type=int, default=1, help="of each server")
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--table", action="store_true", help="put what is stored into the page, and run nothing")
     options = parser.parse_args()
     if options.table:
-        page = PAGE_WITH_TABLE.read_text(encoding="utf-8")
-        PAGE_WITH_TABLE.write_text(filled(page, {NAME: table(options.out)}), encoding="utf-8")
+        show({NAME: table(options.out)}, PAGE_WITH_TABLE)
         return
     about = {"server": options.server, "threads": options.threads, "tokens": options.tokens}
     about["machine"] = f"{platform.machine()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.0f}"

@@ -68,16 +68,9 @@ def expected_answers(folder: str, topics: Sequence[str], tokens: int) -> dict[st
 
 
 def ask(server: Server, messages: list[dict[str, str]], tokens: int, kill_after: int | None = None) -> tuple[int, Any]:
-    """Send one request.
+    """Send one request; its status, and the answer as it was sent.
 
-    Args:
-        server: The server.
-        messages: The chat.
-        tokens: The largest number of new tokens.
-        kill_after: Break the connection off after this many bytes of a streamed answer. None: read the answer.
-
-    Returns:
-        The status, and the answer as it was sent.
+    With `kill_after`, the answer is streamed and the connection broken off after so many bytes.
     """
     body = {"model": server.folder, "messages": messages, "temperature": 0, "max_tokens": tokens}
     body["stream"] = kill_after is not None
@@ -92,28 +85,17 @@ def ask(server: Server, messages: list[dict[str, str]], tokens: int, kill_after:
     return response.status, json.loads(sent) if response.status == 200 else sent.decode(errors="replace")
 
 
-def load(
+def measure_load(
     server: Server, topics: Sequence[str], clients: int, tokens: int, expected: dict[str, str] | None = None
 ) -> dict[str, Any]:
-    """Let some clients send requests side by side, and compare the answers.
-
-    Args:
-        server: The server.
-        topics: One for each request.
-        clients: How many at once.
-        tokens: New tokens a request, at most.
-        expected: The right answer by topic. Default None: not compared.
-
-    Returns:
-        What was counted.
-    """
+    """Let some clients send a request for each topic side by side, and compare the answers if they are known."""
     start, spent = time.perf_counter(), server.processor_seconds()
     with ThreadPoolExecutor(clients) as pool:
         answers = list(pool.map(lambda topic: ask(server, message(topic), tokens), topics))
     seconds, spent = time.perf_counter() - start, server.processor_seconds() - spent
-    given = [answer for status, answer in answers if status == 200]
-    new_tokens = sum(answer["usage"]["completion_tokens"] for answer in given)
-    counted = {"requests": len(topics), "lost": len(topics) - len(given)}
+    whole = [answer for status, answer in answers if status == 200]
+    new_tokens = sum(answer["usage"]["completion_tokens"] for answer in whole)
+    counted = {"requests": len(topics), "lost": len(topics) - len(whole)}
     if new_tokens:
         counted |= {"tokens_per_second": new_tokens / seconds, "processor_seconds_per_token": spent / new_tokens}
     if expected is not None:
@@ -128,7 +110,7 @@ def disturb(
     """The same beside clients that are killed."""
     with ThreadPoolExecutor(2) as pool:
         killed = [pool.submit(ask, server, message(topic), tokens, 200) for topic in topics[: len(TOPICS)]]
-        counted = load(server, topics, clients, tokens, expected)
+        counted = measure_load(server, topics, clients, tokens, expected)
         statuses = [future.result()[0] for future in killed]
     return {**counted, "killed": len(statuses)}
 
@@ -140,11 +122,11 @@ def send_too_long(
     too_long = [{"role": "user", "content": "word " * (PAGE * PAGES + 1)}]
     with ThreadPoolExecutor(1) as pool:
         refused = pool.submit(ask, server, too_long, tokens)
-        counted = load(server, topics, clients, tokens, expected)
+        counted = measure_load(server, topics, clients, tokens, expected)
         status, answer = refused.result()
-    after = load(server, topics, clients, tokens, expected)
-    told = {"status": status, "answer": str(answer)[:120], **{f"{name} after": after[name] for name in COUNTED}}
-    return {**counted, "too_long": told}
+    after = measure_load(server, topics, clients, tokens, expected)
+    facts = {"status": status, "answer": str(answer)[:120], **{f"{name} after": after[name] for name in COUNTED}}
+    return {**counted, "too_long": facts}
 
 
 def soak(server: Server, topics: Sequence[str], requests: int, tokens: int) -> list[int]:
@@ -153,7 +135,7 @@ def soak(server: Server, topics: Sequence[str], requests: int, tokens: int) -> l
     used = [round(server.memory())]
     for done in range(0, requests, piece):
         asked = [topics[number % len(topics)] for number in range(done, done + piece)]
-        if load(server, asked, clients, tokens)["lost"]:
+        if measure_load(server, asked, clients, tokens)["lost"]:
             raise RuntimeError(f"{server.folder}: requests were lost after {done} of {requests}")
         used.append(round(server.memory()))
     return used

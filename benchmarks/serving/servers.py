@@ -16,12 +16,16 @@ from typing import Any, NamedTuple
 PAGE, PAGES, BUDGET = 32, 512, 256
 
 
+def flags_of(options: dict[str, Any]) -> list[str]:
+    return [part for name, value in options.items() for part in (f"--{name}", str(value))]
+
+
 def transformers_server(folder: str, port: int) -> list[str]:
     """The command of `transformers serve` with continuous batching."""
     options = {"port": port, "device": "cpu", "dtype": "float32", "attn-implementation": "sdpa"}
     options |= {"cb-block-size": PAGE, "cb-num-blocks": PAGES, "cb-max-batch-tokens": BUDGET, "log-level": "error"}
-    flags = [part for name, value in options.items() for part in (f"--{name}", str(value))]
-    return [str(Path(sys.executable).parent / "transformers"), "serve", folder, "--continuous-batching", *flags]
+    program = [str(Path(sys.executable).parent / "transformers"), "serve", folder, "--continuous-batching"]
+    return [*program, *flags_of(options)]
 
 
 def vllm_server(folder: str, port: int) -> list[str]:
@@ -30,8 +34,8 @@ def vllm_server(folder: str, port: int) -> list[str]:
     options |= {"num-gpu-blocks-override": PAGES, "max-num-batched-tokens": BUDGET, "max-num-seqs": 16}
     # A share of the machine's memory that is free beside the other servers; vLLM starts only if it is there.
     options |= {"gpu-memory-utilization": 0.15}
-    flags = [part for name, value in options.items() for part in (f"--{name}", str(value))]
-    return [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--disable-uvicorn-access-log", *flags]
+    program = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--disable-uvicorn-access-log"]
+    return [*program, *flags_of(options)]
 
 
 def vllm_eager_server(folder: str, port: int) -> list[str]:
@@ -48,14 +52,7 @@ SERVERS: dict[str, Callable[[str, int], list[str]]] = {
 
 
 class Server(NamedTuple):
-    """A running server.
-
-    Args:
-        name: What it serves.
-        folder: The folder, which is the model's name in requests.
-        port: Its port on the loopback.
-        process: The process.
-    """
+    """A running server; the folder is the model's name in requests."""
 
     name: str
     folder: str
@@ -125,6 +122,5 @@ def alone(server: Server, servers: Sequence[Server]) -> Iterator[None]:
 @contextmanager
 def all_serving(kind: str, served: dict[str, str], threads: int) -> Iterator[list[Server]]:
     """Start a server for each folder, one after the other."""
-
     with ExitStack() as stack:
         yield [stack.enter_context(serving(kind, name, folder, threads)) for name, folder in served.items()]

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+
+from ..pages import markdown
+from ..runs import Row, read_lines
 
 RESULTS = Path(__file__).parents[1] / "results" / "serving.jsonl"
 PAGE_WITH_TABLE = Path(__file__).parents[2] / "docs" / "how-to" / "serve.md"
@@ -16,7 +17,7 @@ FEWEST_TURNS = 3
 """Fewer say nothing about speed."""
 
 
-def ratios(rows: Sequence[dict[str, Any]], name: str, field: str) -> dict[str, float]:
+def ratios(rows: Sequence[Row], name: str, field: str) -> dict[str, float]:
     """How a server compares with plain LoRA's, turn by turn: the median, and the two quartiles."""
     values: dict[str, list[float]] = {}
     for row in rows:
@@ -30,15 +31,14 @@ def ratios(rows: Sequence[dict[str, Any]], name: str, field: str) -> dict[str, f
 
 def table(out: Path) -> str:
     """The stored rows as a table of the documentation."""
-    rows = [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
-    lines = ["| server | clients | answers equal | lost | speed | control | of both | by processor time | control |"]
-    lines.append("|---|--:|--:|--:|--:|--:|--:|--:|--:|")
+    rows = read_lines(out)
 
-    def shown(row: dict[str, Any], field: str) -> str:
+    def shown(row: Row, field: str) -> str:
         if row["turns"] < FEWEST_TURNS:
             return "not measured"
         return "{median:.3f} ({low:.3f} to {high:.3f})".format(**row[field])
 
+    lines = []
     for row in rows:
         if row["served"] != "talan" or "speed" not in row:
             continue
@@ -48,8 +48,9 @@ def table(out: Path) -> str:
             for name in ("lora", "lora again")
         )
         of_both = row["tokens_per_second"] / statistics.mean(one["tokens_per_second"] for one in (plain, control))
-        cells = [row["server"], row["clients"], f"{row['requests'] - row['wrong']} of {row['requests']}", row["lost"]]
         speed, time = ([shown(one, field) for one in (row, control)] for field in ("speed", "processor time"))
-        cells += [*speed, f"{of_both:.3f}" if row["turns"] >= FEWEST_TURNS else "not measured", *time]
-        lines.append(f"| {' | '.join(map(str, cells))} |")
-    return "\n".join(lines)
+        equal = f"{row['requests'] - row['wrong']} of {row['requests']}"
+        ratio = f"{of_both:.3f}" if row["turns"] >= FEWEST_TURNS else "not measured"
+        lines.append([*cell.values(), equal, row["lost"], *speed, ratio, *time])
+    heads = ("server", "clients", "answers equal", "lost", "speed", "control", "of both", "by processor time")
+    return markdown([*heads, "control"], lines, "--:")

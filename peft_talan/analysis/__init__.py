@@ -1,4 +1,4 @@
-"""Looks inside: what both halves of an adapter do to the residual stream, measured, drawn and logged.
+"""Looks inside: what LoRA weights and side path do to the residual stream, measured, drawn and logged.
 
 The public functions are imported from here: `from peft_talan.analysis import measure_blocks, SidePathMonitor`.
 """

@@ -1,4 +1,4 @@
-"""The inner states of a TALAN model on any batch: both halves' sizes, where a perturbation goes, what slots hold.
+"""The inner states of a TALAN model on any batch: what LoRA weights and side path change, and what tokens read.
 
 These are the measurements of the paper (arXiv 2606.06902), which prints no definitions; the definitions are ours.
 """
@@ -16,22 +16,17 @@ from torch import nn
 from ..tuner.attachment import attached_side_paths
 from ..tuner.layer import TalanLayer
 from ..tuner.strength import talan_strength
-from .streams import Inputs, TokenMeans, evaluated, norm, record_streams, steered_blocks, without_adapters
-from .token_measures import SidePathStatistics, TokenMeasures, side_path_statistics, token_measures
-
-__all__ = [
-    "BlockMeasures",
-    "Propagation",
-    "SidePathReads",
-    "SidePathStatistics",
-    "TokenMeasures",
-    "measure_blocks",
-    "measure_propagation",
-    "measure_reads",
-    "side_path_statistics",
-    "to_rows",
-    "token_measures",
-]
+from .streams import (
+    Inputs,
+    TokenMeans,
+    evaluated,
+    measure_layer,
+    record_streams,
+    run,
+    steered_blocks,
+    without_adapters,
+)
+from .token_measures import TokenMeasures, token_measures
 
 
 @dataclass(frozen=True)
@@ -41,10 +36,10 @@ class BlockMeasures:
     Args:
         block: The block's index.
         hidden_norm: |h|, with the adapter.
-        low_rank_norm: |u|, u the change that the low-rank half alone makes to the stream: with it minus without it,
+        low_rank_norm: |u|, u the change that the LoRA weights alone make to the stream: with it minus without it,
             the side path off in both.
         side_path_norm: |d|, d the change that the side path makes to the stream: with it minus without it, the
-            low-rank half on in both.
+            LoRA weights on in both.
         ratio: `low_rank_norm / side_path_norm`; None if the side path has not written yet.
         cosine: The mean cosine of u and d; None if one of them is zero everywhere.
         written_norm: |delta|, what the block's own side path writes; None if it has none.
@@ -91,7 +86,7 @@ class SidePathReads:
     Args:
         block: The block's index.
         adapter_name: The adapter's name.
-        measures: One number a token.
+        measures: One number per token.
         valid: [batch, tokens], bool; False marks padding.
     """
 
@@ -106,25 +101,21 @@ class SidePathReads:
         return self.measures.slot_shares[self.valid].mean(0)
 
     def rows(self) -> list[dict[str, Any]]:
-        """One dictionary a real token: row, token, block, adapter, norms, gate, entropy and `slot_0`, `slot_1`, ..."""
-        found = []
-        entropy = self.measures.read_entropy
-        for row, token in self.valid.nonzero().tolist():
-            shares = self.measures.slot_shares[row, token].tolist()
-            gates = self.measures.gates
-            found.append(
-                {
-                    "row": row,
-                    "token": token,
-                    "block": self.block,
-                    "adapter": self.adapter_name,
-                    "relative_norm": float(self.measures.relative_norm[row, token]),
-                    "gate": None if gates is None else float(gates[row, token]),
-                    "read_entropy": float(entropy[row, token]),
-                    **{f"slot_{slot}": share for slot, share in enumerate(shares)},
-                }
-            )
-        return found
+        """One dictionary per real token: row, token, block, adapter, norms, gate, entropy, `slot_0`, `slot_1`, ..."""
+        measures, entropy = self.measures, self.measures.read_entropy
+        return [
+            {
+                "row": row,
+                "token": token,
+                "block": self.block,
+                "adapter": self.adapter_name,
+                "relative_norm": float(measures.relative_norm[row, token]),
+                "gate": None if measures.gates is None else float(measures.gates[row, token]),
+                "read_entropy": float(entropy[row, token]),
+                **{f"slot_{slot}": share for slot, share in enumerate(measures.slot_shares[row, token].tolist())},
+            }
+            for row, token in self.valid.nonzero().tolist()
+        ]
 
 
 def to_rows(
@@ -136,7 +127,7 @@ def to_rows(
         measures: What a function of this module returned.
 
     Returns:
-        One dictionary a row.
+        One dictionary per row.
 
     Examples:
         >>> table = pandas.DataFrame(to_rows(measure_blocks(model, inputs)))
@@ -155,9 +146,9 @@ def _batches(inputs: Inputs | Sequence[Inputs]) -> list[Inputs]:
 
 
 def measure_blocks(model: nn.Module, inputs: Inputs | Sequence[Inputs]) -> list[BlockMeasures]:
-    """Compare what the low-rank half and the side path do to the residual stream, block by block.
+    """Compare what the LoRA weights and the side path do to the residual stream, block by block.
 
-    Three forward passes a batch: with both, with the low-rank half alone, and the base model. The model is not
+    Three forward passes per batch: with both, with the LoRA weights alone, and the base model. The model is not
     changed.
 
     Args:
@@ -166,7 +157,7 @@ def measure_blocks(model: nn.Module, inputs: Inputs | Sequence[Inputs]) -> list[
             batches. Labels are left out.
 
     Returns:
-        One item a block, in order.
+        One item per block, in order.
 
     Raises:
         ValueError: The model has no side path, is disabled or merged, or there is no batch.
@@ -175,12 +166,10 @@ def measure_blocks(model: nn.Module, inputs: Inputs | Sequence[Inputs]) -> list[
         >>> blocks = measure_blocks(model, tokenizer("Why is the sky blue?", return_tensors="pt"))
         >>> blocks[9].ratio  # how many times larger the low-rank update is than the side path's
     """
-    means = TokenMeans()
-    places = {
-        layer.block_index: "input" if "input" in layer.talan_position.values() else "output"
-        for _, layer in attached_side_paths(model)
+    at_input = {
+        layer.block_index for _, layer in attached_side_paths(model) if "input" in layer.talan_position.values()
     }
-    depth = len(steered_blocks(model))
+    means = [TokenMeans() for _ in steered_blocks(model)]
     with evaluated(model):
         for batch in _batches(inputs):
             both = record_streams(model, batch)
@@ -188,32 +177,29 @@ def measure_blocks(model: nn.Module, inputs: Inputs | Sequence[Inputs]) -> list[
                 low_rank = record_streams(model, batch)
             with without_adapters(model):
                 base = record_streams(model, batch)
-            for block in range(depth):
+            for block, mean in enumerate(means):
                 update = low_rank.after[block] - base.after[block]
                 change = both.after[block] - low_rank.after[block]
-                means.add(f"{block} hidden", norm(both.after[block]))
-                means.add(f"{block} low rank", norm(update))
-                means.add(f"{block} side path", norm(change))
-                means.add_cosine(f"{block} cosine", update, change)
+                mean.add_norms(hidden=both.after[block], low_rank=update, side_path=change)
+                mean.add_cosine("cosine", update, change)
                 if block in both.written:
-                    if places[block] == "input":
+                    if block in at_input:
                         update = low_rank.before[block] - base.before[block]
-                    means.add(f"{block} there", norm(update))
-                    means.add(f"{block} written", norm(both.written[block]))
-                    means.add_cosine(f"{block} written cosine", update, both.written[block])
+                    mean.add_norms(low_rank_there=update, written=both.written[block])
+                    mean.add_cosine("written_cosine", update, both.written[block])
     return [
         BlockMeasures(
             block=block,
-            hidden_norm=means.of(f"{block} hidden"),
-            low_rank_norm=means.of(f"{block} low rank"),
-            side_path_norm=means.of(f"{block} side path"),
-            ratio=means.ratio(f"{block} low rank", f"{block} side path"),
-            cosine=means.get(f"{block} cosine"),
-            written_norm=means.get(f"{block} written"),
-            written_ratio=means.ratio(f"{block} there", f"{block} written"),
-            written_cosine=means.get(f"{block} written cosine"),
+            hidden_norm=mean.of("hidden"),
+            low_rank_norm=mean.of("low_rank"),
+            side_path_norm=mean.of("side_path"),
+            ratio=mean.ratio("low_rank", "side_path"),
+            cosine=mean.get("cosine"),
+            written_norm=mean.get("written"),
+            written_ratio=mean.ratio("low_rank_there", "written"),
+            written_cosine=mean.get("written_cosine"),
         )
-        for block in range(depth)
+        for block, mean in enumerate(means)
     ]
 
 
@@ -236,9 +222,9 @@ def measure_propagation(model: nn.Module, inputs: Inputs | Sequence[Inputs]) -> 
         >>> for step in measure_propagation(model, tokenizer("Why is the sky blue?", return_tensors="pt")):
         ...     print(step.source, step.block, step.amplification)
     """
-    means = TokenMeans()
     sources = [layer.block_index for _, layer in attached_side_paths(model)]
     depth = len(steered_blocks(model))
+    means = {(source, block): TokenMeans() for source in sources for block in range(source, depth)}
     with evaluated(model):
         for batch in _batches(inputs):
             with talan_strength(model, 0):
@@ -248,23 +234,20 @@ def measure_propagation(model: nn.Module, inputs: Inputs | Sequence[Inputs]) -> 
                 with talan_strength(model, 0, layers=others) if others else ExitStack():
                     on = record_streams(model, batch)
                 delta = on.written[source]
-                means.add(f"{source}", norm(delta))
                 for block in range(source, depth):
                     change = on.after[block] - off.after[block]
-                    means.add(f"{source} {block}", norm(change))
-                    means.add(f"{source} {block} hidden", norm(on.after[block]))
-                    means.add_cosine(f"{source} {block} cosine", change, delta)
+                    means[source, block].add_norms(change=change, hidden=on.after[block], written=delta)
+                    means[source, block].add_cosine("cosine", change, delta)
     return [
         Propagation(
             source=source,
             block=block,
-            difference_norm=means.of(f"{source} {block}"),
-            relative_norm=means.ratio(f"{source} {block}", f"{source} {block} hidden") or 0.0,
-            amplification=means.ratio(f"{source} {block}", f"{source}"),
-            cosine=means.get(f"{source} {block} cosine"),
+            difference_norm=mean.of("change"),
+            relative_norm=mean.ratio("change", "hidden") or 0.0,
+            amplification=mean.ratio("change", "written"),
+            cosine=mean.get("cosine"),
         )
-        for source in sources
-        for block in range(source, depth)
+        for (source, block), mean in means.items()
     ]
 
 
@@ -287,29 +270,16 @@ def measure_reads(model: nn.Module, inputs: Inputs) -> list[SidePathReads]:
         >>> reads = measure_reads(model, tokenizer("Why is the sky blue?", return_tensors="pt"))
         >>> reads[0].slot_usage
     """
-    found: list[SidePathReads] = []
+    reads: list[SidePathReads] = []
 
     def look(layer: nn.Module, args: tuple[Any, ...]) -> None:
-        hidden_states, position, call = args[:3]
-        layout = call.layout(hidden_states)
-        if not isinstance(layer, TalanLayer):
-            return
-        for name in layer.active_adapters:
-            if layer.talan_position.get(name) == position:
-                measures = token_measures(
-                    hidden_states,
-                    layer.parameters_of(name),
-                    layer.talan_options[name],
-                    alpha=layer.alpha_at_run_time(name),
-                    valid=layout.valid,
-                    segment_ids=layout.segment_ids,
-                )
-                valid = torch.ones(hidden_states.shape[:2], dtype=torch.bool) if layout.valid is None else layout.valid
-                found.append(SidePathReads(layer.block_index, name, measures, valid))
+        if isinstance(layer, TalanLayer):
+            for name, measures, valid in measure_layer(token_measures, layer, args):
+                reads.append(SidePathReads(layer.block_index, name, measures, valid))
 
     steered_blocks(model)  # Refuses a model without a side path.
     with evaluated(model), torch.no_grad(), ExitStack() as hooks:
         for _, layer in attached_side_paths(model):
             hooks.callback(layer.register_forward_pre_hook(look).remove)
-        model(**{"use_cache": False, **{name: part for name, part in inputs.items() if name != "labels"}})
-    return sorted(found, key=lambda reads: (reads.block, reads.adapter_name))
+        run(model, inputs)
+    return sorted(reads, key=lambda item: (item.block, item.adapter_name))

@@ -9,14 +9,15 @@ from typing import Any
 import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer_utils import IntervalStrategy
 
 from ..tuner.layer import TalanLayer
-from .measure import side_path_statistics
+from .streams import measure_layer
+from .token_measures import side_path_statistics
 
 TOKENS_MEASURED = 512
-"""The number of tokens of each row that are measured: the readable equations hold one memory a token."""
+"""The number of tokens of each row that are measured: the readable equations hold one memory per token."""
 
 
 def _is_logged(args: TrainingArguments, state: TrainerState, first_of_epoch: bool) -> bool:
@@ -49,21 +50,14 @@ class SidePathMonitor(TrainerCallback):
         self._seen: dict[str, list[float]] = defaultdict(list)
         self._epoch_begins = False
 
-    def on_epoch_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_epoch_begin(self, *given: Any, **kwargs: Any) -> None:
         """Note that the next step is an epoch's first."""
         self._epoch_begins = True
 
     def on_step_begin(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        model: nn.Module | None = None,
-        **kwargs: Any,
+        self, args: TrainingArguments, state: TrainerState, control: Any, model: nn.Module | None = None, **kwargs: Any
     ) -> None:
-        """Log what the last measured step gave, and measure again if this step will be logged."""
+        """Log what was measured in the last measured step, and measure again if this step will be logged."""
         self._report()
         first_of_epoch, self._epoch_begins = self._epoch_begins, False
         if model is None or not _is_logged(args, state, first_of_epoch):
@@ -71,18 +65,14 @@ class SidePathMonitor(TrainerCallback):
         layers = (module for module in model.modules() if isinstance(module, TalanLayer))
         self._handles = [layer.register_forward_pre_hook(self._measure) for layer in layers]
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_end(self, *given: Any, **kwargs: Any) -> None:
         """Stop measuring. Logging must wait: a log of ours would stand for the one that Trainer is about to write."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Log what the last measured step gave."""
+    def on_train_end(self, *given: Any, **kwargs: Any) -> None:
+        """Log what was measured in the last measured step."""
         self._report()
 
     def _report(self) -> None:
@@ -96,21 +86,7 @@ class SidePathMonitor(TrainerCallback):
         trains = layer.training and torch.is_grad_enabled()
         if not isinstance(layer, TalanLayer) or not trains or layer.disable_adapters:
             return
-        hidden_states, position, call = args[:3]
-        layout = call.layout(hidden_states)
-        parts = (layout.valid, layout.segment_ids)
-        valid, segment_ids = (None if part is None else part[:, :TOKENS_MEASURED] for part in parts)
-        for name in layer.active_adapters:
-            if layer.talan_position.get(name) != position:
-                continue
-            statistics = side_path_statistics(
-                hidden_states[:, :TOKENS_MEASURED].detach(),
-                layer.parameters_of(name),
-                layer.talan_options[name],
-                alpha=layer.alpha_at_run_time(name),
-                valid=valid,
-                segment_ids=segment_ids,
-            )
+        for name, statistics, _ in measure_layer(side_path_statistics, layer, args, TOKENS_MEASURED):
             for field, value in statistics._asdict().items():
                 if value is not None:
                     self._seen[f"talan/{name}/block_{layer.block_index}/{field}"].append(value)

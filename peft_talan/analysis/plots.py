@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from ..axes import refusal
+from ..sft.display import make_figure
 from .measure import BlockMeasures, Propagation, SidePathReads
 
 if TYPE_CHECKING:
@@ -15,10 +17,7 @@ LONGEST_LABEL = 12
 
 
 def _axes(title: str, below: str, beside: str, width: float = 6.4) -> tuple[Figure, Axes]:
-    # Figure and not pyplot: nothing global is set, and no window is opened.
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, 4.0), layout="constrained")
+    figure = make_figure(width, 4.0)
     axes = figure.add_subplot()
     axes.set_title(title)
     axes.set_xlabel(below)
@@ -35,7 +34,7 @@ def _finish(figure: Figure, axes: Axes) -> None:
 
 
 def plot_blocks(blocks: Sequence[BlockMeasures]) -> Figure:
-    """Draw, block by block, the residual stream and the changes that both halves make to it.
+    """Draw, block by block, the residual stream and the changes that LoRA weights and side path make to it.
 
     Args:
         blocks: Returned by `measure_blocks`.
@@ -50,7 +49,7 @@ def plot_blocks(blocks: Sequence[BlockMeasures]) -> Figure:
     indices = [measure.block for measure in blocks]
     for name, label in (
         ("hidden_norm", "the stream"),
-        ("low_rank_norm", "changed by the low-rank half"),
+        ("low_rank_norm", "changed by the LoRA weights"),
         ("side_path_norm", "changed by the side path"),
     ):
         values = [getattr(measure, name) for measure in blocks]
@@ -127,9 +126,9 @@ def plot_token_slots(reads: SidePathReads, tokens: Sequence[str] | None = None, 
     """
     rows, length = reads.valid.shape
     if not 0 <= row < rows:
-        raise ValueError(f"row={row}: the batch has {rows} rows")
+        raise refusal("row", row, f"the batch has {rows} rows")
     if tokens is not None and len(tokens) != length:
-        raise ValueError(f"tokens: {len(tokens)} texts for {length} tokens; give one a token, padding included")
+        raise ValueError(f"tokens: {len(tokens)} texts for {length} tokens; give one per token, padding included")
     real = reads.valid[row].nonzero().flatten().tolist()
     shares = reads.measures.slot_shares[row, real].float().T.tolist()
     title = f"Slots read at block {reads.block}, {reads.adapter_name}"

@@ -10,14 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from peft import PeftConfig
-from transformers import PreTrainedTokenizerBase
 
+from ..axes import check_count, refusal
 from ..config import TalanConfig
-from ..sft.data import read_rows
+from ..sft.data import Rows, read_rows
 from ..sft.models import base_model_of, load_adapter
-from ..sft.prompts import encode
+from ..sft.prompts import Encoded, encode
+from ..sft.scores import pad_batch
 from .measure import measure_blocks, measure_propagation, measure_reads, to_rows
-from .streams import Inputs
 
 TABLES = ("blocks", "propagation", "tokens")
 MAPS = 4
@@ -38,7 +38,7 @@ class AnalysisFiles:
 
 
 def _write_table(file: Path, rows: Sequence[dict[str, Any]]) -> Path:
-    # Side paths can differ in their number of slots, so that not every row has every column.
+    # Side paths can differ in their number of slots: not every row has every column.
     columns = list(dict.fromkeys(name for row in rows for name in row))
     with file.open("w", encoding="utf-8", newline="") as opened:
         writer = csv.DictWriter(opened, columns)
@@ -47,13 +47,9 @@ def _write_table(file: Path, rows: Sequence[dict[str, Any]]) -> Path:
     return file
 
 
-def _padded(tokens: list[list[int]], tokenizer: PreTrainedTokenizerBase, model: Any) -> Inputs:
-    return dict(tokenizer.pad({"input_ids": tokens}, padding_side="right", return_tensors="pt").to(model.device))
-
-
 def analyze(
     adapter: str | PathLike[str],
-    data_file: str | PathLike[str],
+    data_file: str | PathLike[str] | Rows,
     output_folder: str | PathLike[str],
     *,
     base_model: str | None = None,
@@ -67,7 +63,7 @@ def analyze(
 
     Args:
         adapter: The adapter's folder or name on the hub.
-        data_file: A file or a hub data set, as `peft_talan.sft.data.read_rows` takes it.
+        data_file: A file or a hub data set, as `peft_talan.sft.data.read_rows` takes it, or the rows that it returned.
         output_folder: Where the tables (CSV) and the pictures (PNG) go; it is created if it does not exist.
         base_model: The base model's folder or name. None: what the adapter's configuration says. Default None.
         examples: How many rows are measured. Default 16.
@@ -88,8 +84,7 @@ def analyze(
         >>> files.pictures
     """
     for name, value in (("examples", examples), ("max_tokens", max_tokens), ("batch_size", batch_size)):
-        if value < 1:
-            raise ValueError(f"{name}={value!r}: give a whole number of at least 1")
+        check_count(name, value)
     # Imported first, so that a missing package is reported before a model is loaded.
     import matplotlib
 
@@ -97,20 +92,24 @@ def analyze(
 
     config = PeftConfig.from_pretrained(str(adapter))
     if not isinstance(config, TalanConfig):
-        raise ValueError(f"adapter={str(adapter)!r}: is of type {config.peft_type}; give a TALAN adapter")
-    rows = read_rows(data_file, most=examples)
+        raise refusal("adapter", str(adapter), f"is of type {config.peft_type}; give a TALAN adapter")
+    rows = data_file if isinstance(data_file, Rows) else read_rows(data_file, most=examples)
     report(f"loading {base_model_of(str(adapter), base_model)} and {adapter}")
     model, tokenizer = load_adapter(str(adapter), base_model, device=device)
-    encoded = [encode(tokenizer, row) for row in rows.rows]
-    tokens = [(prompt + completion)[:max_tokens] for prompt, completion in encoded]
-    parts = [tokens[start : start + batch_size] for start in range(0, len(tokens), batch_size)]
-    batches = [_padded(part, tokenizer, model) for part in parts]
-    report(f"measuring {len(rows)} rows; matplotlib {matplotlib.__version__} draws")
+    encoded = [encode(tokenizer, row) for row in rows.rows[:examples]]
+    cut = [Encoded([], (prompt + completion)[:max_tokens]) for prompt, completion in encoded]
+    batches = [
+        {name: part.to(model.device) for name, part in pad_batch(cut[start : start + batch_size], tokenizer).items()}
+        for start in range(0, len(cut), batch_size)
+    ]
+    report(f"measuring {len(encoded)} rows; matplotlib {matplotlib.__version__} draws")
     blocks = measure_blocks(model, batches)
     propagations = measure_propagation(model, batches)
     folder = Path(output_folder)
     folder.mkdir(parents=True, exist_ok=True)
     pictures: list[Path] = []
+    for earlier in folder.glob("slots_block_*_example_*.png"):  # of an adapter with other blocks, say
+        earlier.unlink()
 
     def draw(figure: Any, name: str) -> None:
         figure.savefig(folder / f"{name}.png", dpi=150)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -15,6 +16,7 @@ from ..tuner.attachment import attached_side_paths
 from ..tuner.layer import TalanLayer
 
 Inputs = Mapping[str, torch.Tensor]
+Measured = TypeVar("Measured")
 
 
 class Streams(NamedTuple):
@@ -26,17 +28,7 @@ class Streams(NamedTuple):
 
 
 def steered_blocks(model: nn.Module) -> list[nn.Module]:
-    """Find the list of blocks that the side paths are attached to.
-
-    Args:
-        model: A model with a TALAN adapter.
-
-    Returns:
-        All blocks of the list, in order.
-
-    Raises:
-        ValueError: The model has no side path.
-    """
+    """The list of blocks, in order, that the side paths are attached to; `ValueError` without a side path."""
     attached = {id(block) for block, _ in attached_side_paths(model)}
     for module in model.modules():
         if isinstance(module, nn.ModuleList) and any(id(block) in attached for block in module):
@@ -48,55 +40,43 @@ def steered_blocks(model: nn.Module) -> list[nn.Module]:
 def evaluated(model: nn.Module) -> Iterator[None]:
     """Put a model into evaluation mode; modes, adapters and gradients are restored afterwards.
 
-    Args:
-        model: A model with adapters.
-
-    Yields:
-        Nothing.
-
-    Raises:
-        ValueError: The adapters are disabled or merged.
+    Raises `ValueError` if the adapters are disabled or merged.
     """
     modes = [(module, module.training) for module in model.modules()]
-    switched = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
-    disabled = [layer.disable_adapters for layer in switched]
     gradients = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    if any(disabled):
+    if any(layer.disable_adapters for layer in _switches(model)):
         raise ValueError("model: its adapters are disabled; enable them to measure what they do")
-    if any(layer.merged for layer in switched):
-        raise ValueError(
-            "model: an adapter's low-rank half is merged, so it can't be measured by itself; unmerge it first"
-        )
+    if any(layer.merged for layer in _switches(model)):
+        raise ValueError("model: an adapter's LoRA weights are merged, and can't be measured alone; unmerge it first")
     model.eval()
     try:
         yield
     finally:
-        for layer in switched:
-            layer.enable_adapters(True)
         for module, mode in modes:
             module.training = mode
         for parameter, gradient in gradients:
             parameter.requires_grad_(gradient)
 
 
+def _switches(model: nn.Module) -> list[BaseTunerLayer]:
+    return [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+
+
 @contextmanager
 def without_adapters(model: nn.Module) -> Iterator[None]:
-    """Run the base model inside; only inside of `evaluated`, which gives gradients back.
-
-    Args:
-        model: A model with adapters.
-
-    Yields:
-        Nothing.
-    """
-    layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
-    for layer in layers:
+    """Run the base model inside; only inside of `evaluated`, which restores gradients."""
+    for layer in _switches(model):
         layer.enable_adapters(False)
     try:
         yield
     finally:
-        for layer in layers:
+        for layer in _switches(model):
             layer.enable_adapters(True)
+
+
+def run(model: nn.Module, inputs: Inputs) -> None:
+    """Run the model without a cache; labels are left out."""
+    model(**{"use_cache": False, **{name: part for name, part in inputs.items() if name != "labels"}})
 
 
 @torch.no_grad()
@@ -141,7 +121,7 @@ def record_streams(model: nn.Module, inputs: Inputs) -> Streams:
             hooks.callback(block.register_forward_hook(leave).remove)
         for _, layer in attached_side_paths(model):
             hooks.callback(layer.register_forward_hook(write).remove)
-        model(**{"use_cache": False, **{name: part for name, part in inputs.items() if name != "labels"}})
+        run(model, inputs)
     return Streams(before, after, written)
 
 
@@ -154,23 +134,28 @@ class TokenMeans:
     """Means over the tokens of several batches, by name."""
 
     def __init__(self) -> None:
-        self._sums: dict[str, float] = {}
-        self._counts: dict[str, int] = {}
+        self._sums: dict[str, float] = defaultdict(float)
+        self._counts: dict[str, int] = defaultdict(int)
 
     def add(self, name: str, values: torch.Tensor) -> None:
-        """Add one number a token, [tokens]."""
-        self._sums[name] = self._sums.get(name, 0.0) + float(values.double().sum())
-        self._counts[name] = self._counts.get(name, 0) + len(values)
+        """Add one number per token, [tokens]."""
+        self._sums[name] += float(values.double().sum())
+        self._counts[name] += len(values)
+
+    def add_norms(self, **streams: torch.Tensor) -> None:
+        """Add the lengths of the tokens' vectors, [tokens, hidden_size] each."""
+        for name, stream in streams.items():
+            self.add(name, norm(stream))
 
     def add_cosine(self, name: str, first: torch.Tensor, second: torch.Tensor) -> None:
         """Add the cosines of the tokens at which neither vector is zero."""
         lengths = norm(first) * norm(second)
-        there = lengths > 0
-        self.add(name, (first * second).sum(-1)[there] / lengths[there])
+        defined = lengths > 0
+        self.add(name, (first * second).sum(-1)[defined] / lengths[defined])
 
     def get(self, name: str) -> float | None:
         """The mean, or None where no token was added."""
-        return self._sums[name] / self._counts[name] if self._counts.get(name) else None
+        return self._sums[name] / self._counts[name] if self._counts[name] else None
 
     def of(self, name: str) -> float:
         """The mean, or 0 where no token was added."""
@@ -180,3 +165,25 @@ class TokenMeans:
         """The ratio of two means, or None where the second is zero."""
         divisor = self.get(below)
         return self.of(above) / divisor if divisor else None
+
+
+def measure_layer(
+    measure: Callable[..., Measured], layer: TalanLayer, args: tuple[Any, ...], most: int | None = None
+) -> Iterator[tuple[str, Measured, torch.Tensor]]:
+    """Measure the side paths of a layer from a forward pre-hook, on the first `most` tokens of each row.
+
+    Yields, for each active adapter that acts here, its name, what `token_measures` or `side_path_statistics` returned,
+    and which tokens are real, [batch, tokens].
+    """
+    hidden_states, position, call = args[:3]
+    layout = call.layout(hidden_states)
+    stream = hidden_states[:, :most]
+    valid, segment_ids = (None if part is None else part[:, :most] for part in (layout.valid, layout.segment_ids))
+    real = torch.ones(stream.shape[:2], dtype=torch.bool) if valid is None else valid
+    for name in layer.active_adapters:
+        if layer.talan_position.get(name) == position:
+            options, alpha = layer.talan_options[name], layer.alpha_at_run_time(name)
+            measured = measure(
+                stream, layer.parameters_of(name), options, alpha=alpha, valid=valid, segment_ids=segment_ids
+            )
+            yield name, measured, real

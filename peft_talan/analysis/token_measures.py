@@ -45,35 +45,21 @@ class TokenMeasures:
     @property
     def read_entropy(self) -> torch.Tensor:
         """The entropy of each token's slot shares, divided by log(slots), [batch, tokens]; 0 with a single slot."""
-        return normalised_entropy(self.slot_shares)
+        return _normalised_entropy(self.slot_shares)
 
 
-def normalised_entropy(shares: torch.Tensor) -> torch.Tensor:
-    """The entropy of shares over the last axis, divided by its largest value.
-
-    Args:
-        shares: [..., slots], not negative and 1 in sum.
-
-    Returns:
-        [...], in [0, 1]; 0 with a single slot.
-    """
+def _normalised_entropy(shares: torch.Tensor) -> torch.Tensor:
+    """The entropy of shares, [..., slots], divided by its largest value, [...]; 0 with a single slot."""
     slots = shares.shape[-1]
     return torch.special.entr(shares).sum(-1) / math.log(slots) if slots > 1 else torch.zeros_like(shares[..., 0])
 
 
-def slot_shares(
+def _slot_shares(
     memory: torch.Tensor, queries: torch.Tensor, options: SidePathOptions, parameters: SidePathParameters
 ) -> torch.Tensor:
-    """The share of each slot in what a token reads.
+    """What tokens read of each slot, [batch, tokens, slots]: p for `attention` and `mlp`, |p| / sum |p| for `linear`.
 
-    Args:
-        memory: mu, [batch, tokens, slots, width].
-        queries: q, [batch, tokens, width].
-        options: The side path's axes.
-        parameters: The side path's tensors.
-
-    Returns:
-        p for `attention` and `mlp`, |p| / sum |p| for `linear`; [batch, tokens, slots].
+    The memory mu is [batch, tokens, slots, width], the queries q are [batch, tokens, width].
     """
     if options.mixer == "linear":
         weights = (queries @ parameters.mixer[0].to(queries.dtype)).abs()
@@ -106,7 +92,7 @@ def token_measures(
         segment_ids: [batch, tokens], int; None: one segment.
 
     Returns:
-        One number a token, padding included.
+        One number per token, padding included.
     """
     with full_precision(hidden_states.device.type):
         values, queries, logits = reference.read(hidden_states, parameters.read, parameters.slots)
@@ -119,7 +105,7 @@ def token_measures(
         norm = torch.linalg.vector_norm
         relative = norm(written - stream, dim=-1) / norm(stream, dim=-1).clamp_min(torch.finfo(stream.dtype).tiny)
         gates = gate_openings(stream, parameters.gate) if options.writeback == "gated" else None
-        return TokenMeasures(relative, gates, slot_shares(mean, queries, options, parameters))
+        return TokenMeasures(relative, gates, _slot_shares(mean, queries, options, parameters))
 
 
 def side_path_statistics(
@@ -149,5 +135,5 @@ def side_path_statistics(
     return SidePathStatistics(
         relative_norm=float(measures.relative_norm[real].mean()),
         gate=None if measures.gates is None else float(measures.gates[real].mean()),
-        slot_entropy=float(normalised_entropy(measures.slot_shares[real].mean(0))),
+        slot_entropy=float(_normalised_entropy(measures.slot_shares[real].mean(0))),
     )

@@ -9,29 +9,34 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import fields
 from functools import wraps
-from inspect import signature
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import peft
 import torch
 import transformers
 import yaml
 from huggingface_hub import ModelCard, ModelCardData
-from peft.peft_model import PeftModel
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
-from safetensors import safe_open
+from transformers import PreTrainedModel
 from transformers.utils import CONFIG_NAME as MODEL_CONFIG_NAME
 from transformers.utils.hub import PushToHubMixin
 
 from ..config import TalanConfig
 from ..version import INSTALL
+from .adapter_file import LOW_RANK_FIELDS, read_heads
+from .merged_config import merged_side_paths, merged_tensor
 from .names import is_side_path_key
 
 CARD_NAME = "README.md"
 TEMPLATE = Path(__file__).with_name("card_template.md")
 SECTION = re.compile(r"<!-- peft_talan (?P<digest>[0-9a-f]{12}) -->\n(?P<text>.*?)\n<!-- /peft_talan -->", re.DOTALL)
 
+TITLE = "# Model card"
+GENERATED = (TITLE, "### Framework versions", "- PEFT ", "This is the model card of a 🤗 transformers model")
+"""How the lines begin that PEFT, transformers and this module add to an empty card."""
+HELP: dict[str, str] = {axis.name: axis.metadata.get("help", "") for axis in fields(TalanConfig)}
 AUTO_CLASSES: dict[str, str] = {
     "CAUSAL_LM": "AutoModelForCausalLM",
     "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
@@ -39,40 +44,57 @@ AUTO_CLASSES: dict[str, str] = {
     "TOKEN_CLS": "AutoModelForTokenClassification",
     "QUESTION_ANS": "AutoModelForQuestionAnswering",
 }
-LOW_RANK_FIELDS: tuple[str, ...] = (
-    "r",
-    "lora_alpha",
-    "lora_dropout",
-    "use_dora",
-    "use_rslora",
-    "target_modules",
-    "rank_pattern",
-    "alpha_pattern",
-    "modules_to_save",
-)
 
 
-def _adapter_config(folder: Path) -> dict[str, Any] | None:
-    """The fields of the TALAN adapter in a folder; None if there is none."""
+class _Part(NamedTuple):
+    """What one section of a card is about: an adapter, or a side path that belongs to a merged model."""
+
+    title: str
+    config: Mapping[str, Any]
+    axes: tuple[str, ...]
+    counts: Mapping[str, int]
+
+
+def _adapter(folder: Path) -> _Part | None:
+    """The TALAN adapter in a folder."""
     file = folder / CONFIG_NAME
     config = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
-    return config if config.get("peft_type") == "TALAN" else None
+    if config.get("peft_type") != "TALAN":
+        return None
+    weights, counts = folder / SAFETENSORS_WEIGHTS_NAME, {}
+    if weights.exists():  # It may be a pickle.
+        sizes = {name: head.numel for name, head in read_heads(weights).items()}
+        counts = {
+            "LoRA weights": sum(
+                size for name, size in sizes.items() if ".lora_" in name and not is_side_path_key(name)
+            ),
+            "side path": sum(size for name, size in sizes.items() if is_side_path_key(name)),
+        }
+    axes = tuple(name for name in HELP if name.startswith("talan_") and name != "talan_version")
+    return _Part("TALAN adapter", config, (*axes, *LOW_RANK_FIELDS), counts)
 
 
-def _count_halves(folder: Path) -> dict[str, int]:
-    """The numbers of both halves; empty if the adapter was saved as a pickle."""
-    file = folder / SAFETENSORS_WEIGHTS_NAME
-    if not file.exists():
-        return {}
-    counts = {"low-rank half": 0, "side path": 0}
-    with safe_open(file, framework="pt") as tensors:
-        for name in tensors.keys():  # noqa: SIM118 - not a dictionary
-            size = torch.Size(tensors.get_slice(name).get_shape()).numel()
-            if is_side_path_key(name):
-                counts["side path"] += size
-            elif ".lora_" in name:
-                counts["low-rank half"] += size
-    return counts
+def _merged(folder: Path) -> list[_Part]:
+    """The side paths of the merged model in a folder."""
+    file = folder / MODEL_CONFIG_NAME
+    config = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    side_paths = merged_side_paths(config)
+    heads = [read_heads(weights) for weights in folder.glob("*.safetensors")] if side_paths else []
+    sizes = [(merged_tensor(name), head.numel) for file_heads in heads for name, head in file_heads.items()]
+    parts = []
+    for one in side_paths:
+        title = (
+            "TALAN side path" if len(side_paths) == 1 else f"TALAN side path {one.number + 1}, `{one.adapter_name}`"
+        )
+        fields_of_part = {**one.axes, "blocks": list(one.blocks), "talan_version": one.talan_version}
+        count = sum(size for tensor, size in sizes if tensor is not None and tensor.number == one.number)
+        architectures = config.get("architectures") or ["AutoModel"]
+        parts.append(
+            _Part(
+                title, {**fields_of_part, "model_class": architectures[0]}, ("blocks", *one.axes), {"side path": count}
+            )
+        )
+    return parts
 
 
 def _training(folder: Path) -> dict[str, Any]:
@@ -95,28 +117,30 @@ def _base_model(config: Mapping[str, Any], repo_id: str | None) -> str | None:
     return None if not name or name == repo_id or Path(name).exists() else name
 
 
-def _section(config: Mapping[str, Any], folder: Path, repo_id: str | None, subfolder: str | None) -> str:
-    help_of = {axis.name: axis.metadata.get("help", "") for axis in fields(TalanConfig)}
-    axes = [name for name in help_of if name.startswith("talan_") and name != "talan_version"]
-    rows = [(name, config.get(name), help_of[name]) for name in axes]
-    rows += [(name, config.get(name), "") for name in LOW_RANK_FIELDS]
+def _section(part: _Part, folder: Path, repo_id: str | None, subfolder: str | None) -> str:
+    config = part.config
+    merged = "model_class" in config
+    auto_class = AUTO_CLASSES.get(str(config.get("task_type") or ""), "AutoModel")
+    if merged:
+        name = config["model_class"]
+        auto_class = "AutoModelForCausalLM" if name.endswith("ForCausalLM") else name
     card = ModelCard.from_template(
         ModelCardData(),
         str(TEMPLATE),
-        heading="## TALAN adapter" if subfolder is None else f"## TALAN adapter `{subfolder}`",
+        heading=f"## {part.title}" if subfolder is None else f"## {part.title} `{subfolder}`",
         base=_base_model(config, repo_id),
         base_place=json.dumps(config.get("base_model_name_or_path") or "the/base-model"),
-        embedded=(folder / MODEL_CONFIG_NAME).exists(),
-        auto_class=AUTO_CLASSES.get(str(config.get("task_type") or ""), "AutoModel"),
+        merged=merged,
+        auto_class=auto_class,
         place=json.dumps(repo_id or "path/to/this/folder"),
         subfolder=subfolder and json.dumps(subfolder),
         install=INSTALL,
-        counts=_count_halves(folder),
-        axes=[(name, json.dumps(value).replace("|", "\\|"), meaning) for name, value, meaning in rows],
+        counts=part.counts,
+        axes=[(name, json.dumps(config.get(name)).replace("|", "\\|"), HELP.get(name, "")) for name in part.axes],
         training=_training(folder),
         versions={
             "peft_talan": config.get("talan_version"),
-            "PEFT": config.get("peft_version"),
+            "PEFT": peft.__version__ if merged else config.get("peft_version"),
             "transformers": transformers.__version__,
             "torch": torch.__version__,
         },
@@ -129,8 +153,7 @@ def _is_from_a_template(text: str) -> bool:
     template = ModelCard.from_template(ModelCardData()).text
 
     def written(lines: str) -> list[str]:
-        added = ("### Framework versions", "- PEFT ", "This is the model card of a 🤗 transformers model")
-        return [line.strip() for line in lines.splitlines() if line.strip() and not line.startswith(added)]
+        return [line.strip() for line in lines.splitlines() if line.strip() and not line.startswith(GENERATED)]
 
     return written(text) == written(template)
 
@@ -145,6 +168,20 @@ def _put_section(text: str, section: str) -> str:
                 return f"{text.rstrip()}\n"
             return f"{text[: earlier.start()]}{block}{text[earlier.end() :].rstrip()}\n"
     return f"{text.rstrip()}\n\n{block}\n"
+
+
+def remove_sections(file: Path) -> None:
+    """Take the sections that nobody has edited out of a card, and the file away if only a template's text is left."""
+    text = file.read_text(encoding="utf-8")
+    left = SECTION.sub(lambda found: "" if _digest(found["text"]) == found["digest"] else found[0], text)
+    if left == text:
+        return
+    body = ModelCard(left, ignore_metadata_errors=True).text
+    rest = [line for line in body.splitlines() if line.strip() and not line.startswith(GENERATED)]
+    if rest:
+        file.write_text(left, encoding="utf-8")
+    else:
+        file.unlink()
 
 
 def _digest(section: str) -> str:
@@ -186,17 +223,21 @@ def write_card(
         merged_into: The model whose merged weights lie beside the side path, if it is known. Default None.
 
     Raises:
-        ValueError: The folder has no TALAN adapter.
+        ValueError: The folder has neither a TALAN adapter nor a merged model with a side path.
 
     Examples:
         >>> model.save_pretrained("adapter")  # writes the card, too
-        >>> trainer.create_model_card()  # TRL's puts another text in its place
+        >>> trainer.create_model_card()  # puts another text in its place
         >>> write_card("adapter")  # adds the section again
     """
     folder = Path(folder)
-    config = _adapter_config(folder)
-    if config is None:
-        raise ValueError(f"folder={str(folder)!r}: expected a saved TALAN adapter, but {CONFIG_NAME} names none")
+    adapter = _adapter(folder)
+    parts = _merged(folder) if adapter is None else [adapter]
+    if not parts:
+        raise ValueError(
+            f"folder={str(folder)!r}: expected a saved TALAN adapter or a merged model with a side path, but neither "
+            f"{CONFIG_NAME} nor {MODEL_CONFIG_NAME} names one"
+        )
     place = folder if card_folder is None else Path(card_folder)
     subfolder = None if card_folder is None else folder.relative_to(place).as_posix()
     file = place / CARD_NAME
@@ -205,79 +246,53 @@ def write_card(
     except (ValueError, yaml.YAMLError) as error:
         warnings.warn(f"{file} was left as it is: its metadata can't be read ({error})", stacklevel=2)
         return
-    embedded = (folder / MODEL_CONFIG_NAME).exists()
     framework = None
     if _is_from_a_template(card.text):
-        card.data.library_name = "transformers" if embedded else "peft"
+        card.data.library_name = "transformers" if adapter is None else "peft"
         framework = re.search(r"### Framework versions\n\n- PEFT .*", card.text)
-        card.text = "\n# Model card\n"
-    card.text = _put_section(card.text, _section(config, folder, repo_id, subfolder))
+        card.text = f"\n{TITLE}\n"
+    for part in parts:
+        card.text = _put_section(card.text, _section(part, folder, repo_id, subfolder))
     if framework is not None:
         card.text += f"\n{framework[0]}\n"
-    base, relation = (merged_into, "finetune") if embedded else (_base_model(config, repo_id), "adapter")
+    config = parts[0].config
+    base, relation = (merged_into, "finetune") if adapter is None else (_base_model(config, repo_id), "adapter")
     _set_metadata(card.data, config, base, relation)
     card.save(file)
 
 
-def write_cards(model: Any, folder: str | PathLike[str], repo_id: str | None = None) -> None:
-    """Write the card of a folder that a model was saved to, if the model has TALAN adapters.
+def write_adapter_card(adapter_name: str, folder: str | PathLike[str]) -> None:
+    """Write the card of an adapter that PEFT has just saved: in the folder that holds it and its model's others."""
+    folder = Path(folder)
+    in_subfolder = adapter_name != "default" and folder.name == adapter_name
+    write_card(folder, card_folder=folder.parent if in_subfolder else None)
 
-    Args:
-        model: The model; only the folder is read, its adapters' names tell which subfolders belong to it.
-        folder: The folder.
-        repo_id: The repository on the hub that the folder goes to, if it is known. Default None.
-    """
+
+def write_cards(model: Any, folder: str | PathLike[str], repo_id: str | None = None) -> None:
+    """Write the card of a folder that a model was saved to, if the model has TALAN adapters or merged side paths."""
     names = [name for name, config in getattr(model, "peft_config", {}).items() if isinstance(config, TalanConfig)]
     folder = Path(folder)
-    config = _adapter_config(folder)
-    if config is not None and (names or config.get("talan_kept")):
-        base = getattr(model, "name_or_path", None)
-        merged_into = None if not base or base == repo_id or Path(base).exists() else base
-        write_card(folder, repo_id, merged_into=merged_into)
+    if names and _adapter(folder) is not None:
+        write_card(folder, repo_id)
+    elif isinstance(model, PreTrainedModel) and _merged(folder):
+        base = model.name_or_path
+        write_card(folder, repo_id, merged_into=None if not base or base == repo_id or Path(base).exists() else base)
     for name in names:
-        if _adapter_config(folder / name) is not None:
+        if _adapter(folder / name) is not None:
             write_card(folder / name, repo_id, card_folder=folder)
 
 
-def write_cards_on_save() -> None:
-    """Extend the methods of PEFT and transformers that write or upload a model card, so that they call `write_cards`.
+def write_cards_on_push() -> None:
+    """Extend the upload of a model or an adapter: `push_to_hub` has put the repository's card over the saved one.
 
-    Neither library has a hook for a tuner's card. `push_to_hub` writes the repository's card, or a template, over the
-    one that `save_pretrained` left, and Trainer's `create_model_card` writes its own: so all three are extended. They
-    keep no state, and do nothing more than before for a model without a TALAN adapter.
+    transformers offers no hook there. It does nothing more than before for a model without a TALAN side path. All else
+    needs no extension: PEFT's save ends with the adapter's configuration, which writes the section.
     """
-    save, update, upload = (
-        PeftModel.save_pretrained,
-        PeftModel.create_or_update_model_card,
-        PushToHubMixin._upload_modified_files,
-    )
-
-    @wraps(save)
-    def save_pretrained(self: Any, save_directory: str, *args: Any, **kwargs: Any) -> None:
-        save(self, save_directory, *args, **kwargs)
-        if signature(save).bind(self, save_directory, *args, **kwargs).arguments.get("is_main_process", True):
-            write_cards(self, save_directory)
-
-    @wraps(update)
-    def create_or_update_model_card(self: Any, output_dir: str) -> None:
-        file = Path(output_dir) / CARD_NAME
-        # PEFT sets the tags anew, which would lose those of the section and the user's.
-        tags = ModelCard.load(file).data.tags or [] if file.exists() else []
-        update(self, output_dir)
-        if any(isinstance(config, TalanConfig) for config in self.peft_config.values()):
-            card = ModelCard.load(file)
-            card.data.tags = [*tags, *(tag for tag in card.data.tags or [] if tag not in tags)]
-            card.save(file)
-            write_cards(self, output_dir)
+    upload = PushToHubMixin._upload_modified_files
 
     @wraps(upload)
     def upload_modified_files(self: Any, working_dir: str, repo_id: str, *args: Any, **kwargs: Any) -> Any:
         write_cards(self, working_dir, repo_id)
         return upload(self, working_dir, repo_id, *args, **kwargs)
 
-    for owner, method in (
-        (PeftModel, save_pretrained),
-        (PeftModel, create_or_update_model_card),
-        (PushToHubMixin, upload_modified_files),
-    ):
-        setattr(owner, method.__name__, method)
+    PushToHubMixin._upload_modified_files = upload_modified_files  # type: ignore[method-assign, assignment]

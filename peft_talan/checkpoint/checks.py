@@ -13,11 +13,12 @@ from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
 from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, load_peft_weights
 from peft.utils.other import AuxiliaryTrainingWrapper
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import nn
 
 from ..config import CheckpointLocation, TalanConfig
 from ..functional.initialization import empty_parameters
+from .adapter_file import TensorHead, read_heads
 from .names import CHILD_NAME, is_side_path_key
 
 
@@ -27,14 +28,7 @@ def _name_some(names: Collection[str]) -> str:
 
 
 def is_finite(tensor: torch.Tensor) -> bool:
-    """Whether a tensor has no NaN and no infinity; one on the meta device, whose values are elsewhere, passes.
-
-    Args:
-        tensor: Any shape and dtype.
-
-    Returns:
-        True where every number is finite.
-    """
+    """Whether a tensor has no NaN and no infinity; one on the meta device, whose values are elsewhere, passes."""
     if tensor.is_meta or tensor.numel() == 0 or not (tensor.is_floating_point() or tensor.is_complex()):
         return True
     if tensor.is_complex():
@@ -46,15 +40,7 @@ def is_finite(tensor: torch.Tensor) -> bool:
 
 
 def check_finite(adapter_name: str, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Refuse tensors with NaN or infinite values.
-
-    Args:
-        adapter_name: The adapter's name.
-        tensors: The checkpoint.
-
-    Raises:
-        ValueError: A value is not finite.
-    """
+    """Refuse tensors with NaN or infinite values."""
     broken = [name for name, tensor in tensors.items() if not is_finite(tensor)]
     if broken:
         raise ValueError(
@@ -63,18 +49,12 @@ def check_finite(adapter_name: str, tensors: Mapping[str, torch.Tensor]) -> None
         )
 
 
-def check_fit(adapter_name: str, tensors: Mapping[str, torch.Tensor], places: Mapping[str, torch.Tensor]) -> None:
+def check_fit(
+    adapter_name: str, tensors: Mapping[str, torch.Tensor | TensorHead], places: Mapping[str, torch.Tensor]
+) -> None:
     """Refuse tensors that differ from their places in shape or in kind of number.
 
     torch would fill some places before it finds that another one does not fit.
-
-    Args:
-        adapter_name: The adapter's name.
-        tensors: The checkpoint; names that are not among the places are passed over.
-        places: The model's tensors.
-
-    Raises:
-        ValueError: A tensor does not fit.
     """
     for name, tensor in tensors.items():
         place = places.get(name)
@@ -110,36 +90,22 @@ class Header(NamedTuple):
 
     Args:
         names: The names of all tensors.
-        side_path: The tensors of the side path by name, on the meta device.
+        side_path: The tensors of the side path by name, as far as they have to be read.
     """
 
     names: Collection[str]
-    side_path: Mapping[str, torch.Tensor]
+    side_path: Mapping[str, torch.Tensor | TensorHead]
 
 
 def read_header(location: CheckpointLocation) -> Header:
-    """Read what PEFT will load, without its values.
-
-    Args:
-        location: Where the checkpoint is.
-
-    Returns:
-        The names of the tensors, and the side path's shapes and dtypes.
-
-    Raises:
-        ValueError: The file can't be read, or holds something else.
-    """
+    """Read what PEFT will load, without its values."""
     try:
         file = _safetensors_file(location)
-        if file is None:
-            # A pickle has no header. PEFT reads it with weights only: no code in it runs.
-            tensors: object = load_peft_weights(location.model_id, device="cpu", **location.options)
-        else:
-            with safe_open(file, framework="pt") as saved:
-                names = list(saved.keys())
-                # Values are mapped from the file and read when they are used, which they are not here.
-                side_path = {name: saved.get_tensor(name).to("meta") for name in names if is_side_path_key(name)}
-                return Header(names, side_path)
+        if file is not None:
+            heads = read_heads(file)
+            return Header(heads.keys(), {name: head for name, head in heads.items() if is_side_path_key(name)})
+        # A pickle has no header. PEFT reads it with weights only: no code in it runs.
+        tensors: object = load_peft_weights(location.model_id, device="cpu", **location.options)
     except (SafetensorError, pickle.UnpicklingError, EOFError, RuntimeError) as error:
         raise ValueError(
             f"the checkpoint in {location.model_id!r} can't be read ({type(error).__name__}: {error}); it is "
@@ -149,9 +115,7 @@ def read_header(location: CheckpointLocation) -> Header:
         raise ValueError(
             f"the checkpoint in {location.model_id!r} is not a dictionary of tensors; save it again with PEFT"
         )
-    return Header(
-        tensors.keys(), {name: tensor.to("meta") for name, tensor in tensors.items() if is_side_path_key(name)}
-    )
+    return Header(tensors.keys(), {name: tensor for name, tensor in tensors.items() if is_side_path_key(name)})
 
 
 def check_side_path(
@@ -159,20 +123,9 @@ def check_side_path(
     config: TalanConfig,
     blocks: Collection[int],
     hidden_size: int,
-    tensors: Mapping[str, torch.Tensor],
+    tensors: Mapping[str, torch.Tensor | TensorHead],
 ) -> None:
-    """Refuse a checkpoint whose side path is not exactly what its configuration says.
-
-    Args:
-        adapter_name: The adapter's name.
-        config: Its configuration.
-        blocks: The indices of the blocks with a side path.
-        hidden_size: H, the width of the residual stream.
-        tensors: The side path's tensors in the checkpoint; their values are not read.
-
-    Raises:
-        ValueError: A tensor is missing, has no place, or does not fit.
-    """
+    """Refuse a checkpoint whose side path is not exactly what its configuration says."""
     shapes = empty_parameters(config.side_path_options, hidden_size, config.talan_slots, config.talan_dim)
     places = {
         f"{index}.{CHILD_NAME}.lora_talan_{name}.values": tensor for index in blocks for name, tensor in shapes.items()
@@ -191,16 +144,7 @@ def check_side_path(
 
 
 def check_places(model: nn.Module, adapter_name: str, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Refuse tensors that do not fit their places, and side-path tensors that have none.
-
-    Args:
-        model: The model with the adapter.
-        adapter_name: The adapter's name.
-        tensors: The checkpoint, by the names that the adapter's tensors have in the model.
-
-    Raises:
-        ValueError: A tensor does not fit, or has no place.
-    """
+    """Refuse tensors that do not fit their places, and side-path tensors that have none."""
     known: dict[str, torch.Tensor] = dict(model.named_parameters())
     if not known.keys() >= tensors.keys():
         # Buffers, and names without the wrappers that named_parameters has; it takes three times as long.
@@ -221,16 +165,7 @@ def check_places(model: nn.Module, adapter_name: str, tensors: Mapping[str, torc
 
 
 def check_whole_modules(adapter_name: str, tensors: Collection[str], model: nn.Module) -> None:
-    """Refuse a checkpoint without the modules and tokens that are trained beside the adapter and saved whole.
-
-    Args:
-        adapter_name: The adapter's name.
-        tensors: The names in the checkpoint.
-        model: The model with the adapter.
-
-    Raises:
-        ValueError: A tensor is missing.
-    """
+    """Refuse a checkpoint without the modules and tokens that are trained beside the adapter and saved whole."""
     for name, module in model.named_modules():
         if isinstance(module, AuxiliaryTrainingWrapper):
             ends = [f"{name}.{key}" for key in module.adapter_state_dict_load_map(adapter_name)]

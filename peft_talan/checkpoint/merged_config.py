@@ -51,21 +51,11 @@ class MergedSidePath:
 
     @classmethod
     def from_json(cls, entry: Mapping[str, Any]) -> MergedSidePath:
-        """Read an entry of the field.
-
-        Args:
-            entry: The entry, as `to_json` returns it.
-
-        Returns:
-            The side path.
-
-        Raises:
-            ValueError: A part is missing.
-        """
+        """Read an entry of the field."""
         names = [part.name for part in fields(cls) if part.name != "axes"]
         missing = [name for name in names if name not in entry]
         if missing:
-            raise ValueError(f"{FIELD}: the side path in config.json lacks {', '.join(missing)}; merge it again")
+            raise ValueError(f"talan: the side path in config.json lacks {', '.join(missing)}; merge it again")
         known = {name: entry[name] for name in names}
         known["blocks"] = tuple(entry["blocks"])
         return cls(**known, axes={name: value for name, value in entry.items() if name not in known})
@@ -82,18 +72,7 @@ def axes_of_merged(axes: SidePathAxes) -> dict[str, Any]:
 
 
 def merged_side_paths(config: Mapping[str, Any]) -> list[MergedSidePath]:
-    """Find the side paths that belong to a model.
-
-    Args:
-        config: The model's `config.json`, or its configuration's `to_dict()`. Of a model of several parts, the field
-            is in the part that has the blocks, such as `text_config`.
-
-    Returns:
-        The side paths, in the order of their stages; none for an ordinary model.
-
-    Raises:
-        ValueError: An entry is incomplete.
-    """
+    """Find the side paths that belong to a model."""
     found = [MergedSidePath.from_json(entry) for entry in config.get(FIELD) or ()]
     for part in config.values():
         if isinstance(part, Mapping):
@@ -116,13 +95,6 @@ class MergedTensor(NamedTuple):
 
 
 def merged_tensor(name: str) -> MergedTensor | None:
-    """Read a tensor's name.
-
-    Args:
-        name: A name in a state dict or a file of weights.
-
-    Returns:
-        What it means; None if it is not a tensor of a merged side path.
-    """
+    """Read a tensor's name."""
     found = TENSOR.fullmatch(name)
     return None if found is None else MergedTensor(int(found["number"]), int(found["block"]), found["parameter"])

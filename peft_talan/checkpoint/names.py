@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 
+import torch
 from torch import nn
 
 from ..private_names import _get_tuner_state_dict_key_prefixes
 
 CHILD_NAME = "talan"
 """The name under which a side path becomes a child of its block."""
+
+MAGNITUDE = "lora_magnitude_vector"
+"""The container of DoRA's magnitudes."""
 
 FSDP_WRAPPER = "_fsdp_wrapped_module"
 
@@ -21,26 +25,18 @@ DATA_PARALLEL: tuple[type[nn.Module], ...] = (nn.DataParallel, nn.parallel.Distr
 
 
 def is_side_path_key(name: str) -> bool:
-    """Whether a name in a state dict or a checkpoint is that of a side path's tensor.
-
-    Args:
-        name: The name.
-
-    Returns:
-        True for a side path's tensor, False for every other.
-    """
+    """Whether a name in a state dict or a checkpoint is that of a side path's tensor."""
     return f".{CHILD_NAME}.lora_talan_" in without_wrappers(name)
 
 
+def low_rank_tensors(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Take the LoRA weights out of an adapter's tensors, by the names that they have in a plain LoRA adapter."""
+    plain = {name.removesuffix(".weight") if f".{MAGNITUDE}." in name else name: name for name in tensors}
+    return {name: tensors[saved] for name, saved in plain.items() if not is_side_path_key(saved)}
+
+
 def check_new_name(adapter_name: str) -> None:
-    """Refuse a name that an adapter can't have, as adapters are entries of an `nn.ModuleDict` under their names.
-
-    Args:
-        adapter_name: The name of an adapter that is to be made.
-
-    Raises:
-        ValueError: The name is empty, has a dot, is one of PyTorch's own, or stands for no adapter in mixed batches.
-    """
+    """Refuse a name that an adapter can't have, as adapters are entries of an `nn.ModuleDict` under their names."""
     if not adapter_name or "." in adapter_name or adapter_name == "__base__" or hasattr(nn.ModuleDict(), adapter_name):
         raise ValueError(
             f"adapter_name={adapter_name!r}: choose a name that is not empty, has no dot, and is neither '__base__' "
@@ -49,14 +45,7 @@ def check_new_name(adapter_name: str) -> None:
 
 
 def without_wrappers(name: str) -> str:
-    """Take the wrappers that torch puts around modules out of a name.
-
-    Args:
-        name: The name of a module or a tensor.
-
-    Returns:
-        The name in the model without wrappers.
-    """
+    """Take the wrappers that torch puts around modules out of a name."""
     parts = name.split(".")
     return name if WRAPPERS.isdisjoint(parts) else ".".join(part for part in parts if part not in WRAPPERS)
 
@@ -84,28 +73,14 @@ class ModuleNames:
         self._wrapped = {plain: name.removeprefix(f"{FSDP_WRAPPER}.") for name, plain in self._plain.items()}
 
     def plain(self, name: str) -> str:
-        """Take wrappers out of a tensor's name.
-
-        Args:
-            name: A name in a state dict, with all wrappers or with those that torch leaves in.
-
-        Returns:
-            The name without wrappers.
-        """
+        """Take wrappers out of a tensor's name."""
         if "module" not in self._plain:
             name = name.removeprefix("module.")  # from a wrapper around the whole model
         place, dot, last = name.rpartition(".")
         return f"{self._plain.get(place, without_wrappers(place))}{dot}{last}"
 
     def wrapped(self, name: str) -> str:
-        """Put wrappers into a tensor's name.
-
-        Args:
-            name: A name in a state dict, with any of its wrappers or none.
-
-        Returns:
-            The name with all wrappers; as PEFT has it, without FSDP's wrapper around the whole model.
-        """
+        """Put wrappers into a tensor's name."""
         place, dot, last = self.plain(name).rpartition(".")
         return f"{self._wrapped.get(place, place)}{dot}{last}"
 
@@ -114,14 +89,6 @@ def check_names(model: nn.Module, adapter_name: str, others: Collection[str]) ->
     """Refuse to save an adapter while another one has the name of a module that the adapter lies in.
 
     PEFT leaves out every tensor whose name holds another adapter's name as one of its parts.
-
-    Args:
-        model: The model with the adapters.
-        adapter_name: The adapter to save.
-        others: The names of the other adapters.
-
-    Raises:
-        ValueError: Another adapter has such a name.
     """
     for place in sorted(_get_tuner_state_dict_key_prefixes(model, adapter_name)):
         confused = set(place.split(".")[:-1]) & set(others)

@@ -66,14 +66,7 @@ class Snapshot:
 
 @contextmanager
 def attributes_unchanged_on_error(owner: object) -> Iterator[None]:
-    """Restore an object's attributes if the body fails.
-
-    Args:
-        owner: The object; of a module, what lies inside of it is left alone.
-
-    Yields:
-        Nothing; an error is raised again once the attributes are restored.
-    """
+    """Restore an object's attributes if the body fails."""
     remembered = _Remembered(owner)
     try:
         yield
@@ -84,19 +77,7 @@ def attributes_unchanged_on_error(owner: object) -> Iterator[None]:
 
 @contextmanager
 def unchanged_on_error(model: nn.Module, *others: object) -> Iterator[None]:
-    """Restore a model if the body fails: modules, hooks, attributes, parameters and what trains.
-
-    Args:
-        model: The model.
-        *others: More objects whose attributes come back, such as the configuration.
-
-    Yields:
-        Nothing; an error is raised again once the model is restored.
-
-    Examples:
-        >>> with unchanged_on_error(base_model):
-        ...     base_model.load_adapter("adapter")
-    """
+    """Restore a model if the body fails: modules, hooks, attributes, parameters and what trains."""
     before = Snapshot(model, *others)
     try:
         yield

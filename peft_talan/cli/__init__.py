@@ -7,12 +7,20 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import typer
 
-from . import analyze, compare, demo, doctor, export_lora, generate, inspect_adapter, merge, train
-from .console import FAILED, MISUSED, one_line
+from .analyze import analyze
+from .compare import compare
+from .console import FAILED, MISUSED
+from .demo import demo
+from .doctor import doctor
+from .export_lora import export_lora
+from .generate import generate
+from .inspect_adapter import inspect
+from .merge import merge
+from .train import train
 
 app = typer.Typer(
     name="peft-talan",
@@ -26,8 +34,24 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for module in (inspect_adapter, train, compare, generate, analyze, export_lora, merge, doctor, demo):
-    module.register(app)
+COMMANDS: dict[Callable[..., None], str] = {
+    inspect: "Examples: peft-talan inspect outputs/demo/LoRA+TALAN  |  "
+    "peft-talan inspect user/adapter --json | jq .axes.talan_layers",
+    train: "Example: peft-talan train --model Qwen/Qwen3-0.6B --data data.jsonl --output adapter "
+    "--talan-layers 0.33,0.66",
+    compare: "Example: peft-talan compare --model Qwen/Qwen3-0.6B --data data.jsonl --output comparison --seeds 3",
+    generate: "Examples: peft-talan generate outputs/demo/LoRA+TALAN 'What is 27 + 48?'  |  "
+    "peft-talan generate user/adapter --json < prompts.txt",
+    analyze: "Example: peft-talan analyze user/adapter data.jsonl analysis",
+    export_lora: "Example: peft-talan export-lora user/adapter plain-lora",
+    merge: "Examples: peft-talan merge user/adapter merged  |  peft-talan merge user/adapter plain --side-path drop",
+    doctor: "Example: peft-talan doctor --json > report.json",
+    demo: "Example: peft-talan demo --steps 40 --talan-slots 16",
+}
+"""The commands with their examples; each has the name of its function."""
+
+for command, example in COMMANDS.items():
+    app.command(epilog=example)(command)
 
 
 def _print_version(wanted: bool) -> None:
@@ -48,22 +72,19 @@ def _options(
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line.
-
-    Args:
-        arguments: The words after the program's name. Default: the process's own.
-
-    Returns:
-        The exit code: 0, 1 where a run or a check failed, 2 where options, files or packages are not usable.
-    """
+    """Run the command line with some words, or with the own ones of the process; return the exit code."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     if not sys.warnoptions:
         # Other packages' notes to their own callers; python -W default shows them.
         warnings.simplefilter("ignore", FutureWarning)
+
+    def run() -> int:
+        return int(app(words, prog_name="peft-talan", standalone_mode=False) or 0)
+
     if "--traceback" in words[:1]:
-        return int(app(words, prog_name="peft-talan", standalone_mode=False) or 0)
+        return run()
     try:
-        return int(app(words, prog_name="peft-talan", standalone_mode=False) or 0)
+        return run()
     except typer.TyperException as error:
         message, code = error.format_message(), error.exit_code
         if not message:  # No command was given: the help was shown.
@@ -80,6 +101,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         message, code = str(error), MISUSED
     except (RuntimeError, NotImplementedError) as error:
         message, code = str(error), FAILED
-    command = next((f" {word}" for word in words if not word.startswith("-")), "")
-    print(f"peft-talan{command}: {one_line(message)}", file=sys.stderr)
+    name = next((f" {word}" for word in words if not word.startswith("-")), "")
+    print(f"peft-talan{name}: {' '.join(message.split())}", file=sys.stderr)
     return code

@@ -5,26 +5,17 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-import typer
 from typer import Argument, Option
 
+from ..sft.data import read_rows
 from . import models
-from .console import JSON_HELP, need, print_json, stdout_kept_clean
+from .console import AsJson, Overwrite, check_output, need, print_json, stdout_kept_clean
+from .options import DATA_HELP
 from .sources import check_source
-from .train_options import DATA_HELP
-
-
-def register(app: typer.Typer) -> None:
-    """Add the command.
-
-    Args:
-        app: The command line.
-    """
-    app.command("analyze", epilog="Example: peft-talan analyze user/adapter data.jsonl analysis")(analyze)
 
 
 def analyze(
-    adapter: Annotated[str, Argument(help="The adapter's folder or hub id")],
+    adapter: models.Adapter,
     data: Annotated[str, Argument(help=DATA_HELP)],
     output: Annotated[Path, Argument(help="The folder for tables and pictures")],
     model: models.BaseModel = None,
@@ -32,25 +23,25 @@ def analyze(
     max_tokens: Annotated[int, Option(min=1, help="Where longer rows are cut, in tokens")] = 512,
     batch_size: Annotated[int, Option(min=1, help="Rows of a forward pass")] = 4,
     device: models.Device = None,
-    as_json: Annotated[bool, Option("--json", help=JSON_HELP)] = False,
+    overwrite: Overwrite = False,
+    as_json: AsJson = False,
 ) -> None:
-    """Measure what both halves of an adapter do to the residual stream: tables (CSV) and pictures (PNG)."""
-    models.check_model_options(adapter, model, device=device, kind="TALAN")
+    """Measure what LoRA weights and side path do to the residual stream: tables (CSV) and pictures (PNG)."""
+    models.check_adapter(adapter, model, "TALAN")
     check_source("DATA", data, "dataset")
+    check_output(output, overwrite)
     need("analysis", "matplotlib")
-    import matplotlib
-
-    matplotlib.use("agg")
+    rows = read_rows(data, most=examples)
+    models.check_place("auto", device)
     from ..analysis import analyze as measure
     from ..sft.models import choose_device
 
     with stdout_kept_clean():
         files = measure(
             adapter,
-            data,
+            rows,
             output,
             base_model=model,
-            examples=examples,
             max_tokens=max_tokens,
             batch_size=batch_size,
             device=choose_device(device),

@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
 import sys
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, redirect_stdout
-from typing import Any
+from collections.abc import Mapping
+from contextlib import redirect_stdout
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Annotated, Any, TextIO
 
 import typer
-from rich.console import Console
 from rich.table import Table
+from typer import Option
+
+from ..sft.display import make_console
 
 FAILED = 1
 MISUSED = 2
 INTERRUPTED = 130
 
-JSON_HELP = "Print JSON on stdout instead of text."
+AsJson = Annotated[bool, Option("--json", help="Print JSON on stdout instead of text.")]
+Overwrite = Annotated[bool, Option("--overwrite", help="Write into a folder with files")]
 
 
 class Misuse(typer.TyperException):
@@ -27,77 +31,48 @@ class Misuse(typer.TyperException):
     exit_code = MISUSED
 
 
-def one_line(message: str) -> str:
-    """Put a message on one line.
-
-    Args:
-        message: Any text.
-
-    Returns:
-        The text, with single spaces.
-    """
-    return " ".join(message.split())
-
-
 def need(extra: str, *packages: str) -> None:
-    """Import packages that only some commands need.
-
-    Args:
-        extra: The extra of this package that installs them.
-        *packages: Their import names.
-
-    Raises:
-        Misuse: One is missing.
-    """
+    """Refuse to go on without packages of one of this package's extras; none is imported."""
     for package in packages:
-        try:
-            importlib.import_module(package)
-        except ModuleNotFoundError as error:
-            raise Misuse(f"package {error.name!r} is missing; pip install 'peft-talan[{extra}]'") from error
+        if find_spec(package) is None:
+            raise Misuse(f"package {package!r} is missing; pip install 'peft-talan[{extra}]'")
+
+
+def check_output(output: Path, overwrite: bool, *sources: str) -> None:
+    """Refuse a folder that can't be written, one with files unless they may be overwritten, and that of a source."""
+    if output.exists() and not output.is_dir():
+        raise Misuse(f"{output}: expected a folder")
+    if not overwrite and output.is_dir() and any(output.iterdir()):
+        raise Misuse(f"{output}: the folder is not empty; give another one, or --overwrite")
+    for source in sources:
+        if output.exists() and Path(source).exists() and output.samefile(source):
+            raise Misuse(f"{output}: what is written there would replace {source}; give another folder")
+    there = next(folder for folder in (output, *output.absolute().parents) if folder.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise Misuse(f"{output}: can't be written, as {there} is no folder that you may write to; give another one")
 
 
 def print_json(result: Any) -> None:
-    """Print a result as one JSON value.
-
-    Args:
-        result: What JSON can hold.
-    """
+    """Print a result as one JSON value."""
     print(json.dumps(result, indent=1, ensure_ascii=False))
 
 
 def print_rows(title: str, rows: Mapping[str, object]) -> None:
-    """Print names and values as a table.
-
-    Args:
-        title: Of the table.
-        rows: The values by name; those that are None are left out.
-    """
+    """Print names and values as a table; values that are None are left out."""
     table = Table(title=title, title_justify="left", title_style="bold", show_header=False, box=None, padding=(0, 2))
     table.add_column(style="cyan", no_wrap=True)
     table.add_column(overflow="fold")
     for name, value in rows.items():
         if value is not None:
             table.add_row(name, str(value))
-    # A pipe has no width of its own: a line stays a line for grep and cut.
-    width = None if sys.stdout.isatty() or "COLUMNS" in os.environ else 200
-    Console(width=width, highlight=False).print(table)
+    make_console().print(table)
 
 
-@contextmanager
-def stdout_kept_clean() -> Iterator[None]:
-    """Send what libraries print to stderr, so that stdout holds the result alone.
-
-    Yields:
-        Nothing.
-    """
-    with redirect_stdout(sys.stderr):
-        yield
+def stdout_kept_clean() -> redirect_stdout[TextIO]:
+    """Send what libraries print to stderr, so that stdout holds the result alone."""
+    return redirect_stdout(sys.stderr)
 
 
 def note(message: str) -> None:
-    """Print a message that is not a result.
-
-    Args:
-        message: One line, on stderr.
-    """
+    """Print one line on stderr that is not a result."""
     print(f"note: {message}", file=sys.stderr, flush=True)

@@ -6,43 +6,28 @@ import os
 import platform
 import time
 from importlib.metadata import PackageNotFoundError, entry_points, requires, version
-from typing import Annotated, NamedTuple
+from typing import NamedTuple
 
 import typer
-from typer import Option
 
 from ..autoload import prepare
-from .console import FAILED, JSON_HELP, print_json, print_rows
+from .console import FAILED, AsJson, print_json, print_rows
 
 PACKAGES = ("torch", "peft", "transformers", "safetensors", "huggingface-hub", "accelerate", "trl", "bitsandbytes")
 
 
 class Check(NamedTuple):
-    """One thing that works or doesn't.
-
-    Args:
-        name: What was checked.
-        passed: Whether it works; None: unknown.
-        note: One line.
-    """
+    """One thing that works, or doesn't, or of which that is unknown (None)."""
 
     name: str
     passed: bool | None
     note: str
 
 
-def register(app: typer.Typer) -> None:
-    """Add the command.
-
-    Args:
-        app: The command line.
-    """
-    app.command("doctor", epilog="Example: peft-talan doctor --json > report.json")(doctor)
-
-
-def doctor(as_json: Annotated[bool, Option("--json", help=JSON_HELP)] = False) -> None:
+def doctor(as_json: AsJson = False) -> None:
     """Show versions, registration and autoload, and run a small self-test; exit code 1 where a check fails."""
-    versions = {"python": platform.python_version(), "peft-talan": version("peft-talan"), **_versions()}
+    versions: dict[str, str | None] = {"python": platform.python_version(), "peft-talan": version("peft-talan")}
+    versions |= {package: _version(package) for package in PACKAGES}
     checks = [check_ranges(versions), check_autoload(), check_registration()]
     if checks[-1].passed:
         checks += check_model()
@@ -51,34 +36,21 @@ def doctor(as_json: Annotated[bool, Option("--json", help=JSON_HELP)] = False) -
         print_json({"versions": versions, "checks": [check._asdict() for check in checks], "passed": passed})
     else:
         print_rows("Versions", versions)
-        print_rows("Checks", {check.name: f"{_word(check.passed)}  {check.note}" for check in checks})
+        words = {True: "ok", False: "FAILED", None: "-"}
+        print_rows("Checks", {check.name: f"{words[check.passed]}  {check.note}" for check in checks})
     if not passed:
         raise typer.Exit(FAILED)
 
 
-def _word(passed: bool | None) -> str:
-    return {True: "ok", False: "FAILED", None: "-"}[passed]
-
-
-def _versions() -> dict[str, str | None]:
-    found: dict[str, str | None] = {}
-    for package in PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = None
-    return found
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
 
 
 def check_ranges(versions: dict[str, str | None]) -> Check:
-    """Compare the installed versions with the supported ones.
-
-    Args:
-        versions: The installed versions.
-
-    Returns:
-        The check.
-    """
+    """Compare the installed versions with the supported ones."""
     from packaging.requirements import Requirement
 
     wanted = [Requirement(text) for text in requires("peft-talan") or () if "extra ==" not in text]
@@ -91,11 +63,7 @@ def check_ranges(versions: dict[str, str | None]) -> Check:
 
 
 def check_autoload() -> Check:
-    """See whether `import peft` alone makes PEFT know TALAN: torch finds the entry point, and what it names works.
-
-    Returns:
-        The check.
-    """
+    """See whether `import peft` alone makes PEFT know TALAN: torch finds the entry point, and what it names works."""
     name = "autoload"
     if os.environ.get("PEFT_TALAN_AUTOLOAD") == "0":
         return Check(name, None, "switched off by PEFT_TALAN_AUTOLOAD=0; programs must import peft_talan")
@@ -111,37 +79,26 @@ def check_autoload() -> Check:
 
 
 def check_registration() -> Check:
-    """See whether PEFT knows the tuner.
-
-    Returns:
-        The check.
-    """
+    """See whether PEFT knows the tuner."""
     from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING, PeftType
 
     from ..config import TalanConfig
     from ..tuner.model import TalanModel
 
-    member = PeftType.__members__.get("TALAN")
-    known = (
-        member is not None
-        and PEFT_TYPE_TO_CONFIG_MAPPING.get(member) is TalanConfig
-        and PEFT_TYPE_TO_TUNER_MAPPING.get(member) is TalanModel
-    )
+    classes = [
+        (PEFT_TYPE_TO_CONFIG_MAPPING.get(member), PEFT_TYPE_TO_TUNER_MAPPING.get(member)) for member in PeftType
+    ]
+    known = (TalanConfig, TalanModel) in classes
     return Check("registration", known, f"PEFT {'knows' if known else 'does not know'} the type TALAN")
 
 
 def check_model() -> list[Check]:
-    """Run the two promises that matter most on a tiny model.
-
-    Returns:
-        The checks.
-    """
+    """Run the two promises that matter most on a tiny model."""
     from .self_test import cached_equals_uncached, fresh_equals_lora
 
     checks = []
     for name, test in (("fresh == LoRA", fresh_equals_lora), ("cached == uncached", cached_equals_uncached)):
         started = time.perf_counter()
-        difference = test()
-        seconds = time.perf_counter() - started
-        checks.append(Check(name, difference.passed, f"{difference.note}, {seconds:.2f} s"))
+        passed, difference = test()
+        checks.append(Check(name, passed, f"{difference}, {time.perf_counter() - started:.2f} s"))
     return checks

@@ -7,24 +7,10 @@ import math
 import sys
 from typing import Annotated
 
-import typer
 from typer import Argument, Option
 
 from . import models
 from .console import Misuse, note, stdout_kept_clean
-
-
-def register(app: typer.Typer) -> None:
-    """Add the command.
-
-    Args:
-        app: The command line.
-    """
-    app.command(
-        "generate",
-        epilog="Examples: peft-talan generate outputs/demo/LoRA+TALAN 'What is 27 + 48?'  |  "
-        "peft-talan generate user/adapter --json < prompts.txt",
-    )(generate)
 
 
 def generate(
@@ -44,33 +30,34 @@ def generate(
     ] = None,
     max_new_tokens: Annotated[int, Option(min=1, help="Longest answer, in tokens")] = 128,
     temperature: Annotated[float, Option(min=0.0, help="Of sampling; 0 is greedy")] = 0.0,
-    strength: Annotated[float, Option(help="Of the side path: 1 as trained, 0 the low-rank half alone")] = 1.0,
+    strength: Annotated[float, Option(help="Of the side path: 1 as trained, 0 LoRA weights only")] = 1.0,
     seed: Annotated[int, Option(help="Of sampling")] = 0,
     dtype: models.Dtype = "auto",
     device: models.Device = None,
-    as_json: Annotated[bool, Option("--json", help="One JSON object a line: prompt and completion")] = False,
+    as_json: Annotated[bool, Option("--json", help="One JSON object per line: prompt and completion")] = False,
 ) -> None:
-    """Generate text with an adapter: one answer a prompt, on stdout.
+    """Generate text with an adapter: one answer per prompt, on stdout.
 
     An adapter that `peft-talan train` made gets prompts in the form that it was trained on.
     """
-    asked = prompts or ([] if sys.stdin.isatty() else [line.rstrip("\r\n") for line in sys.stdin if line.strip()])
-    if not asked:
+    if not prompts and not sys.stdin.isatty():
+        prompts = [line.rstrip("\r\n") for line in sys.stdin if line.strip()]
+    if not prompts:
         raise Misuse("no prompt; give one in quotes, or lines on stdin")
     if not math.isfinite(strength):
         raise Misuse(f"--strength {strength}: give a finite number such as 0.5")
     if system is not None and chat is False:
         raise Misuse("--system: plain prompts have no system message; leave out --plain or --system")
-    kind = models.check_model_options(adapter, model, dtype, device)
-    if strength != 1.0 and kind != "TALAN":
+    kind = models.check_adapter(adapter, model, merged_too=True)
+    models.check_place(dtype, device)
+    if strength != 1.0 and kind not in ("TALAN", models.MERGED):
         raise Misuse(f"--strength {strength}: {adapter} is of type {kind} and has no side path")
     with stdout_kept_clean():
         from dataclasses import replace
 
         from transformers import set_seed
 
-        from ..sft.generation import answer, generation_settings
-        from ..sft.models import load_adapter
+        from ..sft.models import answer, load_adapter
         from ..sft.prompts import PromptForm
         from ..tuner.strength import set_talan_strength
 
@@ -90,8 +77,7 @@ def generate(
         if strength != 1.0:
             set_talan_strength(adapted, strength)
         set_seed(seed)
-        settings = generation_settings(adapted, tokenizer, max_new_tokens, temperature)
-    for prompt in asked:
+    for prompt in prompts:
         with stdout_kept_clean():
-            completion = answer(adapted, tokenizer, prompt, form, settings)
+            completion = answer(adapted, tokenizer, prompt, form, max_new_tokens, temperature)
         print(json.dumps({"prompt": prompt, "completion": completion}, ensure_ascii=False) if as_json else completion)

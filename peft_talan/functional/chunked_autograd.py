@@ -49,13 +49,13 @@ class _Saved(NamedTuple):
         """Undo `flatten`: there are as many states as tiles."""
         values, queries, weights, segment_ids, parameter, *others = tensors
         tiles = len(_tiles(*values.shape[:2]))
-        saved = cls(values, queries, weights, segment_ids, parameter, tuple(others[:tiles]))
+        inputs, states = (values, queries, weights, segment_ids, parameter), tuple(others[:tiles])
         if len(others) == tiles:
-            return saved
+            return cls(*inputs, states)
         z, q, e, state, d, *others = others[tiles:]
-        masks = ChunkMasks(*others[: len(ChunkMasks._fields)])
-        read = Probabilities(*others[len(ChunkMasks._fields) :])
-        return saved._replace(tile=Tile(z, q, e, state, d, masks), read=read)
+        intra_chunk, inter_chunk, has_initial_state, reads_chunk_state, in_chunk_sum, *read = others
+        masks = ChunkMasks(intra_chunk, inter_chunk, has_initial_state, reads_chunk_state, in_chunk_sum)
+        return cls(*inputs, states, Tile(z, q, e, state, d, masks), Probabilities(*read))
 
 
 def _tiles(sequences: int, tokens: int) -> list[slice]:
@@ -143,9 +143,10 @@ class ChunkwiseRemix(torch.autograd.Function):
         ctx.mixer = mixer
         # An unused output costs nothing in backward: None instead of zeros.
         ctx.set_materialize_grads(False)
-        saved = _Saved(values, queries, weights, segment_ids, parameter, tuple(states[:-1]))
         # Of a short sequence all is kept, some slots per token; of a long one the states, and the rest is recomputed.
-        ctx.save_for_backward(*(saved if len(tiles) > 1 else saved._replace(tile=tile, read=read)).flatten())
+        only = (tile, read) if len(tiles) == 1 else ()
+        saved = _Saved(values, queries, weights, segment_ids, parameter, tuple(states[:-1]), *only)
+        ctx.save_for_backward(*saved.flatten())
         # The final state is a view of the states of all chunks.
         return cast("torch.Tensor", readouts), states[-1].clone()
 

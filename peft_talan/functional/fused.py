@@ -63,29 +63,30 @@ def read_mean(
     Returns:
         r, [batch, tokens, width].
     """
-    parameters = tuple(tensor.to(mean.dtype) for tensor in parameters)
+    parameter = parameters[0].to(mean.dtype)
     if mixer == "linear":
-        return torch.bmm(queries @ parameters[0], mean)
+        return torch.bmm(queries @ parameter, mean)
     if mixer == "mlp":
         mean = reference.remix_slots(mean, parameters)
-    scores = torch.baddbmm(parameters[0], queries, mean.mT, alpha=1 / math.sqrt(queries.shape[-1]))
+    scores = torch.baddbmm(parameter, queries, mean.mT, alpha=1 / math.sqrt(queries.shape[-1]))
     return torch.bmm(scores.softmax(-1), mean)
 
 
 def _read_state(inputs: RemixInputs, state: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Read one state, [batch, slots, width + 1], by all tokens: r, [batch, tokens, width], and the state."""
-    queries = inputs.queries
-    return read_mean(mean_of(state).to(queries.dtype), queries, inputs.mixer, inputs.parameters), state
+    _, queries, _, mixer, parameters, _, _ = inputs
+    return read_mean(mean_of(state).to(queries.dtype), queries, mixer, parameters), state
 
 
-def _remix_one_token(inputs: RemixInputs) -> tuple[torch.Tensor, torch.Tensor]:
+def remix_one_token(inputs: RemixInputs) -> tuple[torch.Tensor, torch.Tensor]:
     """A rank-one update of the state and a read."""
-    padded, state = F.pad(inputs.values, (0, 1), value=1.0), inputs.state
+    values, _, weights, _, _, segment_ids, state = inputs
+    column, padded = weights.mT, F.pad(values, (0, 1), value=1.0)
     if state is None:
-        return _read_state(inputs, inputs.weights.mT * padded)
-    if inputs.segment_ids is not None:
-        state = state * (inputs.segment_ids == 0).unsqueeze(-1)
-    return _read_state(inputs, torch.addcmul(state, inputs.weights.mT, padded))
+        return _read_state(inputs, column * padded)
+    if segment_ids is not None:
+        state = state * (segment_ids == 0).unsqueeze(-1)
+    return _read_state(inputs, torch.addcmul(state, column, padded))
 
 
 def _remix_bidirectional(inputs: RemixInputs) -> tuple[torch.Tensor, torch.Tensor]:
@@ -132,20 +133,17 @@ def remix(
     scope: str = "causal",
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Compress the sequence into the latent memory and read it at every token; see `reference.remix`."""
-    inputs = RemixInputs(values, queries, weights, mixer, parameters, segment_ids, state)
-    if scope == "bidirectional":
-        return _remix_bidirectional(inputs)
     batch, tokens, slots = weights.shape
-    if tokens == 1:
-        return _remix_one_token(inputs)
-    rule = REMIX_RULES[mixer]
-    if state is None:
-        return rule(inputs._replace(state=values.new_zeros(batch, slots, values.shape[2] + 1)))
-    if state.dtype is values.dtype:
-        return rule(inputs)
+    if scope == "bidirectional" or tokens == 1:
+        rule = _remix_bidirectional if scope == "bidirectional" else remix_one_token
+        return rule(RemixInputs(values, queries, weights, mixer, parameters, segment_ids, state))
     # A state may be more precise than the tokens: it is rounded for the read, and added to as it is.
-    readouts, _ = rule(inputs._replace(state=state.to(values.dtype)))
-    return readouts, memory_after(values, weights, segment_ids, state)
+    rounded = values.new_zeros(batch, slots, values.shape[2] + 1) if state is None else state.to(values.dtype)
+    inputs = RemixInputs(values, queries, weights, mixer, parameters, segment_ids, rounded)
+    readouts, final_state = REMIX_RULES[mixer](inputs)
+    if state is not None and state.dtype is not values.dtype:
+        final_state = memory_after(values, weights, segment_ids, state)
+    return readouts, final_state
 
 
 def _gate_openings(hidden_states: torch.Tensor, gate: torch.Tensor | None) -> torch.Tensor:

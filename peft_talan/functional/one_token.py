@@ -21,6 +21,7 @@ from .parameters import (
     SidePathParameters,
     full_precision,
 )
+from .records import TokenRecord
 
 
 class TokenPlace(NamedTuple):
@@ -92,15 +93,10 @@ class TokenBuffers:
             self.norm_floor = self.mean.new_tensor(math.sqrt(NORM_EPSILON * read.shape[1]))
         return self._read, self._write
 
-    def drain(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Copy out what the pending tokens added, and free their places.
-
-        Returns:
-            e, [batch, tokens, slots], and z, [batch, tokens, width].
-        """
+    def drain(self) -> TokenRecord:
+        """Copy out what the pending tokens added, and free their places."""
         pending, self.pending = self.pending, 0
-        weights, values = (part[:pending, :, 0].transpose(0, 1).clone() for part in (self._weights, self._values))
-        return weights, values
+        return TokenRecord(*(part[:pending, :, 0].transpose(0, 1).clone() for part in (self._weights, self._values)))
 
 
 def _swap(tensor: torch.Tensor) -> torch.Tensor:

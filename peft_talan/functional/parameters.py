@@ -142,16 +142,6 @@ class SidePathOutput(NamedTuple):
     state: torch.Tensor
     record: TokenRecord
 
-    @property
-    def weights(self) -> torch.Tensor:
-        """e, [batch, tokens, slots]."""
-        return self.record.weights
-
-    @property
-    def values(self) -> torch.Tensor:
-        """z, [batch, tokens, width]."""
-        return self.record.values
-
 
 class RemixInputs(NamedTuple):
     """The arguments of `reference.remix`, without the scope, in one: what every fast rule takes."""

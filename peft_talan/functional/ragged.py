@@ -13,7 +13,7 @@ import torch
 from torch.nn import functional as F
 
 from .chunked import CHUNK_SIZE, ChunkMasks, Tile, chunk_states, forward_tile, make_tile, probabilities
-from .fused import read, remix, write_back
+from .fused import read, remix_one_token, write_back
 from .parameters import (
     RaggedOutput,
     RemixInputs,
@@ -138,7 +138,7 @@ def _remix_requests(
     if inputs.mixer == "mlp":
         remixed = _remix_mlp(tile, inputs.parameters)
     else:
-        remixed = forward_tile(tile, probabilities(tile, inputs.mixer, inputs.parameters[0]))
+        remixed = forward_tile(tile, probabilities(tile, inputs.mixer, inputs.parameters[0].to(tile.z.dtype)))
     readout = remixed.flatten(0, 1).index_select(0, layout.place_of())
     # Positions that are no token's get the state of some token, which nobody reads: to leave them out, their number
     # would have to be known.
@@ -168,16 +168,18 @@ def ragged_side_path(
         # A pool may be in another dtype than the tokens are computed in.
         stream, initial_state = hidden_states.to(dtype), state.to(dtype)
         values, queries, logits = read(stream, parameters.read, parameters.slots)
-        mixer = tuple(tensor.to(dtype) for tensor in parameters.mixer)
-        inputs = RemixInputs(values, queries, slot_weights(logits, None), options.mixer, mixer, None, None)
+        weights = slot_weights(logits, None)
         if cu_seqlens is None:
             # Each token is a request, and so a batch row of one token.
-            z, q, e = (tensor.unsqueeze(1) for tensor in inputs[:3])
-            readout, states = remix(z, q, e, options.mixer, mixer, None, initial_state)
+            z, q, e = values.unsqueeze(1), queries.unsqueeze(1), weights.unsqueeze(1)
+            readout, states = remix_one_token(
+                RemixInputs(z, q, e, options.mixer, parameters.mixer, None, initial_state)
+            )
             readout = readout.squeeze(1)
             if snapshot_positions is not None:
                 states = states.index_select(0, snapshot_positions.clamp(0, states.shape[0] - 1))
         else:
+            inputs = RemixInputs(values, queries, weights, options.mixer, parameters.mixer, None, None)
             readout, states = _remix_requests(inputs, initial_state, cu_seqlens, max_query_length, snapshot_positions)
         # delta = alpha r W_write^T: a strength per token scales r.
         if isinstance(alpha, torch.Tensor):

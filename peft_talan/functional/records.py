@@ -31,7 +31,7 @@ def memory_after(
         last = segment_ids[:, -1:]
         weights = weights * (segment_ids == last).unsqueeze(-1)
         state = None if state is None else state * (last == 0).unsqueeze(-1)
-    memory = weights.mT @ F.pad(values, (0, 1), value=1.0)
+    memory = torch.bmm(weights.mT, F.pad(values, (0, 1), value=1.0))
     return memory if state is None else memory + state
 
 

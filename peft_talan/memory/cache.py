@@ -131,7 +131,7 @@ def continue_or_start_memory(cache: Cache, request: MemoryRequest) -> LatentMemo
     carried, past, name = memories_of(cache), request.past, request.adapter_name
     memories = carried.memories.setdefault((request.block_index, request.child_name), {})
     memory = memories.get(name)
-    # Without their number: a compiled graph would be made anew for each.
+    # Without their number: a graph would be compiled again for each.
     missing = (
         f"the cache holds tokens that did not all pass through adapter {name!r} at block {request.block_index} (it "
         "was filled with the adapter off, by another adapter or by another model), so the latent memory is missing; "
@@ -151,7 +151,7 @@ def continue_or_start_memory(cache: Cache, request: MemoryRequest) -> LatentMemo
             f"the batch has {request.batch} rows, but the latent memory of adapter {name!r} in this cache has "
             f"{memory.state.shape[0]}; change a cache's rows by its own methods (batch_repeat_interleave, ...)"
         )
-    if not (isinstance(past, int) and past == 0):
+    if request.scope != "causal" and not (isinstance(past, int) and past == 0):
         check_causal(request.scope, name)
     if request.attended_past is not None:
         memory.forget_masked(request.attended_past, carried.num_real_before)

@@ -9,7 +9,6 @@ import torch
 from ..functional.fused import side_path
 from ..functional.one_token import TokenBuffers, one_token
 from ..functional.parameters import SidePathOptions, SidePathParameters, working_dtype
-from ..functional.records import TokenRecord
 from .recent_tokens import RECORDED_TOKENS, RecentTokens
 from .token_layout import TokenLayout
 
@@ -89,7 +88,7 @@ class LatentMemory:
         self._record_pending()
         self._advance_to(_precise(output.state), hidden_states.shape[1])
         if self.recent.limit != 0 and self.state is not None:
-            self.recent.append(TokenRecord(output.weights, output.values, segment_ids), self.state)
+            self.recent.append(output.record, self.state)
         return output.hidden_states
 
     def limit_records(self, max_recorded: int | None) -> None:
@@ -150,7 +149,7 @@ class LatentMemory:
     def _record_pending(self) -> None:
         """Make a record of the tokens that the buffers hold."""
         if self.recent.limit != 0 and self.state is not None and self._buffers is not None and self._buffers.pending:
-            self.recent.append(TokenRecord(*self._buffers.drain()), self.state)
+            self.recent.append(self._buffers.drain(), self.state)
 
     def has_run_for(self, rows: torch.Tensor | None) -> bool | torch.Tensor:
         """Whether the adapter has run for all tokens of some rows.

@@ -45,7 +45,7 @@ class RecentTokens:
     def append(self, record: TokenRecord, state: torch.Tensor) -> None:
         """Record the next tokens, after which the memory's state is `state`."""
         if torch.compiler.is_compiling() and self.records:
-            # One growing tensor, as the keys are: a growing list would be compiled anew at every token.
+            # One growing tensor, as the keys are: a growing list would be compiled again at every token.
             record = join_records([*self.records, record])
             self.records.clear()
         self.records.append(record)

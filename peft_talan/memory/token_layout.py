@@ -158,7 +158,7 @@ def _columns_of_call(mask: torch.Tensor, tokens: int, past: int | torch.Tensor) 
     """
     most = mask.shape[-1] - tokens
     if isinstance(past, int):
-        # Not by an index, for which a compiled graph would be made anew at each.
+        # Not by an index, for which a graph would be compiled again at each.
         return mask.narrow(-1, max(min(past, most), 0), min(tokens, mask.shape[-1]))
     if tokens == 1:
         return mask.index_select(-1, past.to(mask.device).clamp(max=most).view(1))

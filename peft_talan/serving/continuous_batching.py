@@ -16,16 +16,7 @@ from ..tuner.mixed_batch import NO_ROWS
 
 
 def check_continuous_batching(model: nn.Module, config: ContinuousBatchingConfig) -> None:
-    """Refuse what side paths can't run exactly under continuous batching.
-
-    Args:
-        model: The model that would be served.
-        config: The configuration that it would be served with.
-
-    Raises:
-        ValueError: Pages of the cache would be moved to the CPU, a memory is bidirectional, or rows of a batch were
-            given different adapters.
-    """
+    """Refuse what side paths can't run exactly under continuous batching."""
     layers = [layer for _, layer in attached_side_paths(model) if not layer.disable_adapters]
     if not layers and not any(merged_layers(model)):
         return
@@ -38,9 +29,9 @@ def check_continuous_batching(model: nn.Module, config: ContinuousBatchingConfig
         for name in layer.active_adapters:
             if name in layer.talan_options:
                 check_causal(layer.talan_options[name].scope, name)
-    for layer in merged_layers(model):
-        for key, side_path in layer.side_paths.items():
-            check_causal(layer.talan_options[key].scope, side_path.adapter_name)
+    for merged in merged_layers(model):
+        for key, side_path in merged.side_paths.items():
+            check_causal(merged.talan_options[key].scope, side_path.adapter_name)
     for layer in layers:
         if any("adapter_names" in getattr(hook, "keywords", {}) for hook in layer._forward_pre_hooks.values()):
             raise ValueError(NO_ROWS)

@@ -86,17 +86,7 @@ class PagedCall:
 
 
 def find_paged_call(kwargs: Mapping[str, Any]) -> PagedCall | None:
-    """Gather the arguments of a block that is called under continuous batching.
-
-    Args:
-        kwargs: The block's keyword arguments.
-
-    Returns:
-        The call, or None where the block was not given a paged cache.
-
-    Raises:
-        NotImplementedError: The arguments are not those of the versions that this was written for.
-    """
+    """Gather the arguments of a block that is called under continuous batching."""
     cache = next((value for value in kwargs.values() if isinstance(value, PagedAttentionCache)), None)
     if cache is None:
         return None

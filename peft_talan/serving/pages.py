@@ -121,17 +121,7 @@ class PagePools:
     def pool(
         self, block_index: int, name: str, shape: tuple[int, int, int], hidden_states: torch.Tensor
     ) -> torch.Tensor:
-        """Find the pool of a side path, or create it.
-
-        Args:
-            block_index: The block's index.
-            name: The side path's name, which no other one of the block has.
-            shape: (pages, slots, width + 1).
-            hidden_states: Of the block; a new pool lies on their device, in the dtype that states of theirs have.
-
-        Returns:
-            The pool, of the given shape.
-        """
+        """Find the pool of a side path, or create it."""
         pool = self.pools.get((block_index, name))
         if pool is None or pool.shape != shape:
             pool = hidden_states.new_zeros(shape, dtype=working_dtype(hidden_states.dtype))

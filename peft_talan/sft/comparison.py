@@ -5,32 +5,23 @@ from __future__ import annotations
 import math
 import multiprocessing
 import statistics
-import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from queue import Empty
 from typing import Any
 
 import datasets
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    TrainerCallback,
-    TrainerControl,
-    TrainerState,
-    TrainingArguments,
-    set_seed,
-)
+from transformers import AutoConfig, AutoModelForCausalLM, set_seed
 from transformers.utils import logging
 
 from ..config import TalanConfig
+from .callbacks import StepReport
 from .data import Rows
 from .models import load_model, load_tokenizer
 from .scores import Scores, score_rows, text_loss
@@ -38,7 +29,9 @@ from .training import make_trainer, save
 
 BASE, LORA, MATCHED, TALAN = "base model", "LoRA", "LoRA-matched", "LoRA+TALAN"
 ARMS = (LORA, MATCHED, TALAN)
-DONE = "done"
+
+Report = Callable[[tuple[str, int], str, int], None]
+"""Called with arm and seed, what is being done, and how many steps were."""
 
 
 @dataclass(frozen=True)
@@ -51,12 +44,12 @@ class Job:
         held_out: What to score on.
         text: The plain text for retention.
         output: The folder for the adapters.
-        rank: The rank of the low-rank half.
+        rank: The rank of the LoRA weights.
         axes: The axes of the side path, fields of `TalanConfig`.
-        arguments: Of `trl.SFTConfig`.
-        dtype: The dtype of the base model.
-        device: Where to run; None: an accelerator if there is one.
-        threads: Threads of each process. None: torch's choice.
+        arguments: Of `make_trainer`.
+        dtype: The dtype of the base model. Default `"auto"`: as it was saved.
+        device: Where to run. Default None: an accelerator if there is one.
+        threads: Threads per process. Default None: torch's choice.
     """
 
     model: str
@@ -71,19 +64,43 @@ class Job:
     device: str | None = None
     threads: int | None = None
 
+    def adapted_shapes(self, config: LoraConfig) -> Any:
+        """Build the model with an adapter on the meta device; no weight is read."""
+        with torch.device("meta"):
+            empty = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(self.model))
+            return get_peft_model(empty, config, low_cpu_mem_usage=True)
+
+    def config(self, arm: str) -> LoraConfig:
+        """Return the configuration of one of `ARMS`.
+
+        `MATCHED` has the smallest rank at which LoRA trains at least as many parameters as LoRA with the side path.
+        """
+        talan = TalanConfig(**lora_options(self.rank), **self.axes)
+        if arm == TALAN:
+            return talan
+        lora = LoraConfig(**lora_options(self.rank))
+        if arm == LORA:
+            return lora
+        sizes = [self.adapted_shapes(config).get_nb_trainable_parameters()[0] for config in (talan, lora)]
+        return LoraConfig(**lora_options(math.ceil(self.rank * sizes[0] / sizes[1])))
+
+    def check(self) -> None:
+        """Raise `ValueError` for axes that the base model can't have."""
+        self.adapted_shapes(self.config(TALAN))
+
 
 @dataclass(frozen=True)
 class Outcome:
-    """What one arm came to with one seed.
+    """What was measured of one arm with one seed.
 
     Args:
         arm: One of `ARMS`, or `BASE`.
         seed: Of initialization and order.
         scores: On the held-out rows.
-        text_loss: The mean loss of a token of the plain text, nats.
+        text_loss: The mean loss per token of the plain text, nats.
         trainable: The number of trainable parameters.
-        losses: The training loss by step, nats a token.
-        seconds: Of training, a step.
+        losses: The training loss by step, nats per token.
+        seconds: Of training, per step.
         folder: Where the adapter is.
     """
 
@@ -92,134 +109,52 @@ class Outcome:
     scores: Scores
     text_loss: float
     trainable: int = 0
-    losses: tuple[float, ...] = ()
+    losses: Sequence[float] = ()
     seconds: float = 0.0
     folder: str | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """The outcome as JSON can hold it."""
         measured = {"loss": self.scores.loss, "exact_match": self.scores.exact_match, "text_loss": self.text_loss}
-        trained = {"trainable": self.trainable, "seconds_a_step": self.seconds, "losses": list(self.losses)}
+        trained = {"trainable": self.trainable, "seconds_per_step": self.seconds, "losses": list(self.losses)}
         return {"arm": self.arm, "seed": self.seed, **measured, **trained, "adapter": self.folder}
 
 
-def _low_rank(rank: int) -> dict[str, Any]:
+def lora_options(rank: int) -> dict[str, Any]:
+    """The options of LoRA in every arm, by their names in `LoraConfig`."""
     return {"r": rank, "lora_alpha": 2 * rank, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
 
 
-def _trainable(model: Any) -> int:
-    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-
-
-def _adapted_shapes(model: str, config: LoraConfig) -> Any:
-    # Shapes are enough: no weight is read.
-    with torch.device("meta"):
-        empty = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model))
-        return get_peft_model(empty, config, low_cpu_mem_usage=True)
-
-
-def matched_rank(model: str, rank: int, axes: dict[str, Any]) -> int:
-    """The smallest rank at which LoRA trains at least as many parameters as LoRA with the side path.
-
-    Args:
-        model: The base model's folder or hub id.
-        rank: The rank of both low-rank halves.
-        axes: The axes of the side path.
-
-    Returns:
-        The rank.
-    """
-    configs = (LoraConfig(**_low_rank(rank)), TalanConfig(**_low_rank(rank), **axes))
-    lora, talan = (_trainable(_adapted_shapes(model, config)) for config in configs)
-    return math.ceil(rank * talan / lora)
-
-
-def check_axes(job: Job) -> None:
-    """Refuse axes that the base model can't have, before anything is trained.
-
-    Args:
-        job: What all arms share.
-
-    Raises:
-        ValueError: There is no such block, for example.
-    """
-    _adapted_shapes(job.model, arm_config(job, TALAN))
-
-
-def arm_config(job: Job, arm: str) -> LoraConfig:
-    """The configuration of one arm.
-
-    Args:
-        job: What all arms share.
-        arm: One of `ARMS`.
-
-    Returns:
-        The configuration.
-    """
-    if arm == TALAN:
-        return TalanConfig(**_low_rank(job.rank), **job.axes)
-    return LoraConfig(**_low_rank(matched_rank(job.model, job.rank, job.axes) if arm == MATCHED else job.rank))
-
-
-class _StepReport(TrainerCallback):
-    def __init__(self, report: Callable[[str], None]) -> None:
-        self.report = report
-        self.started = 0.0
-        self.seconds: list[float] = []
-
-    def on_step_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        self.started = time.perf_counter()
-
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        self.seconds.append(time.perf_counter() - self.started)
-
-    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        loss = (kwargs.get("logs") or {}).get("loss")
-        if loss is not None:
-            self.report(f"loss {float(loss):.3f}")
-
-
-def run_arm(job: Job, arm: str, seed: int, name: str, report: Callable[[str], None] = lambda note: None) -> Outcome:
-    """Train and score one arm, in this process.
-
-    Args:
-        job: What all arms share.
-        arm: One of `ARMS`, or `BASE`, which is scored alone.
-        seed: Of initialization and order.
-        name: Of the adapter's folder.
-        report: Called once a step with what is being done.
-
-    Returns:
-        The outcome.
-    """
+def run_arm(job: Job, arm: str, seed: int, name: str, report: Callable[[str, int], None]) -> Outcome:
+    """Train and score one arm in this process, and save its adapter as `name`; `BASE` is scored alone."""
     if job.threads is not None:
         torch.set_num_threads(job.threads)
     model: Any = load_model(job.model, job.dtype, job.device)
     tokenizer = load_tokenizer(job.model)
     trained: dict[str, Any] = {}
     if arm != BASE:
-        steps = _StepReport(report)
+        steps = StepReport(lambda loss: report(f"loss {loss:.3f}", 1))
         folder = Path(job.output, name)
         set_seed(seed)
-        arguments = {**job.arguments, "seed": seed, "logging_steps": 1, "save_strategy": "no"}
-        trainer = make_trainer(
-            model, tokenizer, job.rows, arm_config(job, arm), folder, callbacks=[steps], **arguments
+        trainer: Any = make_trainer(
+            model,
+            tokenizer,
+            job.rows,
+            job.config(arm),
+            folder,
+            callbacks=[steps],
+            **{**job.arguments, "seed": seed, "logging_steps": 1, "save_strategy": "no"},
         )
         trainer.train()
         save(trainer, job.rows, folder)
-        model = trainer.model
-        model.eval()
-        losses = tuple(float(entry["loss"]) for entry in trainer.state.log_history if "loss" in entry)
-        trained = {"losses": losses, "seconds": statistics.median(steps.seconds), "folder": str(folder)}
-        trained["trainable"] = _trainable(model)
-    limit = int(job.arguments.get("max_length", 1024))
-    report("scores")
-    scores = score_rows(model, tokenizer, job.held_out.rows, max_length=limit)
-    return Outcome(arm, seed, scores, text_loss(model, tokenizer, job.text), **trained)
+        model = trainer.model.eval()
+        trained = {"losses": steps.losses, "seconds": statistics.median(steps.seconds), "folder": str(folder)}
+        trained["trainable"] = model.get_nb_trainable_parameters()[0]
+    report("scores", 0)
+    scores = score_rows(model, tokenizer, job.held_out.rows, max_length=int(job.arguments.get("max_length", 1024)))
+    outcome = Outcome(arm, seed, scores, text_loss(model, tokenizer, job.text), **trained)
+    report("done", int(arm == BASE))
+    return outcome
 
 
 @contextmanager
@@ -234,9 +169,9 @@ def _without_bars() -> Iterator[None]:
         logging.enable_progress_bar()
 
 
-def _run_reporting(job: Job, arm: str, seed: int, name: str, reports: Any) -> Outcome:
+def _run_reporting(job: Job, key: tuple[str, int], name: str, reports: Any) -> Outcome:
     with _without_bars():
-        return run_arm(job, arm, seed, name, lambda note: reports.put((arm, seed, note)))
+        return run_arm(job, *key, name, lambda note, steps: reports.put((key, note, steps)))
 
 
 def compare(
@@ -245,43 +180,24 @@ def compare(
     seeds: Sequence[int] = (0,),
     *,
     processes: int = 1,
-    report: Callable[[str, int, str], None] = lambda arm, seed, note: None,
+    report: Report = lambda key, note, steps: None,
 ) -> list[Outcome]:
-    """Train and score every arm with every seed; the base model is scored once.
-
-    Args:
-        job: What all arms share.
-        arms: Of `ARMS`. Default all.
-        seeds: Of initialization and order. Default one.
-        processes: How many run at a time, each in a process of its own. Default 1: in this process.
-        report: Called with arm, seed and what is being done.
-
-    Returns:
-        The outcomes: the base model's, then those of each seed in the order of the arms.
-    """
-    if TALAN in arms:
-        check_axes(job)
-    wanted = [(BASE, 0), *((arm, seed) for seed in seeds for arm in arms)]
-    names = {(arm, seed): arm if len(seeds) == 1 else f"{arm}-seed-{seed}" for arm, seed in wanted}
+    """Train and score every arm with every seed; the base model is scored once."""
+    job.check()
+    keys = [(BASE, 0), *((arm, seed) for seed in seeds for arm in arms)]
+    names = [arm if len(seeds) == 1 else f"{arm}-seed-{seed}" for arm, seed in keys]
     if processes == 1:
-        outcomes = []
         with _without_bars():
-            for arm, seed in wanted:
-                outcomes.append(run_arm(job, arm, seed, names[arm, seed], partial(report, arm, seed)))
-                report(arm, seed, DONE)
-        return outcomes
+            return [run_arm(job, *key, name, partial(report, key)) for key, name in zip(keys, names, strict=True)]
     context = multiprocessing.get_context("spawn")
     with context.Manager() as manager, ProcessPoolExecutor(processes, context) as pool:
         reports = manager.Queue()
-        waiting = {key: pool.submit(_run_reporting, job, *key, name, reports) for key, name in names.items()}
-        finished: set[tuple[str, int]] = set()
-        while len(finished) < len(waiting):
-            try:
-                report(*reports.get(timeout=0.2))
-            except Empty:
-                for key, future in waiting.items():
-                    if future.done() and key not in finished:
-                        future.result()
-                        finished.add(key)
-                        report(*key, DONE)
-        return [future.result() for future in waiting.values()]
+        futures = [pool.submit(_run_reporting, job, key, name, reports) for key, name in zip(keys, names, strict=True)]
+        running = set(futures)
+        while running:
+            ended, running = wait(running, timeout=0.2)
+            while not reports.empty():
+                report(*reports.get())
+            for future in ended:
+                future.result()  # A failure is raised at once.
+        return [future.result() for future in futures]

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import codecs
 import csv
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 from os import PathLike
 from pathlib import Path
 from random import Random
 from typing import Any
 
-from .formats import REMEDY, Form, Tally, checked, form_of, is_conversational
+from .formats import REMEDY, Form, checked, form_of, is_conversational, system_of, unusual_rows
 
 TABLES = {".csv": ",", ".tsv": "\t"}
 LOADERS = {".parquet": "parquet", ".arrow": "arrow"}
@@ -28,93 +30,75 @@ class Rows:
 
     Args:
         source: The file, the folder or the hub id.
-        form: The format of every row.
         rows: The rows, each with the columns of the format.
         places: Where each row stands, such as `data.jsonl:6`.
-        system: The system message with which every conversation begins, if there is one.
-        notes: What is seldom meant, a line each, with counts.
     """
 
     source: str
-    form: Form
     rows: list[dict[str, Any]]
     places: list[str]
-    system: str | None = None
-    notes: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.rows)
+
+    @property
+    def form(self) -> Form:
+        """The format of every row."""
+        return form_of(self.rows[0])
 
     @property
     def conversational(self) -> bool:
         """Whether the rows hold messages, which go through the chat template."""
         return is_conversational(self.rows[0])
 
-    def select(self, indices: Sequence[int]) -> Rows:
-        """Take some of the rows.
+    @property
+    def system(self) -> str | None:
+        """The system message with which every conversation begins, if there is one."""
+        systems = set(map(system_of, self.rows))
+        return systems.pop() if len(systems) == 1 else None
 
-        Args:
-            indices: Their positions.
+    @property
+    def notes(self) -> list[str]:
+        """What is seldom meant, one line for each kind of row, with counts."""
+        return unusual_rows(self.rows, self.places)
 
-        Returns:
-            These rows, in this order.
-        """
-        rows, places = [self.rows[i] for i in indices], [self.places[i] for i in indices]
-        return Rows(self.source, self.form, rows, places, self.system)
-
-    def split(self, held_out: int, seed: int) -> tuple[Rows, Rows]:
-        """Shuffle, and hold some rows out.
-
-        Args:
-            held_out: How many to hold out.
-            seed: Of the shuffle.
-
-        Returns:
-            The rows to train on, and those held out.
-
-        Raises:
-            DataError: No row would be left to train on.
-        """
+    def split(self, held_out: int, seed: int | None) -> tuple[Rows, Rows]:
+        """Hold out some rows, of those shuffled with a seed, or the first ones; return what is left, and them."""
         if not 0 < held_out < len(self):
             raise DataError(f"{self.source}: {held_out} of {len(self)} rows can't be held out; give more rows")
         order = list(range(len(self)))
-        Random(seed).shuffle(order)
-        return self.select(order[held_out:]), self.select(order[:held_out])
+        if seed is not None:
+            Random(seed).shuffle(order)
+
+        def select(indices: list[int]) -> Rows:
+            return Rows(self.source, [self.rows[i] for i in indices], [self.places[i] for i in indices])
+
+        return select(order[held_out:]), select(order[:held_out])
 
 
 def _json_rows(path: Path) -> Iterator[tuple[str, Any]]:
+    """Rows of a file of one JSON array, or of one JSON object per line."""
     with path.open("rb") as file:
-        start = file.read(4096)
-    if start.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"["):
-        yield from _array_rows(path)
-        return
-    with path.open("rb") as file:
-        for number, raw in enumerate(file, start=1):
-            place = f"{path}:{number}"
+        is_array = file.read(4096).removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"[")
+        file.seek(0)
+        for number, raw in enumerate([file.read()] if is_array else file, start=1):
             try:
-                line = raw.decode("utf-8-sig" if number == 1 else "utf-8").strip()
-                if line:
-                    yield place, json.loads(line)
+                text = raw.decode("utf-8-sig" if number == 1 else "utf-8").rstrip()
+                value: Any = json.loads(text) if text.strip() else None
             except UnicodeDecodeError as error:
+                place = f"{path}:{number}"
                 raise DataError(f"{place}: not UTF-8 text (byte {error.start + 1}); save the file as UTF-8") from None
             except json.JSONDecodeError as error:
-                raise DataError(
-                    f"{place}: not JSON ({error.msg}, column {error.colno}); give one object a line"
-                ) from None
-
-
-def _array_rows(path: Path) -> Iterator[tuple[str, Any]]:
-    try:
-        rows = json.loads(path.read_text(encoding="utf-8-sig"))
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}:1: not UTF-8 text (byte {error.start + 1}); save the file as UTF-8") from None
-    except json.JSONDecodeError as error:
-        raise DataError(f"{path}:{error.lineno}: not JSON ({error.msg}, column {error.colno})") from None
-    yield from ((f"{path}, item {number}", row) for number, row in enumerate(rows, start=1))
+                place, remedy = f"{path}:{number + error.lineno - 1}", "" if is_array else "; give one object per line"
+                raise DataError(f"{place}: not JSON ({error.msg}, column {error.colno}){remedy}") from None
+            if is_array:
+                yield from ((f"{path}, item {item}", row) for item, row in enumerate(value, start=1))
+            elif text.strip():
+                yield f"{path}:{number}", value
 
 
 def _table_rows(path: Path) -> Iterator[tuple[str, Any]]:
-    # Not with the `datasets` library: the cells are texts, and it would make numbers of "75" and nothing of "NA".
+    # Not with the `datasets` library, which turns "75" into a number and "NA" into None, and names no line.
     with path.open(encoding="utf-8-sig", newline="") as file:
         delimiter = TABLES[path.suffix.lower()]
         reader = csv.DictReader(file, delimiter=delimiter)
@@ -140,16 +124,16 @@ def _loaded_rows(source: str, config: str | None, split: str) -> Iterator[tuple[
     path = Path(source)
     try:
         if path.is_file():
-            found = load_dataset(LOADERS[path.suffix.lower()], data_files=source, split="train")
+            rows = load_dataset(LOADERS[path.suffix.lower()], data_files=source, split="train")
         elif (path / "state.json").is_file():
-            found = load_from_disk(source)
+            rows = load_from_disk(source)
         else:
-            found = load_dataset(source, config, split=split)
+            rows = load_dataset(source, config, split=split)
     except DatasetGenerationError as error:
         raise DataError(f"{source}: can't be read: {error.__cause__ or error}") from error
     except (DatasetNotFoundError, OSError, ValueError) as error:
         raise DataError(f"{source}: can't be loaded: {error}") from error
-    yield from ((f"{source}, row {number}", row) for number, row in enumerate(found, start=1))
+    yield from ((f"{source}, row {number}", row) for number, row in enumerate(rows, start=1))
 
 
 def read_rows(
@@ -171,40 +155,30 @@ def read_rows(
         DataError: The data can't be read, has no rows, or a row can't be used; the message names file and line.
 
     Examples:
-        >>> rows = read_rows("sums.jsonl")  # {"prompt": "1 + 2 = ", "completion": "3"}, one a line
+        >>> rows = read_rows("sums.jsonl")  # {"prompt": "1 + 2 = ", "completion": "3"}, one per line
         >>> rows.form, len(rows), rows.places[0]
         ('prompt-completion', 600, 'sums.jsonl:1')
     """
     path = Path(source)
-    ending = path.suffix.lower()
-    if not path.is_file() or ending in LOADERS:
-        found = _loaded_rows(str(source), config, split)
+    if not path.is_file() or path.suffix.lower() in LOADERS:
+        raw_rows = _loaded_rows(str(source), config, split)
     else:
-        found = _table_rows(path) if ending in TABLES else _json_rows(path)
-    form: Form | None = None
-    conversational = False
+        raw_rows = _table_rows(path) if path.suffix.lower() in TABLES else _json_rows(path)
     rows: list[dict[str, Any]] = []
     places: list[str] = []
-    tally = Tally()
     try:
-        for place, row in found:
-            if len(rows) == most:
-                break
+        for place, row in islice(raw_rows, most):
             try:
                 if not isinstance(row, dict):
                     raise ValueError(f"a row must be a JSON object, not {type(row).__name__}; {REMEDY}")
-                form = form or form_of(row)
-                checked_row = checked(row, form)
-                if rows and is_conversational(checked_row) != conversational:
+                rows.append(checked(row, form_of((rows or [row])[0])))
+                places.append(place)
+                if is_conversational(rows[-1]) != is_conversational(rows[0]):
                     raise ValueError("the first row holds texts, this one messages, or the reverse; use one format")
             except ValueError as error:
                 raise DataError(f"{place}: {error}") from None
-            conversational = is_conversational(checked_row)
-            tally.add(checked_row, place)
-            rows.append(checked_row)
-            places.append(place)
     except OSError as error:
         raise DataError(f"{source}: can't be read: {error.strerror or error}") from None
-    if form is None:
+    if not rows:
         raise DataError(f"{source}:1: the data has no rows; {REMEDY}")
-    return Rows(str(source), form, rows, places, tally.system, tally.notes())
+    return Rows(str(source), rows, places)

@@ -9,19 +9,16 @@ Messages go through the tokenizer's chat template, texts never do.
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
+Row = Mapping[str, Any]
 Form = Literal["messages", "prompt-completion", "text"]
 
-COLUMNS: dict[Form, tuple[str, ...]] = {
-    "messages": ("messages",),
-    "prompt-completion": ("prompt", "completion"),
-    "text": ("text",),
-}
-KEPT_COLUMNS = ("tools", "chat_template_kwargs")
-"""What chat templates take beside the messages; TRL hands both on."""
+PAIR = ("prompt", "completion")
+TEMPLATE_COLUMNS = ("tools", "chat_template_kwargs")
+"""What chat templates take beside the messages; TRL passes both on."""
 
 SHAREGPT = {"from": "role", "value": "content"}
 """The names in ShareGPT's files, which TRL takes, too."""
@@ -34,9 +31,10 @@ KNOWN_ALIASES = {
 REMEDY = "give 'messages', 'prompt' and 'completion', or 'text'"
 
 
-def _check_text(name: str, value: object) -> None:
+def _check_text(name: str, value: object) -> str:
     if not isinstance(value, str) or not value.strip():
         raise ValueError(f"{name!r} must be a text that is not empty, not {value!r}")
+    return value
 
 
 def _check_messages(name: str, value: object) -> list[dict[str, Any]]:
@@ -55,21 +53,11 @@ def _check_messages(name: str, value: object) -> list[dict[str, Any]]:
     return messages
 
 
-def form_of(row: Mapping[str, Any]) -> Form:
-    """Find out which format a row has.
-
-    Args:
-        row: The row.
-
-    Returns:
-        The format.
-
-    Raises:
-        ValueError: It has none; the message says what is missing.
-    """
+def form_of(row: Row) -> Form:
+    """Return the format of a row, or raise `ValueError`, which says what is missing."""
     if "messages" in row or "conversations" in row:
         return "messages"
-    missing = [name for name in COLUMNS["prompt-completion"] if name not in row]
+    missing = [name for name in PAIR if name not in row]
     if not missing:
         return "prompt-completion"
     if "text" in row:
@@ -79,78 +67,47 @@ def form_of(row: Mapping[str, Any]) -> Form:
     raise ValueError(f"{' and '.join(map(repr, missing))} missing; {remedy}")
 
 
-def checked(row: Mapping[str, Any], form: Form) -> dict[str, Any]:
-    """Check a row, and keep the columns of its format.
-
-    Args:
-        row: The row.
-        form: The format that it must have.
-
-    Returns:
-        The row with these columns alone.
-
-    Raises:
-        ValueError: It has another format, or a value can't be used.
-    """
-    found = form_of(row)
-    if found != form:
-        raise ValueError(f"the row is of the format {found!r}, but the first one of {form!r}; use one format")
-    kept = {name: row[name] for name in KEPT_COLUMNS if row.get(name) is not None}
+def checked(row: Row, form: Form) -> dict[str, Any]:
+    """Return the columns of a format, which the row must have, with what chat templates take beside them."""
+    own_form = form_of(row)
+    if own_form != form:
+        raise ValueError(f"the row is of the format {own_form!r}, but the first one of {form!r}; use one format")
+    options = {name: row[name] for name in TEMPLATE_COLUMNS if row.get(name) is not None}
     if form == "messages":
-        return {"messages": _check_messages("messages", row.get("messages", row.get("conversations"))), **kept}
+        return {"messages": _check_messages("messages", row.get("messages", row.get("conversations"))), **options}
     if form == "text":
-        _check_text("text", row["text"])
-        return {"text": row["text"]}
-    if all(isinstance(row[name], (list, tuple)) for name in COLUMNS[form]):
-        return {**{name: _check_messages(name, row[name]) for name in COLUMNS[form]}, **kept}
-    for name in COLUMNS[form]:
-        _check_text(name, row[name])
-    return {name: row[name] for name in COLUMNS[form]}
+        return {"text": _check_text("text", row["text"])}
+    if all(isinstance(row[name], (list, tuple)) for name in PAIR):
+        return {**{name: _check_messages(name, row[name]) for name in PAIR}, **options}
+    return {name: _check_text(name, row[name]) for name in PAIR}
 
 
-def is_conversational(row: Mapping[str, Any]) -> bool:
+def is_conversational(row: Row) -> bool:
     """Whether a checked row holds messages, which go through the chat template, and not texts."""
     return not isinstance(row.get("prompt", row.get("text")), str)
 
 
-def messages_of(row: Mapping[str, Any]) -> list[dict[str, Any]]:
+def messages_of(row: Row) -> list[dict[str, Any]]:
     """All messages of a checked row, in order; none if it holds texts."""
     if not is_conversational(row):
         return []
     return [*row["messages"]] if "messages" in row else [*row["prompt"], *row["completion"]]
 
 
-class Tally:
-    """Counts what can be trained on but is seldom meant."""
+def system_of(row: Row) -> str | None:
+    """The system message with which a checked row begins, if it is a text."""
+    first = messages_of(row)[:1]
+    content = first[0].get("content") if first and first[0]["role"] == "system" else None
+    return content if isinstance(content, str) else None
 
-    def __init__(self) -> None:
-        self.rows = 0
-        self.counts: Counter[str] = Counter()
-        self.first: dict[str, str] = {}
-        self.system: str | None = None
 
-    def add(self, row: Mapping[str, Any], place: str) -> None:
-        """Count one row.
-
-        Args:
-            row: The checked row.
-            place: Where it stands, such as `data.jsonl:6`.
-        """
+def unusual_rows(rows: Sequence[Row], places: Sequence[str]) -> list[str]:
+    """Count what can be trained on but is seldom meant, a line for each kind of row."""
+    kinds: dict[str, list[str]] = defaultdict(list)
+    for row, place in zip(rows, places, strict=True):
         messages = messages_of(row)
-        kinds = [f"have a message of the role {role!r}" for role in {m["role"] for m in messages} - ROLES]
+        for role in {message["role"] for message in messages} - ROLES:
+            kinds[f"have a message of the role {role!r}"].append(place)
         if messages and messages[-1]["role"] != "assistant":
-            kinds.append("do not end with a message of the assistant")
-        for kind in kinds:
-            self.counts[kind] += 1
-            self.first.setdefault(kind, place)
-        system = messages[0].get("content") if messages and messages[0]["role"] == "system" else None
-        text = system if isinstance(system, str) else None
-        self.system = text if self.rows == 0 or text == self.system else None
-        self.rows += 1
-
-    def notes(self) -> tuple[str, ...]:
-        """One line for each kind of row that is seldom meant."""
-        return tuple(
-            f"{count} of {self.rows} rows {kind} (the first: {self.first[kind]})"
-            for kind, count in sorted(self.counts.items())
-        )
+            kinds["do not end with a message of the assistant"].append(place)
+    return [f"{len(own)} of {len(rows)} rows {kind} (the first: {own[0]})" for kind, own in sorted(kinds.items())]

@@ -7,9 +7,11 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-T_QUANTILES = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
-"""Of Student's distribution at 97.5%, by degrees of freedom from 1 on."""
-NORMAL_QUANTILE = 1.96
+# Not `scipy.stats`, whose import costs several seconds.
+from scipy.special import ndtri, stdtrit
+
+UPPER = 0.975
+"""The probability below the upper end of an interval."""
 
 
 @dataclass(frozen=True)
@@ -28,36 +30,26 @@ class Interval:
 
     @classmethod
     def of_mean(cls, values: Sequence[float]) -> Interval:
-        """Student's interval of a mean.
-
-        Args:
-            values: What the mean is of.
-
-        Returns:
-            The interval.
-        """
+        """Student's interval of the mean of some values."""
         mean, count = statistics.mean(values), len(values)
         if count == 1:
             return cls(mean, mean, mean)
-        quantile = T_QUANTILES[count - 2] if count <= len(T_QUANTILES) + 1 else NORMAL_QUANTILE
-        half = quantile * statistics.stdev(values) / math.sqrt(count)
-        return cls(mean, mean - half, mean + half)
+        reach = float(stdtrit(count - 1, UPPER)) * statistics.stdev(values) / math.sqrt(count)
+        return cls(mean, mean - reach, mean + reach)
 
     @classmethod
     def of_share(cls, right: int, count: int) -> Interval:
-        """Wilson's interval of a share, which has a width for 0% and 100%, too.
-
-        Args:
-            right: How many.
-            count: Of how many.
-
-        Returns:
-            The interval.
-        """
-        share, square = right / count, NORMAL_QUANTILE**2
+        """Wilson's interval of the share `right / count`, which has a width for 0% and 100%, too."""
+        share, square = right / count, float(ndtri(UPPER)) ** 2
         middle = (share + square / (2 * count)) / (1 + square / count)
-        half = math.sqrt(share * (1 - share) * square / count + square**2 / (4 * count**2)) / (1 + square / count)
-        return cls(share, middle - half, middle + half)
+        reach = math.sqrt(share * (1 - share) * square / count + square**2 / (4 * count**2)) / (1 + square / count)
+        return cls(share, middle - reach, middle + reach)
+
+    def minus(self, other: Interval) -> Interval:
+        """Newcombe's interval of the difference of two shares, from the Wilson interval of each."""
+        mean = self.mean - other.mean
+        below = math.hypot(self.mean - self.low, other.high - other.mean)
+        return Interval(mean, mean - below, mean + math.hypot(self.high - self.mean, other.mean - other.low))
 
     @property
     def excludes_zero(self) -> bool:
@@ -65,15 +57,6 @@ class Interval:
         return self.low > 0 or self.high < 0
 
     def text(self, digits: int = 4, factor: float = 1.0, sign: str = "") -> str:
-        """The mean with both ends.
-
-        Args:
-            digits: After the point. Default 4.
-            factor: Times each number, such as 100 for percent. Default 1.
-            sign: `"+"` shows the sign of positive numbers, too. Default none.
-
-        Returns:
-            The text.
-        """
+        """The mean with both ends, each times a factor, such as 100 for percent; the sign "+" shows that, too."""
         mean, low, high = (f"{factor * value:{sign}.{digits}f}" for value in (self.mean, self.low, self.high))
         return mean if self.low == self.high else f"{mean} [{low}, {high}]"

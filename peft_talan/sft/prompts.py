@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils.hub import cached_file
 
 from .data import Rows
-from .formats import is_conversational
+from .formats import is_conversational, messages_of
 
 PROMPT_FORM_FILE = "prompt_form.json"
 
@@ -23,8 +23,8 @@ class Encoded(NamedTuple):
     """The tokens of a row.
 
     Args:
-        prompt: What is given; empty for plain text.
-        completion: What is to be said next.
+        prompt: The tokens that are given; empty for plain text.
+        completion: The tokens that follow, up to the end-of-sequence token.
     """
 
     prompt: list[int]
@@ -45,35 +45,21 @@ class PromptForm:
 
     @classmethod
     def of(cls, rows: Rows) -> PromptForm:
-        """The form that training on some rows gives prompts."""
+        """The form of the prompts of an adapter that is trained on these rows."""
         return cls(rows.conversational, rows.system)
 
     def save(self, folder: str | PathLike[str]) -> None:
-        """Write the form beside an adapter.
-
-        Args:
-            folder: The adapter's folder.
-        """
+        """Write the form into an adapter's folder."""
         Path(folder, PROMPT_FORM_FILE).write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
 
     @classmethod
     def load(cls, adapter: str) -> PromptForm | None:
-        """Read the form that stands beside an adapter.
-
-        Args:
-            adapter: The adapter's folder or hub id.
-
-        Returns:
-            The form; None where there is none, because something else trained the adapter.
-        """
-        file = cached_file(
-            adapter,
-            PROMPT_FORM_FILE,
-            _raise_exceptions_for_missing_entries=False,
-            _raise_exceptions_for_connection_errors=False,
-            _raise_exceptions_for_gated_repo=False,
-        )
-        return None if file is None else cls(**json.loads(Path(file).read_text(encoding="utf-8")))
+        """Read the form from an adapter's folder or hub id; None if something else trained the adapter."""
+        try:
+            file = str(cached_file(adapter, PROMPT_FORM_FILE))
+        except OSError:  # There is none, or no hub to look at.
+            return None
+        return cls(**json.loads(Path(file).read_text(encoding="utf-8")))
 
 
 def _from_template(
@@ -92,16 +78,7 @@ def _with_end(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str, form: PromptForm) -> list[int]:
-    """Turn a prompt into tokens as training did.
-
-    Args:
-        tokenizer: The model's tokenizer.
-        prompt: The prompt; with the chat template, the user's message.
-        form: What training did.
-
-    Returns:
-        The tokens.
-    """
+    """Turn a prompt, with the chat template the user's message, into tokens as training did."""
     if not form.chat:
         return list(tokenizer(prompt)["input_ids"])
     system = [{"role": "system", "content": form.system}] if form.system is not None else []
@@ -112,12 +89,7 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str, form: PromptF
 def encode(tokenizer: PreTrainedTokenizerBase, row: Mapping[str, Any]) -> Encoded:
     """Turn a row into tokens as TRL's SFTTrainer does.
 
-    Args:
-        tokenizer: The model's tokenizer.
-        row: A checked row.
-
-    Returns:
-        The tokens. What the last message of a conversation says is its completion if it is the assistant's.
+    What the last message of a conversation says is its completion if it is the assistant's.
     """
     if "text" in row:
         return Encoded([], list(tokenizer(_with_end(tokenizer, row["text"]))["input_ids"]))
@@ -125,7 +97,7 @@ def encode(tokenizer: PreTrainedTokenizerBase, row: Mapping[str, Any]) -> Encode
         prompt = list(tokenizer(row["prompt"])["input_ids"])
         whole = list(tokenizer(row["prompt"] + _with_end(tokenizer, row["completion"]))["input_ids"])
     else:
-        messages = [*row.get("messages", [])] or [*row["prompt"], *row["completion"]]
+        messages = messages_of(row)
         given = row["prompt"] if "prompt" in row else messages[:-1]
         whole = _from_template(tokenizer, messages, row)
         answered = "prompt" in row or (given and messages[-1]["role"] == "assistant")

@@ -3,115 +3,38 @@
 from __future__ import annotations
 
 import shutil
-import signal
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import FrameType
-from typing import Any, ClassVar
+from typing import Any, cast
 
 import torch
 from datasets import Dataset
 from peft import PeftConfig
-from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback
+from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from trl.chat_template_utils import get_training_chat_template, has_generation_markers
 from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import SFTTrainer
 
+from ..axes import refusal
+from ..checkpoint.saved_files import remove_saved_files
+from ..tuner.trainability import talan_param_groups
+from .callbacks import SavePromptForm
 from .data import DataError, Rows
 from .prompts import PromptForm, encode
 
 
-class TrainingProgress(ProgressCallback):
-    """Transformers' progress bar, with the latest losses and the learning rate beside the time left."""
-
-    SHOWN: ClassVar = {"loss": "loss", "learning_rate": "lr", "eval_loss": "eval_loss"}
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
-        """Show the numbers in the bar, not below it."""
-        if self.training_bar is not None:
-            self.latest = {**getattr(self, "latest", {}), **(logs or {})}
-            known = [(short, self.latest[name]) for name, short in self.SHOWN.items() if name in self.latest]
-            self.training_bar.set_postfix({short: f"{float(value):.4g}" for short, value in known})
-
-
-class StopOnInterrupt(TrainerCallback):
-    """Lets the first Ctrl-C finish its step and save a checkpoint; the second one stops at once.
-
-    Args:
-        report: Takes the line that says so.
-    """
-
-    def __init__(self, report: Callable[[str], None]) -> None:
-        self.report = report
-        self.requested = False
-        self.previous: Any = None
-
-    def _request(self, number: int, frame: FrameType | None) -> None:
-        self.requested = True
-        self.report("stopping: this step is finished and saved; press Ctrl-C again to stop at once")
-        signal.signal(signal.SIGINT, self.previous)
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Listen."""
-        self.previous = signal.signal(signal.SIGINT, self._request)
-
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Save and stop, if that was asked for."""
-        if self.requested:
-            control.should_save = True
-            control.should_training_stop = True
-
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Listen no more."""
-        signal.signal(signal.SIGINT, self.previous)
-
-
-class SavePromptForm(TrainerCallback):
-    """Stores the form of the prompts in every checkpoint.
-
-    Args:
-        form: The form.
-    """
-
-    def __init__(self, form: PromptForm) -> None:
-        self.form = form
-
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Write it."""
-        if args.should_save:
-            self.form.save(Path(str(args.output_dir), f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"))
-
-
 def remove_checkpoints(output: Path) -> None:
-    """Remove the checkpoints of an earlier run, which a new one must not be continued from.
-
-    Args:
-        output: The folder of the run.
-    """
+    """Remove the checkpoints of an earlier run, which a new one must not be continued from."""
     for folder in output.glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
         shutil.rmtree(folder)
 
 
 def describe_lengths(tokenizer: PreTrainedTokenizerBase, rows: Rows, max_length: int) -> list[str]:
-    """Count the rows that training would change or leave out.
+    """Count the rows that training would change or leave out, a line for each kind.
 
-    Args:
-        tokenizer: The model's tokenizer.
-        rows: The rows.
-        max_length: The longest row that is trained on, in tokens.
-
-    Returns:
-        A line for each kind.
-
-    Raises:
-        DataError: No row has a token to train on, or rows and tokenizer don't fit.
+    Raises `DataError` if no row has a token to train on, or if rows and tokenizer don't fit.
     """
     if rows.conversational and not tokenizer.chat_template:
         raise DataError(
@@ -120,26 +43,24 @@ def describe_lengths(tokenizer: PreTrainedTokenizerBase, rows: Rows, max_length:
         )
     if not rows.conversational and tokenizer.eos_token is None:
         raise DataError(f"{rows.source}: the tokenizer has no end-of-sequence token, which ends every text")
-    cut, lost, doubled = [], [], []
-    longest, longest_place = 0, ""
-    for row, place in zip(rows.rows, rows.places, strict=True):
-        prompt, completion = encode(tokenizer, row)
-        tokens = prompt + completion
-        if len(tokens) > longest:
-            longest, longest_place = len(tokens), place
-        if len(tokens) > max_length:
-            cut.append(place)
-        if len(prompt) >= max_length and rows.form == "prompt-completion":
-            lost.append(place)
-        if tokenizer.bos_token_id is not None and tokens[:2] == [tokenizer.bos_token_id] * 2:
-            doubled.append(place)
+    encoded = [encode(tokenizer, row) for row in rows.rows]
+    begins_twice = [tokenizer.bos_token_id] * 2
+
+    def places(matches: Callable[[list[int], list[int]], bool]) -> list[str]:
+        return [place for place, tokens in zip(rows.places, encoded, strict=True) if matches(*tokens)]
+
+    cut = places(lambda prompt, completion: len(prompt) + len(completion) > max_length)
+    lost = places(lambda prompt, _: rows.form == "prompt-completion" and len(prompt) >= max_length)
+    doubled = places(lambda prompt, completion: (prompt + completion)[:2] == begins_twice)
     if len(lost) == len(rows):
         raise DataError(f"{rows.source}: every prompt has {max_length} tokens or more; raise max_length={max_length}")
     lines = []
     if cut:
+        lengths = [len(prompt) + len(completion) for prompt, completion in encoded]
+        longest = max(lengths)
         lines.append(
             f"{len(cut)} of {len(rows)} rows are longer than max_length={max_length} and are cut there (the longest: "
-            f"{longest:,} tokens, {longest_place})"
+            f"{longest:,} tokens, {rows.places[lengths.index(longest)]})"
         )
     if lost:
         lines.append(f"{len(lost)} of these have no token of the completion left and are left out (first: {lost[0]})")
@@ -151,6 +72,28 @@ def describe_lengths(tokenizer: PreTrainedTokenizerBase, rows: Rows, max_length:
     return lines
 
 
+def check_assistant_marks(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuse a chat template that does not mark what the assistant says, and of which TRL has no marked version."""
+    if tokenizer.chat_template and not has_generation_markers(tokenizer.chat_template):
+        try:
+            get_training_chat_template(tokenizer)
+        except ValueError:
+            remedy = (
+                "the chat template has no {% generation %} marks around what the assistant says; leave the option "
+                "out and give rows of 'prompt' and 'completion', whose completion alone is trained on, or add the "
+                "marks to chat_template.jinja"
+            )
+            raise refusal("assistant_only_loss", True, remedy) from None
+
+
+def set_side_path_rate(trainer: Trainer, scale: float) -> None:
+    """Let the side path of a trainer's model learn at `scale` times the trainer's learning rate, before it trains."""
+    arguments, model = trainer.args, cast(PreTrainedModel, trainer.model)
+    groups = talan_param_groups(model, arguments.learning_rate, scale, arguments.weight_decay)
+    optimizer, options = trainer.get_optimizer_cls_and_kwargs(arguments, model)
+    trainer.optimizer_cls_and_kwargs = (optimizer, {**options, "params": groups})
+
+
 def make_trainer(
     model: Any,
     tokenizer: PreTrainedTokenizerBase,
@@ -160,25 +103,11 @@ def make_trainer(
     *,
     eval_rows: Rows | None = None,
     callbacks: Sequence[TrainerCallback] = (),
+    side_path_lr_scale: float = 1.0,
     **arguments: Any,
 ) -> SFTTrainer:
-    """Make a trainer whose adapter can be continued, and asked later as it was trained.
-
-    Args:
-        model: A model, or its folder or hub id.
-        tokenizer: Its tokenizer.
-        rows: What to train on.
-        adapter: The configuration of the adapter; None: the model has one. Default None.
-        output: The folder for checkpoints.
-        eval_rows: What to evaluate on while training. Default None.
-        callbacks: More callbacks.
-        **arguments: Of `trl.SFTConfig`; those that are None take what suits the machine.
-
-    Returns:
-        The trainer.
-    """
+    """Make a trainer whose adapter can be continued, and prompted later as it was trained."""
     has_accelerator = torch.accelerator.is_available()
-    arguments = {name: value for name, value in arguments.items() if value is not None}
     defaults = {
         "bf16": torch.cuda.is_available() and torch.cuda.is_bf16_supported(),
         "gradient_checkpointing": has_accelerator,
@@ -187,9 +116,10 @@ def make_trainer(
         "report_to": "none",
         "disable_tqdm": True,
     }
+    given = {name: value for name, value in arguments.items() if value is not None}
     trainer = SFTTrainer(
         model=model,
-        args=SFTConfig(output_dir=str(output), **{**defaults, **arguments}),
+        args=SFTConfig(output_dir=str(output), **{**defaults, **given}),
         train_dataset=Dataset.from_list(rows.rows),
         eval_dataset=None if eval_rows is None else Dataset.from_list(eval_rows.rows),
         processing_class=tokenizer,
@@ -198,17 +128,15 @@ def make_trainer(
     )
     # It would print the numbers among the program's results.
     trainer.remove_callback(PrinterCallback)
+    if adapter is not None:
+        set_side_path_rate(trainer, side_path_lr_scale)
     return trainer
 
 
 def save(trainer: SFTTrainer, rows: Rows, output: Path) -> None:
-    """Save the adapter, the tokenizer and the form of the prompts.
-
-    Args:
-        trainer: The trainer.
-        rows: What was trained on.
-        output: The folder.
-    """
+    """Save a trainer's adapter, its tokenizer and the form of the rows' prompts into a folder, in place of others."""
+    if trainer.args.should_save:
+        remove_saved_files(output)
     trainer.save_model(str(output))
     if trainer.args.should_save:
         PromptForm.of(rows).save(output)

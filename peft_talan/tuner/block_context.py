@@ -107,7 +107,10 @@ class BlockContext:
         self._received = args[0] if args else kwargs.get(names[0])
         self._training = block.training
         self.cache = None if withholds_cache(block) else self._arguments.cache
-        self._paged = find_paged_call(kwargs) if self._forward is None else self._forward.paged
+        if self._forward is not None:
+            self._paged = self._forward.paged
+        else:
+            self._paged = find_paged_call(kwargs) if self._arguments.has_paged_cache else None
 
     def memory(
         self,
@@ -260,7 +263,8 @@ class BlockContext:
         past = self._past(tokens)
         if self.cache is not None:
             # Tokens are counted once per forward pass, which these calls are not known to be part of.
-            memories_of(self.cache).num_real_is_exact = False
+            memories = memories_of(self.cache)
+            memories.num_real_is_exact, memories.num_real_before = False, None
         return token_layout(
             own.attention_mask,
             # transformers has made a mask of positions that separate samples, except for flash attention.

@@ -16,16 +16,16 @@ from ..functional.initialization import empty_parameters
 SMALLEST_LIMIT = 2**20
 """How many numbers a side path may hold beside any model, however small."""
 SINGLE_STREAM: dict[str, int] = {"altup_num_inputs": 1, "hc_mult": 1, "hc_count": 1, "ngram": 0}
-"""Fields of configurations that say how many hidden states a block hands on, and their value if it is one."""
+"""Fields of configurations that say how many hidden states a block passes on, and their value if it is one."""
 OTHER_STREAMS: dict[str, str] = {
     "cpmant": "put the hidden states of a prompt before those of the tokens",
-    "fsmt": "hand on hidden states of shape [tokens, batch, hidden_size]",
-    "longformer": "hand on hidden states that are padded to a multiple of the attention window",
-    "mask2former": "hand on hidden states of shape [queries, batch, hidden_size]",
-    "oneformer": "hand on hidden states of shape [queries, batch, hidden_size]",
-    "xlnet": "hand on hidden states of shape [tokens, batch, hidden_size]",
+    "fsmt": "pass on hidden states of shape [tokens, batch, hidden_size]",
+    "longformer": "pass on hidden states that are padded to a multiple of the attention window",
+    "mask2former": "pass on hidden states of shape [queries, batch, hidden_size]",
+    "oneformer": "pass on hidden states of shape [queries, batch, hidden_size]",
+    "xlnet": "pass on hidden states of shape [tokens, batch, hidden_size]",
 }
-"""Model types whose blocks do not hand on [batch, tokens, hidden_size], and what they do."""
+"""Model types whose blocks do not pass on [batch, tokens, hidden_size], and what they do."""
 
 
 def _text_config(model: nn.Module) -> object | None:
@@ -115,10 +115,10 @@ def find_decoder(model: nn.Module, block_name: str) -> nn.Module:
 
 
 def check_stream(model: nn.Module) -> None:
-    """Refuse models whose blocks hand on something else than one hidden state of each token."""
+    """Refuse models whose blocks pass on something else than one hidden state of each token."""
     config = _text_config(model)
     reasons = [
-        f"hand on several hidden states of each token ({field}={streams})"
+        f"pass on several hidden states of each token ({field}={streams})"
         for field, single in SINGLE_STREAM.items()
         if isinstance(streams := getattr(config, field, None), int) and streams > single
     ]
@@ -184,7 +184,7 @@ def choose_targets(config: TalanConfig, name: str, blocks: nn.ModuleList) -> dic
         arguments = list(inspect.signature(block.forward).parameters)
         if "hidden_states" in arguments[1:]:
             raise ValueError(
-                f"talan_blocks: block {name}.{index} takes {arguments[0]} before its hidden_states: it hands on "
+                f"talan_blocks: block {name}.{index} takes {arguments[0]} before its hidden_states: it passes on "
                 "several hidden states of each token, and a side path reads and writes one; use a plain LoraConfig"
             )
         child = getattr(block, CHILD_NAME, None)
@@ -196,13 +196,13 @@ def choose_targets(config: TalanConfig, name: str, blocks: nn.ModuleList) -> dic
 
 
 def check_size(config: TalanConfig, model: nn.Module, hidden_size: int, blocks: int) -> None:
-    """Refuse halves that would hold more numbers than the model itself, before any memory is asked for.
+    """Refuse LoRA weights or side paths larger than the model itself, before any memory is allocated.
 
     Linux grants memory that it does not have, and ends the process without an error when the memory is filled.
     """
     tensors = empty_parameters(config.side_path_options, hidden_size, config.talan_slots, config.talan_dim)
     side_path = blocks * sum(tensor.numel() for tensor in tensors.values())
-    rank = max([config.r, *(config.rank_pattern or {}).values()]) if config.has_low_rank_half else 0
+    rank = max([config.r, *(config.rank_pattern or {}).values()]) if config.has_lora_weights else 0
     if max(side_path, rank * hidden_size) <= SMALLEST_LIMIT:
         return
     limit = max(SMALLEST_LIMIT, sum(parameter.numel() for parameter in model.parameters()))
@@ -220,7 +220,7 @@ def check_size(config: TalanConfig, model: nn.Module, hidden_size: int, blocks: 
 
 
 def point_at_fused_experts(model: nn.Module, config: TalanConfig) -> None:
-    """Point the low-rank half at experts that transformers 5 fuses, as PEFT does for the type LORA only."""
+    """Point the LoRA weights at experts that transformers 5 fuses, as PEFT does for the type LORA only."""
     # It asks for all of `peft`, which is still being imported where the entry point registers this package.
     from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 

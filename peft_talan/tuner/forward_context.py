@@ -17,6 +17,7 @@ from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import WeakIdKeyDictionary
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, EncoderDecoderCache
+from transformers.generation.continuous_batching import PagedAttentionCache
 
 from ..memory.cache import note_recurrent_state, recurrent_state_is_new, tokens_before
 from ..memory.token_layout import TokenLayout
@@ -56,6 +57,7 @@ class CallArguments(NamedTuple):
         cache: The cache of the self-attention, or None.
         shape: (batch, tokens) of the model's input, if it is known; None in place of an unknown number of tokens.
         unknown_state: The name of an argument with a state that is not a transformers cache, or None.
+        has_paged_cache: Whether a server gives the cache of many requests in pages.
     """
 
     attention_mask: object = None
@@ -65,6 +67,7 @@ class CallArguments(NamedTuple):
     cache: Cache | None = None
     shape: tuple[int, int | None] | None = None
     unknown_state: str | None = None
+    has_paged_cache: bool = False
 
 
 def argument_names(module: nn.Module) -> tuple[str, ...]:
@@ -77,14 +80,21 @@ def read_arguments(names: tuple[str, ...], args: tuple[Any, ...], kwargs: dict[s
     given = {**dict(zip(names, args, strict=False)), **kwargs}
     cache: Cache | None = None
     unknown: str | None = None
+    paged = False
     for name, value in given.items():
         if isinstance(value, EncoderDecoderCache):
             cache = value.self_attention_cache
         elif isinstance(value, Cache):
             cache = cache or value
+        elif isinstance(value, PagedAttentionCache):
+            paged = True
         elif name in STATE_ARGUMENTS and _holds_state(value):
             unknown = name
     positions = given.get("position_ids")
+    if isinstance(positions, torch.Tensor) and positions.dim() == 3 and positions.shape[0] == 4:
+        # Multimodal positions [4, batch, tokens]: the first row is that of the text, by which the model separates
+        # packed samples; the other three (time, height, width) repeat inside one sample.
+        positions = positions[0]
     return CallArguments(
         given.get("attention_mask"),
         positions if isinstance(positions, torch.Tensor) else None,
@@ -93,6 +103,7 @@ def read_arguments(names: tuple[str, ...], args: tuple[Any, ...], kwargs: dict[s
         cache,
         _shape_of_input(given, names),
         unknown,
+        paged,
     )
 
 
@@ -219,7 +230,9 @@ class DecoderHooks:
         past = 0 if arguments.cache is None else tokens_before(arguments.cache)
         if past is None and arguments.cache is not None and recurrent_state_is_new(arguments.cache):
             past = 0
-        self._running[self._thread()] = ForwardContext(arguments, past, find_paged_call(kwargs))
+        self._running[self._thread()] = ForwardContext(
+            arguments, past, find_paged_call(kwargs) if arguments.has_paged_cache else None
+        )
         # A memory needs all tokens. What the decoder returns too much of, the model's head cuts off.
         if self.slices and any(getattr(module, "runs_side_paths", False) for module in decoder.modules()):
             return args, {**kwargs, "logits_to_keep": 0}

@@ -34,13 +34,13 @@ class TalanLayer(SidePathLayer, BaseTunerLayer):
         "talan_alpha",
         "talan_position",
         "talan_strength",
-        "has_low_rank_half",
+        "has_lora_weights",
     )
 
     def __init__(self, hidden_size: int, block_index: int, depth: int = 0) -> None:
         super().__init__(hidden_size, block_index, depth)
         # All of the model's adapters, also those without a side path at this block.
-        self.has_low_rank_half: dict[str, bool] = {}
+        self.has_lora_weights: dict[str, bool] = {}
         self.frozen_peft_weight_names: dict[str, tuple[str, ...]] = {}
         self.merged_adapters: list[str] = []
         self._active_adapter: str | list[str] = []
@@ -63,7 +63,7 @@ class TalanLayer(SidePathLayer, BaseTunerLayer):
 
     def _all_available_adapter_names(self) -> list[str]:
         """Where the active adapter is deleted, PEFT goes on with the first of these: the same as in LoRA's layers."""
-        return sorted(self.has_low_rank_half, key=lambda name: (not self.has_low_rank_half[name], name))
+        return sorted(self.has_lora_weights, key=lambda name: (not self.has_lora_weights[name], name))
 
     def forward(
         self,

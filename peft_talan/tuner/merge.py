@@ -10,12 +10,12 @@ from torch import nn
 from ..checkpoint.checks import is_finite
 
 DROPPED = (
-    "The side path depends on its input and can't become weights: the low-rank half was merged, and the side path was "
+    "The side path depends on its input and can't become weights: the LoRA weights were merged, and the side path was "
     "dropped, so the outputs differ from the adapter's (side_path='keep' keeps them)."
 )
 """What `merge_and_unload(side_path="drop")` warns of."""
 LIVE = (
-    "merge_adapter() folds the low-rank half alone into the weights: the side path stays live in this model, and "
+    "merge_adapter() folds the LoRA weights alone into the weights: the side path stays live in this model, and "
     "weights that are exported from it (such as TRL's for vLLM) are without it. Generate with this model "
     "(use_vllm=False), or export with merge_and_unload() and save_pretrained()."
 )
@@ -23,15 +23,7 @@ LIVE = (
 
 
 def check_mergeable(model: nn.Module, adapter_names: Collection[str]) -> None:
-    """Refuse adapters with a NaN or an infinity in either half.
-
-    Args:
-        model: The model with the adapters.
-        adapter_names: The adapters to check.
-
-    Raises:
-        ValueError: A tensor of theirs is not finite.
-    """
+    """Refuse adapters with a NaN or an infinity in LoRA weights or side path."""
     for place, module in model.named_modules():
         for part in module.adapter_layer_names if isinstance(module, BaseTunerLayer) else ():
             for name, parameter in getattr(module, part).named_parameters():

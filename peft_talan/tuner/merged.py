@@ -1,8 +1,8 @@
 """Side paths that belong to the base model: what stays of adapters that were merged.
 
-The weights of a merged model hold the low-rank half, the side path lies beside them as ordinary parameters, and
+The weights of a merged model have the LoRA weights in them, the side path lies beside them as ordinary parameters, and
 `config.json` says what it is, so whatever saves, loads, copies, shards and trains the model's weights does the same to
-it. It is no adapter without a low-rank half: PEFT and transformers switch, train, save and delete whatever is a
+it. It is no adapter without LoRA weights: PEFT and transformers switch, train, save and delete whatever is a
 `BaseTunerLayer`, and take each tensor for an adapter's whose name has `lora`, the adapter's type or its name in it. A
 second adapter of any kind (LoRA, IA3, LoKr, prompt tuning) has to leave the side path alone, so it is a plain module,
 and its tensors' names have none of these words.
@@ -28,17 +28,7 @@ from .side_path_layer import SidePathLayer
 
 
 def config_of(side_path: MergedSidePath) -> TalanConfig:
-    """The configuration of an adapter that is this side path alone.
-
-    Args:
-        side_path: The side path, as a model's configuration describes it.
-
-    Returns:
-        The configuration, with `r=0` and without what acts in training alone.
-
-    Raises:
-        ValueError: A field can't be used, or a newer major version of this package wrote it.
-    """
+    """The configuration of an adapter that is this side path alone."""
     return TalanConfig(r=0, inference_mode=True, talan_version=side_path.talan_version, **side_path.axes)
 
 
@@ -57,6 +47,21 @@ class MergedSidePaths(SidePathLayer):
         self.stage = stage
         self.child_name = child_name(stage)
         self.side_paths: dict[str, MergedSidePath] = {}
+        # Whether the tensors were made on the meta device, for a file to fill them.
+        self.awaits_values = False
+
+    @property
+    def _is_hf_initialized(self) -> bool:
+        """Whether transformers may leave the tensors as they are: it asks when it has read a file, and marks these."""
+        if self.awaits_values:
+            for name, tensor in self.named_parameters():
+                if not tensor.is_meta and not getattr(tensor, "_is_hf_initialized", False):
+                    raise ValueError(
+                        f"the model's config.json has a side path at block {self.block_index} whose tensor "
+                        f"{self.child_name}.{name} is not in its weights; save the merged model again, or take the "
+                        f"field {FIELD!r} out of config.json to load it without"
+                    )
+        return True
 
     def describe(self, side_path: MergedSidePath) -> str:
         """Take a side path's description; the result is its name in this layer, under which its tensors follow."""
@@ -69,32 +74,20 @@ class MergedSidePaths(SidePathLayer):
 
 
 def merged_layers(model: nn.Module) -> Iterator[MergedSidePaths]:
-    """Go through the side paths that belong to a model.
-
-    Args:
-        model: The model.
-
-    Yields:
-        The layers of merged side paths.
-    """
+    """Go through the side paths that belong to a model."""
     for module in model.modules():
         if isinstance(module, MergedSidePaths):
             yield module
 
 
 def move_to_base(model: nn.Module, configs: Mapping[str, TalanConfig]) -> None:
-    """Make the side paths of some adapters a part of the model; those of all other adapters are removed.
-
-    Args:
-        model: The model, unwrapped.
-        configs: The configurations of the side paths that stay, by adapter name.
-    """
+    """Make the side paths of some adapters a part of the model; those of all other adapters are removed."""
     earlier = list(merged_layers(model))
     stage = 1 + max((layer.stage for layer in earlier), default=-1)
     first = 1 + max((int(name) for layer in earlier for name in layer.side_paths), default=-1)
     names = {module: name for name, module in model.named_modules()}
     attached = list(attached_side_paths(model))
-    side_paths = []
+    side_paths: list[MergedSidePath] = []
     for adapter_name, config in configs.items():
         blocks = tuple(names[block] for block, layer in attached if adapter_name in layer.talan_options)
         number, axes = first + len(side_paths), axes_of_merged(config)
@@ -172,14 +165,7 @@ def _config_with(root: PreTrainedModel, block_name: str) -> tuple[str, Any]:
 
 
 def attach_described(model: PreTrainedModel) -> None:
-    """Give a model that was just built the side paths that its configuration describes, with values still to be loaded.
-
-    Args:
-        model: The model, or an inner one of it: what has the blocks comes first.
-
-    Raises:
-        ValueError: The description can't be used.
-    """
+    """Give a model that was just built the side paths of its configuration, before their values are loaded."""
     side_paths = [MergedSidePath.from_json(entry) for entry in getattr(model.config, FIELD)]
     layers: dict[tuple[int, str], MergedSidePaths] = {}
     for side_path in sorted(side_paths, key=lambda one: (one.stage, one.number)):
@@ -195,9 +181,10 @@ def attach_described(model: PreTrainedModel) -> None:
                 blocks: Any = model.get_submodule(parent)
                 layers[place] = MergedSidePaths(side_path.hidden_size, int(index), len(blocks), side_path.stage)
                 layers[place].attach(block, find_decoder(model, name))
-            layer = layers[place]
-            # Like the block's own: on the meta device, or fresh and without effect.
-            with torch.device(next(block.parameters()).device):
+            layer, device = layers[place], next(block.parameters()).device
+            layer.awaits_values = device.type == "meta"
+            # Without that, they are fresh, and have no effect.
+            with torch.device(device):
                 layer.add_side_path(layer.describe(side_path), config_of(side_path))
 
 

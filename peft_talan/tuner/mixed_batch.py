@@ -21,7 +21,7 @@ NO_ROWS = (
 
 
 def low_rank_names(model: nn.Module, adapter_names: Sequence[str], known: Collection[str]) -> list[str]:
-    """The adapter of each row as PEFT's layers take it: to them, an adapter without low-rank half does not exist."""
+    """The adapter of each row as PEFT's layers take it: to them, an adapter without LoRA weights does not exist."""
     low_rank = {n for m in model.modules() if isinstance(m, LoraLayer) for n in m._get_available_adapters()}
     return ["__base__" if name in known and name not in low_rank else name for name in adapter_names]
 
@@ -34,7 +34,7 @@ def rows_named(
     beams: int,
     apply_to_low_rank: Callable[[list[str]], AbstractContextManager[None]],
 ) -> Iterator[None]:
-    """Pass each row's adapter to both halves: to LoRA's layers as PEFT does, and to the side paths in the same way."""
+    """Pass each row's adapter to LoRA's layers as PEFT does, and to the side paths in the same way."""
     low_rank = low_rank_names(model, adapter_names, known)
     repeated = [name for name in adapter_names for _ in range(beams)]
     encoder = _get_encoder(model)

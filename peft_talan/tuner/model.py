@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -15,6 +16,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..axes import check_causal
+from ..checkpoint.card import write_adapter_card
 from ..checkpoint.checks import check_side_path, check_whole_modules, read_header
 from ..checkpoint.names import CHILD_NAME, check_new_name, is_side_path_key
 from ..checkpoint.rollback import Snapshot, attributes_unchanged_on_error
@@ -77,14 +79,14 @@ class TalanModel(CheckpointedModel):
         low_cpu_mem_usage: bool = False,
         state_dict: dict[str, torch.Tensor] | None = None,
     ) -> None:
-        """Add both halves of an adapter; everything is checked before the model is touched.
+        """Add an adapter's LoRA weights and side path; everything is checked before the model is touched.
 
         Args:
             model: The base model.
             adapter_name: The adapter's name.
             autocast_adapter_dtype: As in PEFT. Default True.
             low_cpu_mem_usage: Whether to create empty weights on the meta device. Default False.
-            state_dict: As in PEFT: its keys name the modules of the low-rank half; the side path goes where the
+            state_dict: As in PEFT: its keys name the modules of the LoRA weights; the side path goes where the
                 configuration says.
 
         Raises:
@@ -127,7 +129,7 @@ class TalanModel(CheckpointedModel):
                     attach_side_path(self, index, len(every_block), hidden_size, f"{name}.{index}", adapter_name)
             places = ((block, getattr(block, CHILD_NAME)) for block in blocks.values())
             for _, layer in places if first else attached_side_paths(model):
-                layer.has_low_rank_half = {name: other.has_low_rank_half for name, other in self.peft_config.items()}
+                layer.has_lora_weights = {name: other.has_lora_weights for name, other in self.peft_config.items()}
             tensor_parallel.synchronize(model, adapter_name)
             if not first or config.talan_trainable != "joint":
                 declare_scope(model, adapter_name, config.talan_trainable)
@@ -136,8 +138,10 @@ class TalanModel(CheckpointedModel):
         except BaseException:
             before.restore()
             raise
+        config.runtime_config = TalanRuntimeConfig(
+            config.runtime_config.ephemeral_gpu_offload, after_save=partial(write_adapter_card, adapter_name)
+        )
         if checkpoint is not None:
-            config.runtime_config = TalanRuntimeConfig(config.runtime_config.ephemeral_gpu_offload)
             self._before_loading = before
 
     @contextmanager
@@ -160,13 +164,13 @@ class TalanModel(CheckpointedModel):
             yield
 
     def delete_adapter(self, adapter_name: str) -> None:
-        """Delete both halves of an adapter; a block whose last side path goes is left without a trace.
+        """Delete an adapter's LoRA weights and side path; a block whose last side path goes is left without a trace.
 
         Args:
             adapter_name: The adapter's name.
 
         Raises:
-            ValueError: There is no such adapter, or its low-rank half is merged.
+            ValueError: There is no such adapter, or its LoRA weights are merged.
 
         Examples:
             >>> model.delete_adapter("default")
@@ -218,13 +222,13 @@ class TalanModel(CheckpointedModel):
         return self.model.generate_batch(*args, **kwargs)
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
-        """Fold the low-rank half into the base weights; the side path stays live.
+        """Fold the LoRA weights into the base weights; the side path stays live.
 
-        What exports the base weights then (TRL's weights for vLLM) has the low-rank half alone; the first call warns.
+        What exports the base weights then (TRL's weights for vLLM) has the LoRA weights alone; the first call warns.
 
         Args:
             adapter_names: The adapters to fold; None: the active ones. Default None.
-            safe_merge: Whether to check both halves for NaN, before anything is folded. Default False.
+            safe_merge: Whether to check LoRA weights and side path for NaN, before anything is folded. Default False.
 
         Raises:
             ValueError: `safe_merge` found a NaN or an infinity.
@@ -248,16 +252,16 @@ class TalanModel(CheckpointedModel):
         adapter_names: list[str] | None = None,
         side_path: Literal["keep", "drop"] = "keep",
     ) -> nn.Module:
-        """Fold the low-rank half into the base weights and give back the model without PEFT's wrappers.
+        """Fold the LoRA weights into the base weights and give back the model without PEFT's wrappers.
 
         The side path depends on its input and can't become weights, so it stays on its blocks, or is dropped.
 
         Args:
             progressbar: Whether to show a progress bar. Default False.
-            safe_merge: Whether to check both halves for NaN. Default False.
+            safe_merge: Whether to check LoRA weights and side path for NaN. Default False.
             adapter_names: The adapters to fold; None: the active ones. Default None.
             side_path: `"keep"`: the outputs stay the adapter's; the side path is a part of the model from then on, and
-                is saved and loaded with its weights. `"drop"`: a plain model, the low-rank half alone. Default
+                is saved and loaded with its weights. `"drop"`: a plain model, the LoRA weights alone. Default
                 `"keep"`.
 
         Returns:
@@ -301,13 +305,13 @@ class TalanModel(CheckpointedModel):
     def add_weighted_adapter(
         self, adapters: list[str], weights: list[float], adapter_name: str, *args: Any, **kwargs: Any
     ) -> None:
-        """Add an adapter that is the weighted sum of others: PEFT combines the low-rank halves, perturbations add up.
+        """Add an adapter that is the weighted sum of others: PEFT combines the LoRA weights, perturbations add up.
 
         Args:
             adapters: The names of the adapters; at most one with a trained side path at each block.
             weights: The weight of each.
             adapter_name: The new adapter's name.
-            *args: How the low-rank halves are combined, as in PEFT.
+            *args: How the LoRA weights are combined, as in PEFT.
             **kwargs: The same.
 
         Raises:

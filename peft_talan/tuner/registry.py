@@ -6,10 +6,8 @@ from aenum import extend_enum
 from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 from peft.utils import PeftType, register_peft_method
 from transformers.cache_utils import Cache
-from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
-from transformers.core_model_loading import WeightRenaming
 
-from ..checkpoint.card import write_cards_on_save
+from ..checkpoint.card import write_cards_on_push
 from ..config import TalanConfig
 from ..memory.cache import follow_class
 from .lorafa import let_lorafa_train_side_paths
@@ -21,7 +19,7 @@ def register_talan() -> None:
     """Add the member TALAN to PEFT's enum of tuner types and register the tuner under it; a second call does nothing.
 
     PEFT and transformers look adapters up by enum member: a bare string in PEFT's mappings would break transformers'
-    `load_adapter`. The prefix is `lora_`, as AdaLoRA's: both halves of the adapter are found by the one prefix.
+    `load_adapter`. The prefix is `lora_`, as AdaLoRA's: LoRA weights and side path are found by the one prefix.
 
     Examples:
         >>> register_talan()  # `import peft_talan` does it
@@ -30,18 +28,7 @@ def register_talan() -> None:
         extend_enum(PeftType, "TALAN", "TALAN")
     if PeftType("TALAN") not in PEFT_TYPE_TO_TUNER_MAPPING:
         register_peft_method(name="talan", config_cls=TalanConfig, model_cls=TalanModel, prefix=TalanModel.prefix)
-        _let_transformers_load_magnitudes()
-        write_cards_on_save()
+        write_cards_on_push()
         let_lorafa_train_side_paths()
         follow_class(Cache)
         let_transformers_build_merged_models()
-
-
-def _let_transformers_load_magnitudes() -> None:
-    """Let transformers find the place of DoRA's magnitudes, which PEFT stores without the ending `.weight`.
-
-    Its own loading of adapters would leave them as they start. The mapping `legacy` applies to every model.
-    """
-    magnitudes = WeightRenaming(r"(lora_magnitude_vector\.[^.]+)$", r"\1.weight")
-    mapping = [*get_checkpoint_conversion_mapping("legacy"), magnitudes]
-    register_checkpoint_conversion_mapping("legacy", mapping, overwrite=True)

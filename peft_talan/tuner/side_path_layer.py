@@ -108,7 +108,8 @@ class SidePathLayer(nn.Module):
         for name in self.adapter_layer_names:
             container = getattr(self, name)
             if adapter_name in container and not container[adapter_name].values.is_meta:
-                container[adapter_name].to(device)
+                # The dtype, too: PEFT gives a loaded tensor that of the file where it fills the meta device.
+                container[adapter_name].to(device, self.placement.dtype)
 
     def alpha_at_run_time(self, adapter_name: str) -> float:
         """The strength of an adapter's perturbation now: the trained alpha times what was set at run time."""

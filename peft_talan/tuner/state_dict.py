@@ -10,12 +10,12 @@ from peft.tuners.lora import LoraModel
 from torch import nn
 
 from ..checkpoint.checks import check_finite, check_places
-from ..checkpoint.names import ModuleNames, check_names, without_wrappers
+from ..checkpoint.names import MAGNITUDE, ModuleNames, check_names, without_wrappers
 from ..checkpoint.rollback import Snapshot
 
 
 class CheckpointedModel(LoraModel):
-    """PEFT's `LoraModel`, whose checkpoints have both halves of an adapter and are checked before they are loaded."""
+    """PEFT's `LoraModel`, whose checkpoints have LoRA weights and side path and are checked before loading."""
 
     # The model before the adapter that PEFT is about to load, for as long as its tensors have not come.
     _before_loading: Snapshot | None = None
@@ -47,7 +47,10 @@ class CheckpointedModel(LoraModel):
         names = ModuleNames(model)
         wrapped = {names.wrapped(name): tensor for name, tensor in state_dict.items()}
         found = super()._get_adapter_state_dict(model, config, adapter_name, wrapped, unwanted_adapter_names)
-        return {names.plain(name): tensor for name, tensor in found.items()}
+        plain = {names.plain(name): tensor for name, tensor in found.items()}
+        # PEFT leaves the ending `.weight` out, and transformers' own loading finds no place for the name without.
+        magnitude = f".{MAGNITUDE}.{adapter_name}"
+        return {f"{name}.weight" if name.endswith(magnitude) else name: tensor for name, tensor in plain.items()}
 
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:

@@ -43,7 +43,7 @@ def _side_paths_named(
 def check_strength(strength: float) -> float:
     """Refuse a strength that is not a finite number."""
     if isinstance(strength, bool) or not isinstance(strength, (int, float)) or not math.isfinite(strength):
-        raise ValueError(f"strength={strength!r}: give a finite number; 1 is as trained, 0 the low-rank half alone")
+        raise ValueError(f"strength={strength!r}: give a finite number; 1 is as trained, 0 the LoRA weights only")
     return float(strength)
 
 
@@ -57,7 +57,7 @@ def set_talan_strength(
 
     Args:
         model: A model with a TALAN adapter, wrapped by PEFT, loaded by transformers or merged.
-        strength: 1: as trained. 0: the low-rank half alone. Any other number, also a negative one, scales.
+        strength: 1: as trained. 0: the LoRA weights only. Any other number, also a negative one, scales.
         adapter_name: The adapter. None: every TALAN adapter. Default None.
         layers: Indices of blocks with a side path. None: all of them. Default None.
 
@@ -80,7 +80,7 @@ def talan_strength(
 
     Args:
         model: A model with a TALAN adapter.
-        strength: 1: as trained. 0: the low-rank half alone.
+        strength: 1: as trained. 0: the LoRA weights only.
         adapter_name: The adapter. None: every TALAN adapter. Default None.
         layers: Indices of blocks with a side path. None: all of them. Default None.
 

@@ -1,4 +1,4 @@
-"""What tensor parallelism by transformers asks of both halves: the same side path on every process, true widths."""
+"""Tensor parallelism by transformers: the same side path on every process, and LoRA's true widths."""
 
 from __future__ import annotations
 

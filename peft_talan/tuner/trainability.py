@@ -29,7 +29,7 @@ def _frozen_by_scope(module: BaseTunerLayer, scope: Trainable) -> tuple[str, ...
 
 
 def declare_scope(model: nn.Module, adapter_name: str, scope: Trainable) -> None:
-    """Declare what a trainability scope keeps frozen, in the way that PEFT applies again at every switch of adapters."""
+    """Declare what a trainability scope freezes, in the way that PEFT applies again at every switch of adapters."""
     for module in model.modules():
         if not isinstance(module, (TalanLayer, LoraLayer)):
             continue
@@ -47,10 +47,10 @@ def declare_scope(model: nn.Module, adapter_name: str, scope: Trainable) -> None
 
 
 def set_trainable(model: nn.Module, scope: Trainable, adapter_name: str = "default") -> None:
-    """Change what an adapter trains, for example the side path first and both halves later.
+    """Change what an adapter trains, for example the side path first, and the LoRA weights with it later.
 
     The scope goes into the adapter's configuration, so that it is saved with it. An adapter that is not active starts
-    to train when it is activated. Make the optimizer anew afterwards: it holds the parameters of the earlier scope.
+    to train when it is activated. Create the optimizer again afterwards: it holds the parameters of the earlier scope.
 
     Args:
         model: A model with a TALAN adapter.
@@ -58,18 +58,18 @@ def set_trainable(model: nn.Module, scope: Trainable, adapter_name: str = "defau
         adapter_name: The adapter's name. Default `"default"`.
 
     Raises:
-        ValueError: There is no such TALAN adapter, no such scope, or no low-rank half to train.
+        ValueError: There is no such TALAN adapter, no such scope, or no LoRA weights to train.
 
     Examples:
-        >>> set_trainable(model, "side_path")  # and later both halves: set_trainable(model, "joint")
+        >>> set_trainable(model, "side_path")  # and both later: set_trainable(model, "joint")
     """
     config = getattr(model, "peft_config", {}).get(adapter_name)
     if not isinstance(config, TalanConfig):
         raise ValueError(f"adapter_name={adapter_name!r}: the model has no TALAN adapter of this name")
     if scope not in get_args(Trainable):
         raise ValueError(f"scope={scope!r}: choose one of {', '.join(map(repr, get_args(Trainable)))}")
-    if scope == "low_rank" and not config.has_low_rank_half:
-        raise ValueError(f"scope={scope!r}: adapter {adapter_name!r} has no low-rank half; use 'joint' or 'side_path'")
+    if scope == "low_rank" and not config.has_lora_weights:
+        raise ValueError(f"scope={scope!r}: adapter {adapter_name!r} has no LoRA weights; use 'joint' or 'side_path'")
     config.talan_trainable = scope
     declare_scope(model, adapter_name, scope)
     for module in model.modules():

@@ -92,14 +92,15 @@ def weigh_side_paths(
                 raise ValueError(
                     f"adapters={adapters!r}: {other!r} and {name!r} both have a side path at block "
                     f"{layer.block_index}, and the sum of two side paths is none; give one of them the weight 0, or "
-                    "activate both with set_adapter([...]), where their perturbations add up"
+                    "activate both with model.base_model.set_adapter([...]), where their perturbations add up"
                 )
             for axis, value in _axes(configs[name], weight).items():
                 other, value_there = axes.setdefault(axis, (name, value))
                 if value_there != value:
                     raise ValueError(
                         f"{axis}={value!r} of adapter {name!r} with weight {weight} is {value_there!r} for {other!r}, "
-                        "and an adapter has one for all its blocks; activate both with set_adapter([...])"
+                        "and an adapter has one for all its blocks; activate both with "
+                        "model.base_model.set_adapter([...])"
                     )
             sources[layer.block_index] = SidePathSource(name, factor)
     fields = {axis: value for axis, (_, value) in axes.items()}
@@ -135,9 +136,7 @@ def add_weighted_adapter(
             f"adapter_name={adapter_name!r}: an adapter of this name exists; delete it, or choose another name"
         )
     side_paths = weigh_side_paths(tuner.model, configs, adapters, weights)
-    low_rank = {
-        name: weight for name, weight in zip(adapters, weights, strict=True) if configs[name].has_low_rank_half
-    }
+    low_rank = {name: weight for name, weight in zip(adapters, weights, strict=True) if configs[name].has_lora_weights}
     first = next(iter(low_rank), adapters[0])
     first_config = configs[first]
     # PEFT multiplies the scaling into the matrices, but would apply rsLoRA's to the sum once more.

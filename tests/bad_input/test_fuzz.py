@@ -109,7 +109,7 @@ def test_fuzz_tensors_of_a_checkpoint(
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
     error = folder_entrances[entrance].refusal(folder, runs=False)
     if error is None:
-        # Of the low-rank half, PEFT reports tensors without a place and places without a tensor, and goes on.
+        # Of the LoRA weights, PEFT reports tensors without a place and places without a tensor, and goes on.
         assert kind in ("gone", "renamed", "extra", "transposed") and "talan" not in key
         assert kind != "transposed" or tensors[key].shape == tensors_of(saved)[key].shape
         return

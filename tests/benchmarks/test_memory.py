@@ -9,16 +9,19 @@ from typing import Any
 
 import pytest
 import torch
+from peft import get_peft_model
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from tokenizers.trainers import WordLevelTrainer
 from transformers import AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from benchmarks.memory import generation, one_run, real_model, report, study
+from benchmarks.memory import generation, one_run, ordinary_rows, real_model, report, study
 from benchmarks.quality.tasks import plain_text
 from peft_talan.demo import recall
+from peft_talan.sft.prompts import encode
 
+from ..offline_hub import save_tiny_model
 from ..small_models import make_base
 
 PAGE = Path(__file__).parents[2] / "docs" / "evidence.md"
@@ -97,7 +100,7 @@ def test_chunks_through_a_bounded_cache_answer_as_one_forward_does() -> None:
     base = recall.pretrained("key", 0, 1)
     adapter, axes = one_run.ARMS["TALAN, all blocks"]
     config = one_run.make_config(adapter, base, 2, "all-linear", {**axes, "init_talan_weights": False})
-    model = one_run.get_peft_model(base, config).eval()
+    model = get_peft_model(base, config).eval()
     sizes = []
     for windows in (8, 24):
         tokens, _ = recall.make_texts("key", windows, 3, torch.Generator().manual_seed(0))
@@ -182,3 +185,58 @@ def test_a_text_holds_its_fact_once_and_asks_for_it_without_the_answer(llama: st
             assert tokenizer.decode(row[: place + 1]).endswith(question)
     assert asked[-1] == tokens.shape[1] - 1
     assert texts.of_length(3, 64, random.Random(0))[0].shape == (3, 64)
+
+
+@pytest.fixture(scope="module")
+def asked_llama(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A tiny Llama with a tokenizer of bytes, which takes any text, and a template for messages."""
+    folder = str(tmp_path_factory.mktemp("asked") / "tiny")
+    save_tiny_model(Path(folder), depth=2)
+    return folder
+
+
+@pytest.mark.parametrize("form", ["prompt-completion", "messages"])
+def test_an_ordinary_row_is_a_fact_a_piece_of_text_and_a_question_of_the_wanted_length(
+    asked_llama: str, form: str
+) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(asked_llama)
+    trained, held_out = (ordinary_rows.RowMaker(tokenizer, form, part) for part in (False, True))
+    rows = trained.rows(12, 150, 300, 0)
+    assert trained.rows(12, 150, 300, 0) == rows
+    lengths = [sum(map(len, encode(tokenizer, row))) for row in rows]
+    assert min(lengths) >= 140
+    assert max(lengths) <= 300
+    assert len(set(map(str, rows))) == 12
+    for kind, row in zip([*range(3)] * 4, rows, strict=True):
+        fact, question, asked, answers = ordinary_rows.KINDS[kind]
+        talks = form == "messages"
+        prompt, answer = (row[name][0]["content"] if talks else row[name] for name in ("prompt", "completion"))
+        assert answer.strip() in answers.split()
+        assert prompt.startswith(fact.format(answer.strip()))
+        assert prompt.endswith(asked if talks else question)
+    overlap = {tuple(text) for text in trained.texts} & {tuple(text) for text in held_out.texts}
+    assert not overlap
+
+
+def test_ordinary_rows_are_trained_on_and_scored(asked_llama: str, tmp_path: Path) -> None:
+    changes = {"steps": 2, "batch_size": 2, "shortest": 120, "longest": 160, "window": 70, "scored": [2, 3], "rows": 3}
+    tries: list[tuple[str, dict[str, Any]]] = [
+        ("LoRA", {"shrinking": {}}),
+        ("TALAN", {"shrinking": {}}),
+        ("TALAN", {"by_command": True}),
+        ("TALAN", {"shrinking": {}, "teacher": 50.0}),
+    ]
+    for arm, more in tries:
+        words = ["--arms", arm, "--seeds", "0", "--results", str(tmp_path / "rows.jsonl")]
+        ordinary_rows.main(["--model", asked_llama, *words, "--changes", json.dumps({**changes, **more, "rank": 2})])
+    lora, here, command, taught = study.finished(tmp_path / "rows.jsonl").values()
+    assert all(set(row["right"]) == {"2", "3"} for row in (lora, here, command))
+    assert lora["trainable"] < here["trainable"] == command["trainable"]
+    # The command does what the parts do, and what is saved says the same when it is loaded.
+    assert command["windows"] == here["windows"]
+    assert command["windows"][0] > 70
+    assert command["losses"] == pytest.approx(here["losses"], abs=2e-3)
+    assert command["text_loss"] == pytest.approx(here["text_loss"], abs=1e-4)
+    # The logged loss is that of the answers in each case; the teacher changes what is learned.
+    assert taught["losses"][0] == here["losses"][0]
+    assert taught["text_loss"] != here["text_loss"]

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from benchmarks.quality import arms, one_run, paired, report, study, tasks
+from peft_talan.sft.models import load_model, load_tokenizer
 
 from ..small_models import make_base
 from ..test_downstream_apps import TASK
@@ -78,13 +79,13 @@ def test_lm_eval_tasks_are_taken_by_name(backbone: str, tmp_path: Path, monkeypa
     (tmp_path / "task.yaml").write_text(TASK.format(data=tmp_path / "data.json"))
     options = ["--lm-eval", "continuation", "--lm-eval-folder", str(tmp_path), "--seeds", "0", "--adapters"]
     (row,) = start(backbone, tmp_path / "quality.jsonl", *options, "lora+talan").values()
-    model, tokenizer = one_run.load_base_model(backbone)
+    model, tokenizer, _ = one_run.loaded(backbone)
     base = one_run.lm_eval_scores(model, tokenizer, ["continuation"], tmp_path)
     assert 1 < row["lm_eval"]["continuation"]["perplexity,none"] != base["continuation"]["perplexity,none"] > 1
 
 
 def test_exact_match_is_that_of_greedy_decoding(backbone: str) -> None:
-    model, tokenizer = one_run.load_base_model(backbone)
+    model, tokenizer = load_model(backbone, "float32", "cpu"), load_tokenizer(backbone)
     examples = tasks.held_out("syllogisms", 20)
     settings = one_run.Settings(backbone, "syllogisms", "base", 0, steps=30, learning_rate=1e-2)
     one_run.train(model, tokenizer, tasks.to_train_on("syllogisms", 480, 0, examples), settings)

@@ -68,14 +68,14 @@ def push_lora_after_talan(repo: str, token: str) -> None:
     model.push_to_hub(repo, token=token)
 
 
-def push_kept(folder: str, repo: str, by: str = "push_to_hub", **kwargs: Any) -> None:
-    kept = make().merge_and_unload()
-    kept.name_or_path = BASE
-    result_of(kept, folder, "pushed")
+def push_merged(folder: str, repo: str, by: str = "push_to_hub", **kwargs: Any) -> None:
+    merged = make().merge_and_unload()
+    merged.name_or_path = BASE
+    result_of(merged, folder, "pushed")
     if by == "push_to_hub":
-        kept.push_to_hub(repo, **kwargs)
+        merged.push_to_hub(repo, **kwargs)
     else:
-        kept.save_pretrained(Path(folder, "kept"), push_to_hub=True, repo_id=repo, **kwargs)
+        merged.save_pretrained(Path(folder, "merged"), push_to_hub=True, repo_id=repo, **kwargs)
 
 
 def pull(folder: str, repo: str, name: str = "pulled", **kwargs: Any) -> None:

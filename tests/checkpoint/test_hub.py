@@ -187,12 +187,12 @@ def test_transformers_own_path(client: Client, hub: Hub, tmp_path: Path) -> None
     assert INSTALL in card.text and "| side path |" in card.text and "talan" in card.data.tags
 
 
-def test_kept_model(client: Client, hub: Hub, tmp_path: Path) -> None:
-    client("push_kept", folder=str(tmp_path), repo="user/kept", token="writer")
-    client("pull_auto", folder=str(tmp_path), repo="user/kept")
+def test_merged_model(client: Client, hub: Hub, tmp_path: Path) -> None:
+    client("push_merged", folder=str(tmp_path), repo="user/merged", token="writer")
+    client("pull_auto", folder=str(tmp_path), repo="user/merged")
     assert same(tmp_path, "pushed", "auto")
-    card = card_of(hub, "user/kept")
-    assert 'AutoModelForCausalLM.from_pretrained("user/kept")' in card.text and "PeftModel" not in card.text
+    card = card_of(hub, "user/merged")
+    assert 'AutoModelForCausalLM.from_pretrained("user/merged")' in card.text and "PeftModel" not in card.text
     assert (card.data.base_model, card.data["base_model_relation"]) == ("user/base", "finetune")
     assert "talan" in card.data.tags
 
@@ -202,10 +202,10 @@ def test_plain_lora_on_a_model_that_had_talan(client: Client, hub: Hub) -> None:
     assert "talan" not in str(card_of(hub, "user/lora"))
 
 
-PUSHES = [("push", {"options": {}}), ("push_kept", {"by": "push_to_hub"}), ("push_kept", {"by": "save_pretrained"})]
+PUSHES = [("push", {"options": {}}), ("push_merged", {})]
 
 
-@pytest.mark.parametrize(("call", "how"), PUSHES, ids=["adapter", "kept model", "kept model as it is saved"])
+@pytest.mark.parametrize(("call", "how"), PUSHES, ids=["adapter", "merged model"])
 def test_every_argument_of_a_push_reaches_the_hub(
     call: str, how: dict[str, Any], client: Client, hub: Hub, tmp_path: Path
 ) -> None:
@@ -223,12 +223,13 @@ def test_every_argument_of_a_push_reaches_the_hub(
     assert texts == 2 * [{"summary": "Sums", "description": "Of two numbers"}]
 
 
-def test_variant_and_tags_of_a_kept_model_reach_the_hub(client: Client, hub: Hub, tmp_path: Path) -> None:
-    client("push_kept", folder=str(tmp_path), repo="user/kept-variant", by="save_pretrained", variant="v1",
-           tags=["mine"], token="writer")  # fmt: skip
-    assert "model.v1.safetensors" in hub.repositories["user/kept-variant"].find("main")[1]
-    assert {"mine", "talan"} <= set(card_of(hub, "user/kept-variant").data.tags)
-    client("pull_auto", folder=str(tmp_path), repo="user/kept-variant", variant="v1")
+def test_a_merged_model_that_is_pushed_as_it_is_saved(client: Client, hub: Hub, tmp_path: Path) -> None:
+    options = {"by": "save_pretrained", "variant": "v1", "private": True, "commit_message": "Sums"}
+    client("push_merged", folder=str(tmp_path), repo="user/merged-variant", token="writer", **options)
+    repository = hub.repositories["user/merged-variant"]
+    assert repository.private and "model.v1.safetensors" in repository.find("main")[1]
+    assert "talan" in card_of(hub, "user/merged-variant").data.tags
+    client("pull_auto", folder=str(tmp_path), repo="user/merged-variant", variant="v1", token="reader")
     assert same(tmp_path, "pushed", "auto")
 
 
@@ -263,7 +264,7 @@ def test_local_card_and_a_second_save(tmp_path: Path) -> None:
     sizes = {True: 0, False: 0}
     for name, tensor in get_peft_model_state_dict(model).items():
         sizes["lora_talan_" in name] += tensor.numel()
-    assert f"| side path | {sizes[True]:,} |" in text and f"| low-rank half | {sizes[False]:,} |" in text
+    assert f"| side path | {sizes[True]:,} |" in text and f"| LoRA weights | {sizes[False]:,} |" in text
     for axis in fields(TalanConfig):
         assert not axis.name.startswith("talan_") or axis.name == "talan_version" or f"| `{axis.name}` |" in text
 
@@ -276,8 +277,8 @@ def test_what_the_user_wrote_stays(tmp_path: Path) -> None:
     assert "# My adapter\n\nIt adds numbers.\n\n| a | b |\n| - | - |\n" in text and INSTALL in text
     assert ModelCard(text).data.license == "mit" and ModelCard(text).data.language == "en"
     card = ModelCard(text.replace(INSTALL, f"{INSTALL} trl"))
-    card.data.tags.append("mine")
     card.save(tmp_path / "README.md")
+    model.get_base_model().add_model_tags("mine")  # PEFT takes the card's tags from the model
     model.peft_config["default"].talan_alpha = 0.5
     model.save_pretrained(tmp_path)
     again = ModelCard.load(tmp_path / "README.md")
@@ -318,7 +319,8 @@ def test_card_of_trainer(tmp_path: Path) -> None:
     trainer.save_model()
     text = (tmp_path / "README.md").read_text()
     assert "| steps | 2 |" in text and "| last loss |" in text
-    trainer.create_model_card()
+    trainer.create_model_card()  # Trainer puts its text in the place of the whole card
+    write_card(tmp_path)
     card = ModelCard.load(tmp_path / "README.md")
     assert "Training hyperparameters" in card.text and card.text.count(INSTALL) == 1
     assert {"peft", "talan"} <= set(card.data.tags)

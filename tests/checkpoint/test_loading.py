@@ -111,9 +111,9 @@ ENTRANCES: dict[str, tuple[Callable[[], nn.Module], Callable[[nn.Module, Path], 
 }
 VALUES: dict[str, tuple[str, Callable[[torch.Tensor], torch.Tensor]]] = {
     "NaN in the side path": ("lora_talan_read", lambda tensor: tensor.fill_(torch.nan)),
-    "infinity in the low-rank half": ("lora_A", lambda tensor: tensor.fill_(torch.inf)),
+    "infinity in the LoRA weights": ("lora_A", lambda tensor: tensor.fill_(torch.inf)),
     "NaN in a module that is saved whole": ("lm_head", lambda tensor: tensor.fill_(torch.nan)),
-    "shape of the low-rank half": ("lora_B", lambda tensor: tensor[:-1].clone()),
+    "shape of the LoRA weights": ("lora_B", lambda tensor: tensor[:-1].clone()),
 }
 
 

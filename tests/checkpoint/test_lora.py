@@ -1,4 +1,4 @@
-"""Exchange with plain LoRA: export of the low-rank half, and a warm start from a trained LoRA adapter."""
+"""Exchange with plain LoRA: export of the LoRA weights, and a warm start from a trained LoRA adapter."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_exported_half_of_every_architecture(architecture: str, tmp_path: Path) 
 
 
 def test_what_has_no_low_rank_half_is_not_exported(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="no low-rank half"):
+    with pytest.raises(ValueError, match="no LoRA weights"):
         export_lora(make_model("qwen3", make_config(r=0)), tmp_path / "lora")
     with pytest.raises(ValueError, match="no TALAN adapter"):
         export_lora(make_model("qwen3"), tmp_path / "lora", adapter_name="other")

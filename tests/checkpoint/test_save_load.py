@@ -241,3 +241,22 @@ def test_bad_field_in_a_saved_config_is_named(tmp_path: Path) -> None:
     file.write_text(json.dumps({**fields, "talan_mixer": "blender"}))
     with pytest.raises(ValueError, match="talan_mixer='blender'"):
         PeftModel.from_pretrained(make_base("qwen3", torch.float32), tmp_path)
+
+
+@pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("base_dtype", [torch.float32, torch.bfloat16])
+def test_a_half_precision_file_is_loaded_in_the_dtype_of_lora(
+    base_dtype: torch.dtype, autocast: bool, low_cpu_mem_usage: bool, tmp_path: Path
+) -> None:
+    make_model("qwen3", dtype=torch.bfloat16).save_pretrained(tmp_path)
+    model = PeftModel.from_pretrained(
+        make_base("qwen3", base_dtype),
+        tmp_path,
+        is_trainable=True,
+        autocast_adapter_dtype=autocast,
+        low_cpu_mem_usage=low_cpu_mem_usage,
+    )
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    side_path = {parameter.dtype for name, parameter in trained.items() if ".talan." in name}
+    assert side_path == {parameter.dtype for name, parameter in trained.items() if ".talan." not in name}

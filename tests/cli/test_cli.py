@@ -20,10 +20,12 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from peft_talan import TalanConfig, __version__, set_talan_strength
+from peft_talan.checkpoint.merged_config import merged_side_paths
 from peft_talan.cli import app, main
 from peft_talan.cli.console import FAILED, MISUSED
 from peft_talan.sft.prompts import PromptForm
 
+from ..checkpoint.loopback_hub import Repository, running_hub
 from ..offline_hub import make_tokenizer, write_conversations
 from ..small_models import rounding
 
@@ -193,6 +195,32 @@ def test_a_name_that_is_nothing_is_told_at_once(adapter: str, fails: Fails) -> N
     assert os.times().user - before.user < 2.0
 
 
+def test_the_hub_is_asked_once_and_its_answer_is_told(tmp_path: Path) -> None:
+    def refused(name: str, url: str) -> str:
+        lines = "import sys; from peft_talan.cli import main; sys.exit(main(sys.argv[1:]))"
+        settings = {
+            "HF_ENDPOINT": url,
+            "HF_HOME": str(tmp_path),
+            "HF_HUB_DISABLE_TELEMETRY": "1",
+            "HF_HUB_OFFLINE": "0",
+        }
+        command = [sys.executable, "-c", lines, "inspect", name]
+        ended = subprocess.run(command, check=False, capture_output=True, text=True, env={**os.environ, **settings})
+        assert (ended.returncode, ended.stderr.count("\n")) == (MISUSED, 1), ended.stderr
+        return ended.stderr
+
+    with running_hub() as hub:
+        for name, files in (("user/empty", {}), ("user/lora", {"adapter_config.json": b'{"peft_type": "LORA"}'})):
+            hub.repositories[name] = Repository(private=False)
+            hub.repositories[name].commit("main", files)
+        assert f"no adapter of that name that you may read on {hub.url}" in refused("user/nothing", hub.url)
+        assert hub.log == ["GET /api/models/user/nothing"]
+        assert "the hub gave no adapter_config.json" in refused("user/empty", hub.url)
+        assert "'LORA'" in refused("user/lora", hub.url)
+        url = hub.url
+    assert "the hub can't be reached" in refused("user/adapter", url)
+
+
 @pytest.mark.parametrize("adapter", ["adapter", "lora"])
 @pytest.mark.parametrize("chat", [True, False])
 def test_generate_asks_in_the_form_of_the_training(
@@ -243,13 +271,71 @@ def test_merge_writes_a_model(
     if side_path == "drop":
         set_talan_strength(adapted, 0.0)
     torch.testing.assert_close(logits(merged), logits(adapted), **rounding(torch.float32))
-    assert (output / "adapter_config.json").exists() == (side_path == "keep")
+    assert bool(merged_side_paths(json.loads((output / "config.json").read_text()))) == (side_path == "keep")
     assert "not empty" in fails(["merge", saved / "adapter", output])
     if side_path == "keep":
         again = fails(["merge", output, tmp_path / "again"])
         assert "merged already" in again
         text = answers(["generate", output, PROMPT, "--plain", "--max-new-tokens", "5"])
         assert text == answers(["generate", saved / "adapter", PROMPT, "--plain", "--max-new-tokens", "5"])
+
+
+def earlier_saves(saved: Path, folder: Path) -> None:
+    """A model, shards of another, an adapter and a file of the user in one folder."""
+    folder.mkdir()
+    for part in ("model", "adapter"):
+        shutil.copytree(saved / part, folder, dirs_exist_ok=True)
+    (folder / "model-00001-of-00002.safetensors").write_bytes((saved / "model" / "model.safetensors").read_bytes())
+    index = {"metadata": {}, "weight_map": {"lm_head.weight": "model-00001-of-00002.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    (folder / "notes.txt").write_text("mine")
+
+
+@pytest.mark.parametrize("command", ["merge", "merge --side-path drop", "export-lora", "train"])
+def test_a_filled_folder_is_written_as_an_empty_one(
+    command: str, saved: Path, tmp_path: Path, answers: Answers, fails: Fails
+) -> None:
+    data = ["--data", tmp_path / "data.jsonl", "--max-steps", "1", "--batch-size", "2", "--rank", "2"]
+    write_conversations(tmp_path / "data.jsonl", 2)
+    earlier_saves(saved, tmp_path / "filled")
+    assert main(["merge", str(saved / "adapter"), str(tmp_path / "filled"), "--overwrite"]) == 0
+    for folder, options in (("empty", []), ("filled", ["--overwrite"])):
+        name, *words = command.split()
+        if name == "train":
+            answers([name, "--model", saved / "model", *data, "--output", tmp_path / folder, *options])
+        else:
+            answers([name, saved / "adapter", tmp_path / folder, *words, *options])
+    found = {folder: {file.name for file in (tmp_path / folder).iterdir()} for folder in ("empty", "filled")}
+    assert found["filled"] == found["empty"] | {"notes.txt"}
+    if command == "merge --side-path drop":
+        plain = AutoModelForCausalLM.from_pretrained(tmp_path / "filled")
+        assert torch.equal(logits(plain), logits(AutoModelForCausalLM.from_pretrained(tmp_path / "empty")))
+        assert "talan" not in (tmp_path / "filled" / "config.json").read_text()
+
+
+def test_nothing_is_written_over_what_is_read(saved: Path, tmp_path: Path, fails: Fails) -> None:
+    shutil.copytree(saved, tmp_path, dirs_exist_ok=True)
+    before = {file: file.read_bytes() for file in tmp_path.rglob("*.safetensors")}
+    write_conversations(tmp_path / "data.jsonl", 2)
+    adapter, model = tmp_path / "adapter", tmp_path / "model"
+    for words in (
+        ["merge", adapter, adapter, "--overwrite"],
+        ["merge", adapter, model, "--model", model, "--overwrite"],
+        ["export-lora", adapter, adapter, "--overwrite"],
+        ["train", "--model", model, "--data", tmp_path / "data.jsonl", "--output", model, "--overwrite"],
+    ):
+        assert "would replace" in fails(words)
+    assert before == {file: file.read_bytes() for file in before}
+
+
+def test_inspect_shows_the_side_path_of_a_merged_model(saved: Path, tmp_path: Path, answers: Answers) -> None:
+    main(["merge", str(saved / "adapter"), str(tmp_path / "merged")])
+    adapter = json.loads(answers(["inspect", saved / "adapter", "--json"]))
+    (side_path,) = json.loads(answers(["inspect", tmp_path / "merged", "--json"]))["side_paths"]
+    assert side_path["parameters"] == adapter["side_path"]["parameters"]
+    assert [int(block.rpartition(".")[2]) for block in side_path["blocks"]] == adapter["side_path"]["blocks"]
+    assert side_path["axes"].items() <= adapter["axes"].items()
+    assert "talan_mixer" in answers(["inspect", tmp_path / "merged"])
 
 
 def test_export_is_the_low_rank_half_and_needs_no_base_model(saved: Path, tmp_path: Path, answers: Answers) -> None:
@@ -270,7 +356,7 @@ def test_export_is_the_low_rank_half_and_needs_no_base_model(saved: Path, tmp_pa
 def test_export_refuses_what_has_no_low_rank_half(saved: Path, tmp_path: Path, fails: Fails) -> None:
     config = TalanConfig(task_type="CAUSAL_LM", r=0)
     get_peft_model(AutoModelForCausalLM.from_pretrained(saved / "model"), config).save_pretrained(tmp_path / "a")
-    assert "no low-rank half" in fails(["export-lora", tmp_path / "a", tmp_path / "b"])
+    assert "no LoRA weights" in fails(["export-lora", tmp_path / "a", tmp_path / "b"])
     assert not (tmp_path / "b").exists()
 
 
@@ -283,6 +369,18 @@ def test_analyze_writes_tables_and_pictures(saved: Path, tmp_path: Path, answers
     assert all(Path(file).stat().st_size > 0 for files in written.values() for file in files)
     assert "no such file" in fails(["analyze", saved / "adapter", "no.jsonl", tmp_path])
     assert "this is not a TALAN adapter" in fails(["analyze", saved / "lora", tmp_path / "data.jsonl", tmp_path])
+
+
+def test_analyze_writes_over_files_only_when_told(saved: Path, tmp_path: Path, answers: Answers, fails: Fails) -> None:
+    write_conversations(tmp_path / "data.jsonl", 1)
+    output = tmp_path / "out"
+    output.mkdir()
+    (output / "blocks.csv").write_text("mine")
+    words = ["analyze", saved / "adapter", tmp_path / "data.jsonl", output, "--max-tokens", "8"]
+    assert "not empty; give another one, or --overwrite" in fails(words)
+    assert (output / "blocks.csv").read_text() == "mine"
+    answers([*words, "--overwrite"])
+    assert (output / "blocks.csv").read_text() != "mine"
 
 
 def test_doctor_sees_what_is_broken(
@@ -320,7 +418,36 @@ def test_options_are_checked_before_anything_heavy_is_imported(saved: Path, tmp_
         "import sys; from peft_talan.cli import main; code = main(sys.argv[1:]);"
         "sys.exit(code if 'torch' not in sys.modules and 'peft' not in sys.modules else 99)"
     )
-    words = ["--model", saved / "model", "--data", saved / "model" / "config.json", "--output", tmp_path / "out"]
-    for wrong in (["--talan-mixer", "x"], ["--report-to", "x"], ["--learning-rate", "0"], ["--resume"]):
-        command = [sys.executable, "-c", lines, "train", *words, *wrong]
-        assert subprocess.run(command, check=False, capture_output=True).returncode == MISUSED
+    (tmp_path / "data.jsonl").write_text('{"prompt": "a"\n')
+    (tmp_path / "good.jsonl").write_text('{"prompt": "a", "completion": "b"}\n' * 8)
+    (tmp_path / "file").touch()
+    words = ["--model", saved / "model", "--data", tmp_path / "good.jsonl", "--output", tmp_path / "out"]
+    unusable = ["--output", tmp_path / "file" / "out"]
+    commands = [
+        ["train", *words, *wrong]
+        for wrong in (
+            ["--talan-mixer", "x"],
+            ["--report-to", "x"],
+            ["--learning-rate", "0"],
+            ["--resume"],
+            ["--data", tmp_path / "data.jsonl"],
+            ["--lr-scheduler-type", "x"],
+            ["--lr-scheduler-type", "greedy"],
+            ["--assistant-only-loss"],
+            unusable,
+        )
+    ]
+    commands += [["compare", *words, *wrong] for wrong in (["--data", tmp_path / "data.jsonl"], unusable)]
+    commands += [
+        ["analyze", saved / "adapter", tmp_path / "data.jsonl", tmp_path / "out"],
+        ["analyze", saved / "adapter", tmp_path / "good.jsonl", tmp_path / "file" / "out"],
+        ["merge", saved / "adapter", tmp_path / "file" / "out"],
+        ["demo", *unusable],
+    ]
+    for command in commands:
+        before = os.times()
+        ended = subprocess.run([sys.executable, "-c", lines, *command], check=False, capture_output=True, text=True)
+        assert (ended.returncode, ended.stderr.count("\n")) == (MISUSED, 1), (command, ended.stderr)
+        after = os.times()
+        # Processor time: the wall clock of a machine that tests share says little.
+        assert sum(after[2:4]) - sum(before[2:4]) < 2.0, command

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import threading
 import time
@@ -15,12 +16,15 @@ import torch
 from peft import LoraConfig, PeftConfig, PeftModel
 from safetensors.torch import load_file
 from torch.nn import functional as F
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, get_scheduler
+from transformers.trainer_utils import SchedulerType
 
 from peft_talan import TalanConfig
 from peft_talan.cli import main
-from peft_talan.cli.console import INTERRUPTED
+from peft_talan.cli.console import INTERRUPTED, MISUSED
+from peft_talan.cli.train import SCHEDULES
 from peft_talan.sft.intervals import Interval
+from peft_talan.sft.models import load_adapter
 from peft_talan.sft.prompts import encode
 from peft_talan.sft.scores import score_rows
 
@@ -116,6 +120,36 @@ def test_an_interrupted_run_goes_on_to_the_same_weights(
         assert torch.equal(tensor, whole[name]), name
 
 
+@pytest.mark.parametrize(("scale", "rates"), [([], {2e-4, 1e-3}), (["--side-path-lr-scale", "2"], {2e-4, 4e-4})])
+def test_the_side_path_has_a_learning_rate_of_its_own(
+    scale: list[str], rates: set[float], saved: Path, tmp_path: Path, answers: Answers
+) -> None:
+    write_sums(tmp_path / "data.jsonl")
+    words = ["--model", saved / "model", "--data", tmp_path / "data.jsonl", "--output", tmp_path / "out", *SMALL]
+    answers(["train", *words, "--steps", "1", "--save-steps", "1", *scale])
+    optimizer = torch.load(tmp_path / "out" / "checkpoint-1" / "optimizer.pt", weights_only=True)
+    sizes: dict[float, int] = {}
+    for group in optimizer["param_groups"]:
+        assert group["weight_decay"] == 0
+        rate = round(group["initial_lr"], 9)
+        sizes[rate] = sizes.get(rate, 0) + len(group["params"])
+    assert set(sizes) == rates
+    names = adapter_tensors(tmp_path / "out")
+    assert sizes[max(rates)] == sum(".talan." in name for name in names)
+    assert sizes[min(rates)] == sum(".talan." not in name for name in names)
+
+
+def test_compare_passes_the_side_path_s_rate_on(saved: Path, tmp_path: Path, answers: Answers) -> None:
+    write_sums(tmp_path / "data.jsonl")
+    output = tmp_path / "out"
+    words = ["--model", saved / "model", "--data", tmp_path / "data.jsonl", "--output", output, "--steps", "2", *SMALL]
+    answers(["compare", *words, "--seeds", "1", "--eval-rows", "4", "--side-path-lr-scale", "0", "--device", "cpu"])
+    tensors = adapter_tensors(output / "LoRA+TALAN")
+    assert any(tensor.any() for name, tensor in tensors.items() if "lora_B" in name)
+    # Where it does not learn, it writes nothing.
+    assert not any(tensor.any() for name, tensor in tensors.items() if "talan_write" in name)
+
+
 def test_resume_needs_a_checkpoint(saved: Path, tmp_path: Path, fails: Fails) -> None:
     write_sums(tmp_path / "data.jsonl")
     words = ["--model", saved / "model", "--data", tmp_path / "data.jsonl", "--output", tmp_path / "out"]
@@ -129,6 +163,14 @@ def test_resume_needs_a_checkpoint(saved: Path, tmp_path: Path, fails: Fails) ->
         (["--talan-mixer", "x"], "talan_mixer='x'"),
         (["--talan-slots", "0"], "talan_slots=0"),
         (["--learning-rate", "-1"], "--learning-rate -1.0"),
+        (["--side-path-lr-scale", "-1"], "--side-path-lr-scale -1.0"),
+        (["--side-path-lr-scale", "nan"], "--side-path-lr-scale nan"),
+        (["--lr-scheduler-type", "greedy"], "--lr-scheduler-type greedy: give --eval-data or --eval-rows"),
+        (
+            ["--lr-scheduler-type", "cosine_with_min_lr"],
+            "cosine_with_min_lr: choose one of linear,",
+        ),
+        (["--assistant-only-loss"], "not of 'prompt-completion'"),
         (["--report-to", "x"], "--report-to x"),
         (["--report-to", "none,wandb"], "pip install wandb"),
         (["--eval-steps", "5"], "--eval-steps 5"),
@@ -140,6 +182,34 @@ def test_train_names_bad_options(wrong: list[str], named: str, saved: Path, tmp_
     write_sums(tmp_path / "data.jsonl")
     words = ["--model", saved / "model", "--data", tmp_path / "data.jsonl", "--output", tmp_path / "out"]
     assert named in fails(["train", *words, *wrong])
+
+
+@pytest.mark.parametrize("name", [kind.value for kind in SchedulerType])
+def test_the_schedules_are_those_of_transformers_that_need_no_more(name: str) -> None:
+    optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.ones(1))])
+    try:
+        get_scheduler(name, optimizer, num_warmup_steps=1, num_training_steps=4)
+        works = True
+    except (TypeError, ValueError):
+        works = False
+    assert works == (name in SCHEDULES)
+
+
+def test_a_template_without_marks_of_the_assistant_is_refused_with_the_way_out(
+    saved: Path, tmp_path: Path, fails: Fails, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_conversations(tmp_path / "data.jsonl")
+    shutil.copytree(saved / "model", tmp_path / "model")
+    words = ["--data", tmp_path / "data.jsonl", "--output", tmp_path / "out", "--steps", "1", "--assistant-only-loss"]
+    tokenizer = AutoTokenizer.from_pretrained(saved / "model")
+    tokenizer.chat_template = tokenizer.chat_template.replace("{% generation %}", "").replace(
+        "{% endgeneration %}", ""
+    )
+    tokenizer.save_pretrained(tmp_path / "model")
+    error = fails(["train", "--model", tmp_path / "model", *words])
+    assert "{% generation %}" in error
+    assert "rows of 'prompt' and 'completion', whose completion alone is trained on" in error
+    assert main([str(word) for word in ["train", "--model", saved / "model", *words, *SMALL]]) == 0
 
 
 def test_compare_writes_table_picture_and_adapters(saved: Path, tmp_path: Path, answers: Answers) -> None:
@@ -197,3 +267,67 @@ def test_intervals_hold_the_truth_as_often_as_they_say() -> None:
     assert 0.94 < hits / trials < 0.96
     assert 0.92 < share_hits / trials < 0.99
     assert Interval.of_share(0, 20).high > 0.1
+
+
+def test_train_with_a_window_saves_the_base_model_with_it_and_goes_on_from_a_checkpoint(
+    saved: Path, tmp_path: Path, answers: Answers, fails: Fails
+) -> None:
+    write_conversations(tmp_path / "data.jsonl")
+    output = tmp_path / "adapter"
+    words = ["train", "--model", saved / "model", "--data", tmp_path / "data.jsonl", "--output", output, *SMALL]
+    run = [*words, "--max-steps", "4", "--save-steps", "2", "--window", "8", "--json"]
+    assert json.loads(answers(run))["steps"] == 4
+    config = PeftConfig.from_pretrained(output)
+    assert isinstance(config, TalanConfig)
+    assert config.talan_layers == "all"
+    assert config.base_model_name_or_path == str(output / "base_model")
+    base = AutoModelForCausalLM.from_pretrained(output / "base_model")
+    assert base.config.sliding_window == 8
+    whole = AutoModelForCausalLM.from_pretrained(saved / "model").state_dict()
+    assert all(torch.equal(value, whole[name]) for name, value in base.state_dict().items())
+    log = json.loads((output / "checkpoint-4" / "trainer_state.json").read_text())["log_history"]
+    assert log[0]["window"] > 8
+    model, tokenizer = load_adapter(str(output))
+    prompt = torch.tensor([tokenizer("a" * 40)["input_ids"]])
+    generated = model.generate(
+        input_ids=prompt, max_new_tokens=4, do_sample=False, eos_token_id=None, return_dict_in_generate=True
+    )
+    assert {layer.keys.shape[2] for layer in generated.past_key_values.layers} == {7}
+    finished = adapter_tensors(output)
+    shutil.rmtree(output / "checkpoint-4")
+    answers([*run, "--resume"])
+    assert all(torch.equal(value, finished[name]) for name, value in adapter_tensors(output).items())
+    shutil.rmtree(output / "checkpoint-4")
+    other = [*words, "--max-steps", "4", "--window", "16", "--resume"]
+    assert "window=16: the run was started with 8" in fails(other)
+
+
+def test_train_with_a_window_learns_the_last_answer_of_a_conversation(
+    saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    said = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    (tmp_path / "data.jsonl").write_text(f"{json.dumps({'messages': said})}\n{json.dumps({'messages': said[:1]})}\n")
+    words = ["--data", tmp_path / "data.jsonl", "--output", tmp_path / "out", "--steps", "1", *SMALL, "--window", "8"]
+    assert main([str(word) for word in ["train", "--model", saved / "model", *words]]) == MISUSED
+    assert "data.jsonl:2: 'messages' must end with the assistant's answer" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("given", "rates", "layers"),
+    [
+        ([], {3e-4, 3e-3}, "all"),
+        # Those without a window: given ones hold, whatever they are.
+        (["--learning-rate", "2e-4", "--side-path-lr-scale", "5", "--talan-layers", "1"], {2e-4, 1e-3}, [1]),
+    ],
+)
+def test_a_window_has_defaults_of_its_own(
+    given: list[str], rates: set[float], layers: object, saved: Path, tmp_path: Path, answers: Answers
+) -> None:
+    write_sums(tmp_path / "data.jsonl")
+    words = ["--model", saved / "model", "--data", tmp_path / "data.jsonl", "--output", tmp_path / "out", *SMALL]
+    answers(["train", *words, "--steps", "1", "--save-steps", "1", "--window", "8", *given])
+    optimizer = torch.load(tmp_path / "out" / "checkpoint-1" / "optimizer.pt", weights_only=True)
+    assert {round(group["initial_lr"], 9) for group in optimizer["param_groups"]} == rates
+    config = PeftConfig.from_pretrained(tmp_path / "out")
+    assert isinstance(config, TalanConfig)
+    assert config.talan_layers == layers

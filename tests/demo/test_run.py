@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -34,6 +35,8 @@ def test_the_demo_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str])
         "reloaded in a fresh process: '1+2=?' ->",
     ):
         assert word in printed
+    least, most = re.search(r"takes about (\d+) to (\d+) min", printed).groups()
+    assert 1 <= int(least) <= int(most)
     commands = [line.strip() for line in printed.split("Next:")[1].splitlines() if line.strip()]
     first_words = [command.split()[:2] for command in commands]
     assert [(Path(program).name, word) for program, word in first_words] == [
@@ -77,18 +80,36 @@ def test_axes_are_refused_before_anything_is_trained(tmp_path: Path, capsys: pyt
     assert not (tmp_path / "output").exists()
 
 
-def test_a_clear_difference_says_in_which_direction() -> None:
-    def outcome(arm: str, losses: list[float], exact: list[bool]) -> Outcome:
-        return Outcome(arm, 0, Scores(losses, [1] * len(losses), exact), 0.0, trainable=1)
+def _outcomes(arm: str, losses: list[float], exact: list[list[bool]]) -> list[Outcome]:
+    """One outcome per seed, with 40 held-out rows."""
+    scores = [Scores(10 * losses, [1] * 10 * len(losses), 10 * part) for part in exact]
+    return [Outcome(arm, seed, score, 0.0, trainable=1) for seed, score in enumerate(scores)]
 
+
+def test_a_clear_difference_says_in_which_direction() -> None:
     low, high = [1.0, 1.1, 1.0, 1.2], [2.0, 2.2, 2.1, 2.1]
     never, always, mixed = [False] * 4, [True] * 4, [True, False, False, True]
     cases = [
-        (high, always, "worse in loss and better in exact match"),
-        (low, never, "within noise"),
-        (high, never, "worse in loss"),
-        ([value - 0.9 for value in low], mixed, "better in loss"),
+        (high, [always] * 3, "worse in loss and better in exact match"),
+        (low, [never] * 3, "within noise"),
+        (high, [never] * 3, "worse in loss"),
+        ([value - 0.9 for value in low], [mixed, never, never], "better in loss"),
     ]
     for losses, exact, verdict in cases:
-        (line,) = difference_lines([outcome(LORA, low, never), outcome(TALAN, losses, exact)])
+        (line,) = difference_lines([*_outcomes(LORA, low, [never] * 3), *_outcomes(TALAN, losses, exact)])
         assert line.endswith(f"points: {verdict}"), line
+
+
+def test_few_seeds_or_rows_decide_nothing() -> None:
+    low, high, never = [1.0, 1.1, 1.0, 1.2], [2.0, 2.2, 2.1, 2.1], [False] * 4
+    for seeds in (1, 2):
+        lora, talan = (_outcomes(arm, losses, [never] * seeds) for arm, losses in ((LORA, low), (TALAN, high)))
+        assert f"too few to call ({seeds} seed" in difference_lines([*lora, *talan])[0]
+    few = [
+        Outcome(arm, seed, Scores(losses, [1] * 4, never), 0.0, trainable=1)
+        for arm, losses in ((LORA, low), (TALAN, high))
+        for seed in range(3)
+    ]
+    assert difference_lines(few)[0].endswith("too few to call (3 seeds, 4 rows; 3 and 30 are needed)")
+    # Where no difference shows, nothing has to be called.
+    assert difference_lines([*_outcomes(LORA, low, [never]), *_outcomes(TALAN, low, [never])])[0].endswith("noise")

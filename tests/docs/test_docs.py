@@ -29,6 +29,9 @@ PROGRAMS = ("cli", "demo", "autoload")
 
 def test_every_python_and_shell_block_runs(tmp_path: Path, subtests: pytest.Subtests) -> None:
     make_hub_cache(tmp_path / "home")
+    # The README's model: the same tiny one here, the real one in test_quick_start.py.
+    hub = tmp_path / "home" / "hub"
+    (hub / "models--HuggingFaceTB--SmolLM2-135M-Instruct").symlink_to(hub / "models--Qwen--Qwen3-0.6B")
     environment = {
         **os.environ,
         "HF_HOME": str(tmp_path / "home"),

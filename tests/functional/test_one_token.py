@@ -33,7 +33,7 @@ def test_tokens_one_by_one_equal_the_reference(mixer: Any, writeback: Any, paddi
         now = None if valid is None else valid[:, index : index + 1]
         written = one_token(hidden[:, index : index + 1], parameters, options, tokens, alpha=0.7, valid=now)
         assert_equal_up_to_rounding(written, expected.hidden_states[:, index : index + 1])
-    weights, values = tokens.drain()
+    weights, values, _ = tokens.drain()
     assert_equal_up_to_rounding(weights, expected.record.weights)
     assert_equal_up_to_rounding(values, expected.record.values)
     assert expected.state is not None

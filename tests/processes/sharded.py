@@ -233,7 +233,7 @@ def tensor_parallel_resumed(folder: Path, **options: object) -> None:
 def tensor_parallel_fresh(folder: Path) -> None:
     """Each process draws other random numbers, and still both must hold the same adapter."""
     torch.manual_seed(dist.get_rank())
-    # PEFT gives the low-rank half to all where it draws it as a user would.
+    # PEFT gives the LoRA weights to all where it draws them as a user would.
     model = get_peft_model(load_shared_out(folder / "base"), make_config(init_lora_weights=True))
     for name, tensor in get_peft_model_state_dict(model).items():
         copies = [torch.empty_like(tensor) for _ in range(dist.get_world_size())]

@@ -13,7 +13,7 @@ STEPS = 20
 
 
 def train(monkeypatch: pytest.MonkeyPatch, readable: bool) -> tuple[list[float], dict[str, torch.Tensor]]:
-    """Train both halves on packed and padded batches, all mixers and write-backs among the blocks' adapters."""
+    """Train on packed and padded batches, all mixers and write-backs among the blocks' adapters."""
     with monkeypatch.context() as patch:
         if readable:
             patch.setattr(fused, "side_path", reference.side_path)

@@ -109,7 +109,7 @@ def test_two_forwards_before_one_backward(checkpointing: bool) -> None:
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_another_adapter_between_forward_and_backward(checkpointing: bool) -> None:
-    """The low-rank half is left out: PEFT's own LoRA recomputes with the adapter that is active then."""
+    """The LoRA weights are left out: PEFT's own LoRA recomputes with the adapter that is active then."""
     if checkpointing and Version(transformers.__version__) < Version("5.23"):
         pytest.skip("before 5.23, transformers recomputes a block's hooks, too: as LoRA, with the adapter of then")
     model = make_model("qwen3", make_config(r=0)).train()

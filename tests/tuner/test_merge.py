@@ -1,4 +1,4 @@
-"""Merging: the low-rank half becomes weights; the side path stays live, is kept on its blocks, or is dropped."""
+"""Merging: the LoRA weights become weights; the side path stays live, is kept on its blocks, or is dropped."""
 
 from __future__ import annotations
 

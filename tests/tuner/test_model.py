@@ -1,4 +1,4 @@
-"""Invariants 1 and 7: what the adapter leaves as it is; and what PEFT's switches do to both halves."""
+"""Invariants 1 and 7: what the adapter leaves as it is; and what PEFT's switches do to LoRA weights and side path."""
 
 from __future__ import annotations
 

@@ -66,7 +66,7 @@ def test_adapter_before_offload(offload: str, kind: str, tmp_path: Path) -> None
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("offload", OFFLOADS)
 def test_side_path_after_offload(offload: str, kind: str, tmp_path: Path) -> None:
-    # Alone: PEFT puts the weights of a new low-rank half where the base weights are, on `meta`, and so loses them.
+    # Alone: PEFT puts the weights of new LoRA layers where the base weights are, on `meta`, and so loses them.
     expected = make_model("qwen3", make_config(r=0, **KINDS[kind]), dtype=torch.float32)
     base = make_base("qwen3", torch.float32)
     OFFLOADS[offload](base, tmp_path)

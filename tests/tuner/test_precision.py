@@ -1,4 +1,4 @@
-"""Precision and quantization: both halves train, save, load and generate on every base that LoRA does."""
+"""Precision and quantization: adapters train, save, load and generate on every base that LoRA does."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def train_a_step(model: PeftModel) -> None:
 
 
 def dtypes(model: nn.Module) -> tuple[set[torch.dtype], set[torch.dtype]]:
-    """The types of the low-rank half and of the side path."""
+    """The types of the LoRA weights and of the side path."""
     named = [(name, parameter.dtype) for name, parameter in model.named_parameters() if "lora_" in name]
     return {dtype for name, dtype in named if ".talan." not in name}, {d for name, d in named if ".talan." in name}
 

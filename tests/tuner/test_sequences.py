@@ -6,7 +6,7 @@ import pytest
 import torch
 from peft import get_peft_model
 from torch import nn
-from transformers import BertConfig, BertModel
+from transformers import BertConfig, BertModel, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 from ..small_models import ARCHITECTURES, VOCABULARY, make_config, make_model, make_tokens, rounding
 
@@ -209,3 +209,33 @@ def test_bidirectional_memory_sees_the_whole_sequence_and_no_padding() -> None:
     torch.manual_seed(0)
     other = get_peft_model(BertModel(config, add_pooling_layer=False), causal).to(torch.float64).eval()
     assert not torch.allclose(other(input_ids=row).last_hidden_state[:, 0], expected[:, 0])
+
+
+def test_packing_by_the_text_row_of_multimodal_positions() -> None:
+    """Qwen2.5-VL and its kin take positions [4, batch, tokens] and separate samples by the first row."""
+    text = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "rope_parameters": {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 10000.0},
+        "pad_token_id": 0,
+        "bos_token_id": 1,
+        "eos_token_id": None,
+    }
+    vision = {"depth": 1, "hidden_size": 32, "intermediate_size": 32, "num_heads": 2, "out_hidden_size": 32}
+    torch.manual_seed(0)
+    base = Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(text_config=text, vision_config=vision))
+    model = get_peft_model(base, make_config(talan_layers="all")).to(torch.float64).eval()
+    tokens = make_tokens(batch=1)
+    positions = torch.cat([torch.arange(8), torch.arange(13)]).expand(4, 1, 21)
+    embeddings = base.get_input_embeddings()(tokens).detach().requires_grad_()
+    packed = model(inputs_embeds=embeddings, position_ids=positions, use_cache=False).logits
+    with torch.no_grad():
+        alone = model(inputs_embeds=embeddings[:, 8:], use_cache=False).logits
+    torch.testing.assert_close(packed[:, 8:], alone, **rounding())
+    packed[:, 8:].square().sum().backward()
+    assert not embeddings.grad[:, :8].any()
+    assert embeddings.grad[:, 8:].any()

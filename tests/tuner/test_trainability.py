@@ -92,7 +92,7 @@ def test_wrong_scopes_change_nothing() -> None:
     for scope, adapter_name, message in (
         ("everything", "default", r"scope='everything': choose one of 'joint'"),
         ("joint", "nobody", "adapter_name='nobody'"),
-        ("low_rank", "default", "no low-rank half"),
+        ("low_rank", "default", "no LoRA weights"),
     ):
         with pytest.raises(ValueError, match=message):
             set_trainable(model, scope, adapter_name)

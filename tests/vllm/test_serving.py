@@ -117,7 +117,7 @@ def test_requests_one_by_one_are_those_side_by_side(saved: Callable[..., Any], p
 
 
 def test_reloaded_weights(saved: Callable[..., Any], prompts: list[list[int]], tmp_path: Path) -> None:
-    """vLLM reads a folder again that has changed since, and takes weights by their names: both halves follow."""
+    """vLLM reads a folder again that has changed since, and takes weights by their names: all of them follow."""
     (first, before), (second, after) = saved("qwen3"), saved("qwen3", seed=1)
     assert before != after
     for file in first.iterdir():

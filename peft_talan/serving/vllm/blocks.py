@@ -124,7 +124,7 @@ class StreamPlace:
             ValueError: The block has no argument `hidden_states`, or it has `residual` and is not known.
         """
         owner = next(kind for kind in type(block).__mro__ if "forward" in vars(kind))
-        arguments = tuple(inspect.signature(owner.forward).parameters)[1:]
+        arguments = tuple(inspect.signature(vars(owner)["forward"]).parameters)[1:]
         vllm_name = owner.__name__ if owner.__module__.startswith("vllm.") else None
         in_two_parts = "residual" in arguments and vllm_name in IN_TWO_PARTS.split()
         if "hidden_states" not in arguments:

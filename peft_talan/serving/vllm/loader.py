@@ -31,7 +31,7 @@ from .strength import PageStrengths, server_strength
 logger = init_logger("vllm.peft_talan")
 
 
-class _Loader(BaseModelLoader):  # type: ignore[misc]
+class _Loader(BaseModelLoader):
     """Creates a model with its side paths; another base class reads their tensors."""
 
     def __init__(self, load_config: Any) -> None:
@@ -52,11 +52,11 @@ class _Loader(BaseModelLoader):  # type: ignore[misc]
                 check_finite(side_path.adapter_name, dict(layer.named_parameters()))
 
 
-class SidePathLoader(_Loader, DefaultModelLoader):  # type: ignore[misc]
+class SidePathLoader(_Loader, DefaultModelLoader):
     """vLLM's loader of folders and repositories, for models with a side path."""
 
 
-class DummySidePathLoader(_Loader, DummyModelLoader):  # type: ignore[misc]
+class DummySidePathLoader(_Loader, DummyModelLoader):
     """vLLM's loader of random weights, which is for profiling, for models with a side path."""
 
 

@@ -59,6 +59,8 @@ class _DependentPages:
 class PageScheduler(Scheduler):
     """vLLM's scheduler, where no request needs a page of the same step; pages are shared at equal strengths only."""
 
+    kv_cache_manager: Any
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.kv_cache_manager = _DependentPages(self.kv_cache_manager)

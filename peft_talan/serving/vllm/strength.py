@@ -58,7 +58,7 @@ def request_strength(sampling_params: Any) -> float | None:
     return check_strength(arguments[STRENGTH_OPTION]) if STRENGTH_OPTION in arguments else None
 
 
-class StrengthCheck(LogitsProcessor, LogitsProcessorV2):  # type: ignore[misc]
+class StrengthCheck(LogitsProcessor, LogitsProcessorV2):
     """Refuses requests whose strength is no finite number, by vLLM's hook for such checks; it changes no logits.
 
     It has the methods that vLLM's first model runner asks for, and those of the second.

@@ -1,0 +1,347 @@
+"""A fact asked for beyond the window, learned from ordinary rows as `peft-talan train --window` trains on them.
+
+    python -m benchmarks.memory.ordinary_rows --arms TALAN --seeds 0 1 2 --changes '{"by_command": true}'
+    python -m benchmarks.memory.ordinary_rows --arms LoRA --seeds 0 1 2 --changes '{"shrinking": {}}'
+
+A row is a fact, a piece of a text, and one question about the fact; the loss is that of the answer alone. There are
+three kinds of facts, and two texts: Python's manual, which every Python carries, and a licence. No row comes twice.
+Scored are rows of the parts of both texts that aren't trained on, by length in windows; an answer is right if greedy
+decoding gives all of its tokens and its end. Every run is a line of the results, and is not repeated.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from pydoc_data.topics import topics
+from typing import Any
+
+import torch
+from peft import LoraConfig
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase, TrainerCallback
+
+from peft_talan import TalanConfig
+from peft_talan.demo.base_model import default_model_folder
+from peft_talan.sft.data import Rows
+from peft_talan.sft.models import load_adapter, load_tokenizer
+from peft_talan.sft.prompts import encode
+from peft_talan.sft.recall import ShrinkingWindow
+from peft_talan.sft.scores import default_text, score_rows, text_loss
+from peft_talan.sft.training import make_trainer
+from peft_talan.sft.window import with_sliding_window
+
+from ..measure import code_version, machine
+from ..runs import Row, RunSettings, finished, run_missing
+
+RESULTS = Path(__file__).parents[1] / "results" / "memory_ordinary_rows.jsonl"
+LICENCE = Path(__file__).parents[2] / "LICENSE"
+TRAINED_SHARE = 0.8
+"""How much of each text is trained on, from its start."""
+NAMES = (
+    "James Mary Robert Patricia John Jennifer Michael Linda David Elizabeth William Barbara Richard Susan Joseph "
+    "Jessica Thomas Karen Charles Sarah Daniel Lisa Matthew Nancy Anthony Sandra Mark Betty Donald Ashley Steven "
+    "Emily Paul Donna Andrew Michelle Joshua Carol Kenneth Amanda Kevin Olga Ingrid Pedro Hassan Fatima Yuki Igor"
+)
+PLACES = (
+    "London Paris Berlin Madrid Rome Vienna Lisbon Dublin Oslo Stockholm Helsinki Warsaw Prague Athens Cairo "
+    "Nairobi Lagos Tokyo Seoul Beijing Delhi Mumbai Sydney Melbourne Toronto Montreal Chicago Boston Denver "
+    "Seattle Houston Miami Lima Bogota Santiago Havana Geneva Munich Hamburg Venice Naples Milan Lyon Marseille "
+    "Porto Seville Valencia Krakow"
+)
+NUMBERS = " ".join(map(str, range(100, 1000)))
+KINDS = (
+    ("The name of the witness is {}.\n", "\nThe name of the witness is", "\nWhat is the name of the witness?", NAMES),
+    ("The train goes to {}.\n", "\nThe train goes to", "\nWhere does the train go?", PLACES),
+    ("The code of the locker is #{}.\n", "\nThe code of the locker is #", "\nWhat is the code?", NUMBERS),
+)
+"""The fact, its question where a completion answers, its question where a message answers, and the answers."""
+ARMS = ("TALAN", "LoRA")
+DEVELOPMENT_SEED = 900
+
+FULL = 1 << 20
+"""A window that is longer than any row."""
+
+Trained = tuple[Any, list[dict[str, Any]]]
+"""The model in evaluation mode, and the log of its training."""
+
+
+@dataclass(frozen=True)
+class Settings(RunSettings):
+    """All that a run depends on.
+
+    Args:
+        arm: One of `ARMS`.
+        seed: Of the adapter, the rows, their order and the windows.
+        form: `prompt-completion` or `messages`.
+        window: Keys that a token sees.
+        steps: Optimizer steps.
+        batch_size: Rows a step.
+        shortest: The shortest row in tokens.
+        longest: The longest row in tokens.
+        shrinking: The options of `ShrinkingWindow`; None: the window doesn't shrink.
+        learning_rate: The highest.
+        side_path_lr_scale: The side path's learning rate divided by it.
+        scheduler: Of the learning rate.
+        decay_steps: Of the scheduler, where it takes them.
+        rank: Of the low-rank half; its alpha is twice the rank.
+        axes: Of the side path.
+        scored: The lengths that are scored, in windows.
+        rows: Held-out rows of each length.
+        teacher: The weight of the distance from the blocks' outputs with full attention; 0: no teacher.
+        bf16: Whether products are rounded to bfloat16 in training.
+        by_command: Whether `peft-talan train` trains, in a process of its own.
+    """
+
+    arm: str
+    seed: int
+    form: str = "prompt-completion"
+    window: int = 32
+    steps: int = 200
+    batch_size: int = 4
+    shortest: int = 40
+    longest: int = 170
+    shrinking: dict[str, Any] | None = None
+    learning_rate: float = 3e-4
+    side_path_lr_scale: float = 10.0
+    scheduler: str = "linear"
+    decay_steps: int | None = None
+    rank: int = 16
+    axes: dict[str, Any] | None = None
+    scored: tuple[int, ...] = (1, 2, 4, 10)
+    rows: int = 48
+    teacher: float = 0.0
+    bf16: bool = False
+    by_command: bool = False
+
+
+class RowMaker:
+    """Makes rows of a wanted length.
+
+    Args:
+        tokenizer: The model's.
+        form: `prompt-completion` or `messages`.
+        held_out: Whether to use the parts of the texts that aren't trained on.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, form: str, held_out: bool) -> None:
+        self.tokenizer, self.form = tokenizer, form
+        self.texts = []
+        for text in ("\n\n".join(topics[name] for name in sorted(topics)), LICENCE.read_text(encoding="utf-8")):
+            words = text.split()
+            end = int(TRAINED_SHARE * len(words))
+            part = " ".join(words[end:] if held_out else words[:end])
+            self.texts.append(list(tokenizer(part, add_special_tokens=False)["input_ids"]))
+
+    def make(self, kind: int, tokens: int, draw: random.Random) -> dict[str, Any]:
+        """One row of that many tokens or, as pieces of text can become other tokens, some fewer."""
+        fact, question, asked, answers = KINDS[kind]
+        answer, text = draw.choice(answers.split()), draw.choice(self.texts)
+        start = draw.randrange(len(text) - tokens)
+        length = tokens
+        while True:
+            story = fact.format(answer) + self.tokenizer.decode(text[start : start + length])
+            if self.form == "messages":
+                said = {"role": "assistant", "content": answer}
+                row: dict[str, Any] = {"prompt": [{"role": "user", "content": story + asked}], "completion": [said]}
+            else:
+                completion = answer if question.endswith("#") else f" {answer}"
+                row = {"prompt": story + question, "completion": completion}
+            excess = sum(map(len, encode(self.tokenizer, row))) - tokens
+            if excess <= 0:
+                return row
+            length -= excess
+            if length < 0:
+                raise ValueError(f"tokens={tokens}: too few for the fact and its question")
+
+    def rows(self, count: int, shortest: int, longest: int, seed: int) -> list[dict[str, Any]]:
+        """Rows whose lengths are drawn, of all kinds in turn."""
+        draw = random.Random(seed)
+        return [self.make(i % len(KINDS), draw.randint(shortest, longest), draw) for i in range(count)]
+
+
+class Printed(TrainerCallback):
+    """Prints the loss now and then."""
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        if logs and "loss" in logs and state.global_step % 10 == 0:
+            recent = [entry["loss"] for entry in state.log_history[-10:] if "loss" in entry]
+            print(state.global_step, round(sum(recent) / len(recent), 3), logs.get("window"), flush=True)
+
+
+class FullAttentionTeacher:
+    """Adds to a trainer's loss how far the blocks' outputs are from those of the same model with full attention.
+
+    The teacher is the base model without its adapter and its window. The distance is the squared one divided by the
+    squared length of the teacher's state, token by token; the mean over all tokens and blocks.
+
+    Args:
+        trainer: The trainer.
+        weight: Of the distance beside the loss.
+    """
+
+    def __init__(self, trainer: Any, weight: float) -> None:
+        self.trainer, self.weight, self.inner = trainer, weight, trainer.compute_loss
+        self.states: list[torch.Tensor] = []
+        self.answers: list[float] = []
+        body = trainer.model.get_base_model().model
+        for norm in [*(block.input_layernorm for block in body.layers[1:]), body.norm]:
+            norm.register_forward_pre_hook(lambda module, arguments: self.states.append(arguments[0]))
+        trainer.compute_loss = self
+
+    def __call__(self, model: Any, inputs: dict[str, Any], *arguments: Any, **options: Any) -> torch.Tensor:
+        self.states = []
+        loss: torch.Tensor = self.inner(model, inputs, *arguments, **options)
+        mine, self.states = self.states, []
+        self.answers.append(float(loss.detach()))
+        config = self.trainer.model.get_base_model().config
+        window, config.sliding_window = config.sliding_window, FULL
+        kept = {name: inputs[name] for name in ("input_ids", "attention_mask", "position_ids") if name in inputs}
+        with torch.no_grad(), self.trainer.model.disable_adapter():
+            self.trainer.model.get_base_model().model(**kept, use_cache=False)
+        config.sliding_window = window
+        valid = kept.get("attention_mask", torch.ones_like(kept["input_ids"])).bool()
+        distances = [
+            ((state - goal).float().square().sum(-1) / goal.float().square().sum(-1))[valid].mean()
+            for state, goal in zip(mine, self.states, strict=True)
+        ]
+        return loss + self.weight * torch.stack(distances).mean()
+
+
+def train_by_command(settings: Settings, folder: str, made: list[dict[str, Any]], output: Path) -> Trained:
+    """Train as a user does; the options are those of the command, and its own choices are left to it."""
+    if settings.arm != "TALAN" or settings.shrinking is not None or settings.decay_steps is not None:
+        raise ValueError("by_command: the command trains TALAN, with its own window that shrinks and its own schedule")
+    data = output / "data.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in made), encoding="utf-8")
+    words = ["--model", folder, "--data", str(data), "--output", str(output / "adapter"), "--window", settings.window]
+    words += ["--steps", settings.steps, "--batch-size", settings.batch_size, "--seed", settings.seed]
+    words += ["--learning-rate", settings.learning_rate, "--rank", settings.rank, "--logging-steps", 1]
+    words += ["--lr-scheduler-type", settings.scheduler, "--save-steps", settings.steps]
+    words += ["--bf16" if settings.bf16 else "--no-bf16"]
+    for name, value in (settings.axes or {}).items():
+        words += ["--" + name.replace("_", "-"), value]
+    subprocess.run([sys.executable, "-m", "peft_talan", "train", *map(str, words)], check=True, stdout=sys.stderr)
+    model, _ = load_adapter(str(output / "adapter"), dtype="float32")
+    state = output / "adapter" / f"checkpoint-{settings.steps}" / "trainer_state.json"
+    return model, json.loads(state.read_text(encoding="utf-8"))["log_history"]
+
+
+def train_here(settings: Settings, folder: str, made: list[dict[str, Any]], output: Path) -> Trained:
+    """Train with the parts that the command is made of, and with other settings of theirs."""
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    adapter = {"r": settings.rank, "lora_alpha": 2 * settings.rank, "target_modules": "all-linear"}
+    axes = {"talan_layers": "all", **(settings.axes or {})}
+    config = LoraConfig(task_type="CAUSAL_LM", **adapter)
+    if settings.arm == "TALAN":
+        config = TalanConfig(task_type="CAUSAL_LM", **adapter, **axes)
+    callbacks: list[TrainerCallback] = [Printed()]
+    if settings.shrinking is not None:
+        callbacks.insert(0, ShrinkingWindow(seed=settings.seed, **settings.shrinking))
+    trainer = make_trainer(
+        with_sliding_window(model, settings.window),
+        load_tokenizer(folder),
+        Rows("ordinary rows", made, [str(i) for i in range(len(made))]),
+        config,
+        output,
+        callbacks=callbacks,
+        side_path_lr_scale=settings.side_path_lr_scale,
+        max_steps=settings.steps,
+        per_device_train_batch_size=settings.batch_size,
+        learning_rate=settings.learning_rate,
+        lr_scheduler_type=settings.scheduler,
+        lr_scheduler_kwargs=None if settings.decay_steps is None else {"num_decay_steps": settings.decay_steps},
+        warmup_steps=0.03,
+        seed=settings.seed,
+        bf16=settings.bf16,
+        logging_steps=1,
+        save_strategy="no",
+    )
+    # The loss and the gradients of padded rows, without the time that padding takes.
+    trainer.data_collator.padding_free = True
+    teacher = FullAttentionTeacher(trainer, settings.teacher) if settings.teacher else None
+    trainer.train()
+    log = trainer.state.log_history
+    if teacher is not None:
+        log = [{**entry, "loss": loss} for entry, loss in zip(log, teacher.answers, strict=False) if "loss" in entry]
+    return trainer.model.eval(), log
+
+
+def run(settings: Settings, folder: str) -> Row:
+    """Train and score once, on one thread."""
+    torch.set_num_threads(1)
+    tokenizer = load_tokenizer(folder)
+    made = RowMaker(tokenizer, settings.form, held_out=False).rows(
+        settings.steps * settings.batch_size, settings.shortest, settings.longest, settings.seed
+    )
+    started = time.monotonic()
+    with tempfile.TemporaryDirectory() as output:
+        train = train_by_command if settings.by_command else train_here
+        model, log = train(settings, folder, made, Path(output))
+    seconds = time.monotonic() - started
+    history = [entry for entry in log if "loss" in entry]
+    losses = [float(entry["loss"]) for entry in history]
+    held_out, right, by_kind = RowMaker(tokenizer, settings.form, held_out=True), {}, {}
+    for windows in settings.scored:
+        tokens = windows * settings.window
+        found = score_rows(model, tokenizer, held_out.rows(settings.rows, tokens, tokens, 1), batch_size=4)
+        right[windows] = sum(found.exact)
+        by_kind[windows] = [sum(found.exact[i :: len(KINDS)]) for i in range(len(KINDS))]
+    return {
+        "key": settings.key(),
+        "settings": asdict(settings),
+        "right": right,
+        "right_by_kind": by_kind,
+        "text_loss": text_loss(model, tokenizer, default_text()),
+        "last_loss": sum(losses[-40:]) / len(losses[-40:]),
+        "losses": [round(loss, 3) for loss in losses],
+        "windows": [entry.get("window", settings.window) for entry in history],
+        # An adapter that was loaded is frozen: counted by name.
+        "trainable": sum(p.numel() for name, p in model.named_parameters() if "lora_" in name),
+        "seconds": round(seconds, 1),
+        "code": code_version(),
+        "machine": machine(),
+    }
+
+
+def describe(row: Row) -> str:
+    """A run with its right answers by length."""
+    settings = row["settings"]
+    return f"{settings['arm']} {settings['seed']}: {row['right']} {row['right_by_kind']} {row['last_loss']:.3f}"
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default=None, help="a folder or a hub id; default: SmolLM2-135M-Instruct")
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--form", choices=("prompt-completion", "messages"), default="prompt-completion")
+    parser.add_argument("--changes", type=json.loads, default={}, help="other settings, as JSON")
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    options = make_parser().parse_args(arguments)
+    folder, done = options.model or default_model_folder(), finished(options.results)
+    wanted = [
+        Settings(arm, seed, form=options.form, **options.changes) for seed in options.seeds for arm in options.arms
+    ]
+    run_missing(
+        lambda: [settings for settings in wanted if settings.key() not in done],
+        lambda settings: run(settings, folder),
+        options.results,
+        done,
+        describe,
+    )
+
+
+if __name__ == "__main__":
+    main()

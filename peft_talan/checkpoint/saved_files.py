@@ -1,0 +1,44 @@
+"""The files that a save leaves in a folder: what the next one must not find there."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from .card import CARD_NAME, remove_sections
+
+MODEL_FILES = ("config.json", "generation_config.json", "model*.safetensors", "model*.index*.json", "pytorch_model*")
+OTHER_FILES = (
+    "adapter_config.json",
+    "adapter_model.*",
+    "added_tokens.json",
+    "chat_template.*",
+    "merges.txt",
+    "prompt_form.json",
+    "special_tokens_map.json",
+    "tokenizer*",
+    "trainer_state.json",
+    "training_args.bin",
+    "vocab.*",
+)
+
+
+def model_files(folder: Path) -> list[str]:
+    """The names of the files in a folder that a loader would take for a model."""
+    return sorted(file.name for pattern in MODEL_FILES for file in folder.glob(pattern))
+
+
+def remove_saved_files(folder: Path) -> None:
+    """Remove the model, the adapter, the tokenizer and the card's section that an earlier save left in a folder.
+
+    Loaders would read them beside what is saved next: an adapter's configuration beside a plain model, an index of
+    shards beside a single file. What no save of PEFT, transformers or this package has written stays.
+
+    Args:
+        folder: The folder; those inside of it are left alone.
+    """
+    for pattern in (*MODEL_FILES, *OTHER_FILES):
+        for file in folder.glob(pattern):
+            if file.is_file():
+                file.unlink()
+    if (folder / CARD_NAME).is_file():
+        remove_sections(folder / CARD_NAME)

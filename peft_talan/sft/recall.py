@@ -1,0 +1,201 @@
+"""Training for recall from beyond a window: the window shrinks, and the last answer alone is trained on.
+
+A model that loses its old keys at once goes on relying on the keys that are left. While the window shrinks, what is
+asked for moves out of it little by little, and the side paths learn to carry it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from random import Random
+from typing import Any
+from weakref import WeakKeyDictionary
+
+from torch import nn
+from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from .data import DataError, Rows
+
+_CHANGED: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
+"""The own window of each model that has that of a step: during a step, and after one that an error ended."""
+
+
+def last_answers(rows: Rows) -> Rows:
+    """Rows of `messages` as prompts and completions, so that the last answer alone is trained on.
+
+    In the mean over a whole conversation's tokens, the few of an answer that needs recall have no weight.
+
+    Args:
+        rows: Rows of any format.
+
+    Returns:
+        The rows; those of other formats as they are.
+
+    Raises:
+        DataError: A conversation doesn't end with an answer to something.
+    """
+    if rows.form != "messages":
+        return rows
+    split = []
+    for row, place in zip(rows.rows, rows.places, strict=True):
+        *given, last = row["messages"]
+        if not given or last["role"] != "assistant":
+            raise DataError(f"{place}: 'messages' must end with the assistant's answer to what stands before it")
+        kept = {name: value for name, value in row.items() if name != "messages"}
+        split.append({"prompt": given, "completion": [last], **kept})
+    return replace(rows, rows=split)
+
+
+def _windows(model: nn.Module) -> Iterator[Any]:
+    """Everything in a model that holds the window of every block: configurations, and modules with a copy."""
+    seen: set[int] = set()
+    for module in model.modules():
+        for holder in (getattr(module, "config", None), module):
+            if isinstance(getattr(holder, "sliding_window", None), int) and id(holder) not in seen:
+                seen.add(id(holder))
+                yield holder
+
+
+def _set_window(model: nn.Module, window: int) -> None:
+    """Give every block of a model a window."""
+    for holder in _windows(model):
+        holder.sliding_window = window
+
+
+def _base(model: nn.Module) -> nn.Module:
+    """The model inside of an adapter's and a process group's wrappers; the next training may put others around it."""
+    return next((module for module in model.modules() if isinstance(module, PreTrainedModel)), model)
+
+
+class ShrinkingWindow(TrainerCallback):
+    """Trains with a window that shrinks from the rows' length to the model's own.
+
+    A callback for `Trainer` and every trainer made of it. The window depends on the step and the seed alone: it is the
+    same in every process, and goes on where a resumed run stopped. Between the steps, and so in evaluations and in
+    what is saved, the model has its own window.
+
+    Args:
+        start (int | None): The window at the first step. None: the longest row of the training data, whose column
+            `input_ids` is read. Default None.
+        end (int | None): The last window. None: the model's. Default None.
+        share (float): The share of all steps after which the window is `end`, in (0, 1]. Default 0.7.
+        jitter (tuple[float, float]): Each step's window is the schedule's times a number drawn from this range, but
+            never below `end`. Default (0.6, 1.0).
+        shape ("linear" | "exponential"): Whether each step takes away as many tokens or as large a share. Default
+            `"linear"`.
+        seed (int): Of what is drawn. Default 0.
+
+    Raises:
+        ValueError: An argument can't be used; or, when training begins, the model has no window, or the rows' length
+            isn't known.
+
+    Examples:
+        >>> trainer = SFTTrainer(model, arguments, train_dataset=rows, callbacks=[ShrinkingWindow()])
+    """
+
+    def __init__(
+        self,
+        start: int | None = None,
+        end: int | None = None,
+        share: float = 0.7,
+        jitter: tuple[float, float] = (0.6, 1.0),
+        shape: str = "linear",
+        seed: int = 0,
+    ) -> None:
+        for name, value in (("start", start), ("end", end)):
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 2):
+                raise ValueError(f"{name}={value!r}: give a whole number of at least 2, or None")
+        if start is not None and end is not None and start < end:
+            raise ValueError(f"start={start}: smaller than end={end}; give a longer start, or None")
+        if not 0 < share <= 1:
+            raise ValueError(f"share={share!r}: give a number above 0 and up to 1")
+        if not 0 < jitter[0] <= jitter[1] <= 1:
+            raise ValueError(f"jitter={jitter!r}: give two numbers above 0 and up to 1, the smaller one first")
+        if shape not in ("linear", "exponential"):
+            raise ValueError(f"shape={shape!r}: choose 'linear' or 'exponential'")
+        self.start, self.end, self.share, self.jitter, self.shape, self.seed = start, end, share, jitter, shape, seed
+
+    def window_at(self, step: int, steps: int) -> int:
+        """The window of one step.
+
+        Args:
+            step: The optimizer steps that were taken before.
+            steps: All steps of the training.
+
+        Returns:
+            The keys that a token sees.
+
+        Raises:
+            ValueError: `start` or `end` is None, and no training has started that would fill it in.
+        """
+        if self.start is None or self.end is None:
+            raise ValueError(f"start={self.start!r}, end={self.end!r}: give both, or start the training first")
+        done = min(1.0, step / max(1.0, self.share * steps))
+        if self.shape == "linear":
+            window = self.start + done * (self.end - self.start)
+        else:
+            window = self.start * (self.end / self.start) ** done
+        drawn = Random(f"{self.seed} {step}").uniform(*self.jitter)
+        return max(self.end, round(window * drawn))
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Find out where the window starts and ends."""
+        model = kwargs["model"]
+        interrupted = _CHANGED.pop(_base(model), None)
+        if interrupted is not None:
+            _set_window(model, interrupted)
+        own = {holder.sliding_window for holder in _windows(model)}
+        if len(own) != 1:
+            raise ValueError(
+                f"model: it must have one sliding window in all blocks, and has {sorted(own) or 'none'}; use "
+                "peft_talan.sft.window.with_sliding_window(model, window) before the trainer"
+            )
+        self.own = own.pop()
+        self.end = self.end or self.own
+        if self.start is None:
+            self.start = max(self.end, _longest(kwargs.get("train_dataloader")))
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Set the step's window."""
+        self.latest = self.window_at(state.global_step, state.max_steps)
+        _CHANGED[_base(kwargs["model"])] = self.own
+        _set_window(kwargs["model"], self.latest)
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Give the model its own window back."""
+        _set_window(kwargs["model"], _CHANGED.pop(_base(kwargs["model"])))
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Put the window beside the loss."""
+        if logs is not None and "loss" in logs:
+            logs["window"] = self.latest
+            if state.log_history and state.log_history[-1].get("step") == state.global_step:
+                state.log_history[-1]["window"] = self.latest
+
+
+def _longest(loader: Any) -> int:
+    """The tokens of the longest row that is trained on; of the longest sample, where rows are packed."""
+    rows: Any = getattr(loader, "dataset", None)
+    columns = getattr(rows, "column_names", None) or ()
+    try:
+        if "seq_lengths" in columns:
+            return max(max(lengths) for lengths in rows["seq_lengths"])
+        return max(len(row["input_ids"]) for row in rows)
+    except (TypeError, KeyError, ValueError):
+        raise ValueError(
+            "start=None: the training data has no column 'input_ids' whose longest row could be found; give start"
+        ) from None
