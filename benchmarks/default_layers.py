@@ -23,7 +23,7 @@ import torch
 from peft_talan.demo.base_model import default_model_folder
 from peft_talan.demo.tasks import make_rows
 from peft_talan.sft.models import load_model, load_tokenizer
-from peft_talan.sft.scores import score_rows
+from peft_talan.sft.prompts import Encoded
 
 from .measure import machine
 from .quality.arms import make_config
@@ -59,21 +59,23 @@ def run(settings: Settings, folder: str) -> Row:
     base, tokenizer = load_model(folder, "float32", "cpu"), load_tokenizer(folder)
     layers = PLACEMENTS[settings.placement]
     adapter, axes = ("lora", {}) if layers is None else ("lora+talan", {"talan_layers": layers})
-    encoded = [encode(tokenizer, row) for row in rows[HELD_OUT:]]
-    order = random.Random(settings.seed).sample(encoded, len(encoded))
+    encoded = [encode(tokenizer, row) for row in rows]
+    held_out, trained = encoded[:HELD_OUT], encoded[HELD_OUT:]
+    order = random.Random(settings.seed).sample(trained, len(trained))
     torch.manual_seed(settings.seed)
     with adapted(base, make_config(adapter, base, RANK, "all-linear", axes)) as model:
         optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
 
-        def loss_of(step: int) -> torch.Tensor:
-            batch = make_batch(model, tokenizer, order[step * BATCH_SIZE : (step + 1) * BATCH_SIZE])
-            return model(**batch, use_cache=False).loss
+        def loss_of(rows: list[Encoded]) -> torch.Tensor:
+            return model(**make_batch(model, tokenizer, rows), use_cache=False).loss
 
         started = time.perf_counter()
-        train(model, optimizer, settings.steps, loss_of)
+        batches = [order[start : start + BATCH_SIZE] for start in range(0, len(order), BATCH_SIZE)]
+        train(model, optimizer, settings.steps, lambda step: loss_of(batches[step]))
         seconds = time.perf_counter() - started
-        parts = [rows[start : start + SCORED_TOGETHER] for start in range(0, HELD_OUT, SCORED_TOGETHER)]
-        losses = [score_rows(model, tokenizer, part, batch_size=SCORED_TOGETHER).loss for part in parts]
+        parts = [held_out[start : start + SCORED_TOGETHER] for start in range(0, HELD_OUT, SCORED_TOGETHER)]
+        with torch.no_grad():
+            losses = [float(loss_of(part)) for part in parts]
         return {
             "key": settings.key(),
             **asdict(settings),
