@@ -64,7 +64,6 @@ KINDS = (
 )
 """The fact, its question where a completion answers, its question where a message answers, and the answers."""
 ARMS = ("TALAN", "LoRA")
-DEVELOPMENT_SEED = 900
 
 FULL = 1 << 20
 """A window that is longer than any row."""

@@ -24,6 +24,7 @@ from transformers import (
     AutoModelForSequenceClassification,
     BartConfig,
     BartForConditionalGeneration,
+    BitsAndBytesConfig,
     PreTrainedModel,
     Qwen3_5Config,
     Qwen3_5ForConditionalGeneration,
@@ -72,6 +73,15 @@ def test_blocks_that_find_no_memory(merged: PreTrainedModel, folder: Path, tmp_p
     model = load(folder, device_map="auto", max_memory={"cpu": 70_000}, offload_folder=tmp_path)
     assert any(tensor.is_meta for tensor in side_path_of(model).values())
     assert torch.equal(logits(model), logits(merged))
+
+
+def test_the_rest_is_quantized(merged: PreTrainedModel, folder: Path, tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes", reason="quantizes")
+    quantized = load(folder, quantization_config=BitsAndBytesConfig(load_in_8bit=True))
+    expected = side_path_of(merged)
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in side_path_of(quantized).items())
+    quantized.save_pretrained(tmp_path)
+    assert torch.equal(logits(load(tmp_path)), logits(quantized))
 
 
 def test_a_copy_and_a_subfolder_without_what_it_was_made_of(tmp_path: Path) -> None:

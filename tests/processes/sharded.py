@@ -25,6 +25,7 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoModelForCausalLM
 from transformers.distributed import DistributedConfig
 
+from peft_talan.checkpoint.merged_config import merged_tensor
 from peft_talan.tuner.layer import TalanLayer
 from tests.small_models import make_base, make_config, make_model, make_tokens, rounding
 
@@ -230,6 +231,26 @@ def tensor_parallel_resumed(folder: Path, **options: object) -> None:
             assert torch.equal(tensor, saved["whole"][name]), name
 
 
+def tensor_parallel_merged(folder: Path) -> None:
+    """A merged model is shared out as any model is, and all its parameters train."""
+    one_process = make_model("qwen3").merge_and_unload().train().requires_grad_(True)
+    place = folder / "merged"
+    if dist.get_rank() == 0:
+        one_process.save_pretrained(place)
+    dist.barrier()
+    model = AutoModelForCausalLM.from_pretrained(place, dtype=torch.float64, tp_plan="auto").train()
+    models, losses = (one_process, model), []
+    for one in models:
+        # Not the base's: their gradients are shared out, too.
+        trained = [parameter for name, parameter in one.named_parameters() if merged_tensor(name) is not None]
+        losses.append(train(one, make_tokens(BATCH), torch.optim.SGD(trained, lr=1.0)))
+    torch.testing.assert_close(*losses, **rounding())
+    state = {name: tensor for name, tensor in model.state_dict().items() if merged_tensor(name) is not None}
+    assert state
+    for name, tensor in state.items():
+        torch.testing.assert_close(tensor, one_process.state_dict()[name], **rounding())
+
+
 def tensor_parallel_fresh(folder: Path) -> None:
     """Each process draws other random numbers, and still both must hold the same adapter."""
     torch.manual_seed(dist.get_rank())
@@ -278,6 +299,7 @@ def checks(folder: Path) -> dict[str, Callable[[], None]]:
             tensor_parallel, folder, {"distributed_config": DistributedConfig(tp_size=2)}, "non-reentrant"
         ),
         "tp resumed": run(tensor_parallel_resumed, folder, **KINDS["input"]),
+        "tp merged": run(tensor_parallel_merged, folder),
         "tp fresh": run(tensor_parallel_fresh, folder),
         "tp split tokens": run(split_tokens_are_refused, folder),
     }

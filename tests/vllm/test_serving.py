@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file
 
 from . import engines
 
@@ -116,7 +117,7 @@ def test_requests_one_by_one_are_those_side_by_side(saved: Callable[..., Any], p
 
 
 def test_reloaded_weights(saved: Callable[..., Any], prompts: list[list[int]], tmp_path: Path) -> None:
-    """vLLM reads a folder again that has changed since: LoRA weights and side path follow."""
+    """vLLM reads a folder again that has changed since, and takes weights by their names: all of them follow."""
     (first, before), (second, after) = saved("qwen3"), saved("qwen3", seed=1)
     assert before != after
     for file in first.iterdir():
@@ -128,6 +129,11 @@ def test_reloaded_weights(saved: Callable[..., Any], prompts: list[list[int]], t
         served.collective_rpc("reload_weights")
         served.reset_prefix_cache()
         assert engines.ask(served, prompts)[0] == after
+        # As a trainer sends them.
+        weights = [*load_file(first / "model.safetensors").items()]
+        served.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
+        served.reset_prefix_cache()
+        assert engines.ask(served, prompts)[0] == before
 
 
 def test_strength_of_a_server(saved: Callable[..., Any], prompts: list[list[int]]) -> None:
