@@ -19,8 +19,6 @@ DATA_HELP = (
     "JSONL, JSON, csv or parquet file, or a data set's hub id; rows of 'messages', of 'prompt' and 'completion', "
     "or of 'text'"
 )
-LEFT_OUT = "talan_memory_scope"
-"""The axis without an option: models that generate have one memory scope alone."""
 
 
 @dataclass
@@ -143,7 +141,7 @@ def _parameters(group: Any) -> list[inspect.Parameter]:
             annotation=_annotation(field, kinds[field.name]),
         )
         for field in fields(group)
-        if field.name != LEFT_OUT
+        if field.name != "talan_memory_scope"  # Models that generate have one memory scope alone.
     ]
 
 

@@ -15,13 +15,11 @@ from rich.table import Table
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-PIPE_WIDTH = 200
-
 
 def make_console(stderr: bool = False) -> Console:
     """A console on stdout or stderr whose lines are not broken in a pipe or a file, which have no width."""
     stream = sys.stderr if stderr else sys.stdout
-    width = None if stream.isatty() or "COLUMNS" in os.environ else PIPE_WIDTH
+    width = None if stream.isatty() or "COLUMNS" in os.environ else 200
     return Console(stderr=stderr, highlight=False, width=width)
 
 
