@@ -24,7 +24,7 @@ WORKER = "peft_talan.serving.vllm.worker.SidePathWorker"
 STRENGTH_CHECK = "peft_talan.serving.vllm.strength:StrengthCheck"
 """What is added to the option `logits_processors`."""
 
-LOAD_FORMATS = ("auto", "hf", "safetensors", "fastsafetensors", "instanttensor", "pt", "npcache", "dummy")
+LOAD_FORMATS = ("auto", "hf", "safetensors", "fastsafetensors", "instanttensor", "dummy")
 """The values of the option `load_format` that side paths support."""
 
 LOAD_PREFIX = "peft_talan:"
