@@ -37,6 +37,9 @@ FOLLOWED_METHODS = (
 )
 """What changes a cache beside a forward pass: methods of `Cache`, and of the same name here."""
 
+FOLLOWS = "follows_latent_memories"
+"""Marks the methods that are followed already; a decorator of the library's own would leave `__wrapped__`, too."""
+
 
 def _followed(name: str, method: Callable[..., Any]) -> Callable[..., Any]:
     """A cache's method that then does the same to the memories which the cache carries."""
@@ -60,6 +63,7 @@ def _followed(name: str, method: Callable[..., Any]) -> Callable[..., Any]:
         note_recurrent_state(self)
         return result
 
+    setattr(change_cache_and_memories, FOLLOWS, True)
     return change_cache_and_memories
 
 
@@ -72,7 +76,7 @@ def follow_class(cache_class: type[Cache]) -> None:
     for name in FOLLOWED_METHODS:
         owner = next(one for one in cache_class.__mro__ if name in vars(one))
         method = vars(owner)[name]
-        if not hasattr(method, "__wrapped__"):
+        if not hasattr(method, FOLLOWS):
             setattr(owner, name, _followed(name, method))
 
 

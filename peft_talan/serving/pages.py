@@ -118,9 +118,7 @@ class PagePools:
     def __init__(self) -> None:
         self.pools: dict[tuple[int, str], torch.Tensor] = {}
 
-    def pool(
-        self, block_index: int, name: str, shape: tuple[int, int, int], hidden_states: torch.Tensor
-    ) -> torch.Tensor:
+    def pool(self, block_index: int, name: str, shape: tuple[int, ...], hidden_states: torch.Tensor) -> torch.Tensor:
         """Find the pool of a side path, or create it."""
         pool = self.pools.get((block_index, name))
         if pool is None or pool.shape != shape:
@@ -165,8 +163,8 @@ class PagedMemory:
     ) -> torch.Tensor:
         """Run the side path on the flat tokens of many requests, [(1,) tokens, hidden_size]; it needs no layout."""
         check_causal(options.scope)
-        pages, width = self.pages, parameters.write.shape[1]
-        shape = (pages.num_pages, parameters.read.shape[0] - 2 * width, width + 1)
+        pages = self.pages
+        shape = (pages.num_pages, *parameters.state_shape)
         pool = self.pools.pool(self.block_index, self.name, shape, hidden_states)
         output = ragged_side_path(
             hidden_states.view(-1, hidden_states.shape[-1]),

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import functools
 import pickle
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -151,3 +153,36 @@ def test_beams_and_selections_keep_what_is_recorded() -> None:
     cache.crop(-30)
     logits = model(rows[:, -30:], past_key_values=cache, use_cache=True).logits
     torch.testing.assert_close(logits, model(rows, use_cache=False).logits[:, -30:], **rounding())
+
+
+def decorated(method: Callable[..., None]) -> Callable[..., None]:
+    @functools.wraps(method)
+    def wrapper(*args: object, **kwargs: object) -> None:
+        method(*args, **kwargs)
+
+    return wrapper
+
+
+class OwnCache(DynamicCache):
+    """A cache with methods of its own, which do not call those of `Cache`."""
+
+    @decorated
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        for layer in self.layers:
+            layer.reorder_cache(beam_idx)
+
+    def crop(self, tokens_to_remove: int) -> None:
+        for layer in self.layers:
+            layer.crop(tokens_to_remove)
+
+
+@torch.no_grad()
+def test_memories_follow_the_methods_of_a_class_of_the_users_own() -> None:
+    model = make_model("qwen3")
+    tokens, cache = make_tokens(batch=2, tokens=30), OwnCache(config=model.get_base_model().config)
+    model(tokens[:, :20], past_key_values=cache, use_cache=True)
+    order = torch.tensor([1, 0])
+    cache.reorder_cache(order)
+    cache.crop(-5)
+    logits = model(tokens[order][:, 15:], past_key_values=cache, use_cache=True).logits
+    torch.testing.assert_close(logits, model(tokens[order], use_cache=False).logits[:, 15:], **rounding())
