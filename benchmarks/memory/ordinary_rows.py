@@ -3,10 +3,11 @@
     python -m benchmarks.memory.ordinary_rows --arms TALAN --seeds 0 1 2 --changes '{"by_command": true}'
     python -m benchmarks.memory.ordinary_rows --arms LoRA --seeds 0 1 2 --changes '{"shrinking": {}}'
 
-A row is a fact, a piece of a text, and one question about the fact; the loss is that of the answer alone. There are
-three kinds of facts, and two texts: Python's manual, which every Python carries, and a licence. No row comes twice.
-Scored are rows of the parts of both texts that aren't trained on, by length in windows; an answer is right if greedy
-decoding gives all of its tokens and its end. Every run is a line of the results, and is not repeated.
+A row is a fact, a piece of a text, and one question about the fact; the loss is that of the answer alone. The facts
+are of one kind, or of three kinds mixed, and there are two texts: Python's manual, which every Python carries, and a
+licence. No row comes twice. Scored are rows of the parts of both texts that aren't trained on, by length in windows;
+an answer is right if greedy decoding gives all of its tokens and its end. Every run is a line of the results, and is
+not repeated.
 """
 
 from __future__ import annotations
@@ -57,12 +58,26 @@ PLACES = (
     "Porto Seville Valencia Krakow"
 )
 NUMBERS = " ".join(map(str, range(100, 1000)))
+COLOURS = "red blue green yellow black white orange purple pink brown grey gold silver violet scarlet olive"
 KINDS = (
     ("The name of the witness is {}.\n", "\nThe name of the witness is", "\nWhat is the name of the witness?", NAMES),
     ("The train goes to {}.\n", "\nThe train goes to", "\nWhere does the train go?", PLACES),
     ("The code of the locker is #{}.\n", "\nThe code of the locker is #", "\nWhat is the code?", NUMBERS),
 )
 """The fact, its question where a completion answers, its question where a message answers, and the answers."""
+FACTS = {
+    "mixed": KINDS,
+    "names": KINDS[:1],
+    "colours": (
+        (
+            "The colour of the door is {}.\n",
+            "\nThe colour of the door is",
+            "\nWhat is the colour of the door?",
+            COLOURS,
+        ),
+    ),
+}
+"""The kinds that a run's rows are of, in turn."""
 ARMS = ("TALAN", "LoRA")
 
 FULL = 1 << 20
@@ -79,6 +94,7 @@ class Settings(RunSettings):
     Args:
         arm: One of `ARMS`.
         seed: Of the adapter, the rows, their order and the windows.
+        facts: A name of `FACTS`.
         form: `prompt-completion` or `messages`.
         window: Keys that a token sees.
         steps: Optimizer steps.
@@ -101,6 +117,7 @@ class Settings(RunSettings):
 
     arm: str
     seed: int
+    facts: str = "mixed"
     form: str = "prompt-completion"
     window: int = 32
     steps: int = 200
@@ -128,10 +145,11 @@ class RowMaker:
         tokenizer: The model's.
         form: `prompt-completion` or `messages`.
         held_out: Whether to use the parts of the texts that aren't trained on.
+        facts: A name of `FACTS`.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, form: str, held_out: bool) -> None:
-        self.tokenizer, self.form = tokenizer, form
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, form: str, held_out: bool, facts: str = "mixed") -> None:
+        self.tokenizer, self.form, self.kinds = tokenizer, form, FACTS[facts]
         self.texts = []
         for text in ("\n\n".join(topics[name] for name in sorted(topics)), LICENCE.read_text(encoding="utf-8")):
             words = text.split()
@@ -141,7 +159,7 @@ class RowMaker:
 
     def make(self, kind: int, tokens: int, draw: random.Random) -> dict[str, Any]:
         """One row of that many tokens or, as pieces of text can become other tokens, some fewer."""
-        fact, question, asked, answers = KINDS[kind]
+        fact, question, asked, answers = self.kinds[kind]
         answer, text = draw.choice(answers.split()), draw.choice(self.texts)
         start = draw.randrange(len(text) - tokens)
         length = tokens
@@ -163,7 +181,7 @@ class RowMaker:
     def rows(self, count: int, shortest: int, longest: int, seed: int) -> list[dict[str, Any]]:
         """Rows whose lengths are drawn, of all kinds in turn."""
         draw = random.Random(seed)
-        return [self.make(i % len(KINDS), draw.randint(shortest, longest), draw) for i in range(count)]
+        return [self.make(i % len(self.kinds), draw.randint(shortest, longest), draw) for i in range(count)]
 
 
 class Printed(TrainerCallback):
@@ -277,7 +295,7 @@ def run(settings: Settings, folder: str) -> Row:
     """Train and score once, on one thread."""
     torch.set_num_threads(1)
     tokenizer = load_tokenizer(folder)
-    made = RowMaker(tokenizer, settings.form, held_out=False).rows(
+    made = RowMaker(tokenizer, settings.form, held_out=False, facts=settings.facts).rows(
         settings.steps * settings.batch_size, settings.shortest, settings.longest, settings.seed
     )
     started = time.monotonic()
@@ -287,12 +305,13 @@ def run(settings: Settings, folder: str) -> Row:
     seconds = time.monotonic() - started
     history = [entry for entry in log if "loss" in entry]
     losses = [float(entry["loss"]) for entry in history]
-    held_out, right, by_kind = RowMaker(tokenizer, settings.form, held_out=True), {}, {}
+    held_out, right, by_kind = RowMaker(tokenizer, settings.form, held_out=True, facts=settings.facts), {}, {}
+    kinds = len(held_out.kinds)
     for windows in settings.scored:
         tokens = windows * settings.window
         found = score_rows(model, tokenizer, held_out.rows(settings.rows, tokens, tokens, 1), batch_size=4)
         right[windows] = sum(found.exact)
-        by_kind[windows] = [sum(found.exact[i :: len(KINDS)]) for i in range(len(KINDS))]
+        by_kind[windows] = [sum(found.exact[i::kinds]) for i in range(kinds)]
     return {
         "key": settings.key(),
         "settings": asdict(settings),
