@@ -75,6 +75,12 @@ def argument_names(module: nn.Module) -> tuple[str, ...]:
     return tuple(inspect.signature(module.forward).parameters)
 
 
+def is_from_transformers(module: nn.Module) -> bool:
+    """Whether a module's forward pass is that of a model of transformers."""
+    defines_forward = next(base for base in type(module).__mro__ if "forward" in vars(base))
+    return defines_forward.__module__.startswith("transformers.")
+
+
 def read_arguments(names: tuple[str, ...], args: tuple[Any, ...], kwargs: dict[str, Any]) -> CallArguments:
     """Gather what a side path needs from a call."""
     given = {**dict(zip(names, args, strict=False)), **kwargs}
@@ -96,7 +102,7 @@ def read_arguments(names: tuple[str, ...], args: tuple[Any, ...], kwargs: dict[s
         # packed samples; the other three (time, height, width) repeat inside one sample.
         positions = positions[0]
     return CallArguments(
-        given.get("attention_mask"),
+        _mask_of(given),
         positions if isinstance(positions, torch.Tensor) else None,
         given.get("cu_seq_lens_q"),
         given.get("seq_idx"),
@@ -105,6 +111,18 @@ def read_arguments(names: tuple[str, ...], args: tuple[Any, ...], kwargs: dict[s
         unknown,
         paged,
     )
+
+
+def _mask_of(given: dict[str, Any]) -> object:
+    """The mask of the tokens, from models that have others, in which 1 or True masks: FSMT and XLNet."""
+    mask, padding = given.get("attention_mask"), given.get("decoder_padding_mask", given.get("input_mask"))
+    if isinstance(padding, torch.Tensor) and padding.dim() == 2:
+        mask = padding == 0
+    hidden = given.get("perm_mask")
+    if isinstance(hidden, torch.Tensor) and hidden.dim() == 3:
+        visible = hidden == 0
+        mask = visible & (mask != 0).unsqueeze(1) if isinstance(mask, torch.Tensor) and mask.dim() == 2 else visible
+    return mask
 
 
 def _shape_of_input(given: dict[str, Any], names: tuple[str, ...]) -> tuple[int, int | None] | None:
@@ -184,8 +202,7 @@ class DecoderHooks:
         self.plain_module = not isinstance(decoder, PreTrainedModel)
         self.rule = "real" if self.plain_module else "zeros" if "flash" in attention else "steps"
         # Whether the residual stream is known to be [batch, tokens, hidden_size]: transformers' own models were tried.
-        defines_forward = next(base for base in type(decoder).__mro__ if "forward" in vars(base))
-        self.batch_first = defines_forward.__module__.startswith("transformers.")
+        self.batch_first = is_from_transformers(decoder)
         # The masks of their blocks may show only a window or a chunk of the past.
         self.windowed = any(_is_set(config, name) for name in ("sliding_window", "attention_chunk_size"))
         self.chunked = _is_set(config, "attention_chunk_size")
