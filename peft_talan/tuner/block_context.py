@@ -204,9 +204,10 @@ class BlockContext:
         shape = tuple(hidden_states.shape)
         self._check_order(shape, given.shape)
         if given.unknown_state is not None:
+            remedy = "use_cache=False (or no state), or a cache such as DynamicCache"
             raise ValueError(
                 f"{given.unknown_state}: it is not a transformers Cache, so the side path can't carry its memory from "
-                "call to call with it; pass use_cache=False (or no state), or a cache such as DynamicCache"
+                f"call to call with it; pass {'use_mems=False' if given.unknown_state == 'mems' else remedy}"
             )
         batch, tokens, _ = shape
         if forward is None:

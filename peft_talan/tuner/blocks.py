@@ -82,7 +82,9 @@ def _fitting_lists(model: nn.Module, lists: dict[str, nn.ModuleList]) -> tuple[l
         inside = {id(module) for module in decoder.modules()}
         candidates = [name for name in lists if id(lists[name]) in inside] or candidates
     # A vision tower inside the decoder has a configuration of its own.
-    candidates = [name for name in candidates if type(innermost_config(model, name)) is type(text_config)] or candidates
+    candidates = [
+        name for name in candidates if type(innermost_config(model, name)) is type(text_config)
+    ] or candidates
     # What transformers keeps on one device is a block.
     classes = set(getattr(model, "_no_split_modules", None) or ())
     of_blocks = [name for name in candidates if classes.issuperset(type(block).__name__ for block in lists[name])]

@@ -15,7 +15,8 @@ state from:
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import nn
@@ -35,7 +36,8 @@ NOT_OF_TOKENS: dict[str, str] = {
 """Model types whose blocks pass on hidden states of something else than the model's tokens, and what it is."""
 
 
-class ResidualStreams(NamedTuple):
+@dataclass(frozen=True)
+class ResidualStreams:
     """Where the residual streams lie in a block's hidden states. The default is one, [batch, tokens, hidden_size].
 
     Args:
@@ -75,19 +77,19 @@ class ResidualStreams(NamedTuple):
                 expected.insert(self.dimension, self.count)
             raise ValueError(
                 f"talan_layers: a block has hidden states of shape {list(shape)}, expected "
-                f"[{', '.join(map(str, expected))}]: the model lays its {self.count} residual streams out differently; "
-                "choose other blocks, or use plain LoRA for this model"
+                f"[{', '.join(map(str, expected))}]: the model lays its {self.count} residual streams out differently "
+                "there; choose other blocks, or use plain LoRA for this model"
             )
         return tuple(sizes)
 
     def read(self, hidden_states: Any) -> Any:
-        """The stream that a side path reads, [batch, tokens, hidden_size]; at least float32 where it is one of several.
+        """The stream that a side path reads, [batch, tokens, hidden_size]; of several, in float32 or float64.
 
         What is no tensor is left to the caller.
         """
         if not isinstance(hidden_states, torch.Tensor):
             return hidden_states
-        # Contiguous: torch multiplies other tensors by weights that train in another order of sums than by frozen ones.
+        # Contiguous: of other tensors, products with weights that train are rounded unlike those with frozen ones.
         if self.tokens_first:
             return hidden_states.transpose(0, 1).contiguous()
         if self.dimension is None:
@@ -147,7 +149,7 @@ def find_streams(model: nn.Module, block_name: str) -> ResidualStreams:
         if count is None:
             continue
         if is_from_transformers(decoder):
-            return streams._replace(count=count)
+            return replace(streams, count=count)
         if count > 1:
             raise _refusal(
                 model,
