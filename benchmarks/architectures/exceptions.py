@@ -74,6 +74,7 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     "deepseek_v2": {"num_experts_per_tok": 2},
     "hrm_text": {"num_layers_per_stack": 2, "num_hidden_layers": 16},
     "idefics": {"cross_layer_interval": 2},
+    "xlstm": {"qk_dim_factor": 1.0},
     "xmod": {"default_language": "en_XX"},
     **{name: {"text_config.rope_parameters.mrope_section": [2, 3, 3]} for name in _MROPE},
     "glm4v_moe": {"text_config.rope_parameters.mrope_section": [1, 1, 2]},

@@ -110,7 +110,10 @@ class BlockContext:
         received = args[0] if args else kwargs.get(names[0])
         self._received = streams.shape_of_one(received.shape) if isinstance(received, torch.Tensor) else None
         self._training = block.training
-        self.cache = None if withholds_cache(block) else self._arguments.cache
+        cache = self._arguments.cache
+        if cache is None and self._arguments.unknown_state == "state" and hooks.passes_on_state:
+            cache = None if self._forward is None else self._forward.cache_of_state()
+        self.cache = None if withholds_cache(block) else cache
         if self._forward is not None:
             self._paged = self._forward.paged
         else:

@@ -20,6 +20,7 @@ from transformers.cache_utils import Cache, EncoderDecoderCache
 from transformers.generation.continuous_batching import PagedAttentionCache
 
 from ..memory.cache import note_recurrent_state, recurrent_state_is_new, tokens_before
+from ..memory.state_cache import StateCache, cache_of_state, is_state
 from ..memory.token_layout import TokenLayout
 from ..serving.paged_cache import PagedCall, find_paged_call
 
@@ -92,6 +93,8 @@ def read_arguments(names: tuple[str, ...], args: tuple[Any, ...], kwargs: dict[s
             cache = value.self_attention_cache
         elif isinstance(value, Cache):
             cache = cache or value
+        elif is_state(value):
+            cache = cache_of_state(value)
         elif isinstance(value, PagedAttentionCache):
             paged = True
         elif name in STATE_ARGUMENTS and _holds_state(value):
@@ -180,6 +183,21 @@ class ForwardContext:
         self.paged = paged
         self.cache: Cache | None = None
         self.layout: TokenLayout | None = None
+        self._new_state: StateCache | None = None
+
+    def cache_of_state(self) -> Cache:
+        """The cache that the state of the decoder's blocks is shown as; the decoder may make the state in this call."""
+        if self.arguments.cache is not None:
+            return self.arguments.cache
+        if self._new_state is None:
+            self._new_state = StateCache()
+        return self._new_state
+
+    def bind_state(self, output: Any) -> None:
+        """Give the decoder's new state, if it returned one, the memories of this call."""
+        for value in output.values() if isinstance(output, dict) else output if isinstance(output, tuple) else ():
+            if self._new_state is not None and is_state(value):
+                self._new_state.show(value)
 
 
 class DecoderHooks:
@@ -206,6 +224,8 @@ class DecoderHooks:
         # The masks of their blocks may show only a window or a chunk of the past.
         self.windowed = any(_is_set(config, name) for name in ("sliding_window", "attention_chunk_size"))
         self.chunked = _is_set(config, "attention_chunk_size")
+        # xLSTM gives its blocks the parts of a state, which it is called with itself or makes.
+        self.passes_on_state = "cache_params" in self.names
         # Gemma 4 gives its blocks with shared keys the last tokens only.
         self.slices = hasattr(decoder, "_maybe_slice_kv_shared_inputs")
 
@@ -257,6 +277,8 @@ class DecoderHooks:
 
     def _after(self, decoder: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         context = self._running.pop(self._thread(), None)
+        if context is not None:
+            context.bind_state(output)
         if context is not None and context.cache is not None:
             note_recurrent_state(context.cache)
 

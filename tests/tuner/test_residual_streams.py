@@ -260,3 +260,35 @@ def test_tokens_that_fsmts_decoder_masks_are_not_in_the_memory() -> None:
     call = {"input_ids": source, "decoder_attention_mask": mask, "use_cache": False}
     logits = [model(decoder_input_ids=ids, **call).logits[:, 3:] for ids in (tokens, other)]
     torch.testing.assert_close(*logits, **rounding(torch.float32))
+
+
+@torch.no_grad()
+def test_xlstms_state_carries_the_memory() -> None:
+    model, tokens = adapted("xlstm", talan_layers=[0, -1]), make_tokens(tokens=13)
+    whole = model(tokens, use_cache=False).logits
+    state = None
+    for _ in range(2):
+        for pieces in PIECES:
+            logits = []
+            for part in tokens.split(pieces, dim=1):
+                output = model(part, cache_params=state, use_cache=True)
+                state = output.cache_params
+                logits.append(output.logits)
+            torch.testing.assert_close(torch.cat(logits, dim=1), whole, rtol=2e-5, atol=2e-5)
+            state.reset()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("filled_by", ["disabled adapter", "another model", "another model at first"])
+def test_an_xlstms_state_that_moved_on_without_the_adapter_is_refused(filled_by: str) -> None:
+    base, tokens = make_any("causal", "xlstm"), make_tokens(tokens=9)
+    model = adapted("xlstm", base)
+    first = base if filled_by == "another model at first" else model
+    state = first(tokens[:, :3], use_cache=True).cache_params
+    if filled_by == "disabled adapter":
+        with model.disable_adapter():
+            model(tokens[:, 3:6], cache_params=state, use_cache=True)
+    else:
+        base(tokens[:, 3:6], cache_params=state, use_cache=True)
+    with pytest.raises(ValueError, match=r"'default'.*empty cache"):
+        model(tokens[:, 6:], cache_params=state, use_cache=True)
