@@ -105,7 +105,7 @@ def read_arguments(names: tuple[str, ...], args: tuple[Any, ...], kwargs: dict[s
         # packed samples; the other three (time, height, width) repeat inside one sample.
         positions = positions[0]
     return CallArguments(
-        _mask_of(given),
+        _mask_of(given, names),
         positions if isinstance(positions, torch.Tensor) else None,
         given.get("cu_seq_lens_q"),
         given.get("seq_idx"),
@@ -116,12 +116,15 @@ def read_arguments(names: tuple[str, ...], args: tuple[Any, ...], kwargs: dict[s
     )
 
 
-def _mask_of(given: dict[str, Any]) -> object:
-    """The mask of the tokens, from models that have others, in which 1 or True masks: FSMT and XLNet."""
-    mask, padding = given.get("attention_mask"), given.get("decoder_padding_mask", given.get("input_mask"))
+def _mask_of(given: dict[str, Any], names: tuple[str, ...]) -> object:
+    """The mask of the tokens; FSMT's decoder and XLNet take others, too, in which 1 or True masks."""
+    mask, padding, hidden = given.get("attention_mask"), None, None
+    if "decoder_causal_mask" in names:
+        padding = given.get("decoder_padding_mask")
+    elif "perm_mask" in names:
+        padding, hidden = given.get("input_mask"), given.get("perm_mask")
     if isinstance(padding, torch.Tensor) and padding.dim() == 2:
         mask = padding == 0
-    hidden = given.get("perm_mask")
     if isinstance(hidden, torch.Tensor) and hidden.dim() == 3:
         visible = hidden == 0
         mask = visible & (mask != 0).unsqueeze(1) if isinstance(mask, torch.Tensor) and mask.dim() == 2 else visible
@@ -186,7 +189,7 @@ class ForwardContext:
         self._new_state: StateCache | None = None
 
     def cache_of_state(self) -> Cache:
-        """The cache that the state of the decoder's blocks is shown as; the decoder may make the state in this call."""
+        """The cache that the state of the decoder's blocks is shown as; this call of the decoder may make the state."""
         if self.arguments.cache is not None:
             return self.arguments.cache
         if self._new_state is None:

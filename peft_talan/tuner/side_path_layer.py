@@ -84,7 +84,7 @@ class SidePathLayer(nn.Module):
         self._handles: list[RemovableHandle] = []
         self._argument_names: tuple[str, ...] = ()
         self._decoder_hooks: DecoderHooks | None = None
-        self._streams = ResidualStreams()
+        self.streams = ResidualStreams()
 
     @property
     def runs_side_paths(self) -> bool:
@@ -154,7 +154,7 @@ class SidePathLayer(nn.Module):
             self.placement = torch.empty(0, device=parameter.device, dtype=dtype)
         self._argument_names = argument_names(block)
         self._decoder_hooks = DecoderHooks.of(decoder)
-        self._streams = streams
+        self.streams = streams
         earlier = [child for child in block.children() if isinstance(child, SidePathLayer)]
         block.add_module(self.child_name, self)
         # Before hooks that were there earlier: what they see (recorded hidden states, say) is after the write-back.
@@ -201,7 +201,7 @@ class SidePathLayer(nn.Module):
             raise RuntimeError("the side path is not attached to a block; attach it first")
         context = BlockContext(
             self._decoder_hooks,
-            self._streams,
+            self.streams,
             block,
             self.block_index,
             self._argument_names,
@@ -209,9 +209,9 @@ class SidePathLayer(nn.Module):
             kwargs,
             has_run=position == "output",
         )
-        stream = self._streams.read(hidden_states)
+        stream = self.streams.read(hidden_states)
         written: torch.Tensor = getattr(block, self.child_name)(stream, position, context)
-        return hidden_states if written is stream else self._streams.write(hidden_states, stream, written)
+        return hidden_states if written is stream else self.streams.write(hidden_states, stream, written)
 
     def forward(self, hidden_states: torch.Tensor, position: str, context: BlockContext) -> torch.Tensor:
         """Run every side path of the layer on the residual stream at one end of the block; see `run`."""
