@@ -28,10 +28,12 @@ tensor gets a gradient, and the same one with gradient checkpointing. Encoders h
 packing are left out there.
 
 - **right**: in all checks in which plain LoRA is right. Those in which it is not, and those not run, are named.
-- **refused**: `get_peft_model` says why. [The side path](../concepts/side_path.md#models-with-several-residual-streams) says what is
-  read and written where blocks pass on something else than one hidden state of each token.
+- **refused**: `get_peft_model` says why.
 - **wrong**, **crash**: a fault of this package, with the checks that show it.
 - **LoRA fails**, **not built**: there is nothing to compare with: plain LoRA, or the tiny model, does not run.
+
+What is read and written where blocks pass on something else than one hidden state of each token:
+[Models with several residual streams](../concepts/side_path.md#models-with-several-residual-streams).
 
 """
 

@@ -37,18 +37,36 @@ class StateCache(Cache):
         super().__init__(layers=[])
 
     def show(self, state: Any) -> None:
-        """Become what a state is shown as."""
+        """Become what a state is shown as.
+
+        Args:
+            state: The `xLSTMCache`.
+        """
         self.layers: list[Any] = [_StateLayer(state, index) for index in state.rnn_state]
         setattr(state, SHOWN_AS, self)
 
 
 def is_state(value: object) -> bool:
-    """Whether a value is the state of an xLSTM."""
+    """Whether a value is the state of an xLSTM, a `xLSTMCache`.
+
+    Args:
+        value: Anything.
+
+    Returns:
+        Whether it has the tensors of one.
+    """
     return isinstance(getattr(value, "rnn_state", None), dict)
 
 
 def cache_of_state(state: Any) -> StateCache:
-    """The cache that a state is shown as; its memories are empty where the state is."""
+    """Find the cache that a state is shown as; its memories are empty where the state is.
+
+    Args:
+        state: The `xLSTMCache`.
+
+    Returns:
+        The same cache every time.
+    """
     cache: StateCache | None = getattr(state, SHOWN_AS, None)
     if cache is None:
         cache = StateCache()

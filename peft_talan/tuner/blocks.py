@@ -128,6 +128,12 @@ def _makes_masks(owner: nn.Module, inner: nn.Module) -> bool:
     return "decoder_input_ids" in of_owner or ("attention_mask" in of_inner and "attention_mask" not in of_owner)
 
 
+def is_from_transformers(module: nn.Module) -> bool:
+    """Whether a module's forward pass is that of a model of transformers."""
+    defines_forward = next(base for base in type(module).__mro__ if "forward" in vars(base))
+    return defines_forward.__module__.startswith("transformers.")
+
+
 def find_hidden_size(model: nn.Module, config: TalanConfig) -> int:
     """Find the width of the residual stream."""
     hidden_size = getattr(_text_config(model), "hidden_size", None)

@@ -23,6 +23,7 @@ from ..memory.cache import note_recurrent_state, recurrent_state_is_new, tokens_
 from ..memory.state_cache import StateCache, cache_of_state, is_state
 from ..memory.token_layout import TokenLayout
 from ..serving.paged_cache import PagedCall, find_paged_call
+from .blocks import is_from_transformers
 
 STATE_ARGUMENTS = frozenset(
     {
@@ -76,12 +77,6 @@ def argument_names(module: nn.Module) -> tuple[str, ...]:
     return tuple(inspect.signature(module.forward).parameters)
 
 
-def is_from_transformers(module: nn.Module) -> bool:
-    """Whether a module's forward pass is that of a model of transformers."""
-    defines_forward = next(base for base in type(module).__mro__ if "forward" in vars(base))
-    return defines_forward.__module__.startswith("transformers.")
-
-
 def read_arguments(names: tuple[str, ...], args: tuple[Any, ...], kwargs: dict[str, Any]) -> CallArguments:
     """Gather what a side path needs from a call."""
     given = {**dict(zip(names, args, strict=False)), **kwargs}
@@ -93,10 +88,10 @@ def read_arguments(names: tuple[str, ...], args: tuple[Any, ...], kwargs: dict[s
             cache = value.self_attention_cache
         elif isinstance(value, Cache):
             cache = cache or value
-        elif is_state(value):
-            cache = cache_of_state(value)
         elif isinstance(value, PagedAttentionCache):
             paged = True
+        elif name in STATE_ARGUMENTS and is_state(value):
+            cache = cache_of_state(value)
         elif name in STATE_ARGUMENTS and _holds_state(value):
             unknown = name
     positions = given.get("position_ids")
@@ -189,7 +184,7 @@ class ForwardContext:
         self._new_state: StateCache | None = None
 
     def cache_of_state(self) -> Cache:
-        """The cache that the state of the decoder's blocks is shown as; this call of the decoder may make the state."""
+        """The cache that the state of the decoder's blocks is shown as; the decoder may make it in this call."""
         if self.arguments.cache is not None:
             return self.arguments.cache
         if self._new_state is None:

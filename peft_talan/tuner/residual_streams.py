@@ -22,8 +22,7 @@ import torch
 from torch import nn
 
 from ..functional.parameters import working_dtype
-from .blocks import find_decoder, innermost_config
-from .forward_context import is_from_transformers
+from .blocks import find_decoder, innermost_config, is_from_transformers
 
 TOKENS_FIRST = ("fsmt", "xlnet")
 """Model types whose blocks pass on hidden states of shape [tokens, batch, hidden_size]."""
@@ -58,7 +57,17 @@ class ResidualStreams:
     tokens_first: bool = False
 
     def shape_of_one(self, shape: torch.Size) -> tuple[int, ...]:
-        """The shape of the stream that is read, [batch, tokens, hidden_size], from that of the hidden states."""
+        """The shape of the stream that is read.
+
+        Args:
+            shape: That of the hidden states.
+
+        Returns:
+            (batch, tokens, hidden_size).
+
+        Raises:
+            ValueError: The hidden states do not hold these streams.
+        """
         if self.tokens_first:
             return (shape[1], shape[0], *shape[2:]) if len(shape) > 1 else tuple(shape)
         if self.dimension is None:
@@ -83,9 +92,16 @@ class ResidualStreams:
         return tuple(sizes)
 
     def read(self, hidden_states: Any) -> Any:
-        """The stream that a side path reads, [batch, tokens, hidden_size]; of several, in float32 or float64.
+        """Read one stream.
 
-        What is no tensor is left to the caller.
+        Args:
+            hidden_states: What a block receives or returns. What is no tensor is returned as it is.
+
+        Returns:
+            The stream that a side path reads, [batch, tokens, hidden_size]; of several, in float32 or float64.
+
+        Raises:
+            ValueError: The hidden states do not hold these streams.
         """
         if not isinstance(hidden_states, torch.Tensor):
             return hidden_states
@@ -103,7 +119,16 @@ class ResidualStreams:
         return streams.select(self.dimension, self.main).to(dtype).contiguous()
 
     def write(self, hidden_states: torch.Tensor, read: torch.Tensor, written: torch.Tensor) -> torch.Tensor:
-        """The hidden states in which what was read has become what was written."""
+        """Write what changed into every stream.
+
+        Args:
+            hidden_states: What a block receives or returns.
+            read: What `read` returned for it.
+            written: The same with a perturbation, [batch, tokens, hidden_size].
+
+        Returns:
+            The hidden states in their own order and dtype, in which what was read has become what was written.
+        """
         if self.tokens_first:
             return written.transpose(0, 1).contiguous()
         if self.dimension is None:
@@ -126,6 +151,13 @@ def _count(owner: object, field: str) -> int | None:
 
 def find_streams(model: nn.Module, block_name: str) -> ResidualStreams:
     """Find how a block lays out its hidden states, by what the model says about itself and never by shapes.
+
+    Args:
+        model: The model.
+        block_name: The block's name in it.
+
+    Returns:
+        The residual streams.
 
     Raises:
         ValueError: They are not those of the model's tokens, or there are several of each and the model is none of

@@ -315,3 +315,16 @@ def test_an_xlstms_state_that_moved_on_without_the_adapter_is_refused(filled_by:
         base(tokens[:, 3:6], cache_params=state, use_cache=True)
     with pytest.raises(ValueError, match=r"'default'.*empty cache"):
         model(tokens[:, 6:], cache_params=state, use_cache=True)
+
+
+@torch.no_grad()
+def test_tokens_that_xlstm_gives_its_blocks_in_parts_are_refused_and_go_in_by_calls() -> None:
+    base = make_any("causal", "xlstm")
+    model, tokens = adapted("xlstm", base), make_tokens(tokens=base.config.max_inference_chunksize + 5)
+    with pytest.raises(ValueError, match="gives this block only some of the tokens"):
+        model(tokens)
+    state = model(tokens[:, :-5], use_cache=True).cache_params
+    logits = model(tokens[:, -5:], cache_params=state).logits
+    base.config.max_inference_chunksize = 1000
+    whole = adapted("xlstm", base)(tokens, use_cache=False).logits
+    torch.testing.assert_close(logits, whole[:, -5:], rtol=2e-5, atol=2e-5)
