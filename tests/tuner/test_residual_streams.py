@@ -140,7 +140,7 @@ PIECES = [[13], [5, 8], [1, 1, 11], [7, 1, 5]]
 
 @torch.no_grad()
 @pytest.mark.parametrize("end", ["input", "output"])
-@pytest.mark.parametrize("model_type", ["gemma3n_text", "hrm_text", "hy_v4", "qwen4_exp_text"])
+@pytest.mark.parametrize("model_type", ["deepseek_v4", "gemma3n_text", "hrm_text", "hy_v4", "qwen4_exp_text"])
 def test_a_cache_goes_on_from_any_split(model_type: str, end: str) -> None:
     model, tokens = adapted(model_type, talan_layers=[0, -1], talan_position=end), make_tokens(tokens=13)
     whole = model(tokens, use_cache=False).logits
