@@ -133,7 +133,8 @@ class ResidualStreams:
             return written.transpose(0, 1).contiguous()
         if self.dimension is None:
             return written
-        change = (written - read.to(written.device)).to(hidden_states.dtype).unsqueeze(self.dimension)
+        # In the dtype of what was written, to which a sharding library may have cast what was read.
+        change = (written - read.to(written)).to(hidden_states.dtype).unsqueeze(self.dimension)
         streams = self._apart(hidden_states.to(written.device)) + change
         return streams.flatten(self.dimension, self.dimension + 1) if self.joined else streams
 
