@@ -114,8 +114,9 @@ def find_decoder(model: nn.Module, block_name: str) -> nn.Module:
     path = block_name.split(".")
     around = [model.get_submodule(".".join(path[:end])) for end in range(len(path) - 1, -1, -1)]
     owners = [module for module in around if not isinstance(module, nn.ModuleList)]
-    places = (place for place, module in enumerate(owners) if isinstance(module, PreTrainedModel))
-    place = next(places, len(owners) - 1)
+    place = next((place for place, module in enumerate(owners) if isinstance(module, PreTrainedModel)), None)
+    if place is None:
+        return owners[-1]
     return owners[place - 1] if place > 0 and _makes_masks(owners[place], owners[place - 1]) else owners[place]
 
 
