@@ -32,6 +32,9 @@ packing are left out there.
 - **wrong**, **crash**: a fault of this package, with the checks that show it.
 - **LoRA fails**, **not built**: there is nothing to compare with: plain LoRA, or the tiny model, does not run.
 
+What is read and written where blocks pass on something else than one hidden state of each token:
+[Models with several residual streams](../concepts/side_path.md#models-with-several-residual-streams).
+
 """
 
 

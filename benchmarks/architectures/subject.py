@@ -123,10 +123,15 @@ class Subject:
 
 def _targets(base: PreTrainedModel) -> list[str]:
     """The two kinds of linear layers that stand in most blocks: LoRA weights that run fast."""
-    layers = [name.split(".")[-1] for name, m in base.named_modules() if isinstance(m, (nn.Linear, Conv1D))]
+    layers, others = [], set()
+    for name, module in base.named_modules():
+        if isinstance(module, (nn.Linear, Conv1D)):
+            layers.append(name.split(".")[-1])
+        else:
+            others.add(name.split(".")[-1])  # Reformer has other modules of the same name, which PEFT refuses
     # PEFT refuses the last layer of state-space blocks and parts of fused experts; routers return more than a tensor.
     unfit = re.compile(r"out_proj|lm_head|router|gate|up_proj|down_proj|^[0-9]")
-    return [name for name, _ in Counter(layers).most_common() if not unfit.search(name)][:2]
+    return [name for name, _ in Counter(layers).most_common() if name not in others and not unfit.search(name)][:2]
 
 
 def _logits(output: Any) -> torch.Tensor:

@@ -13,6 +13,7 @@ from torch import nn
 
 from ..functional.parameters import working_dtype
 from ..tuner.attachment import attached_side_paths
+from ..tuner.block_context import stream_of
 from ..tuner.layer import TalanLayer
 
 Inputs = Mapping[str, torch.Tensor]
@@ -91,7 +92,7 @@ def record_streams(model: nn.Module, inputs: Inputs) -> Streams:
         The stream, at least float32.
 
     Raises:
-        ValueError: The attention mask is not of shape [batch, tokens].
+        ValueError: The attention mask is not of shape [batch, tokens], or blocks run more than once in a forward pass.
     """
     mask = inputs.get("attention_mask")
     if mask is not None and mask.dim() != 2:
@@ -105,23 +106,30 @@ def record_streams(model: nn.Module, inputs: Inputs) -> Streams:
         return tokens.flatten(0, 1) if mask is None else tokens[mask.to(tokens.device, torch.bool)]
 
     def enter(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        before.append(real(args[0] if args else kwargs["hidden_states"]))
+        before.append(real(layout.read(args[0] if args else kwargs["hidden_states"])))
 
     def leave(_: nn.Module, __: tuple[Any, ...], output: Any) -> None:
-        after.append(real(output[0] if isinstance(output, tuple) else output))
+        after.append(real(layout.read(stream_of(output))))
 
     def write(layer: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> None:
         if isinstance(layer, TalanLayer) and not layer.disable_adapters:
             change = real(output) - real(args[0])
             written[layer.block_index] = written.get(layer.block_index, 0) + change
 
+    blocks = steered_blocks(model)
+    layout = next(layer.streams for _, layer in attached_side_paths(model))
     with ExitStack() as hooks:
-        for block in steered_blocks(model):
+        for block in blocks:
             hooks.callback(block.register_forward_pre_hook(enter, with_kwargs=True).remove)
             hooks.callback(block.register_forward_hook(leave).remove)
         for _, layer in attached_side_paths(model):
             hooks.callback(layer.register_forward_hook(write).remove)
         run(model, inputs)
+    if len(after) > len(blocks):
+        raise ValueError(
+            f"model={type(model).__name__}: its {len(blocks)} blocks ran {len(after)} times in a forward pass, and a "
+            "block that runs more than once has more than one residual stream to measure"
+        )
     return Streams(before, after, written)
 
 

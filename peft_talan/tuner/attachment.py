@@ -12,6 +12,7 @@ from torch import nn
 from ..private_names import _set_layer_requires_grad
 from .blocks import find_decoder
 from .layer import TalanLayer
+from .residual_streams import find_streams
 
 
 def attach_side_path(
@@ -27,7 +28,7 @@ def attach_side_path(
         # A first adapter is on.
         modules = tuner.model.modules() if len(tuner.peft_config) > 1 else ()
         others = [module for module in modules if isinstance(module, BaseTunerLayer)]
-        layer.attach(block, find_decoder(tuner.model, block_name))
+        layer.attach(block, find_decoder(tuner.model, block_name), find_streams(tuner.model, block_name))
         layer.set_adapter(tuner.active_adapters)
         layer.enable_adapters(not any(other.disable_adapters for other in others))
     layer.add_side_path(adapter_name, config)

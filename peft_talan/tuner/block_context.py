@@ -17,6 +17,7 @@ from ..memory.interface import Memory, NoMemory
 from ..memory.token_layout import Positions, TokenLayout, token_layout
 from ..serving.paged_cache import find_paged_call
 from .forward_context import CallArguments, DecoderHooks, ForwardContext, read_arguments
+from .residual_streams import ResidualStreams
 
 BEFORE_ALL = 2**40
 """In place of an unknown number of earlier tokens: more than any mask has columns, so the call's are its last ones."""
@@ -64,9 +65,8 @@ def stream_of(output: Any) -> Any:
     return output
 
 
-def check_same_shape(stream: Any, received: torch.Tensor | None) -> None:
-    """Refuse to write into what is not the residual stream that a block received."""
-    expected = getattr(received, "shape", None)
+def check_same_shape(stream: Any, expected: tuple[int, ...] | None) -> None:
+    """Refuse to write into what is not the residual stream that a block received, of the expected shape."""
     if not isinstance(stream, torch.Tensor) or (expected is not None and stream.shape != expected):
         got = f"shape {list(stream.shape)}" if isinstance(stream, torch.Tensor) else type(stream).__name__
         raise TypeError(
@@ -80,6 +80,7 @@ class BlockContext:
 
     Args:
         hooks: Those of the block's decoder.
+        streams: How the block lays out its hidden states.
         block: The block.
         block_index: The block's index.
         names: The block's positional arguments, as returned by `argument_names`.
@@ -91,6 +92,7 @@ class BlockContext:
     def __init__(
         self,
         hooks: DecoderHooks,
+        streams: ResidualStreams,
         block: nn.Module,
         block_index: int,
         names: tuple[str, ...],
@@ -101,12 +103,17 @@ class BlockContext:
         self._hooks = hooks
         self._forward = hooks.running
         self._arguments = read_arguments(names, args, kwargs)
-        self._block_index = block_index
+        # HRM runs a block several times in a forward pass, each with a cache layer of its own.
+        self.block_index = block_index + int(kwargs.get("cycle_offset") or 0)
         self._has_run = has_run
         self._args, self._kwargs = args, kwargs
-        self._received = args[0] if args else kwargs.get(names[0])
+        received = args[0] if args else kwargs.get(names[0])
+        self._received = streams.shape_of_one(received.shape) if isinstance(received, torch.Tensor) else None
         self._training = block.training
-        self.cache = None if withholds_cache(block) else self._arguments.cache
+        cache = self._arguments.cache
+        if cache is None and self._arguments.unknown_state == "state" and hooks.passes_on_state:
+            cache = None if self._forward is None else self._forward.cache_of_state()
+        self.cache = None if withholds_cache(block) else cache
         if self._forward is not None:
             self._paged = self._forward.paged
         else:
@@ -138,13 +145,13 @@ class BlockContext:
             ValueError: The cache holds tokens that did not pass through this side path.
         """
         if self._paged is not None:
-            return self._paged.memory(self._block_index, f"{child_name}.{adapter_name}")
+            return self._paged.memory(self.block_index, f"{child_name}.{adapter_name}")
         if self.cache is None:
             return NoMemory()
         batch, tokens = hidden_states.shape[:2]
         past, device = self._past(tokens), hidden_states.device
         request = MemoryRequest(
-            self._block_index,
+            self.block_index,
             child_name,
             adapter_name,
             past.to(device) if isinstance(past, torch.Tensor) else past,
@@ -163,7 +170,7 @@ class BlockContext:
         if self._forward is not None:
             return self._forward.past
         layers: list[Any] = self.cache.layers
-        index = self._block_index
+        index = self.block_index
         if index < len(layers) and isinstance(layers[index], CacheLayerMixin):
             length, has_call = layers[index].get_seq_length(), self._has_run
         else:
@@ -178,7 +185,7 @@ class BlockContext:
         """Which of the call's tokens are real, and where packed samples start.
 
         Args:
-            hidden_states: What the block receives or returns.
+            hidden_states: The residual stream that is read from what the block receives or returns.
 
         Returns:
             The layout, computed once for all blocks of a forward pass; a server's requests need none.
@@ -200,9 +207,10 @@ class BlockContext:
         shape = tuple(hidden_states.shape)
         self._check_order(shape, given.shape)
         if given.unknown_state is not None:
+            remedy = "use_cache=False (or no state), or a cache such as DynamicCache"
             raise ValueError(
                 f"{given.unknown_state}: it is not a transformers Cache, so the side path can't carry its memory from "
-                "call to call with it; pass use_cache=False (or no state), or a cache such as DynamicCache"
+                f"call to call with it; pass {'use_mems=False' if given.unknown_state == 'mems' else remedy}"
             )
         batch, tokens, _ = shape
         if forward is None:
@@ -241,7 +249,7 @@ class BlockContext:
         fits = len(shape) == 3 and (batch is None or batch == shape[0]) and (tokens is None or tokens == shape[1])
         if not fits:
             raise ValueError(
-                f"talan_layers: block {self._block_index} has hidden states of shape {list(shape)}, expected "
+                f"talan_layers: block {self.block_index} has hidden states of shape {list(shape)}, expected "
                 f"[{batch or 'batch'}, {tokens or 'tokens'}, hidden_size]: the model lays its residual stream out "
                 "differently, has several, or gives this block only some of the tokens; choose other blocks, or use "
                 "plain LoRA for this model"
@@ -252,7 +260,7 @@ class BlockContext:
             self._hooks.batch_first = True
         elif shape[0] > 1:
             raise ValueError(
-                f"talan_layers: block {self._block_index} has hidden states of shape {list(shape)}, which do not show "
+                f"talan_layers: block {self.block_index} has hidden states of shape {list(shape)}, which do not show "
                 "whether their rows or their tokens come first in this model, which is none of transformers'; call it "
                 "once with another number of rows than tokens, such as one row"
             )

@@ -15,17 +15,15 @@ from ..functional.initialization import empty_parameters
 
 SMALLEST_LIMIT = 2**20
 """How many numbers a side path may hold beside any model, however small."""
-SINGLE_STREAM: dict[str, int] = {"altup_num_inputs": 1, "hc_mult": 1, "hc_count": 1, "ngram": 0}
-"""Fields of configurations that say how many hidden states a block passes on, and their value if it is one."""
-OTHER_STREAMS: dict[str, str] = {
-    "cpmant": "put the hidden states of a prompt before those of the tokens",
-    "fsmt": "pass on hidden states of shape [tokens, batch, hidden_size]",
-    "longformer": "pass on hidden states that are padded to a multiple of the attention window",
-    "mask2former": "pass on hidden states of shape [queries, batch, hidden_size]",
-    "oneformer": "pass on hidden states of shape [queries, batch, hidden_size]",
-    "xlnet": "pass on hidden states of shape [tokens, batch, hidden_size]",
+
+CHOSEN_LISTS: dict[str, str] = {
+    # Without blocks of their own: the norm that ends each receives and returns the residual stream.
+    "flaubert": "layer_norm2",
+    "xlm": "layer_norm2",
+    # Of the two stacks, the one whose state the model's output is made from.
+    "hrm_text": "H_module.layers",
 }
-"""Model types whose blocks do not pass on [batch, tokens, hidden_size], and what they do."""
+"""Model types of which several lists fit, and how the name of the right one ends."""
 
 
 def _text_config(model: nn.Module) -> object | None:
@@ -58,6 +56,9 @@ def _named_or_found(model: nn.Module, config: TalanConfig) -> tuple[str, nn.Modu
             )
         return config.talan_blocks, lists[config.talan_blocks]
     fitting, candidates = _fitting_lists(model, lists)
+    chosen = CHOSEN_LISTS.get(getattr(_text_config(model), "model_type", ""))
+    if chosen is not None:
+        fitting = [name for name in candidates if f".{name}".endswith(f".{chosen}")]
     if len(fitting) != 1:
         raise ValueError(
             f"talan_blocks=None: {'no' if not fitting else 'more than one'} list of decoder blocks was found in "
@@ -81,7 +82,9 @@ def _fitting_lists(model: nn.Module, lists: dict[str, nn.ModuleList]) -> tuple[l
         inside = {id(module) for module in decoder.modules()}
         candidates = [name for name in lists if id(lists[name]) in inside] or candidates
     # A vision tower inside the decoder has a configuration of its own.
-    candidates = [name for name in candidates if type(_config_of(model, name)) is type(text_config)] or candidates
+    candidates = [
+        name for name in candidates if type(innermost_config(model, name)) is type(text_config)
+    ] or candidates
     # What transformers keeps on one device is a block.
     classes = set(getattr(model, "_no_split_modules", None) or ())
     of_blocks = [name for name in candidates if classes.issuperset(type(block).__name__ for block in lists[name])]
@@ -93,7 +96,7 @@ def _fitting_lists(model: nn.Module, lists: dict[str, nn.ModuleList]) -> tuple[l
     return _outermost(of_blocks), _outermost(candidates)
 
 
-def _config_of(model: nn.Module, name: str) -> object | None:
+def innermost_config(model: nn.Module, name: str) -> object | None:
     """The configuration of the innermost module with one that a module lies in."""
     *path, _ = name.split(".")
     owners = [model, *(model.get_submodule(".".join(path[: depth + 1])) for depth in range(len(path)))]
@@ -107,29 +110,29 @@ def _outermost(names: list[str]) -> list[str]:
 
 
 def find_decoder(model: nn.Module, block_name: str) -> nn.Module:
-    """Find the module whose forward pass runs a block, and which is called with the caller's masks and positions."""
+    """Find the module whose forward pass runs a block, and which is called with its tokens' masks and positions."""
     path = block_name.split(".")
     around = [model.get_submodule(".".join(path[:end])) for end in range(len(path) - 1, -1, -1)]
     owners = [module for module in around if not isinstance(module, nn.ModuleList)]
-    return next((module for module in owners if isinstance(module, PreTrainedModel)), owners[-1])
+    place = next((place for place, module in enumerate(owners) if isinstance(module, PreTrainedModel)), None)
+    if place is None:
+        return owners[-1]
+    return owners[place - 1] if place > 0 and _makes_masks(owners[place], owners[place - 1]) else owners[place]
 
 
-def check_stream(model: nn.Module) -> None:
-    """Refuse models whose blocks pass on something else than one hidden state of each token."""
-    config = _text_config(model)
-    reasons = [
-        f"pass on several hidden states of each token ({field}={streams})"
-        for field, single in SINGLE_STREAM.items()
-        if isinstance(streams := getattr(config, field, None), int) and streams > single
-    ]
-    model_type = getattr(config, "model_type", None)
-    if model_type in OTHER_STREAMS:
-        reasons.append(OTHER_STREAMS[model_type])
-    if reasons:
-        raise ValueError(
-            f"model={type(model).__name__}: its blocks {reasons[0]}, and a side path reads and writes hidden states "
-            "of shape [batch, tokens, hidden_size]; use a plain LoraConfig"
-        )
+def _makes_masks(owner: nn.Module, inner: nn.Module) -> bool:
+    """Whether a module is not called with the masks of its blocks' tokens, but calls the next inner one with them.
+
+    FSMT's model is called with an encoder's tokens and mask, too; CPM-Ant makes its mask from the tokens.
+    """
+    of_owner, of_inner = (set(inspect.signature(module.forward).parameters) for module in (owner, inner))
+    return "decoder_input_ids" in of_owner or ("attention_mask" in of_inner and "attention_mask" not in of_owner)
+
+
+def is_from_transformers(module: nn.Module) -> bool:
+    """Whether a module's forward pass is that of a model of transformers."""
+    defines_forward = next(base for base in type(module).__mro__ if "forward" in vars(base))
+    return defines_forward.__module__.startswith("transformers.")
 
 
 def find_hidden_size(model: nn.Module, config: TalanConfig) -> int:
@@ -183,9 +186,15 @@ def choose_targets(config: TalanConfig, name: str, blocks: nn.ModuleList) -> dic
             )
         arguments = list(inspect.signature(block.forward).parameters)
         if "hidden_states" in arguments[1:]:
+            reason = "and a side path reads and writes one"
+            if hasattr(block, "backward_pass"):
+                reason = (
+                    "which the backward pass computes anew from those that it passed on, without hooks, so gradients "
+                    "would be those of other hidden states"
+                )
             raise ValueError(
                 f"talan_blocks: block {name}.{index} takes {arguments[0]} before its hidden_states: it passes on "
-                "several hidden states of each token, and a side path reads and writes one; use a plain LoraConfig"
+                f"several hidden states of each token, {reason}; use a plain LoraConfig"
             )
         child = getattr(block, CHILD_NAME, None)
         if child is not None and not hasattr(child, "talan_options"):

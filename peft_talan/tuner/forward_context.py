@@ -20,8 +20,10 @@ from transformers.cache_utils import Cache, EncoderDecoderCache
 from transformers.generation.continuous_batching import PagedAttentionCache
 
 from ..memory.cache import note_recurrent_state, recurrent_state_is_new, tokens_before
+from ..memory.state_cache import StateCache, cache_of_state, is_state
 from ..memory.token_layout import TokenLayout
 from ..serving.paged_cache import PagedCall, find_paged_call
+from .blocks import is_from_transformers
 
 STATE_ARGUMENTS = frozenset(
     {
@@ -88,6 +90,8 @@ def read_arguments(names: tuple[str, ...], args: tuple[Any, ...], kwargs: dict[s
             cache = cache or value
         elif isinstance(value, PagedAttentionCache):
             paged = True
+        elif name in STATE_ARGUMENTS and is_state(value):
+            cache = cache_of_state(value)
         elif name in STATE_ARGUMENTS and _holds_state(value):
             unknown = name
     positions = given.get("position_ids")
@@ -96,7 +100,7 @@ def read_arguments(names: tuple[str, ...], args: tuple[Any, ...], kwargs: dict[s
         # packed samples; the other three (time, height, width) repeat inside one sample.
         positions = positions[0]
     return CallArguments(
-        given.get("attention_mask"),
+        _mask_of(given, names),
         positions if isinstance(positions, torch.Tensor) else None,
         given.get("cu_seq_lens_q"),
         given.get("seq_idx"),
@@ -105,6 +109,21 @@ def read_arguments(names: tuple[str, ...], args: tuple[Any, ...], kwargs: dict[s
         unknown,
         paged,
     )
+
+
+def _mask_of(given: dict[str, Any], names: tuple[str, ...]) -> object:
+    """The mask of the tokens; FSMT's decoder and XLNet take others, too, in which 1 or True masks."""
+    mask, padding, hidden = given.get("attention_mask"), None, None
+    if "decoder_causal_mask" in names:
+        padding = given.get("decoder_padding_mask")
+    elif "perm_mask" in names:
+        padding, hidden = given.get("input_mask"), given.get("perm_mask")
+    if isinstance(padding, torch.Tensor) and padding.dim() == 2:
+        mask = padding == 0
+    if isinstance(hidden, torch.Tensor) and hidden.dim() == 3:
+        visible = hidden == 0
+        mask = visible & (mask != 0).unsqueeze(1) if isinstance(mask, torch.Tensor) and mask.dim() == 2 else visible
+    return mask
 
 
 def _shape_of_input(given: dict[str, Any], names: tuple[str, ...]) -> tuple[int, int | None] | None:
@@ -162,6 +181,21 @@ class ForwardContext:
         self.paged = paged
         self.cache: Cache | None = None
         self.layout: TokenLayout | None = None
+        self._new_state: StateCache | None = None
+
+    def cache_of_state(self) -> Cache:
+        """The cache that the state of the decoder's blocks is shown as; the decoder may make it in this call."""
+        if self.arguments.cache is not None:
+            return self.arguments.cache
+        if self._new_state is None:
+            self._new_state = StateCache()
+        return self._new_state
+
+    def bind_state(self, output: Any) -> None:
+        """Give the decoder's new state, if it returned one, the memories of this call."""
+        for value in output.values() if isinstance(output, dict) else output if isinstance(output, tuple) else ():
+            if self._new_state is not None and is_state(value):
+                self._new_state.show(value)
 
 
 class DecoderHooks:
@@ -184,11 +218,12 @@ class DecoderHooks:
         self.plain_module = not isinstance(decoder, PreTrainedModel)
         self.rule = "real" if self.plain_module else "zeros" if "flash" in attention else "steps"
         # Whether the residual stream is known to be [batch, tokens, hidden_size]: transformers' own models were tried.
-        defines_forward = next(base for base in type(decoder).__mro__ if "forward" in vars(base))
-        self.batch_first = defines_forward.__module__.startswith("transformers.")
+        self.batch_first = is_from_transformers(decoder)
         # The masks of their blocks may show only a window or a chunk of the past.
         self.windowed = any(_is_set(config, name) for name in ("sliding_window", "attention_chunk_size"))
         self.chunked = _is_set(config, "attention_chunk_size")
+        # xLSTM gives its blocks the parts of a state, which it is called with itself or makes.
+        self.passes_on_state = "cache_params" in self.names
         # Gemma 4 gives its blocks with shared keys the last tokens only.
         self.slices = hasattr(decoder, "_maybe_slice_kv_shared_inputs")
 
@@ -240,6 +275,8 @@ class DecoderHooks:
 
     def _after(self, decoder: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         context = self._running.pop(self._thread(), None)
+        if context is not None:
+            context.bind_state(output)
         if context is not None and context.cache is not None:
             note_recurrent_state(context.cache)
 

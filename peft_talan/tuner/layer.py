@@ -93,7 +93,7 @@ class TalanLayer(SidePathLayer, BaseTunerLayer):
         running = self._running(adapter_names, hidden_states)
         written = self.run(hidden_states, position, context, running)
         if position == "output" and context.cache is not None:
-            mark_stale(context.cache, self.block_index, self.child_name, running)
+            mark_stale(context.cache, context.block_index, self.child_name, running)
         return written
 
     def _running(self, adapter_names: list[str] | None, hidden_states: torch.Tensor) -> dict[str, torch.Tensor | None]:

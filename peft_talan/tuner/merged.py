@@ -24,6 +24,7 @@ from ..version import __version__
 from .attachment import attached_side_paths
 from .blocks import find_decoder
 from .layer import TalanLayer
+from .residual_streams import find_streams
 from .side_path_layer import SidePathLayer
 
 
@@ -101,7 +102,7 @@ def move_to_base(model: nn.Module, configs: Mapping[str, TalanConfig]) -> None:
             for side_path in here:
                 _take(merged, merged.describe(side_path), layer, side_path.adapter_name)
             merged.train(layer.training)
-            merged.attach(block, find_decoder(model, names[block]))
+            merged.attach(block, find_decoder(model, names[block]), find_streams(model, names[block]))
             merged.requires_grad_(False)
             merged.to(merged.placement.dtype)  # what the model's own tensors have, as in a model that is loaded
     _write_to_configs(model, side_paths)
@@ -180,7 +181,7 @@ def attach_described(model: PreTrainedModel) -> None:
                 parent, _, index = name.rpartition(".")
                 blocks: Any = model.get_submodule(parent)
                 layers[place] = MergedSidePaths(side_path.hidden_size, int(index), len(blocks), side_path.stage)
-                layers[place].attach(block, find_decoder(model, name))
+                layers[place].attach(block, find_decoder(model, name), find_streams(model, name))
             layer, device = layers[place], next(block.parameters()).device
             layer.awaits_values = device.type == "meta"
             # Without that, they are fresh, and have no effect.

@@ -23,10 +23,11 @@ from ..checkpoint.rollback import Snapshot, attributes_unchanged_on_error
 from ..config import TalanConfig, TalanRuntimeConfig
 from . import tensor_parallel
 from .attachment import attach_side_path, attached_side_paths, detach_side_paths
-from .blocks import check_size, check_stream, choose_targets, find_blocks, find_hidden_size, point_at_fused_experts
+from .blocks import check_size, choose_targets, find_blocks, find_hidden_size, point_at_fused_experts
 from .merge import DROPPED, LIVE, check_mergeable
 from .merged import move_to_base
 from .mixed_batch import NO_ROWS, rows_named
+from .residual_streams import find_streams
 from .state_dict import CheckpointedModel
 from .trainability import declare_scope
 from .weighted import add_weighted_adapter
@@ -98,8 +99,8 @@ class TalanModel(CheckpointedModel):
             raise ValueError(
                 f"config={type(config).__name__}: a TALAN model takes a TalanConfig for adapter {adapter_name!r}"
             )
-        check_stream(model)
         name, every_block = find_blocks(model, config)
+        find_streams(model, f"{name}.0")
         blocks = choose_targets(config, name, every_block)
         hidden_size = find_hidden_size(model, config)
         tensor_parallel.check_plan(model)

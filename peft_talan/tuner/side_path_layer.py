@@ -14,6 +14,7 @@ from ..functional.initialization import initial_parameters
 from ..functional.parameters import MIXER_PARAMETERS, SidePathOptions, SidePathParameters
 from .block_context import BlockContext, replace_recorded_state, replace_stream, stream_of
 from .forward_context import DecoderHooks, argument_names
+from .residual_streams import ResidualStreams
 
 TENSOR_NAMES: tuple[str, ...] = (
     "read",
@@ -83,6 +84,7 @@ class SidePathLayer(nn.Module):
         self._handles: list[RemovableHandle] = []
         self._argument_names: tuple[str, ...] = ()
         self._decoder_hooks: DecoderHooks | None = None
+        self.streams = ResidualStreams()
 
     @property
     def runs_side_paths(self) -> bool:
@@ -142,7 +144,7 @@ class SidePathLayer(nn.Module):
             ) from error
         return fetched
 
-    def attach(self, block: nn.Module, decoder: nn.Module) -> None:
+    def attach(self, block: nn.Module, decoder: nn.Module, streams: ResidualStreams) -> None:
         """Become the block's child and act around its calls."""
         parameter = next(block.parameters(), None)
         if parameter is not None and not parameter.is_meta:
@@ -152,6 +154,7 @@ class SidePathLayer(nn.Module):
             self.placement = torch.empty(0, device=parameter.device, dtype=dtype)
         self._argument_names = argument_names(block)
         self._decoder_hooks = DecoderHooks.of(decoder)
+        self.streams = streams
         earlier = [child for child in block.children() if isinstance(child, SidePathLayer)]
         block.add_module(self.child_name, self)
         # Before hooks that were there earlier: what they see (recorded hidden states, say) is after the write-back.
@@ -192,12 +195,13 @@ class SidePathLayer(nn.Module):
 
     def _call(
         self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], hidden_states: Any, position: str
-    ) -> torch.Tensor:
+    ) -> Any:
         """Call this layer as the block's child: a sharding library may have wrapped it to gather its parameters."""
         if self._decoder_hooks is None:
             raise RuntimeError("the side path is not attached to a block; attach it first")
         context = BlockContext(
             self._decoder_hooks,
+            self.streams,
             block,
             self.block_index,
             self._argument_names,
@@ -205,8 +209,9 @@ class SidePathLayer(nn.Module):
             kwargs,
             has_run=position == "output",
         )
-        written: torch.Tensor = getattr(block, self.child_name)(hidden_states, position, context)
-        return written
+        stream = self.streams.read(hidden_states)
+        written: torch.Tensor = getattr(block, self.child_name)(stream, position, context)
+        return hidden_states if written is stream else self.streams.write(hidden_states, stream, written)
 
     def forward(self, hidden_states: torch.Tensor, position: str, context: BlockContext) -> torch.Tensor:
         """Run every side path of the layer on the residual stream at one end of the block; see `run`."""

@@ -9,9 +9,10 @@ from pathlib import Path
 import pandas
 import pytest
 import torch
-from peft import PeftModel
+from peft import PeftModel, get_peft_model
 
-from peft_talan import talan_strength
+from benchmarks.architectures.tiny import make_base as make_any
+from peft_talan import TalanConfig, talan_strength
 from peft_talan.analysis import (
     measure_blocks,
     measure_propagation,
@@ -43,6 +44,22 @@ def padded(tokens: torch.Tensor) -> dict[str, torch.Tensor]:
     mask = torch.ones_like(tokens)
     mask[0, -4:] = 0
     return {"input_ids": tokens, "attention_mask": mask}
+
+
+@pytest.mark.parametrize("model_type", ["deepseek_v4", "gemma3n_text", "prophetnet", "xlnet"])
+def test_the_stream_that_is_measured_is_the_one_that_the_side_path_reads(model_type: str) -> None:
+    """Without LoRA weights, what was written at a block is what changed in its stream."""
+    options = {"r": 0, "talan_layers": [1], "init_talan_weights": False}
+    model = get_peft_model(make_any("causal", model_type), TalanConfig(**options)).to(torch.float64)
+    blocks = measure_blocks(model, {"input_ids": make_tokens(tokens=9)})
+    assert blocks[1].written_norm == pytest.approx(blocks[1].side_path_norm, rel=1e-9)
+    assert blocks[1].side_path_norm > 0 == blocks[0].side_path_norm
+
+
+def test_blocks_that_run_more_than_once_are_not_measured() -> None:
+    model = get_peft_model(make_any("causal", "hrm_text"), TalanConfig(r=0))
+    with pytest.raises(ValueError, match="its 2 blocks ran 4 times"):
+        measure_blocks(model, {"input_ids": make_tokens()})
 
 
 @pytest.mark.parametrize("architecture", ["qwen3", "gpt2"])

@@ -294,9 +294,10 @@ PROVOCATIONS: dict[str, Provocation] = {
 """How a message of the page begins, and what brings it about."""
 ELSEWHERE = {
     "peft_talan could not register itself": "tests/test_autoload.py",
-    "model=…: its blocks": "benchmarks/architectures",
-    "talan_blocks: block ….… takes": "benchmarks/architectures",
+    "model=…: its blocks": "tests/tuner/test_architectures.py",
+    "talan_blocks: block ….… takes": "tests/tuner/test_architectures.py",
     "talan_layers: block … has hidden states of shape": "tests/tuner/test_streams.py",
+    "talan_layers: a block has hidden states of shape": "tests/tuner/test_residual_streams.py",
     "continuous batching of this version": None,  # No version of transformers that may be installed is of this kind.
     "The side path depends on its input": "tests/tuner/test_merge.py",
     "merge_adapter() folds": "tests/tuner/test_merge.py",

@@ -13,16 +13,25 @@ from benchmarks.architectures.tiny import make_base
 from peft_talan import TalanConfig
 from peft_talan.tuner.blocks import find_blocks
 
-CHECKS = ["effect", "causal", "neighbour", "left_padding", "cached", "checkpointing"]
+CHECKS = ["effect", "causal", "neighbour", "left_padding", "packing", "cached", "checkpointing"]
 POPULAR = {
     "causal": ("bamba", "falcon", "gemma4_text", "mamba2", "mpt", "qwen3_next"),
     "image-text": ("gemma4", "mllama"),
     "sequence-to-sequence": ("bart", "m2m_100"),
     "encoder": ("bert", "layoutlm"),
 }
+# Blocks that pass on several hidden states of each token, or in another order, or run more than once.
+STREAMS = {
+    "causal": ("cpmant", "deepseek_v4", "gemma3n_text", "hrm_text", "hy_v4", "prophetnet", "qwen4_exp_text", "xlnet"),
+    "sequence-to-sequence": ("fsmt",),
+    "encoder": ("xlm",),
+}
 
 
-@pytest.mark.parametrize(("family", "model_type"), [(family, name) for family in POPULAR for name in POPULAR[family]])
+@pytest.mark.parametrize(
+    ("family", "model_type"),
+    [(family, name) for types in (POPULAR, STREAMS) for family in types for name in types[family]],
+)
 def test_a_side_path_is_right_wherever_plain_lora_is(family: str, model_type: str) -> None:
     found = examine(family, model_type, CHECKS)
     faults = {
@@ -49,17 +58,16 @@ def test_the_text_decoders_list_of_blocks_is_found_among_several(family: str, mo
 
 
 @pytest.mark.parametrize(
-    ("model_type", "reason"),
+    ("family", "model_type", "reason"),
     [
-        ("deepseek_v4", "several hidden states of each token"),
-        ("gemma3n_text", "several hidden states of each token"),
-        ("prophetnet", "several hidden states of each token"),
-        ("reformer", "several hidden states of each token"),
-        ("xlnet", "hidden states of shape [tokens, batch, hidden_size]"),
+        ("causal", "reformer", "several hidden states of each token, which the backward pass computes anew"),
+        ("encoder", "longformer", "hidden states that are padded to a multiple of the attention window"),
     ],
 )
-def test_blocks_that_hand_on_something_else_than_one_hidden_state_are_refused(model_type: str, reason: str) -> None:
-    base = make_base("causal", model_type)
+def test_blocks_that_pass_on_what_a_side_path_can_not_read_are_refused(
+    family: str, model_type: str, reason: str
+) -> None:
+    base = make_base(family, model_type)
     names = list(base.state_dict())
     with pytest.raises(ValueError, match=rf"{re.escape(reason)}.*use a plain LoraConfig"):
         get_peft_model(base, TalanConfig(r=0))
