@@ -122,6 +122,7 @@ VLLM: dict[str, str] = {
 PLACES: dict[str, str] = {
     "peft.optimizers.lorafa.LoraFAOptimizer.__init__": "It pairs all tensors with `lora` in their names, A before B. "
     "Seen in PEFT 0.21.",
+    "peft.PeftModel.load_adapter": "It reads no configuration where the adapter is there already. Seen in PEFT 0.21.",
     "transformers.PreTrainedModel.post_init": "A merged model gets its side paths as it is built, before its weights "
     "are loaded. Seen in transformers 5.19 and 5.23.",
     "transformers.cache_utils.Cache": "What crops, reorders, repeats or resets a cache does so to its memories; and "

@@ -106,6 +106,10 @@ def load(folder: str) -> PeftModel:
     return PeftModel.from_pretrained(make_base("qwen3", torch.float32), folder)
 
 
+def load_over(folder: str, **options: object) -> object:
+    return make_model("qwen3", make_config(**options)).load_adapter(folder, "default")
+
+
 def of_another_model(folder: Path) -> PeftModel:
     base = make_base("qwen3")
     config = Qwen3Config(**{**base.config.to_dict(), "intermediate_size": 64})
@@ -236,6 +240,8 @@ PROVOCATIONS: dict[str, Provocation] = {
     "the checkpoint in … can't be read": lambda folder: load(cut_off(folder)),
     "the adapter was made by a newer": lambda folder: load(changed_config(folder, talan_version="99.0.0")),
     "the checkpoint of adapter … has a size mismatch": of_another_model,
+    "adapter_name=…: PEFT reads only": lambda folder: load_over(saved(folder), talan_alpha=0.5),
+    "adapter_name=…: the adapter of this name": lambda folder: load_over(saved_lora(folder)),
     "folder=…: expected a saved TALAN adapter": lambda folder: write_card(saved_lora(folder)),
     "lora=…: tensors are missing": lambda folder: warm_start(make_base("qwen3", blocks=3), saved_lora(folder)),
     "expected an adapter of type LORA": lambda folder: warm_start(make_base("qwen3"), saved(folder)),
