@@ -306,6 +306,8 @@ ELSEWHERE = {
     "continuous batching of this version": None,  # No version of transformers that may be installed is of this kind.
     "The side path depends on its input": "tests/tuner/test_merge.py",
     "merge_adapter() folds": "tests/tuner/test_merge.py",
+    "…: vLLM would be sent": "tests/trainers/test_vllm_rollouts.py",
+    "resume_from_checkpoint": "tests/processes/test_processes.py",
     "tp_plan": "tests/processes/test_processes.py",
 }
 """Messages that need more than a small model, and where they are seen."""
