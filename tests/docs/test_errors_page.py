@@ -31,39 +31,11 @@ from peft_talan import TalanConfig, export_lora, set_talan_strength, set_trainab
 from peft_talan.checkpoint.card import write_card
 
 from ..small_models import DEPTH, make_base, make_config, make_lora_config, make_model, make_several, make_tokens
+from .own_model import Block, own_model
 
 PAGE = Path(__file__).parents[2] / "docs" / "reference" / "errors.md"
 WEIGHTS = "adapter_model.safetensors"
 Provocation = Callable[[Path], object]
-
-
-class Block(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.proj = nn.Linear(16, 16)
-
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return hidden_states + self.proj(hidden_states)
-
-
-class OwnModel(nn.Module):
-    """A model that is not one of transformers'."""
-
-    def __init__(self, block: Callable[[], nn.Module]) -> None:
-        super().__init__()
-        self.embed = nn.Embedding(64, 16)
-        self.stack = nn.ModuleList(block() for _ in range(3))
-
-    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
-        hidden_states = self.embed(input_ids)
-        for block in self.stack:
-            hidden_states = block(hidden_states)
-        return hidden_states
-
-
-def own_model(block: Callable[[], nn.Module] = Block, **options: object) -> PeftModel:
-    named = {"talan_blocks": "stack", "talan_hidden_size": 16, **options}
-    return get_peft_model(OwnModel(block), TalanConfig(r=4, target_modules=r".*proj", **named))
 
 
 def saved(folder: Path) -> str:
