@@ -16,6 +16,7 @@ as left out, with the reason. `--report` prints the tables, and writes them and 
 from __future__ import annotations
 
 import argparse
+import math
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -205,10 +206,14 @@ def run(options: argparse.Namespace) -> None:
     environment, code = machine(), code_version()
     stored = [] if options.again else [(line["key"], line["code"]) for line in read_lines(options.output)]
     print(environment, code)
+    stop = time.monotonic() + options.total_seconds
     for model in options.models:
         for dtype in options.dtypes:
             base = None
             for cell, mode in cells(options):
+                if time.monotonic() > stop:
+                    print(f"left out, {options.total_seconds:g} s are over: {cell}, {mode}")
+                    continue
                 about = {"model": model, "dtype": dtype}
                 key = {**about, "threads": options.threads, "compile": mode != "eager", **cell}
                 key |= {"mode": mode} if mode == "CUDA graphs" else {}
@@ -241,6 +246,7 @@ def make_parser(description: str | None, **defaults: Any) -> argparse.ArgumentPa
     parser.add_argument("--rounds", type=int, default=9, help="most turns of a prefill or a training step")
     parser.add_argument("--decode-rounds", type=int, default=100, help="most turns of a decoded token")
     parser.add_argument("--seconds", type=float, default=30, help="time after which a measurement takes no more turns")
+    parser.add_argument("--total-seconds", type=float, default=math.inf, help="time after which none begins")
     parser.add_argument("--memory", type=float, default=11, help="GiB that weights and caches may take")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--modes", nargs="+", choices=list(MODES), default=["eager"], help="of decoding and prefills")

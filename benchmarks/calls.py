@@ -45,12 +45,12 @@ def prefill_operations(model: nn.Module, tokens: int) -> float:
     return tokens * matrices + attention * tokens**2
 
 
-def _token_ids(model: nn.Module, batch: int, tokens: int) -> torch.Tensor:
+def token_ids(model: nn.Module, batch: int, tokens: int) -> torch.Tensor:
     ids = torch.randint(0, model.config.vocab_size, (batch, tokens), generator=torch.Generator().manual_seed(2))
     return ids.to(model.device)
 
 
-def _compiled(call: Callable[[nn.Module], Any], model: nn.Module, mode: str | None = None) -> Callable[[], Any]:
+def compiled_call(call: Callable[[nn.Module], Any], model: nn.Module, mode: str | None = None) -> Callable[[], Any]:
     """Compile a call of a model by itself: a copied code object, so that no two models share a list of guards."""
     own = FunctionType(call.__code__.replace(), call.__globals__, closure=call.__closure__)
     compiled = torch.compile(own, dynamic=False, mode=mode)
@@ -64,7 +64,7 @@ def _compiled(call: Callable[[nn.Module], Any], model: nn.Module, mode: str | No
 
 def prefill_calls(models: dict[str, nn.Module], tokens: int) -> Calls:
     """One forward pass over a prompt, with a fresh cache and the last token's logits."""
-    prompt = _token_ids(next(iter(models.values())), 1, tokens)
+    prompt = token_ids(next(iter(models.values())), 1, tokens)
 
     def prefill(model: nn.Module) -> Cache:
         with torch.no_grad():
@@ -76,12 +76,12 @@ def prefill_calls(models: dict[str, nn.Module], tokens: int) -> Calls:
 
 def compiled_prefill_calls(models: dict[str, nn.Module], tokens: int) -> Calls:
     """One compiled forward pass over a prompt, without a cache."""
-    prompt = _token_ids(next(iter(models.values())), 1, tokens)
+    prompt = token_ids(next(iter(models.values())), 1, tokens)
 
     def forward(model: nn.Module) -> torch.Tensor:
         return model(input_ids=prompt, use_cache=False, logits_to_keep=1).logits
 
-    return {name: _compiled(forward, model) for name, model in models.items()}
+    return {name: compiled_call(forward, model) for name, model in models.items()}
 
 
 def lengthen(cache: Cache, times: int) -> None:
@@ -124,9 +124,9 @@ def compiled_decode_calls(
     for name, model in models.items():
         cache = StaticCache(config=model.config, max_cache_len=context + room)
         with torch.no_grad():
-            prompt = _token_ids(model, batch, min(context, PROMPT))
+            prompt = token_ids(model, batch, min(context, PROMPT))
             model(input_ids=prompt, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        calls[name] = _compiled(_closing_over(token, cache), model, mode)
+        calls[name] = compiled_call(_closing_over(token, cache), model, mode)
     return calls
 
 
@@ -139,7 +139,7 @@ def _closing_over(token: torch.Tensor, cache: Cache) -> Callable[[nn.Module], to
 
 def train_calls(models: dict[str, nn.Module], tokens: int) -> Calls:
     """One step: forward, backward, optimizer."""
-    sample = _token_ids(next(iter(models.values())), 1, tokens)
+    sample = token_ids(next(iter(models.values())), 1, tokens)
 
     def step(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         model(input_ids=sample, labels=sample, use_cache=False).loss.backward()

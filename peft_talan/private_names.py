@@ -14,6 +14,7 @@ __all__ = [
     "ATTRIBUTES",
     "FUNCTIONS",
     "METHODS",
+    "OURS",
     "PLACES",
     "UNDOCUMENTED",
     "VLLM",
@@ -122,6 +123,7 @@ VLLM: dict[str, str] = {
 PLACES: dict[str, str] = {
     "peft.optimizers.lorafa.LoraFAOptimizer.__init__": "It pairs all tensors with `lora` in their names, A before B. "
     "Seen in PEFT 0.21.",
+    "peft.PeftModel.load_adapter": "It reads no configuration where the adapter is there already. Seen in PEFT 0.21.",
     "transformers.PreTrainedModel.post_init": "A merged model gets its side paths as it is built, before its weights "
     "are loaded. Seen in transformers 5.19 and 5.23.",
     "transformers.cache_utils.Cache": "What crops, reorders, repeats or resets a cache does so to its memories; and "
@@ -132,9 +134,14 @@ PLACES: dict[str, str] = {
     "a model before requests are taken. Seen in transformers 5.19 and 5.23.",
     "transformers.generation.continuous_batching.PagedAttentionCache.perform_cache_copy": "Of one paged cache: pages "
     "of memories are copied as those of keys are. Seen in transformers 5.19 and 5.23.",
+    "transformers.trainer_callback.CallbackHandler.on_init_end": "What trainers would do wrong in silence is "
+    "refused; a callback would have to be given to each. Seen in transformers 5.19 and 5.23.",
     "transformers.utils.hub.PushToHubMixin._upload_modified_files": "`push_to_hub` puts another model card over the "
     "saved one just before. Seen in transformers 5.19 and 5.23.",
     "vllm.engine.arg_utils.EngineArgs.create_engine_config": "A model with side paths names the classes that serve "
     "them in vLLM's own options. Seen in vLLM 0.32.",
 }
 """What of ours stays on another library's object, and why: for none of these does the library have a hook."""
+
+OURS = "calls_peft_talan"
+"""Marks such a method of ours, so that it is put there once; other decorators leave `__wrapped__`, too."""

@@ -21,6 +21,7 @@ from transformers.cache_utils import (
 )
 
 from ..axes import check_causal
+from ..private_names import OURS
 from .cache_memories import CacheMemories
 from .latent_memory import LatentMemory
 from .token_layout import refuse_unless
@@ -36,9 +37,6 @@ FOLLOWED_METHODS = (
     "activate_past_recording",
 )
 """What changes a cache beside a forward pass: methods of `Cache`, and of the same name here."""
-
-FOLLOWS = "follows_latent_memories"
-"""Marks the methods that are followed already; a decorator of the library's own would leave `__wrapped__`, too."""
 
 
 def _followed(name: str, method: Callable[..., Any]) -> Callable[..., Any]:
@@ -63,7 +61,7 @@ def _followed(name: str, method: Callable[..., Any]) -> Callable[..., Any]:
         note_recurrent_state(self)
         return result
 
-    setattr(change_cache_and_memories, FOLLOWS, True)
+    setattr(change_cache_and_memories, OURS, True)
     return change_cache_and_memories
 
 
@@ -76,7 +74,7 @@ def follow_class(cache_class: type[Cache]) -> None:
     for name in FOLLOWED_METHODS:
         owner = next(one for one in cache_class.__mro__ if name in vars(one))
         method = vars(owner)[name]
-        if not hasattr(method, FOLLOWS):
+        if not hasattr(method, OURS):
             setattr(owner, name, _followed(name, method))
 
 

@@ -10,6 +10,7 @@ from transformers import ContinuousBatchingConfig, GenerationConfig
 from transformers.generation.continuous_batching import ContinuousBatchingManager
 
 from ..axes import check_causal
+from ..private_names import OURS
 from ..tuner.attachment import attached_side_paths
 from ..tuner.merged import merged_layers
 from ..tuner.mixed_batch import NO_ROWS
@@ -44,7 +45,7 @@ def check_managers() -> None:
     constructor is the last place that can refuse; transformers offers no hook there.
     """
     initialize = ContinuousBatchingManager.__init__
-    if hasattr(initialize, "__wrapped__"):
+    if hasattr(initialize, OURS):
         return
 
     @functools.wraps(initialize)
@@ -59,4 +60,5 @@ def check_managers() -> None:
         check_continuous_batching(model, continuous_batching_config)
         initialize(self, model, generation_config, continuous_batching_config, *args, **kwargs)  # type: ignore[arg-type]
 
+    setattr(checked_initialize, OURS, True)
     ContinuousBatchingManager.__init__ = checked_initialize  # type: ignore[method-assign]

@@ -8,6 +8,7 @@ from typing import Any
 from peft.optimizers.lorafa import LoraFAOptimizer
 
 from ..checkpoint.names import is_side_path_key
+from ..private_names import OURS
 
 
 def let_lorafa_train_side_paths() -> None:
@@ -16,7 +17,7 @@ def let_lorafa_train_side_paths() -> None:
     It pairs the tensors with `lora` in their names, A before B, which is the names' only use. PEFT has no hook there.
     """
     create = LoraFAOptimizer.__init__
-    if hasattr(create, "__wrapped__"):
+    if hasattr(create, OURS):
         return
 
     @functools.wraps(create)
@@ -28,4 +29,5 @@ def let_lorafa_train_side_paths() -> None:
                 group["names"] = [f"side path {i}" if is_side_path_key(name) else name for i, name in names]
         create(self, groups, *args, **kwargs)
 
+    setattr(create_with_side_paths, OURS, True)
     LoraFAOptimizer.__init__ = create_with_side_paths  # type: ignore[method-assign]

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from peft.tuners.lora import LoraModel
@@ -22,18 +21,16 @@ from ..checkpoint.names import CHILD_NAME, check_new_name, is_side_path_key
 from ..checkpoint.rollback import Snapshot, attributes_unchanged_on_error
 from ..config import TalanConfig, TalanRuntimeConfig
 from . import tensor_parallel
-from .attachment import attach_side_path, attached_side_paths, detach_side_paths
+from .attachment import attach_side_path, attached_side_paths
 from .blocks import check_size, choose_targets, find_blocks, find_hidden_size, point_at_fused_experts
-from .merge import DROPPED, LIVE, check_mergeable
-from .merged import move_to_base
+from .merge import MergingModel
 from .mixed_batch import NO_ROWS, rows_named
 from .residual_streams import find_streams
-from .state_dict import CheckpointedModel
 from .trainability import declare_scope
 from .weighted import add_weighted_adapter
 
 
-class TalanModel(CheckpointedModel):
+class TalanModel(MergingModel):
     """Creates a TALAN model: a low-rank adapter and a side path, trained together (arXiv 2606.06902).
 
     Args:
@@ -48,12 +45,9 @@ class TalanModel(CheckpointedModel):
         True
     """
 
-    # The ignores: LoraModel has the types of LoRA alone.
-    peft_config: dict[str, TalanConfig]  # type: ignore[assignment]
     prefix: str = LoraModel.prefix
     # Both kinds of layers are switched, frozen and deleted together.
-    tuner_layer_cls = BaseTunerLayer  # type: ignore[assignment]
-    _warned_of_live_side_path = False
+    tuner_layer_cls = BaseTunerLayer  # type: ignore[assignment]  # LoraModel has LoRA's layers alone.
 
     def __init__(self, model: nn.Module, peft_config: Any, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         taken = getattr(model, "peft_config", {})
@@ -221,87 +215,6 @@ class TalanModel(CheckpointedModel):
         if adapter_names is not None:
             raise ValueError(NO_ROWS)
         return self.model.generate_batch(*args, **kwargs)
-
-    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
-        """Fold the LoRA weights into the base weights; the side path stays live.
-
-        What exports the base weights then (TRL's weights for vLLM) has the LoRA weights alone; the first call warns.
-
-        Args:
-            adapter_names: The adapters to fold; None: the active ones. Default None.
-            safe_merge: Whether to check LoRA weights and side path for NaN, before anything is folded. Default False.
-
-        Raises:
-            ValueError: `safe_merge` found a NaN or an infinity.
-
-        Examples:
-            >>> model.merge_adapter()
-            >>> model.unmerge_adapter()
-        """
-        if safe_merge:
-            check_mergeable(self.model, self.active_adapters if adapter_names is None else adapter_names)
-        super().merge_adapter(adapter_names, safe_merge)
-        live = any(layer.merged for _, layer in attached_side_paths(self.model))
-        if live and not self._warned_of_live_side_path:
-            self._warned_of_live_side_path = True
-            warnings.warn(LIVE, stacklevel=2)
-
-    def merge_and_unload(
-        self,
-        progressbar: bool = False,
-        safe_merge: bool = False,
-        adapter_names: list[str] | None = None,
-        side_path: Literal["keep", "drop"] = "keep",
-    ) -> nn.Module:
-        """Fold the LoRA weights into the base weights and give back the model without PEFT's wrappers.
-
-        The side path depends on its input and can't become weights, so it stays on its blocks, or is dropped.
-
-        Args:
-            progressbar: Whether to show a progress bar. Default False.
-            safe_merge: Whether to check LoRA weights and side path for NaN. Default False.
-            adapter_names: The adapters to fold; None: the active ones. Default None.
-            side_path: `"keep"`: the outputs stay the adapter's; the side path is a part of the model from then on, and
-                is saved and loaded with its weights. `"drop"`: a plain model, the LoRA weights alone. Default
-                `"keep"`.
-
-        Returns:
-            The base model.
-
-        Raises:
-            ValueError: `side_path` is neither, or `safe_merge` found a NaN or an infinity.
-
-        Examples:
-            >>> merged = model.merge_and_unload()
-            >>> merged.save_pretrained("merged")  # AutoModelForCausalLM.from_pretrained("merged") gives it back
-        """
-        if side_path not in ("keep", "drop"):
-            raise ValueError(f"side_path={side_path!r}: choose 'keep' or 'drop'")
-        names = self.active_adapters if adapter_names is None else adapter_names
-        if safe_merge:
-            check_mergeable(self.model, names)
-        merged_earlier = [name for _, layer in attached_side_paths(self.model) for name in layer.merged_adapters]
-        kept = {name: self.peft_config[name] for name in dict.fromkeys([*merged_earlier, *names])}
-        model = super().merge_and_unload(progressbar, safe_merge, adapter_names)
-        if side_path == "keep":
-            move_to_base(model, kept)
-        else:
-            detach_side_paths(model)
-            warnings.warn(DROPPED, stacklevel=2)
-        return model
-
-    def unload(self) -> nn.Module:
-        """Give back the base model as it was before the adapter.
-
-        Returns:
-            The base model.
-
-        Examples:
-            >>> base_model = model.unload()
-        """
-        model = super().unload()
-        detach_side_paths(model)
-        return model
 
     def add_weighted_adapter(
         self, adapters: list[str], weights: list[float], adapter_name: str, *args: Any, **kwargs: Any

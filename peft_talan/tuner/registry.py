@@ -8,11 +8,13 @@ from peft.utils import PeftType, register_peft_method
 from transformers.cache_utils import Cache
 
 from ..checkpoint.card import write_cards_on_push
+from ..checkpoint.loaded_over import check_what_is_loaded_over
 from ..config import TalanConfig
 from ..memory.cache import follow_class
 from .lorafa import let_lorafa_train_side_paths
 from .merged_loading import let_transformers_build_merged_models
 from .model import TalanModel
+from .trainers import look_at_trainers
 
 
 def register_talan() -> None:
@@ -29,6 +31,8 @@ def register_talan() -> None:
     if PeftType("TALAN") not in PEFT_TYPE_TO_TUNER_MAPPING:
         register_peft_method(name="talan", config_cls=TalanConfig, model_cls=TalanModel, prefix=TalanModel.prefix)
         write_cards_on_push()
+        check_what_is_loaded_over()
         let_lorafa_train_side_paths()
+        look_at_trainers()
         follow_class(Cache)
         let_transformers_build_merged_models()

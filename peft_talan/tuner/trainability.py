@@ -28,6 +28,17 @@ def _frozen_by_scope(module: BaseTunerLayer, scope: Trainable) -> tuple[str, ...
     return module.adapter_layer_names if scope in ("side_path", "writeback") else ()
 
 
+def frozen_tensors(model: nn.Module, adapter_name: str, scope: Trainable) -> dict[str, nn.Parameter]:
+    """The parameters of an adapter that a trainability scope freezes, by their names in the model."""
+    found = {}
+    for place, module in model.named_modules():
+        for part in _frozen_by_scope(module, scope) if isinstance(module, (TalanLayer, LoraLayer)) else ():
+            for name, parameter in getattr(module, part).named_parameters():
+                if name.split(".")[0] == adapter_name:
+                    found[f"{place}.{part}.{name}"] = parameter
+    return found
+
+
 def declare_scope(model: nn.Module, adapter_name: str, scope: Trainable) -> None:
     """Declare what a trainability scope freezes, in the way that PEFT applies again at every switch of adapters."""
     for module in model.modules():

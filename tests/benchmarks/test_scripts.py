@@ -90,13 +90,40 @@ def test_a_card_is_measured_and_reported(script: Callable[[str], Any], tmp_path:
     bench, output = script("bench_gpu"), tmp_path / "gpu.jsonl"
     small = "--device cpu --dtypes float32 --modes eager --tokens 32 --train-tokens 16 --contexts 16 --batches 2"
     small += " --rounds 2 --decode-rounds 2"
-    bench.main([*small.split(), "--output", str(output)])
+    assert bench.main([*small.split(), "--output", str(output)]) == 0
     lines = read_lines(output)
     measures = [line["key"].get("what", line["key"]["measure"]) for line in lines]
-    assert measures == [*script("calls").OPERATORS, "decode", "prefill", "train"]
-    bench.main(["--report", "--output", str(output)])
+    assert measures == ["equality", *script("calls").OPERATORS, "decode", "prefill", "train"]
+    assert set(lines[0]["differences"]) == {"lora", "talan", "talan, all blocks"}
+    page = tmp_path / "page.md"
+    page.write_text("<!-- table measured on a GPU -->\n<!-- end -->\n")
+    bench.main(["--report", "--output", str(output), "--page", str(page)])
     assert "| measurement | condition | ms | ratio |" in capsys.readouterr().out
-    assert all(ratio["low"] <= ratio["median"] <= ratio["high"] for ratio in lines[0]["ratios"].values())
+    assert "| measurement | condition | ms | ratio |" in page.read_text()
+    assert all(ratio["low"] <= ratio["median"] <= ratio["high"] for ratio in lines[1]["ratios"].values())
+
+
+def test_a_card_is_measured_compiled(
+    script: Callable[[str], Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench, output = script("bench_gpu"), tmp_path / "gpu.jsonl"
+    monkeypatch.setattr(bench, "COMPILED_BLOCKS", 1)
+    monkeypatch.setattr(bench, "EQUALITY_BLOCKS", 1)
+    small = "--device cpu --dtypes float32 --measure decode --contexts 16 --batches 2 --decode-rounds 2"
+    assert bench.main([*small.split(), "--conditions", "talan", "--output", str(output)]) == 0
+    equality, eager, compiled = read_lines(output)
+    assert "torch.compile(mode='reduce-overhead')" in equality["differences"]["talan, all blocks"]
+    assert (eager["key"]["compile"], compiled["key"]["mode"]) == (False, "CUDA graphs")
+    assert compiled["graph_breaks"] == 0
+
+
+def test_a_card_that_is_wrong_is_not_timed(
+    script: Callable[[str], Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench, output = script("bench_gpu"), tmp_path / "gpu.jsonl"
+    monkeypatch.setattr(script("gpu_equality"), "LIMIT", 0.0)
+    assert bench.main(["--device", "cpu", "--modes", "eager", "--output", str(output)]) == 1
+    assert [line["key"]["measure"] for line in read_lines(output)] == ["equality"]
 
 
 def test_kernels_are_compared(script: Callable[[str], Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -110,6 +110,13 @@ def test_every_way_to_load(how: str, tmp_path: Path) -> None:
     assert bool(trained) == (how == "to train")
     if trained:
         assert {".talan." in name for name in trained} == {True, False}
+
+
+@adapter_calls_of_transformers
+def test_state_dict_of_a_loaded_adapter(tmp_path: Path) -> None:
+    twin = save(tmp_path)
+    model = make_base("qwen3", torch.float32)
+    model.load_adapter(str(tmp_path / "adapter"), adapter_name="mine")
     state, expected = model.get_adapter_state_dict("mine"), get_peft_model_state_dict(twin)
     assert {f"base_model.model.{key}" for key in state} == expected.keys()
     assert all(torch.equal(expected[f"base_model.model.{key}"], tensor) for key, tensor in state.items())

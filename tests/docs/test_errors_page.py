@@ -31,39 +31,11 @@ from peft_talan import TalanConfig, export_lora, set_talan_strength, set_trainab
 from peft_talan.checkpoint.card import write_card
 
 from ..small_models import DEPTH, make_base, make_config, make_lora_config, make_model, make_several, make_tokens
+from .own_model import Block, own_model
 
 PAGE = Path(__file__).parents[2] / "docs" / "reference" / "errors.md"
 WEIGHTS = "adapter_model.safetensors"
 Provocation = Callable[[Path], object]
-
-
-class Block(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.proj = nn.Linear(16, 16)
-
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return hidden_states + self.proj(hidden_states)
-
-
-class OwnModel(nn.Module):
-    """A model that is not one of transformers'."""
-
-    def __init__(self, block: Callable[[], nn.Module]) -> None:
-        super().__init__()
-        self.embed = nn.Embedding(64, 16)
-        self.stack = nn.ModuleList(block() for _ in range(3))
-
-    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
-        hidden_states = self.embed(input_ids)
-        for block in self.stack:
-            hidden_states = block(hidden_states)
-        return hidden_states
-
-
-def own_model(block: Callable[[], nn.Module] = Block, **options: object) -> PeftModel:
-    named = {"talan_blocks": "stack", "talan_hidden_size": 16, **options}
-    return get_peft_model(OwnModel(block), TalanConfig(r=4, target_modules=r".*proj", **named))
 
 
 def saved(folder: Path) -> str:
@@ -104,6 +76,10 @@ def with_nan(tensors: dict[str, torch.Tensor]) -> None:
 
 def load(folder: str) -> PeftModel:
     return PeftModel.from_pretrained(make_base("qwen3", torch.float32), folder)
+
+
+def load_over(folder: str, **options: object) -> object:
+    return make_model("qwen3", make_config(**options)).load_adapter(folder, "default")
 
 
 def of_another_model(folder: Path) -> PeftModel:
@@ -236,6 +212,8 @@ PROVOCATIONS: dict[str, Provocation] = {
     "the checkpoint in … can't be read": lambda folder: load(cut_off(folder)),
     "the adapter was made by a newer": lambda folder: load(changed_config(folder, talan_version="99.0.0")),
     "the checkpoint of adapter … has a size mismatch": of_another_model,
+    "adapter_name=…: PEFT reads only": lambda folder: load_over(saved(folder), talan_alpha=0.5),
+    "adapter_name=…: the adapter of this name": lambda folder: load_over(saved_lora(folder)),
     "folder=…: expected a saved TALAN adapter": lambda folder: write_card(saved_lora(folder)),
     "lora=…: tensors are missing": lambda folder: warm_start(make_base("qwen3", blocks=3), saved_lora(folder)),
     "expected an adapter of type LORA": lambda folder: warm_start(make_base("qwen3"), saved(folder)),
@@ -301,6 +279,8 @@ ELSEWHERE = {
     "continuous batching of this version": None,  # No version of transformers that may be installed is of this kind.
     "The side path depends on its input": "tests/tuner/test_merge.py",
     "merge_adapter() folds": "tests/tuner/test_merge.py",
+    "…: vLLM would be sent": "tests/trainers/test_vllm_rollouts.py",
+    "resume_from_checkpoint": "tests/processes/test_processes.py",
     "tp_plan": "tests/processes/test_processes.py",
 }
 """Messages that need more than a small model, and where they are seen."""

@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn.attention.flex_attention import create_block_mask
 from transformers import DynamicCache, StaticCache
 
-from peft_talan import TalanConfig, warm_start
+from peft_talan import warm_start
 
 from ..small_models import (
     last_state,
@@ -27,6 +27,7 @@ from ..small_models import (
     make_tokens,
     rounding,
 )
+from .own_model import Block, own_model
 
 PAGE = Path(__file__).parents[2] / "docs" / "reference" / "limits.md"
 Trial = Callable[[Path], None]
@@ -153,47 +154,21 @@ def block_mask(_: Path) -> None:
         model(make_tokens(), attention_mask={"full_attention": mask})
 
 
-class Block(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.proj = nn.Linear(16, 16)
-
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return hidden_states + self.proj(hidden_states)
-
-
-class OwnModel(nn.Module):
-    def __init__(self, block: Callable[[], nn.Module]) -> None:
-        super().__init__()
-        self.stack = nn.ModuleList(block() for _ in range(3))
-
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        for block in self.stack:
-            hidden_states = block(hidden_states)
-        return hidden_states
-
-
-def own_config(**options: object) -> TalanConfig:
-    return TalanConfig(r=4, target_modules=r".*proj", **options)
-
-
 def no_configuration(_: Path) -> None:
     with pytest.raises(ValueError, match="talan_blocks=None"):
-        get_peft_model(OwnModel(Block), own_config())
+        own_model(talan_blocks=None)
     with pytest.raises(ValueError, match="talan_hidden_size=None"):
-        get_peft_model(OwnModel(Block), own_config(talan_blocks="stack"))
-    named = own_config(talan_blocks="stack", talan_hidden_size=16, init_talan_weights=False)
-    model, stream = get_peft_model(OwnModel(Block), named), torch.randn(1, 5, 16)
-    changed = model(stream)
+        own_model(talan_hidden_size=None)
+    model = own_model(init_talan_weights=False)
+    changed = model(make_tokens())
     with model.disable_adapter():
-        assert not torch.equal(model(stream), changed)
+        assert not torch.equal(model(make_tokens()), changed)
 
 
 def sequential_blocks(_: Path) -> None:
-    config = own_config(talan_blocks="stack", talan_hidden_size=16)
     with pytest.raises(ValueError, match="put it inside a module of its own class"):
-        get_peft_model(OwnModel(lambda: nn.Sequential(Block())), config)
-    get_peft_model(OwnModel(Block), config)
+        own_model(lambda: nn.Sequential(Block()))
+    own_model(Block)
 
 
 class Logits(nn.Module):

@@ -55,13 +55,19 @@ def test_two_processes_train_what_one_process_trains(tmp_path: Path, subtests: p
     with_head, without = tmp_path / "one process, head", tmp_path / "one process"
     training.train_whole_and_resumed(with_head, **training.HEAD)
     training.train(without / "whole")
-    for how, expected in (("fsdp2", with_head), ("ddp", with_head), ("tensor_parallel", without)):
+    frozen = {f"fsdp2 {scope}": tmp_path / f"one process, {scope}" for scope in worker.FROZEN}
+    for scope, folder in zip(worker.FROZEN, frozen.values(), strict=True):
+        training.train_whole_and_resumed(folder, talan_trainable=scope)
+    for how, expected in (
+        *(("fsdp2", with_head), ("ddp", with_head), ("tensor_parallel", without)),
+        *frozen.items(),
+    ):
         with subtests.test(training=how):
             runs = {folder.name for folder in (tmp_path / how).glob("*")}
             assert runs == {folder.name for folder in expected.iterdir()}, output[-6000:]
             for run in runs:
                 found = tmp_path / how / run
-                assert SHARED_OUT_BY[how] in log(found)["classes"]
+                assert SHARED_OUT_BY[how.partition(" ")[0]] in log(found)["classes"]
                 check_equal(found / "adapter", expected / run / "adapter")
                 torch.testing.assert_close(losses(found), losses(expected / run), **rounding(torch.float32))
                 check_equal(found / "adapter", tmp_path / how / "whole" / "adapter")

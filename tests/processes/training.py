@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 from accelerate import PartialState
 from accelerate.state import AcceleratorState
@@ -18,7 +20,7 @@ from transformers import Trainer, TrainingArguments
 
 from peft_talan import talan_param_groups
 from tests.processes.sharded import load_parts
-from tests.small_models import make_config, make_model, make_tokens
+from tests.small_models import make_base, make_config, make_model, make_tokens
 
 STEPS = 4
 ROWS_A_STEP = 4
@@ -116,6 +118,25 @@ def train_whole_and_resumed(folder: Path, **how: object) -> None:
     """
     train(folder / "whole", **how)
     train(folder / "resumed", folder / "whole" / "checkpoints" / f"checkpoint-{STEPS // 2}", **how)
+
+
+def train_a_frozen_half(folder: Path, scope: str) -> None:
+    """Train a part alone, and resume: from another frozen half, as from a fresh script, and from the checkpoint's.
+
+    Args:
+        folder: Gets the runs' folders, `whole` and `resumed`.
+        scope: What trains, as `talan_trainable`.
+    """
+    train(folder / "whole", talan_trainable=scope)
+    checkpoint = folder / "whole" / "checkpoints" / f"checkpoint-{STEPS // 2}"
+    with pytest.raises(ValueError, match=rf"resume_from_checkpoint: .*talan_trainable='{scope}'.*CHECKPOINT"):
+        train(folder / "refused", checkpoint, talan_trainable=scope, init_lora_weights=True)
+    if PartialState().is_main_process:
+        shutil.rmtree(folder / "refused")
+        make_base("qwen3").save_pretrained(folder.parent / f"parts {scope}" / "base")
+        shutil.copytree(checkpoint, folder.parent / f"parts {scope}" / "adapter")
+    PartialState().wait_for_everyone()
+    train(folder / "resumed", checkpoint, parts=str(folder.parent / f"parts {scope}"))
 
 
 if __name__ == "__main__":

@@ -16,6 +16,9 @@ import torch.distributed as dist
 from tests.processes import sharded, training
 from tests.small_models import make_base
 
+FROZEN = ("side_path", "writeback")
+"""What trains alone in FSDP2, whose checkpoints leave out the rest."""
+
 
 def switch_fsdp_off() -> None:
     """Forget the launcher's settings for FSDP, which accelerate and transformers read whenever a model is made."""
@@ -33,6 +36,8 @@ def main(folder: Path) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     training.train_whole_and_resumed(folder / "fsdp2", **training.HEAD)
+    for scope in FROZEN:
+        training.train_a_frozen_half(folder / f"fsdp2 {scope}", scope)
     switch_fsdp_off()
     training.train_whole_and_resumed(folder / "ddp", **training.HEAD)
     # Trainer resumes nothing of a model that transformers shares out.
