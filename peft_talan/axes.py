@@ -13,7 +13,7 @@ from os import PathLike, fspath
 from typing import Any, Literal, get_args
 
 Position = Literal["output", "input"]
-Mixer = Literal["attention", "linear", "mlp"]
+Mixer = Literal["attention", "linear", "mlp", "delta"]
 Writeback = Literal["add", "gated", "capped", "orthogonal"]
 Trainable = Literal["joint", "side_path", "writeback", "low_rank"]
 MemoryScope = Literal["causal", "bidirectional"]
@@ -38,7 +38,7 @@ class SidePathAxes:
     )
     talan_slots: int = field(default=8, metadata={"help": "Number of memory slots."})
     talan_dim: int = field(default=32, metadata={"help": "Latent width."})
-    talan_mixer: Mixer = field(default="attention", metadata={"help": "attention, linear or mlp."})
+    talan_mixer: Mixer = field(default="attention", metadata={"help": "attention, linear, mlp or delta."})
     talan_writeback: Writeback = field(default="add", metadata={"help": "add, gated, capped or orthogonal."})
     talan_cap: float = field(default=0.1, metadata={"help": "Largest |change| / |hidden state| of 'capped'."})
     talan_alpha: float = field(default=1.0, metadata={"help": "Strength of the perturbation."})
@@ -155,6 +155,13 @@ def check_axes(axes: SidePathAxes) -> None:
     check_choice("talan_writeback", axes.talan_writeback, get_args(Writeback))
     check_choice("talan_trainable", axes.talan_trainable, get_args(Trainable))
     check_choice("talan_memory_scope", axes.talan_memory_scope, get_args(MemoryScope))
+    if axes.talan_mixer == "delta" and axes.talan_memory_scope != "causal":
+        raise refusal(
+            "talan_memory_scope",
+            axes.talan_memory_scope,
+            "talan_mixer='delta' goes through the tokens in order, so no token sees later ones; use 'causal', or "
+            "another mixer",
+        )
     check_count("talan_slots", axes.talan_slots)
     check_count("talan_dim", axes.talan_dim)
     smallest = math.ulp(0.0)

@@ -77,7 +77,8 @@ class TalanConfig(SidePathAxes, LoraConfig):
             `"output"`.
         talan_slots (int): M, the number of memory slots. Default 8.
         talan_dim (int): d, the latent width. Default 32.
-        talan_mixer ("attention" | "linear" | "mlp"): How a token reads the slots. Default `"attention"`.
+        talan_mixer ("attention" | "linear" | "mlp" | "delta"): How a token reads the slots; `"delta"`: keys and values
+            in place of slots that are means, by the delta rule. Default `"attention"`.
         talan_writeback ("add" | "gated" | "capped" | "orthogonal"): How the residual stream is changed. Default
             `"add"`.
         talan_cap (float): rho of the `capped` writeback, the largest |change| / |hidden state|. Default 0.1.

@@ -148,6 +148,11 @@ def test_layers_in_all_their_forms(layers: object, expected: list[int]) -> None:
     assert [index for index, block in enumerate(blocks) if hasattr(block, "talan")] == expected
 
 
+def test_the_delta_rule_has_no_bidirectional_memory() -> None:
+    with pytest.raises(ValueError, match=r"talan_memory_scope='bidirectional': talan_mixer='delta'.*'causal'"):
+        TalanConfig(talan_mixer="delta", talan_memory_scope="bidirectional")
+
+
 def test_default_layers_fit_any_depth() -> None:
     model = get_peft_model(make_base("qwen3"), make_config(talan_layers=None))
     assert any(hasattr(block, "talan") for block in model.base_model.model.model.layers)

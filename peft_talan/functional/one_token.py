@@ -2,7 +2,7 @@
 
 This is `fused.side_path` for hidden states [batch, 1, hidden_size], in as few operations as possible: their number is
 what bounds decoding on an accelerator. A view is an operation, too, so those that every token needs are made once.
-It is for the mixers whose state is a sum: an update in place is then one product added to it.
+It is for the mixers of `IN_PLACE`, whose state is a sum: an update in place is then one product added to it.
 """
 
 from __future__ import annotations
@@ -22,6 +22,9 @@ from .parameters import (
     full_precision,
 )
 from .records import TokenRecord
+
+IN_PLACE = ("attention", "linear", "mlp")
+"""The mixers of the operators here; those of `delta` are few enough in `fused`."""
 
 
 class TokenPlace(NamedTuple):

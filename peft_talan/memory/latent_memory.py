@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from ..functional.fused import side_path
-from ..functional.one_token import TokenBuffers, one_token
+from ..functional.one_token import IN_PLACE, TokenBuffers, one_token
 from ..functional.parameters import SidePathOptions, SidePathParameters, working_dtype
 from .recent_tokens import RECORDED_TOKENS, RecentTokens
 from .token_layout import TokenLayout
@@ -68,7 +68,8 @@ class LatentMemory:
         """Run a side path on the tokens that come next and add them to the memory; see `interface.Memory`."""
         valid, segment_ids = layout.valid, layout.segment_ids
         one = hidden_states.shape[1] == 1 and segment_ids is None and not (training and options.dropout)
-        buffers = self._buffers_for(hidden_states) if one and not torch.compiler.is_compiling() else None
+        in_place = one and options.mixer in IN_PLACE and not torch.compiler.is_compiling()
+        buffers = self._buffers_for(hidden_states) if in_place else None
         if buffers is not None:
             written = one_token(hidden_states, parameters, options, buffers, alpha=alpha, valid=valid)
             self._advance(1)

@@ -17,6 +17,7 @@ from .forward_context import DecoderHooks, argument_names
 
 TENSOR_NAMES: tuple[str, ...] = (
     "read",
+    "gate_bias",
     "slot_bias",
     "slot_readout",
     "slot_in",

@@ -38,6 +38,7 @@ KINDS = {
     "rslora": {"use_rslora": True},
     "gated mlp": {"talan_mixer": "mlp", "talan_writeback": "gated", "talan_position": "input"},
     "linear": {"talan_mixer": "linear", "talan_layers": [0.3, 0.9]},
+    "delta": {"talan_mixer": "delta"},
     "alone": {"r": 0},
     "patterns": {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"v_proj": 3}},
     "modules to save": {"modules_to_save": ["lm_head"]},

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from peft_talan.functional import fused, reference
-from peft_talan.functional.one_token import TokenBuffers, one_token
-from peft_talan.functional.parameters import MIXERS, WRITEBACKS, SidePathOptions
+from peft_talan.functional.one_token import IN_PLACE, TokenBuffers, one_token
+from peft_talan.functional.parameters import WRITEBACKS, SidePathOptions
 
 from .inputs import HIDDEN_SIZE, SLOTS, WIDTH, assert_equal_up_to_rounding, memory, side_path_tensors
 
@@ -18,7 +18,7 @@ from .inputs import HIDDEN_SIZE, SLOTS, WIDTH, assert_equal_up_to_rounding, memo
 @pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize("padding", [None, 0, 3])
 @pytest.mark.parametrize("writeback", WRITEBACKS)
-@pytest.mark.parametrize("mixer", MIXERS)
+@pytest.mark.parametrize("mixer", IN_PLACE)
 def test_tokens_one_by_one_equal_the_reference(mixer: Any, writeback: Any, padding: int | None, batch: int) -> None:
     options, parameters = SidePathOptions(mixer, writeback, cap=0.3), side_path_tensors(mixer, writeback)
     hidden = torch.randn(batch, 9, HIDDEN_SIZE, dtype=torch.float64)

@@ -76,6 +76,7 @@ def collect(manager: ContinuousBatchingManager) -> dict[str, list[int]]:
     ("architecture", "attention", "axes", "pages"),
     [
         ("qwen3", "sdpa", {}, {}),
+        ("qwen3", "sdpa", {"talan_mixer": "delta"}, {"max_batch_tokens": 33}),
         (
             "gemma3",
             "eager",
