@@ -4,7 +4,7 @@ In the equations, t and i are tokens of one chunk, S is the state at its start, 
 to t, and G[t, i] = g[t] / g[i] where t sees i, else 0:
 
     (I + diag(b) strictLower(G . K K^T)) U = diag(w) V - diag(b g) K S
-    R = diag(g) Q S + (G . Q K^T) U,  S' = g[C] S + (diag(G[C]) K)^T U
+    R = RMSNorm(diag(g) Q S + (G . Q K^T) U),  S' = g[C] S + (diag(G[C]) K)^T U
 
 U is linear in S, so a chunk maps S to S' by one small matrix and one addition.
 """
@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 
 from .chunked import CHUNK_SIZE, ChunkMasks, chunk_masks, to_chunks, to_tokens
-from .delta_reference import normalised, split_weights
+from .delta_reference import normalised, scaled, split_weights
 from .records import TokenRecord
 
 
@@ -52,7 +52,8 @@ class DeltaChunks(NamedTuple):
     def readouts(self, states: torch.Tensor) -> torch.Tensor:
         """r, [num_chunks, C, width], from the states at the chunks' starts."""
         inside = self.decay * torch.bmm(self.queries, self.keys.mT)
-        return torch.baddbmm(torch.bmm(self.from_start * self.queries, states), inside, self.written(states))
+        carried = torch.bmm(self.from_start * self.queries, states)
+        return scaled(torch.baddbmm(carried, inside, self.written(states)))
 
     def states_after(self, chunk: torch.Tensor, place: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
         """The states after some tokens, [tokens, slots, width]: those at given places of given chunks, int64."""
@@ -138,7 +139,7 @@ def _remix_one_token(
     kept = log_kept.exp() * state
     written = torch.baddbmm(write * values, keys, kept * erase, alpha=-1)
     state = torch.baddbmm(kept, keys.mT, written)
-    return torch.bmm(normalised(queries), state.to(queries.dtype)), state
+    return scaled(torch.bmm(normalised(queries), state.to(queries.dtype))), state
 
 
 class DeltaRecord(TokenRecord):

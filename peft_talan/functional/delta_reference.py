@@ -76,8 +76,13 @@ def compress(
     return torch.stack(seen, dim=1) if seen else memory.unsqueeze(1)[:, :0], memory
 
 
+def scaled(readouts: torch.Tensor) -> torch.Tensor:
+    """Read-outs of mean square 1, whatever the gates let in; what is nearly zero stays so."""
+    return readouts * torch.rsqrt(readouts.square().mean(-1, keepdim=True) + NORM_EPSILON)
+
+
 def mix_delta(memory: torch.Tensor, queries: torch.Tensor, parameters: tuple[torch.Tensor, ...]) -> torch.Tensor:
-    """Read the memory by a query of length 1: `r = S^T q / |q|`.
+    """Read the memory by a query of length 1, and scale what is read: `r = RMSNorm(S^T q / |q|)`.
 
     Args:
         memory: S, [batch, tokens, slots, width].
@@ -87,4 +92,4 @@ def mix_delta(memory: torch.Tensor, queries: torch.Tensor, parameters: tuple[tor
     Returns:
         r, [batch, tokens, width].
     """
-    return torch.einsum("btm,btmd->btd", normalised(queries), memory)
+    return scaled(torch.einsum("btm,btmd->btd", normalised(queries), memory))

@@ -107,7 +107,9 @@ def read_delta(read: list[list[float]], bias: list[float], given: dict[str, Any]
             memory = [
                 [x + key * y for x, y in zip(slot, added, strict=True)] for slot, key in zip(memory, k, strict=True)
             ]
-        readouts.append([dot(q, column) for column in zip(*memory, strict=True)])
+        r = [dot(q, column) for column in zip(*memory, strict=True)]
+        rms = math.sqrt(dot(r, r) / WIDTH + NORM_EPSILON)
+        readouts.append([x / rms for x in r])
     return readouts
 
 
