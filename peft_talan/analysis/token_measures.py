@@ -98,7 +98,7 @@ def token_measures(
     with full_precision(hidden_states.device.type):
         sizes = parameters.read_sizes(options.mixer)
         values, queries, logits = reference.read(hidden_states, parameters.read, sizes)
-        weights = reference.enter(logits, valid, options.mixer, parameters.mixer)
+        weights = reference.enter(logits, valid, options, parameters.mixer)
         states, _ = reference.memories(values, weights, options.mixer, segment_ids, scope=options.scope)
         mean = reference.slots_of(states, options.mixer)
         readout = reference.READ_RULES[options.mixer](mean, queries, parameters.mixer)

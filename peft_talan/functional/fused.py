@@ -216,7 +216,7 @@ def side_path(
             )
         stream = hidden_states.to(working_dtype(hidden_states.dtype))
         values, queries, logits = read(stream, parameters.read, parameters.read_sizes(options.mixer))
-        weights = reference.enter(logits, valid, options.mixer, parameters.mixer)
+        weights = reference.enter(logits, valid, options, parameters.mixer)
         readout, final_state = remix(
             values, queries, weights, options.mixer, parameters.mixer, segment_ids, state, options.scope
         )

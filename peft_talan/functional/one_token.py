@@ -16,7 +16,6 @@ from .fused import read_mean, write_back
 from .parameters import (
     NORM_EPSILON,
     SMALLEST_DENOMINATOR,
-    SOFT_CAP,
     SidePathOptions,
     SidePathParameters,
     full_precision,
@@ -141,7 +140,8 @@ def one_token(
         length = torch.hypot(torch.linalg.vector_norm(rows, dim=-1, keepdim=True), buffers.norm_floor)
         place.projected.baddbmm_(rows / length, read, beta=0, alpha=math.sqrt(rows.shape[-1]))
         # e = exp(c tanh(a / c)) as a power of exp(c).
-        torch.pow(math.exp(SOFT_CAP), place.logits.div_(SOFT_CAP).tanh_(), out=place.weights)
+        soft_cap = options.soft_cap
+        torch.pow(math.exp(soft_cap), place.logits.div_(soft_cap).tanh_(), out=place.weights)
         # Padding has no weight, so it changes neither N nor D.
         if valid is not None:
             place.weights.mul_(valid.unsqueeze(-1))

@@ -9,17 +9,14 @@ from typing import NamedTuple, get_args
 
 import torch
 
-from ..axes import MemoryScope, Mixer, Writeback
+from ..axes import LARGEST_SOFT_CAP, MemoryScope, Mixer, Writeback
 from .records import TokenRecord
 
 MIXERS: tuple[str, ...] = get_args(Mixer)
 WRITEBACKS: tuple[str, ...] = get_args(Writeback)
 MEMORY_SCOPES: tuple[str, ...] = get_args(MemoryScope)
 
-SOFT_CAP = 5.0
-"""The c of `e = exp(c tanh(a / c))`: it bounds the weights to [exp(-5), exp(5)], so sums need no running maximum."""
-
-SMALLEST_DENOMINATOR = 0.5 * math.exp(-SOFT_CAP)
+SMALLEST_DENOMINATOR = 0.5 * math.exp(-LARGEST_SOFT_CAP)
 """Below every weight of a real token: dividing by at least this much changes no slot that holds anything."""
 
 NORM_EPSILON = 1e-6
@@ -130,6 +127,8 @@ class SidePathOptions:
         cap: The rho of the `capped` rule: the largest |change| / |hidden state|. Unitless.
         dropout: The probability of dropping a component of the read-out in training. Default 0.
         grad_scale: The gamma by which the gradient that enters the side path is multiplied. Default 1.
+        soft_cap: The c of `e = exp(c tanh(a / c))`, which bounds the weights of tokens in a slot, so that sums need no
+            running maximum. Not for `delta`. Default 5.
     """
 
     mixer: Mixer = "attention"
@@ -138,6 +137,7 @@ class SidePathOptions:
     cap: float = 0.1
     dropout: float = 0.0
     grad_scale: float = 1.0
+    soft_cap: float = 5.0
 
     def __post_init__(self) -> None:
         if self.mixer == "delta" and self.scope != "causal":

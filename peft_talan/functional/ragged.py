@@ -204,7 +204,7 @@ def ragged_side_path(
         # A pool may be in another dtype than the tokens are computed in.
         stream, initial_state = hidden_states.to(dtype), state.to(dtype)
         values, queries, logits = read(stream, parameters.read, parameters.read_sizes(options.mixer))
-        weights = enter(logits, None, options.mixer, parameters.mixer)
+        weights = enter(logits, None, options, parameters.mixer)
         if cu_seqlens is None:
             # Each token is a request, and so a batch row of one token.
             z, q, e = values.unsqueeze(1), queries.unsqueeze(1), weights.unsqueeze(1)

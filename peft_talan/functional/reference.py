@@ -16,7 +16,6 @@ from .delta import record_of
 from .delta_reference import delta_weights, mix_delta
 from .parameters import (
     NORM_EPSILON,
-    SOFT_CAP,
     SidePathOptions,
     SidePathOutput,
     SidePathParameters,
@@ -45,7 +44,7 @@ def read(hidden_states: torch.Tensor, weight: torch.Tensor, sizes: tuple[int, in
     return (normalised @ weight.to(dtype).T).split(sizes, dim=-1)
 
 
-def slot_weights(logits: torch.Tensor, valid: torch.Tensor | None) -> torch.Tensor:
+def slot_weights(logits: torch.Tensor, valid: torch.Tensor | None, soft_cap: float = 5.0) -> torch.Tensor:
     """Turn slot logits into the positive weights by which tokens enter the memory.
 
     `e[t, m] = valid[t] exp(c tanh(a[t, m] / c))`.
@@ -53,11 +52,12 @@ def slot_weights(logits: torch.Tensor, valid: torch.Tensor | None) -> torch.Tens
     Args:
         logits: a, [batch, tokens, slots].
         valid: [batch, tokens], bool; False keeps a token (padding) out of the memory. None: all are real.
+        soft_cap: c. Default 5.
 
     Returns:
         e, [batch, tokens, slots].
     """
-    weights = torch.exp(SOFT_CAP * torch.tanh(logits / SOFT_CAP))
+    weights = torch.exp(soft_cap * torch.tanh(logits / soft_cap))
     return weights if valid is None else weights * valid.unsqueeze(-1)
 
 
@@ -167,20 +167,22 @@ READ_RULES: dict[str, Callable[..., torch.Tensor]] = {
 
 
 def enter(
-    logits: torch.Tensor, valid: torch.Tensor | None, mixer: str, parameters: tuple[torch.Tensor, ...]
+    logits: torch.Tensor, valid: torch.Tensor | None, options: SidePathOptions, parameters: tuple[torch.Tensor, ...]
 ) -> torch.Tensor:
     """Turn logits into what a token enters the memory by: `slot_weights`, or `delta_weights` of `delta`.
 
     Args:
         logits: a, [batch, tokens, channels].
         valid: As in `slot_weights`.
-        mixer: One of `READ_RULES`.
+        options: The side path's axes: `mixer` and `soft_cap`.
         parameters: The mixer's tensors.
 
     Returns:
         The weights, [batch, tokens, channels].
     """
-    return delta_weights(logits, parameters[0], valid) if mixer == "delta" else slot_weights(logits, valid)
+    if options.mixer == "delta":
+        return delta_weights(logits, parameters[0], valid)
+    return slot_weights(logits, valid, options.soft_cap)
 
 
 def memories(
@@ -303,7 +305,7 @@ def side_path(
         h', and state and record, from which a later call continues.
     """
     values, queries, logits = read(hidden_states, parameters.read, parameters.read_sizes(options.mixer))
-    weights = enter(logits, valid, options.mixer, parameters.mixer)
+    weights = enter(logits, valid, options, parameters.mixer)
     readout, final_state = remix(
         values, queries, weights, options.mixer, parameters.mixer, segment_ids, state, options.scope
     )

@@ -37,7 +37,7 @@ KINDS = {
     "dora": {"use_dora": True, "target_modules": ["q_proj", "v_proj"]},
     "rslora": {"use_rslora": True},
     "gated mlp": {"talan_mixer": "mlp", "talan_writeback": "gated", "talan_position": "input"},
-    "linear": {"talan_mixer": "linear", "talan_layers": [0.3, 0.9]},
+    "linear": {"talan_mixer": "linear", "talan_layers": [0.3, 0.9], "talan_soft_cap": 10},
     "delta": {"talan_mixer": "delta"},
     "alone": {"r": 0},
     "patterns": {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"v_proj": 3}},

@@ -248,6 +248,7 @@ PROVOCATIONS: dict[str, Provocation] = {
     "talan_layers=…: a block is named twice": lambda _: make_model("qwen3", make_config(talan_layers=[DEPTH - 1, -1])),
     "does not work with TALAN": lambda _: make_config(layer_replication=[[0, 2]]),
     "task_type=… generates": lambda _: make_config(talan_memory_scope="bidirectional"),
+    "talan_mixer='delta' has gates": lambda _: make_config(talan_mixer="delta", talan_soft_cap=7.0),
     "talan_mixer='delta' goes through": lambda _: make_config(
         talan_mixer="delta", task_type=None, talan_memory_scope="bidirectional"
     ),

@@ -10,7 +10,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from peft_talan.functional import reference
-from peft_talan.functional.parameters import DELTA_GATES, MEMORY_SCOPES, MIXERS, SidePathParameters, read_sizes
+from peft_talan.functional.parameters import (
+    DELTA_GATES,
+    MEMORY_SCOPES,
+    MIXERS,
+    SidePathOptions,
+    SidePathParameters,
+    read_sizes,
+)
 
 BATCH, HIDDEN_SIZE, SLOTS, WIDTH, MIXER_HIDDEN = 2, 7, 3, 4, 5
 
@@ -62,7 +69,11 @@ def remix_inputs(mixer: str, batch: int, tokens: int, slots: int = SLOTS, width:
     """z, q, and what tokens of which some are padding enter by."""
     shapes = [(batch, tokens, channels) for channels in read_sizes(mixer, slots, width)]
     values, queries, logits = (torch.randn(shape, dtype=torch.float64) for shape in shapes)
-    return [values, queries, reference.enter(logits, padding(batch, tokens), mixer, mixer_tensors(mixer))]
+    return [
+        values,
+        queries,
+        reference.enter(logits, padding(batch, tokens), SidePathOptions(mixer), mixer_tensors(mixer)),
+    ]
 
 
 def side_path_tensors(mixer: str, writeback: str, dtype: torch.dtype = torch.float64) -> SidePathParameters:

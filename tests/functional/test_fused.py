@@ -67,7 +67,7 @@ def test_outputs_memories_and_gradients_equal_the_reference(mixer: Any, scope: A
         for kind in ("plain", "padded", "segments", "state", "all"):
             hidden = torch.randn(BATCH, tokens, HIDDEN_SIZE, dtype=torch.float64)
             parameters, given = side_path_tensors(mixer, writeback), layout(kind, BATCH, tokens, mixer)
-            options = SidePathOptions(mixer, writeback, scope, cap=0.3, grad_scale=0.5)
+            options = SidePathOptions(mixer, writeback, scope, cap=0.3, grad_scale=0.5, soft_cap=7.0)
             found = outputs_and_gradients(fused, hidden, parameters, options, given)
             expected = outputs_and_gradients(reference, hidden, parameters, options, given)
             for a, b in zip(found, expected, strict=True):

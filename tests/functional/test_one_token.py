@@ -20,7 +20,8 @@ from .inputs import HIDDEN_SIZE, SLOTS, WIDTH, assert_equal_up_to_rounding, memo
 @pytest.mark.parametrize("writeback", WRITEBACKS)
 @pytest.mark.parametrize("mixer", IN_PLACE)
 def test_tokens_one_by_one_equal_the_reference(mixer: Any, writeback: Any, padding: int | None, batch: int) -> None:
-    options, parameters = SidePathOptions(mixer, writeback, cap=0.3), side_path_tensors(mixer, writeback)
+    options = SidePathOptions(mixer, writeback, cap=0.3, soft_cap=7.0)
+    parameters = side_path_tensors(mixer, writeback)
     hidden = torch.randn(batch, 9, HIDDEN_SIZE, dtype=torch.float64)
     state, valid = memory(batch), None
     if padding is not None:

@@ -35,7 +35,7 @@ def call(lengths: list[int], padded: int, mixer: Any, writeback: Any) -> tuple[t
         "alpha": 0.7,
     }
     given["state"][::2] = 0.0  # requests that begin
-    arguments = (hidden, side_path_tensors(mixer, writeback), SidePathOptions(mixer=mixer, writeback=writeback))
+    arguments = (hidden, side_path_tensors(mixer, writeback), SidePathOptions(mixer, writeback, soft_cap=7.0))
     return arguments, given, real
 
 

@@ -68,7 +68,7 @@ def read_sums(
     tokens = len(read)
     z, q, a = [r[:WIDTH] for r in read], [r[WIDTH : 2 * WIDTH] for r in read], [r[2 * WIDTH :] for r in read]
     valid, segment = given["valid"], given["segment_ids"]
-    c = 5.0
+    c = options.soft_cap
     e = [[math.exp(c * math.tanh(v / c)) if valid[t] else 0.0 for v in a[t]] for t in range(tokens)]
     readouts = []
     for t in range(tokens):
@@ -153,8 +153,9 @@ def token_by_token(
 @pytest.mark.parametrize("writeback", WRITEBACKS)
 @pytest.mark.parametrize(("mixer", "scope"), MIXERS_AND_SCOPES)
 def test_the_equations_token_by_token(module: ModuleType, mixer: Any, writeback: Any, scope: Any) -> None:
-    tokens, options = 40, SidePathOptions(mixer, writeback, scope, cap=0.3)
-    for kind in ("plain", "all"):
+    tokens = 40
+    for kind, soft_cap in (("plain", 5.0), ("all", 10.0)):
+        options = SidePathOptions(mixer, writeback, scope, cap=0.3, soft_cap=soft_cap)
         hidden = torch.randn(BATCH, tokens, HIDDEN_SIZE, dtype=torch.float64)
         parameters, given = side_path_tensors(mixer, writeback), layout(kind, BATCH, tokens, mixer)
         found = module.side_path(hidden, parameters, options, alpha=0.7, **given).hidden_states
@@ -162,6 +163,12 @@ def test_the_equations_token_by_token(module: ModuleType, mixer: Any, writeback:
             own = {name: tensor[index] for name, tensor in given.items()}
             expected = token_by_token(hidden[index], parameters, options, 0.7, own)
             assert_equal_up_to_rounding(found[index], expected)
+
+
+def test_the_soft_cap_bounds_how_much_more_a_token_weighs() -> None:
+    for soft_cap in (1.0, 5.0, 10.0):
+        weights = reference.slot_weights(torch.tensor([[[1e3, -1e3]]]), None, soft_cap)
+        torch.testing.assert_close(weights[0, 0].log(), torch.tensor([soft_cap, -soft_cap]))
 
 
 @BOTH

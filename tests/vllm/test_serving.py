@@ -37,7 +37,7 @@ OTHERS: dict[str, dict[str, Any]] = {
     "llama": {"talan_writeback": "orthogonal", "talan_layers": [0, 2]},
     "mistral": {"talan_position": "input", "talan_layers": [0]},
     "cohere": {"talan_mixer": "delta"},
-    "gpt2": {"talan_mixer": "mlp"},
+    "gpt2": {"talan_mixer": "mlp", "talan_soft_cap": 10.0},
 }
 
 
