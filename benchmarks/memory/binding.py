@@ -1,7 +1,7 @@
 """Whose answer is it? Three facts in a text, asked for one by one: which mixer learns to bind an answer to its name.
 
-    python -m benchmarks.memory.binding                          # what is not in the results yet
-    python -m benchmarks.memory.binding --table                  # the table of all runs
+    python -m benchmarks.memory.binding
+    python -m benchmarks.memory.report --page docs/evidence.md
 
 The task is `pairs` of the demo, the base model that of the memory study. Unlike there, a text may end in several
 questions, each about another name: the same memory then has to give different answers. Results, with the loss of every
@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -38,7 +38,8 @@ from peft_talan.demo.recall import (
 )
 
 from ..measure import code_version, machine
-from ..runs import Row, RunSettings, append_line, finished, read_lines
+from ..pages import columns_table
+from ..runs import Row, RunSettings, append_line, finished
 from ..training import adapted, train
 from .one_run import base_of
 
@@ -146,19 +147,29 @@ def run(settings: Settings) -> Row:
 
 
 def table(rows: Sequence[Row]) -> str:
-    """All runs, with what differs between them."""
-    lines = [
-        "| mixer | questions a text | windows in training | steps of texts | seed | last loss | 2 | 4 | 10 | 32 |",
-        "|---|---|---|---|---|---|---|---|---|---|",
-    ]
-    for row in rows:
-        settings, loss = row["settings"], row["losses"][-1]
-        shown = " | ".join(f"{100 * row['recall'][windows]:.0f}%" for windows in ("2", "4", "10", "32"))
-        lines.append(
-            f"| {settings['arm']} | {settings['questions']} | {settings['shortest']} to {settings['longest']} | "
-            f"{settings['steps']} of {settings['batch_size']} | {settings['seed']} | {loss:.2f} | {shown} |"
-        )
-    return "\n".join(lines)
+    """All runs, with what differs between them, the loss along the way, and recall by distance."""
+
+    def of_settings(name: str) -> Callable[[Row], Any]:
+        return lambda row: row["settings"][name]
+
+    def loss_after(share: float) -> Callable[[Row], str]:
+        return lambda row: f"{row['losses'][math.ceil(share * len(row['losses'])) - 1]:.2f}"
+
+    def right_at(windows: int) -> Callable[[Row], str]:
+        return lambda row: f"{100 * row['recall'][str(windows)]:.0f}%"
+
+    return columns_table(
+        {
+            "arm": of_settings("arm"),
+            "questions a text": of_settings("questions"),
+            "windows in training": lambda row: f"{row['settings']['shortest']} to {row['settings']['longest']}",
+            "steps": of_settings("steps"),
+            "seed": of_settings("seed"),
+            **{f"loss after {100 * share:.0f}%": loss_after(share) for share in (0.25, 0.5, 0.75, 1.0)},
+            **{f"{windows} windows": right_at(windows) for windows in (2, 10, 32)},
+        },
+        rows,
+    )
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -179,7 +190,6 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--rows", type=int, default=128, help="texts that are scored at each distance")
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--limit-seconds", type=float, default=math.inf, help="start no run after this time")
-    parser.add_argument("--table", action="store_true", help="print the stored runs")
     return parser
 
 
@@ -187,9 +197,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = vars(make_parser().parse_args(arguments))
     arms, seeds, results = options.pop("arms"), options.pop("seeds"), options.pop("results")
     stop = time.monotonic() + options.pop("limit_seconds")
-    if options.pop("table"):
-        print(table(read_lines(results)))
-        return
     for seed in seeds:
         for arm in arms:
             settings = Settings(arm, seed, **options)
