@@ -11,7 +11,7 @@ import torch
 from torch.autograd import forward_ad
 
 from peft_talan.functional import fused, reference
-from peft_talan.functional.one_token import IN_PLACE, TokenBuffers, one_token
+from peft_talan.functional.one_token import make_buffers, one_token
 from peft_talan.functional.parameters import MIXERS, WRITEBACKS, SidePathOptions, SidePathParameters
 
 from .inputs import (
@@ -113,10 +113,10 @@ def test_shapes_are_found_on_the_meta_device(mixer: Any, module: ModuleType) -> 
 
 
 @pytest.mark.parametrize(("rows", "device"), [(0, "cpu"), (2, "meta")])
-@pytest.mark.parametrize("mixer", IN_PLACE)
+@pytest.mark.parametrize("mixer", MIXERS)
 def test_one_token_of_no_row_and_on_the_meta_device(mixer: Any, rows: int, device: str) -> None:
     parameters = side_path_tensors(mixer, "add")
-    buffers = TokenBuffers(memory(rows).to(device), torch.float64)
+    buffers = make_buffers(mixer, memory(rows, mixer).to(device), torch.float64)
     hidden = torch.randn(rows, 1, HIDDEN_SIZE, dtype=torch.float64).to(device)
     with torch.no_grad():
         given = on_meta(parameters) if device == "meta" else parameters
