@@ -164,6 +164,8 @@ def table(rows: Sequence[Row]) -> str:
             "questions a text": of_settings("questions"),
             "windows in training": lambda row: f"{row['settings']['shortest']} to {row['settings']['longest']}",
             "steps": of_settings("steps"),
+            "learning rate": lambda row: f"{row['settings']['learning_rate']:g}",
+            "times, side path": lambda row: f"{row['settings']['side_path_scale']:g}",
             "seed": of_settings("seed"),
             **{f"loss after {100 * share:.0f}%": loss_after(share) for share in (0.25, 0.5, 0.75, 1.0)},
             **{f"{windows} windows": right_at(windows) for windows in (2, 10, 32)},
