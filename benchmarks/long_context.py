@@ -95,7 +95,9 @@ def drift(tokens: int, seed: int) -> Row:
         for token in hidden_states:
             written = memory.append(token, parameters, options)
         stepping += time.perf_counter() - start
-        values, _, logits = reference.read(hidden_states.view(1, count, -1).double(), exact_parameters.read, SLOTS)
+        values, _, logits = reference.read(
+            hidden_states.view(1, count, -1).double(), exact_parameters.read, (WIDTH, WIDTH, SLOTS)
+        )
         weights = reference.slot_weights(logits, None)
         padded = torch.nn.functional.pad(values, (0, 1), value=1.0)
         before_last = exact + weights[:, :-1].mT @ padded[:, :-1]

@@ -13,13 +13,16 @@ from os import PathLike, fspath
 from typing import Any, Literal, get_args
 
 Position = Literal["output", "input"]
-Mixer = Literal["attention", "linear", "mlp"]
+Mixer = Literal["attention", "linear", "mlp", "delta"]
 Writeback = Literal["add", "gated", "capped", "orthogonal"]
 Trainable = Literal["joint", "side_path", "writeback", "low_rank"]
 MemoryScope = Literal["causal", "bidirectional"]
 
 LARGEST_COUNT = 2**20
 """No residual stream is nearly as wide, and products of two such numbers are still exact."""
+
+SMALLEST_SOFT_CAP, LARGEST_SOFT_CAP = 1.0, 10.0
+"""Below, tokens weigh nearly alike; above, sums in float32 lose those with small weights, and may overflow."""
 
 LARGEST_FACTOR = 1e6
 """Of a perturbation or its gradient: what is far larger ends in infinities."""
@@ -38,7 +41,10 @@ class SidePathAxes:
     )
     talan_slots: int = field(default=8, metadata={"help": "Number of memory slots."})
     talan_dim: int = field(default=32, metadata={"help": "Latent width."})
-    talan_mixer: Mixer = field(default="attention", metadata={"help": "attention, linear or mlp."})
+    talan_mixer: Mixer = field(default="attention", metadata={"help": "attention, linear, mlp or delta."})
+    talan_soft_cap: float = field(
+        default=5.0, metadata={"help": "Tokens weigh between exp(-this) and exp(this) in a slot."}
+    )
     talan_writeback: Writeback = field(default="add", metadata={"help": "add, gated, capped or orthogonal."})
     talan_cap: float = field(default=0.1, metadata={"help": "Largest |change| / |hidden state| of 'capped'."})
     talan_alpha: float = field(default=1.0, metadata={"help": "Strength of the perturbation."})
@@ -155,6 +161,22 @@ def check_axes(axes: SidePathAxes) -> None:
     check_choice("talan_writeback", axes.talan_writeback, get_args(Writeback))
     check_choice("talan_trainable", axes.talan_trainable, get_args(Trainable))
     check_choice("talan_memory_scope", axes.talan_memory_scope, get_args(MemoryScope))
+    lowest, highest = SMALLEST_SOFT_CAP, LARGEST_SOFT_CAP
+    remedy = f"give a number from {lowest:g} to {highest:g}, such as 5.0"
+    check_number("talan_soft_cap", axes.talan_soft_cap, lowest, highest, remedy)
+    if axes.talan_mixer == "delta" and axes.talan_soft_cap != SidePathAxes.talan_soft_cap:
+        raise refusal(
+            "talan_soft_cap",
+            axes.talan_soft_cap,
+            "talan_mixer='delta' has gates and no weights that a cap bounds; leave it out, or use another mixer",
+        )
+    if axes.talan_mixer == "delta" and axes.talan_memory_scope != "causal":
+        raise refusal(
+            "talan_memory_scope",
+            axes.talan_memory_scope,
+            "talan_mixer='delta' goes through the tokens in order, so no token sees later ones; use 'causal', or "
+            "another mixer",
+        )
     check_count("talan_slots", axes.talan_slots)
     check_count("talan_dim", axes.talan_dim)
     smallest = math.ulp(0.0)

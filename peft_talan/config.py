@@ -77,7 +77,10 @@ class TalanConfig(SidePathAxes, LoraConfig):
             `"output"`.
         talan_slots (int): M, the number of memory slots. Default 8.
         talan_dim (int): d, the latent width. Default 32.
-        talan_mixer ("attention" | "linear" | "mlp"): How a token reads the slots. Default `"attention"`.
+        talan_mixer ("attention" | "linear" | "mlp" | "delta"): How a token reads the slots; `"delta"`: keys and values
+            in place of slots that are means, by the delta rule. Default `"attention"`.
+        talan_soft_cap (float): c of `e = exp(c tanh(a / c))`, in [1, 10]: a token weighs at most e^(2 c) times as much
+            as another in a slot. More is for texts of more than some ten thousand tokens. Default 5.0.
         talan_writeback ("add" | "gated" | "capped" | "orthogonal"): How the residual stream is changed. Default
             `"add"`.
         talan_cap (float): rho of the `capped` writeback, the largest |change| / |hidden state|. Default 0.1.
@@ -290,6 +293,7 @@ class TalanConfig(SidePathAxes, LoraConfig):
             writeback=self.talan_writeback,
             scope=self.talan_memory_scope,
             cap=float(self.talan_cap),
+            soft_cap=float(self.talan_soft_cap),
             dropout=float(self.talan_dropout),
             grad_scale=float(self.talan_grad_scale),
         )

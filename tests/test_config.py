@@ -148,6 +148,20 @@ def test_layers_in_all_their_forms(layers: object, expected: list[int]) -> None:
     assert [index for index, block in enumerate(blocks) if hasattr(block, "talan")] == expected
 
 
+def test_the_delta_rule_has_no_bidirectional_memory() -> None:
+    with pytest.raises(ValueError, match=r"talan_memory_scope='bidirectional': talan_mixer='delta'.*'causal'"):
+        TalanConfig(talan_mixer="delta", talan_memory_scope="bidirectional")
+
+
+def test_a_soft_cap_is_bounded_and_not_for_the_delta_rule() -> None:
+    for cap in (0.5, 11, float("nan"), True, "5"):
+        with pytest.raises(ValueError, match=r"talan_soft_cap=.*from 1 to 10"):
+            TalanConfig(talan_soft_cap=cap)
+    with pytest.raises(ValueError, match=r"talan_soft_cap=7.0: talan_mixer='delta'"):
+        TalanConfig(talan_mixer="delta", talan_soft_cap=7.0)
+    assert TalanConfig(talan_mixer="delta").side_path_options.soft_cap == TalanConfig().talan_soft_cap == 5.0
+
+
 def test_default_layers_fit_any_depth() -> None:
     model = get_peft_model(make_base("qwen3"), make_config(talan_layers=None))
     assert any(hasattr(block, "talan") for block in model.base_model.model.model.layers)

@@ -26,7 +26,7 @@ from ..quality.paired import PAIRS, symbol
 from ..quality.report import pairs_of, summary_of
 from ..quality.study import RESULTS as QUALITY_RESULTS
 from ..runs import Row, Rows, by_seed, finished, matching, read_lines
-from . import real_model
+from . import binding, real_model
 from .generation import RESULTS as GENERATION_RESULTS
 from .one_run import ARMS
 from .study import RESULTS
@@ -166,7 +166,9 @@ def generation_table(rows: Sequence[Row]) -> str:
     )
 
 
-def tables_of(results: Path, generation: Path, real_model_results: Path) -> dict[str, str]:
+def tables_of(
+    results: Path, generation: Path, real_model_results: Path, binding_results: Path = binding.RESULTS
+) -> dict[str, str]:
     """Every table of the page by its name, of what has been run."""
     rows, of_a_real_model = (list(finished(file).values()) for file in (results, real_model_results))
     tables = {f"memory {task}": task_table(rows, task) for task in SHOWN_TASKS if curves(rows, task)}
@@ -177,6 +179,7 @@ def tables_of(results: Path, generation: Path, real_model_results: Path) -> dict
     )
     tables["memory real model"] = real_model_table(of_a_real_model)
     tables["memory generation"] = generation_table(read_lines(generation))
+    tables["memory binding"] = binding.table(read_lines(binding_results))
     return tables
 
 
@@ -185,9 +188,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--generation", type=Path, default=GENERATION_RESULTS)
     parser.add_argument("--real-model", type=Path, default=real_model.RESULTS)
+    parser.add_argument("--binding", type=Path, default=binding.RESULTS)
     parser.add_argument("--page", type=Path, default=None, help="a page with marks like <!-- table memory key -->")
     options = parser.parse_args(arguments)
-    tables = tables_of(options.results, options.generation, options.real_model)
+    tables = tables_of(options.results, options.generation, options.real_model, options.binding)
     show(tables, options.page, f" (chance {100 * CHANCE:.2f}%)")
     if options.page is not None:
         shown = curves(list(finished(options.results).values()), "key")

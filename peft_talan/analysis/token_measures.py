@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 
 from ..functional import reference
-from ..functional.parameters import SidePathOptions, SidePathParameters, full_precision, mean_of
+from ..functional.parameters import SidePathOptions, SidePathParameters, full_precision
 from ..functional.writeback import gate_openings
 
 
@@ -59,10 +59,11 @@ def _slot_shares(
 ) -> torch.Tensor:
     """What tokens read of each slot, [batch, tokens, slots]: p for `attention` and `mlp`, |p| / sum |p| for `linear`.
 
-    The memory mu is [batch, tokens, slots, width], the queries q are [batch, tokens, width].
+    For `delta` it is |q| / sum |q|. The memory mu is [batch, tokens, slots, width], the queries q are [batch, tokens,
+    channels].
     """
-    if options.mixer == "linear":
-        weights = (queries @ parameters.mixer[0].to(queries.dtype)).abs()
+    if options.mixer in ("linear", "delta"):
+        weights = (queries if options.mixer == "delta" else queries @ parameters.mixer[0].to(queries.dtype)).abs()
         return weights / weights.sum(-1, keepdim=True).clamp_min(torch.finfo(weights.dtype).tiny)
     if options.mixer == "mlp":
         memory = reference.remix_slots(memory, parameters.mixer)
@@ -95,10 +96,11 @@ def token_measures(
         One number per token, padding included.
     """
     with full_precision(hidden_states.device.type):
-        values, queries, logits = reference.read(hidden_states, parameters.read, parameters.slots)
-        weights = reference.slot_weights(logits, valid)
-        memory, _ = reference.compress(values, weights, segment_ids, scope=options.scope)
-        mean = mean_of(memory)
+        sizes = parameters.read_sizes(options.mixer)
+        values, queries, logits = reference.read(hidden_states, parameters.read, sizes)
+        weights = reference.enter(logits, valid, options, parameters.mixer)
+        states, _ = reference.memories(values, weights, options.mixer, segment_ids, scope=options.scope)
+        mean = reference.slots_of(states, options.mixer)
         readout = reference.READ_RULES[options.mixer](mean, queries, parameters.mixer)
         stream = hidden_states.to(readout.dtype)
         written = reference.write_back(stream, readout, parameters, options, alpha)

@@ -2,7 +2,7 @@
 
 `read`, `remix`, `write_back` and `side_path` take the arguments of their readable twins and return the same up to
 rounding; `alpha` is a number here. The causal memory never exists as a [tokens, slots, width] tensor of all tokens
-(see `chunked` and `recomputed`). One decoded token is a rank-one update of the state and a read.
+(see `chunked`, `recomputed` and `delta`). One decoded token is a rank-one update of the state and a read.
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ import torch
 from torch.autograd import forward_ad
 from torch.nn import functional as F
 
-from . import reference
+from . import delta, reference
 from .chunked_autograd import ChunkwiseRemix
+from .delta import record_of
 from .parameters import (
     NORM_EPSILON,
     RemixInputs,
@@ -27,9 +28,7 @@ from .parameters import (
     working_dtype,
 )
 from .recomputed import recomputed_remix
-from .records import TokenRecord
 from .records import memory_after as memory_after
-from .reference import slot_weights
 from .writeback import WRITEBACK_RULES, required_gate, scale_gradient
 
 
@@ -39,14 +38,13 @@ def _inverse_rms(hidden_states: torch.Tensor) -> torch.Tensor:
     return torch.rsqrt(length.square() / hidden_states.shape[-1] + NORM_EPSILON)
 
 
-def read(hidden_states: torch.Tensor, weight: torch.Tensor, slots: int) -> tuple[torch.Tensor, ...]:
+def read(hidden_states: torch.Tensor, weight: torch.Tensor, sizes: tuple[int, int, int]) -> tuple[torch.Tensor, ...]:
     """Project the normalised residual stream; see `reference.read`."""
     dtype = working_dtype(hidden_states.dtype)
     hidden_states = hidden_states.to(dtype)
     # The norm of a token is one number, so it scales the small projection instead of the hidden state.
     projected = F.linear(hidden_states, weight.to(dtype)) * _inverse_rms(hidden_states)
-    width = (weight.shape[0] - slots) // 2
-    return projected.split([width, width, slots], dim=-1)
+    return projected.split(sizes, dim=-1)
 
 
 def read_mean(
@@ -133,6 +131,8 @@ def remix(
     scope: str = "causal",
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Compress the sequence into the latent memory and read it at every token; see `reference.remix`."""
+    if mixer == "delta":
+        return delta.remix(values, queries, weights, segment_ids, state)
     batch, tokens, slots = weights.shape
     if scope == "bidirectional" or tokens == 1:
         rule = _remix_bidirectional if scope == "bidirectional" else remix_one_token
@@ -215,12 +215,12 @@ def side_path(
                 training=training,
             )
         stream = hidden_states.to(working_dtype(hidden_states.dtype))
-        values, queries, logits = read(stream, parameters.read, parameters.slots)
-        weights = slot_weights(logits, valid)
+        values, queries, logits = read(stream, parameters.read, parameters.read_sizes(options.mixer))
+        weights = reference.enter(logits, valid, options, parameters.mixer)
         readout, final_state = remix(
             values, queries, weights, options.mixer, parameters.mixer, segment_ids, state, options.scope
         )
         if training and options.dropout:
             readout = F.dropout(readout, options.dropout)
         written = write_back(stream, readout, parameters, options, alpha).to(hidden_states.dtype)
-    return SidePathOutput(written, final_state, TokenRecord(weights, values, segment_ids))
+    return SidePathOutput(written, final_state, record_of(options.mixer, weights, values, segment_ids))

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import torch
 
-from .parameters import SidePathOptions
+from .parameters import SidePathOptions, read_sizes
 
 HIDDEN_FACTOR = 2
 """How much wider than its input each hidden layer of the `mlp` mixer is."""
+
+INITIAL_GATES = (-4.0, -4.0, -6.0)
+"""The logits of the `delta` mixer's gates before training: a token writes and erases 2%, and forgets 0.2%."""
 
 
 def initial_parameters(
@@ -36,9 +39,12 @@ def initial_parameters(
     def zero(rows: int, columns: int) -> torch.Tensor:
         return torch.zeros(rows, columns) if zero_write else draw(rows, columns)
 
-    tensors = {"read": draw(2 * width + slots, hidden_size), "write": zero(hidden_size, width)}
+    rows = sum(read_sizes(options.mixer, slots, width))
+    tensors = {"read": draw(rows, hidden_size), "write": zero(hidden_size, width)}
     if options.mixer == "linear":
         tensors["slot_readout"] = draw(slots, width).T.contiguous()
+    elif options.mixer == "delta":
+        tensors["gate_bias"] = torch.tensor(INITIAL_GATES)
     else:
         tensors["slot_bias"] = zero(1, slots)[0]
     if options.mixer == "mlp":

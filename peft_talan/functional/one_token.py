@@ -2,21 +2,23 @@
 
 This is `fused.side_path` for hidden states [batch, 1, hidden_size], in as few operations as possible: their number is
 what bounds decoding on an accelerator. A view is an operation, too, so those that every token needs are made once.
-It is for the mixers whose state is a sum: an update in place is then one product added to it.
+A state that is a sum, that of `delta` too, is updated in place by one product added to it.
 """
 
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+from torch.nn.functional import logsigmoid
 
+from .delta import DeltaRecord
 from .fused import read_mean, write_back
 from .parameters import (
+    DELTA_GATES,
     NORM_EPSILON,
     SMALLEST_DENOMINATOR,
-    SOFT_CAP,
     SidePathOptions,
     SidePathParameters,
     full_precision,
@@ -57,27 +59,31 @@ class TokenBuffers:
     """
 
     def __init__(self, state: torch.Tensor, dtype: torch.dtype, capacity: int = 1) -> None:
-        batch, slots, width = state.shape[0], state.shape[1], state.shape[2] - 1
         self.dtype, self.capacity, self.pending = dtype, capacity, 0
-        # N / D, which each token overwrites; apart from the state, which may be float64.
-        self.mean = state.new_empty((batch, slots, width), dtype=dtype)
-        self.mean_transposed = self.mean.mT
-        # One product makes [1, batch, channels]; what follows has a product per row, and takes [batch, 1, channels].
-        projected = state.new_empty((capacity, 1, batch, 2 * width + slots), dtype=dtype)
-        values, queries, logits = projected.transpose(1, 2).split((width, width, slots), dim=-1)
-        weights = state.new_empty((capacity, batch, 1, slots), dtype=dtype)
-        self._weights, self._values = weights, values
-        parts = (part.unbind(0) for part in (projected, values, queries, logits, weights, weights.mT))
-        self._places = [TokenPlace(*views) for views in zip(*parts, strict=True)]
         # Until `matrices` is first called.
         self._read = self._write = self.norm_floor = state.new_empty(0)
+        self._places: list[Any] = self._make_places(state)
         self.rebind(state)
+
+    def _make_places(self, state: torch.Tensor) -> list[Any]:
+        """Make the buffers, and views of each place in them."""
+        batch, slots, width = state.shape[0], state.shape[1], state.shape[2] - 1
+        # N / D, which each token overwrites; apart from the state, which may be float64.
+        self.readable = state.new_empty((batch, slots, width), dtype=self.dtype)
+        self.mean_transposed = self.readable.mT
+        # One product makes [1, batch, channels]; what follows has a product per row, and takes [batch, 1, channels].
+        projected = state.new_empty((self.capacity, 1, batch, 2 * width + slots), dtype=self.dtype)
+        values, queries, logits = projected.transpose(1, 2).split((width, width, slots), dim=-1)
+        weights = state.new_empty((self.capacity, batch, 1, slots), dtype=self.dtype)
+        self._weights, self._values = weights, values
+        parts = (part.unbind(0) for part in (projected, values, queries, logits, weights, weights.mT))
+        return [TokenPlace(*views) for views in zip(*parts, strict=True)]
 
     def rebind(self, state: torch.Tensor) -> None:
         """Update another state, of the same number of rows, from now on."""
         self.state, self.total, self.denominator = state, state[..., :-1], state[..., -1:]
 
-    def next_place(self) -> TokenPlace:
+    def next_place(self) -> Any:
         """Take the place of the next token, which is pending from now on."""
         # At the end, the last place again: see above.
         self.pending = min(self.pending + 1, self.capacity)
@@ -90,13 +96,113 @@ class TokenBuffers:
         moved = self._read.data_ptr() != read.data_ptr() or self._write.data_ptr() != write.data_ptr()
         if moved or read.is_meta:
             self._read, self._write = (matrix.to(self.dtype).T.unsqueeze(0) for matrix in (read, write))
-            self.norm_floor = self.mean.new_tensor(math.sqrt(NORM_EPSILON * read.shape[1]))
+            self.norm_floor = self.readable.new_tensor(math.sqrt(NORM_EPSILON * read.shape[1]))
         return self._read, self._write
 
     def drain(self) -> TokenRecord:
         """Copy out what the pending tokens added, and free their places."""
         pending, self.pending = self.pending, 0
         return TokenRecord(*(part[:pending, :, 0].transpose(0, 1).clone() for part in (self._weights, self._values)))
+
+    def remix(
+        self, place: Any, options: SidePathOptions, parameters: tuple[torch.Tensor, ...], valid: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Add the projected token to the state and read it: r, [batch, 1, width]."""
+        # e = exp(c tanh(a / c)) as a power of exp(c).
+        soft_cap = options.soft_cap
+        torch.pow(math.exp(soft_cap), place.logits.div_(soft_cap).tanh_(), out=place.weights)
+        # Padding has no weight, so it changes neither N nor D.
+        if valid is not None:
+            place.weights.mul_(valid.unsqueeze(-1))
+        # N += e z^T and D += e.
+        self.total.addcmul_(place.weights_column, place.values)
+        denominator = self.denominator.add_(place.weights_column)
+        # `mean_of`, without its views. D is too small only where the token is padding and nothing came before.
+        if valid is not None:
+            denominator = denominator.clamp_min(SMALLEST_DENOMINATOR)
+        mean = torch.div(self.total, denominator, out=self.readable)
+        if options.mixer != "attention":
+            return read_mean(mean, place.queries, options.mixer, parameters)
+        # `read_mean`, without its views.
+        bias, scale = parameters[0], 1 / math.sqrt(mean.shape[-1])
+        bias = bias if bias.dtype is self.dtype else bias.to(self.dtype)
+        scores = torch.baddbmm(bias, place.queries, self.mean_transposed, alpha=scale)
+        return torch.bmm(scores.softmax(-1), mean)
+
+
+class DeltaPlace(NamedTuple):
+    """Where the projections of one token of `delta` are written.
+
+    Args:
+        projected: v, q, the gates' logits and k in one, [1, batch, width + 2 * slots + 3].
+        values: v, [batch, 1, width].
+        queries: q, [batch, 1, slots].
+        logits: Those of the gates, [batch, 1, 3].
+        keys: k, [batch, 1, slots].
+        keys_column: k, [batch, slots, 1].
+        gates: w, b and 1 - a, [batch, 1, 3].
+    """
+
+    projected: torch.Tensor
+    values: torch.Tensor
+    queries: torch.Tensor
+    logits: torch.Tensor
+    keys: torch.Tensor
+    keys_column: torch.Tensor
+    gates: torch.Tensor
+
+
+class DeltaBuffers(TokenBuffers):
+    """As `TokenBuffers`, for the state of `delta`, [batch, slots, width]."""
+
+    def _make_places(self, state: torch.Tensor) -> list[Any]:
+        batch, slots, width = state.shape
+        # S as the token reads it; apart from the state, which may be float64.
+        self.readable = state.new_empty((batch, slots, width), dtype=self.dtype)
+        self.length_floor = self.readable.new_tensor(math.sqrt(NORM_EPSILON))
+        sizes = (width, slots, DELTA_GATES, slots)
+        projected = state.new_empty((self.capacity, 1, batch, sum(sizes)), dtype=self.dtype)
+        values, queries, logits, keys = projected.transpose(1, 2).split(sizes, dim=-1)
+        gates = torch.empty_like(logits, memory_format=torch.contiguous_format)
+        self._parts = values, logits, keys, gates
+        parts = (part.unbind(0) for part in (projected, values, queries, logits, keys, keys.mT, gates))
+        return [DeltaPlace(*views) for views in zip(*parts, strict=True)]
+
+    def rebind(self, state: torch.Tensor) -> None:
+        """Update another state, of the same number of rows, from now on."""
+        self.state = state
+
+    def drain(self) -> TokenRecord:
+        """Copy out what the pending tokens did, and free their places."""
+        pending, self.pending = self.pending, 0
+        values, logits, keys, gates = (part[:pending, :, 0].transpose(0, 1) for part in self._parts)
+        # As `delta_weights` has them: zero for padding, whose gates are closed.
+        entering = torch.cat([gates[..., :2], logsigmoid(-logits[..., 2:]), keys], dim=-1)
+        return DeltaRecord(entering * (gates[..., :1] > 0), values.clone())
+
+    def _length(self, vectors: torch.Tensor) -> torch.Tensor:
+        return torch.hypot(torch.linalg.vector_norm(vectors, dim=-1, keepdim=True), self.length_floor)
+
+    def remix(
+        self, place: Any, options: SidePathOptions, parameters: tuple[torch.Tensor, ...], valid: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Update the state by the projected token and read it: r, [batch, 1, width]."""
+        # Never zero, but for padding.
+        torch.sigmoid(place.logits.add_(parameters[0]), out=place.gates).clamp_min_(torch.finfo(self.dtype).tiny)
+        if valid is not None:
+            place.gates.mul_(valid.unsqueeze(-1))
+        write, erase, forget = place.gates.split(1, dim=-1)
+        place.keys.div_(self._length(place.keys))
+        memory = self.readable.copy_(self.state.mul_(1 - forget))
+        added = torch.addcmul(write * place.values, erase, torch.bmm(place.keys, memory), value=-1)
+        self.state.addcmul_(place.keys_column, added)
+        readout = torch.bmm(place.queries / self._length(place.queries), memory.addcmul_(place.keys_column, added))
+        return readout / self._length(readout / math.sqrt(readout.shape[-1]))
+
+
+def make_buffers(mixer: str, state: torch.Tensor, dtype: torch.dtype, capacity: int = 1) -> TokenBuffers:
+    """The buffers of a mixer's state; arguments as in `TokenBuffers`."""
+    return (DeltaBuffers if mixer == "delta" else TokenBuffers)(state, dtype, capacity)
 
 
 def _swap(tensor: torch.Tensor) -> torch.Tensor:
@@ -137,28 +243,7 @@ def one_token(
         # h / sqrt(|h|^2 + H eps) is RMSNorm(h) / sqrt(H).
         length = torch.hypot(torch.linalg.vector_norm(rows, dim=-1, keepdim=True), buffers.norm_floor)
         place.projected.baddbmm_(rows / length, read, beta=0, alpha=math.sqrt(rows.shape[-1]))
-        # e = exp(c tanh(a / c)) as a power of exp(c).
-        torch.pow(math.exp(SOFT_CAP), place.logits.div_(SOFT_CAP).tanh_(), out=place.weights)
-        # Padding has no weight, so it changes neither N nor D.
-        if valid is not None:
-            place.weights.mul_(valid.unsqueeze(-1))
-        # N += e z^T and D += e.
-        buffers.total.addcmul_(place.weights_column, place.values)
-        denominator = buffers.denominator.add_(place.weights_column)
-        # `mean_of`, without its views. D is too small only where the token is padding and nothing came before.
-        if valid is not None:
-            denominator = denominator.clamp_min(SMALLEST_DENOMINATOR)
-        mean = torch.div(buffers.total, denominator, out=buffers.mean)
-
-        if options.mixer == "attention":
-            # `read_mean`, without its views.
-            bias, scale = parameters.mixer[0], 1 / math.sqrt(mean.shape[-1])
-            bias = bias if bias.dtype is dtype else bias.to(dtype)
-            scores = torch.baddbmm(bias, place.queries, buffers.mean_transposed, alpha=scale)
-            readout = torch.bmm(scores.softmax(-1), mean)
-        else:
-            readout = read_mean(mean, place.queries, options.mixer, parameters.mixer)
-
+        readout = buffers.remix(place, options, parameters.mixer, valid)
         if options.writeback == "add":
             # As `write_back`, by the transposed matrix that is there already.
             written = _swap(torch.baddbmm(rows, _swap(readout), write, alpha=alpha))

@@ -9,17 +9,14 @@ from typing import NamedTuple, get_args
 
 import torch
 
-from ..axes import MemoryScope, Mixer, Writeback
+from ..axes import LARGEST_SOFT_CAP, MemoryScope, Mixer, Writeback
 from .records import TokenRecord
 
 MIXERS: tuple[str, ...] = get_args(Mixer)
 WRITEBACKS: tuple[str, ...] = get_args(Writeback)
 MEMORY_SCOPES: tuple[str, ...] = get_args(MemoryScope)
 
-SOFT_CAP = 5.0
-"""The c of `e = exp(c tanh(a / c))`: it bounds the weights to [exp(-5), exp(5)], so sums need no running maximum."""
-
-SMALLEST_DENOMINATOR = 0.5 * math.exp(-SOFT_CAP)
+SMALLEST_DENOMINATOR = 0.5 * math.exp(-LARGEST_SOFT_CAP)
 """Below every weight of a real token: dividing by at least this much changes no slot that holds anything."""
 
 NORM_EPSILON = 1e-6
@@ -60,18 +57,28 @@ MIXER_PARAMETERS: dict[str, tuple[str, ...]] = {
     "attention": ("slot_bias",),
     "linear": ("slot_readout",),
     "mlp": ("slot_bias", "slot_in", "slot_out", "channel_in", "channel_out"),
+    "delta": ("gate_bias",),
 }
 """The names of each mixer's tensors, in the order in which its rules take them."""
+
+DELTA_GATES = 3
+"""How many gates a token of the `delta` mixer has: it writes, erases and forgets."""
+
+
+def read_sizes(mixer: str, slots: int, width: int) -> tuple[int, int, int]:
+    """What a token is projected to: the channels of its value, its query and the logits by which it enters."""
+    return (width, slots, DELTA_GATES + slots) if mixer == "delta" else (width, width, slots)
 
 
 class SidePathParameters(NamedTuple):
     """The trainable tensors of one side path.
 
     Args:
-        read: `W_read` of shape [2 * width + slots, hidden_size]; its rows are z, q and a, in this order.
+        read: `W_read` of shape [2 * width + slots, hidden_size]; its rows are z, q and a, in this order. `delta`:
+            [width + 2 * slots + 3, hidden_size]; v, q, the gates w, b and f, and k.
         mixer: The mixer's own tensors. `attention`: (slot bias [slots],). `linear`: (slot readout B [width, slots],).
             `mlp`: (slot bias [slots], slot in [hidden, slots], slot out [slots, hidden], channel in [hidden, width],
-            channel out [width, hidden]).
+            channel out [width, hidden]). `delta`: (gate bias [3],).
         write: `W_write` of shape [hidden_size, width].
         gate: `w_g` and `b_g` in one row of shape [hidden_size + 1], for the `gated` rule only.
     """
@@ -81,15 +88,19 @@ class SidePathParameters(NamedTuple):
     write: torch.Tensor
     gate: torch.Tensor | None = None
 
-    @property
-    def slots(self) -> int:
+    def slots(self, mixer: str) -> int:
         """M, the number of memory slots."""
-        return self.read.shape[0] - 2 * self.write.shape[1]
+        rows, width = self.read.shape[0], self.write.shape[1]
+        return (rows - width - DELTA_GATES) // 2 if mixer == "delta" else rows - 2 * width
 
-    @property
-    def state_shape(self) -> tuple[int, ...]:
-        """The shape of the state of one sequence, (slots, width + 1)."""
-        return self.slots, self.write.shape[1] + 1
+    def read_sizes(self, mixer: str) -> tuple[int, int, int]:
+        """The channels of the three parts of `W_read`; see the function."""
+        return read_sizes(mixer, self.slots(mixer), self.write.shape[1])
+
+    def state_shape(self, mixer: str) -> tuple[int, int]:
+        """The shape of the state of one sequence: (slots, width + 1), N and D; of `delta` (slots, width)."""
+        width = self.write.shape[1]
+        return self.slots(mixer), width if mixer == "delta" else width + 1
 
     def to(self, device: torch.device) -> SidePathParameters:
         """The same tensors on a device.
@@ -116,6 +127,8 @@ class SidePathOptions:
         cap: The rho of the `capped` rule: the largest |change| / |hidden state|. Unitless.
         dropout: The probability of dropping a component of the read-out in training. Default 0.
         grad_scale: The gamma by which the gradient that enters the side path is multiplied. Default 1.
+        soft_cap: The c of `e = exp(c tanh(a / c))`, which bounds the weights of tokens in a slot, so that sums need no
+            running maximum. Not for `delta`. Default 5.
     """
 
     mixer: Mixer = "attention"
@@ -124,18 +137,23 @@ class SidePathOptions:
     cap: float = 0.1
     dropout: float = 0.0
     grad_scale: float = 1.0
+    soft_cap: float = 5.0
+
+    def __post_init__(self) -> None:
+        if self.mixer == "delta" and self.scope != "causal":
+            raise ValueError(f"scope={self.scope!r}: mixer='delta' goes through the tokens in order; use 'causal'")
 
 
 class SidePathOutput(NamedTuple):
     """What one pass through a side path returns.
 
     Only the mixer knows what state and record hold: the state is passed to the next call as it is, and the record's
-    methods make the state after some of its tokens. Every mixer of today has a sum as its state.
+    methods make the state after some of its tokens.
 
     Args:
         hidden_states: h', [batch, tokens, hidden_size].
-        state: The state after the last token, [batch, slots, width + 1] (N and, as the last channel, D).
-        record: What each token added to the state; views of the pass, see `TokenRecord.compact`.
+        state: The state after the last token, [batch, *state_shape]: N and, as the last channel, D; of `delta` S.
+        record: What each token did to the state; views of the pass, see `TokenRecord.compact`.
     """
 
     hidden_states: torch.Tensor
@@ -160,7 +178,7 @@ class RaggedOutput(NamedTuple):
 
     Args:
         hidden_states: h', [tokens, hidden_size]; rows of padding hold arbitrary finite numbers.
-        states: The states at the snapshots, [snapshots or requests, slots, width + 1], in the initial states' dtype.
+        states: The states at the snapshots, [snapshots or requests, *state_shape], in the initial states' dtype.
     """
 
     hidden_states: torch.Tensor

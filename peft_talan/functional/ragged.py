@@ -1,19 +1,23 @@
 """The side path on the flat tokens of many requests: no loop over requests, and no question to the device.
 
 Each request is cut into chunks of its own, so every chunk has one state to continue from, and what lies inside of a
-chunk is `chunked.forward_tile`. The number of chunks is bounded by the shapes alone; chunks that are not needed are
-empty. The results are those of `ragged_reference` up to rounding. Gradients are not supported: it serves generation.
+chunk is `chunked.forward_tile` or `delta`. The number of chunks is bounded by the shapes alone; chunks that are not
+needed are empty. The results are those of `ragged_reference` up to rounding. Gradients are not supported: it serves
+generation.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch.nn import functional as F
 
 from .chunked import CHUNK_SIZE, ChunkMasks, Tile, chunk_states, forward_tile, make_tile, probabilities
-from .fused import read, remix_one_token, write_back
+from .delta import DeltaChunks, make_chunks
+from .fused import read, remix, write_back
 from .parameters import (
     RaggedOutput,
     RemixInputs,
@@ -24,7 +28,7 @@ from .parameters import (
 )
 from .recomputed import TILE_TOKENS, remix_tile
 from .records import memory_after
-from .reference import slot_weights
+from .reference import enter
 
 SMALLEST_CHUNK_SIZE = 8
 """Tokens per chunk where requests are short: fewer would make the products small and their number large."""
@@ -89,21 +93,46 @@ def _lay_out(cu_seqlens: torch.Tensor, tokens: int, max_query_length: int) -> Ch
     return ChunkLayout(chunk_size, num_chunks, place, request)
 
 
-def _cut(inputs: RemixInputs, state: torch.Tensor, layout: ChunkLayout) -> Tile:
-    """Put the flat tokens into their chunks and sum the state at the start of each."""
+def _cut(inputs: RemixInputs, layout: ChunkLayout) -> tuple[tuple[torch.Tensor, ...], ChunkMasks]:
+    """Put the flat tokens into their chunks: z, q and e, [num_chunks, C, channels], and their masks."""
     flat = torch.cat(inputs[:3], dim=-1)
     # One row more than there are places takes the padding.
     rows = flat.new_zeros(layout.num_chunks * layout.chunk_size + 1, flat.shape[1])
     placed = rows.index_copy_(0, layout.place, flat)[:-1].unflatten(0, (layout.num_chunks, layout.chunk_size))
-    z, q, e = placed.split([tensor.shape[1] for tensor in inputs[:3]], dim=-1)
-    # As in `chunked`, products over slots run along the tokens.
-    e = e.mT.contiguous()
     # Earlier chunks of the same request, and its initial state: the requests are one sequence to the masks.
     earlier = (layout.request.unsqueeze(1) == layout.request).to(flat.dtype).tril_(-1)
     triangle = torch.ones(1, layout.chunk_size, layout.chunk_size, dtype=flat.dtype, device=flat.device).tril_()
-    masks = ChunkMasks(triangle, earlier.unsqueeze(0))
+    return placed.split([tensor.shape[1] for tensor in inputs[:3]], dim=-1), ChunkMasks(triangle, earlier.unsqueeze(0))
+
+
+def _sum(inputs: RemixInputs, state: torch.Tensor, layout: ChunkLayout) -> Tile:
+    """Cut the tokens into chunks and sum the state at the start of each."""
+    (z, q, e), masks = _cut(inputs, layout)
+    # As in `chunked`, products over slots run along the tokens.
+    e = e.mT.contiguous()
     states = chunk_states(z, e, masks, state.index_select(0, layout.request).unsqueeze(0), 1)
     return make_tile(z, q, e, states.squeeze(0), masks)
+
+
+def _delta_starts(
+    chunks: DeltaChunks, state: torch.Tensor, layout: ChunkLayout, max_query_length: int
+) -> torch.Tensor:
+    """The states at the chunks' starts: all requests' first chunks, then all second ones, as many as there may be."""
+    moves, additions = chunks.transitions()
+    requests = torch.arange(state.shape[0], device=state.device)
+    first = torch.searchsorted(layout.request, requests)
+    count = torch.searchsorted(layout.request, requests, right=True) - first
+    # One row more than there are chunks takes what requests without such a chunk would store.
+    starts = state.new_zeros(layout.num_chunks + 1, *state.shape[1:])
+    for step in range(-(-max_query_length // layout.chunk_size)):
+        # The last request also has the chunks that are not needed.
+        has_chunk = step < count
+        chunk = torch.where(has_chunk, first + step, layout.num_chunks)
+        starts = starts.index_copy(0, chunk, state)
+        chunk = chunk.clamp(max=layout.num_chunks - 1)
+        moved = torch.baddbmm(additions.index_select(0, chunk), moves.index_select(0, chunk), state)
+        state = torch.where(has_chunk[:, None, None], moved, state)
+    return starts[:-1]
 
 
 def _remix_mlp(tile: Tile, parameters: tuple[torch.Tensor, ...]) -> torch.Tensor:
@@ -113,13 +142,11 @@ def _remix_mlp(tile: Tile, parameters: tuple[torch.Tensor, ...]) -> torch.Tensor
     return torch.cat([remix_tile(z, q, e.mT, "mlp", parameters, None, state)[0] for z, q, e, state in parts])
 
 
-def _states_after(tokens: torch.Tensor, tile: Tile, layout: ChunkLayout) -> torch.Tensor:
+def _states_after(chunk: torch.Tensor, place: torch.Tensor, tile: Tile) -> torch.Tensor:
     """The state after each of some tokens: that at the start of its chunk, and what the chunk adds up to the token."""
-    place = layout.place_of(tokens)
-    chunk, place = place // layout.chunk_size, place % layout.chunk_size
     z, e, state = (tensor.index_select(0, chunk) for tensor in (tile.z, tile.e, tile.state))
     # Later tokens of the chunk as padding: of no weight.
-    up_to = torch.arange(layout.chunk_size, device=tokens.device) <= place.unsqueeze(1)
+    up_to = torch.arange(e.shape[-1], device=place.device) <= place.unsqueeze(1)
     return memory_after(z, (e * up_to.unsqueeze(1)).mT, None, state)
 
 
@@ -134,16 +161,25 @@ def _remix_requests(
     # Servers count in int32, indices are int64.
     tokens, cu_seqlens = inputs.values.shape[0], cu_seqlens.long()
     layout = _lay_out(cu_seqlens, tokens, max_query_length)
-    tile = _cut(inputs, state, layout)
-    if inputs.mixer == "mlp":
-        remixed = _remix_mlp(tile, inputs.parameters)
+    states_after: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+    if inputs.mixer == "delta":
+        (v, q, entering), masks = _cut(inputs, layout)
+        chunks = make_chunks(v, q, entering, masks)
+        starts = _delta_starts(chunks, state, layout, max_query_length)
+        remixed, states_after = chunks.readouts(starts), partial(chunks.states_after, states=starts)
     else:
-        remixed = forward_tile(tile, probabilities(tile, inputs.mixer, inputs.parameters[0].to(tile.z.dtype)))
+        tile = _sum(inputs, state, layout)
+        states_after = partial(_states_after, tile=tile)
+        if inputs.mixer == "mlp":
+            remixed = _remix_mlp(tile, inputs.parameters)
+        else:
+            remixed = forward_tile(tile, probabilities(tile, inputs.mixer, inputs.parameters[0].to(tile.z.dtype)))
     readout = remixed.flatten(0, 1).index_select(0, layout.place_of())
     # Positions that are no token's get the state of some token, which nobody reads: to leave them out, their number
     # would have to be known.
     positions = cu_seqlens[1:] - 1 if snapshot_positions is None else snapshot_positions
-    states = _states_after(positions.clamp(0, tokens - 1), tile, layout)
+    place = layout.place_of(positions.clamp(0, tokens - 1))
+    states = states_after(place // layout.chunk_size, place % layout.chunk_size)
     if snapshot_positions is None:
         # Without tokens, the state stays as it is.
         empty = cu_seqlens[1:] == cu_seqlens[:-1]
@@ -167,14 +203,12 @@ def ragged_side_path(
     with full_precision(hidden_states.device.type):
         # A pool may be in another dtype than the tokens are computed in.
         stream, initial_state = hidden_states.to(dtype), state.to(dtype)
-        values, queries, logits = read(stream, parameters.read, parameters.slots)
-        weights = slot_weights(logits, None)
+        values, queries, logits = read(stream, parameters.read, parameters.read_sizes(options.mixer))
+        weights = enter(logits, None, options, parameters.mixer)
         if cu_seqlens is None:
             # Each token is a request, and so a batch row of one token.
             z, q, e = values.unsqueeze(1), queries.unsqueeze(1), weights.unsqueeze(1)
-            readout, states = remix_one_token(
-                RemixInputs(z, q, e, options.mixer, parameters.mixer, None, initial_state)
-            )
+            readout, states = remix(z, q, e, options.mixer, parameters.mixer, None, initial_state)
             readout = readout.squeeze(1)
             if snapshot_positions is not None:
                 states = states.index_select(0, snapshot_positions.clamp(0, states.shape[0] - 1))

@@ -30,7 +30,7 @@ def ragged_side_path(
         cu_seqlens: Where each request starts and the last one ends, [requests + 1], int, not falling and starting
             at 0. Equal neighbours: a request without tokens. Tokens from the last number on are padding. None: each
             token is a request.
-        state: The state before each request's first token, [requests, slots, width + 1].
+        state: The state before each request's first token, [requests, *state_shape].
         max_query_length: The number of tokens of the longest request, or more, known without asking the device.
         snapshot_positions: The tokens after which the state is returned, [snapshots], int64; for a number that is no
             token's, some state. None: after each request's last token. Default None.
@@ -52,7 +52,8 @@ def ragged_side_path(
         strength = alpha[start:end].unsqueeze(1) if isinstance(alpha, torch.Tensor) else alpha
         output = reference.side_path(hidden_states[None, start:end], parameters, options, alpha=strength, state=before)
         written[start:end] = output.hidden_states[0]
-        snapshots[start:end] = reference.compress(output.record.values, output.record.weights, state=before)[0][0]
+        weights, values = output.record[:2]
+        snapshots[start:end] = reference.memories(values, weights, options.mixer, state=before)[0][0]
         after[request] = snapshots[end - 1]
     if snapshot_positions is None:
         return RaggedOutput(written, after)

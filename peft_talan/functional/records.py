@@ -64,29 +64,35 @@ class TokenRecord(NamedTuple):
     segment_ids: torch.Tensor | None = None
 
     @property
+    def can_be_subtracted(self) -> bool:
+        """Whether `subtract_from` works: of a sum, whatever came before and between."""
+        return True
+
+    @property
     def tokens(self) -> int:
         """The number of tokens, padding included."""
         return self.weights.shape[1]
 
     @property
     def valid(self) -> torch.Tensor:
-        """Which tokens are in the memory, [batch, tokens], bool: the weight of a real token is at least exp(-c)."""
+        """Which tokens are in the memory, [batch, tokens], bool: no weight of a real token is zero."""
         return self.weights[..., 0] > 0
 
     def part(self, tokens: slice) -> TokenRecord:
         """The record of some of the tokens, as views; neither end of the slice is negative."""
         segment_ids = relative_segments(self.segment_ids, tokens)
-        return TokenRecord(self.weights[:, tokens], self.values[:, tokens], segment_ids)
+        return self._replace(weights=self.weights[:, tokens], values=self.values[:, tokens], segment_ids=segment_ids)
 
     def select_rows(self, rows: torch.Tensor) -> TokenRecord:
         """The record of other rows: row i continues row `rows[i]`."""
         segment_ids = None if self.segment_ids is None else self.segment_ids.index_select(0, rows)
-        return TokenRecord(self.weights.index_select(0, rows), self.values.index_select(0, rows), segment_ids)
+        weights, values = (part.index_select(0, rows) for part in self[:2])
+        return self._replace(weights=weights, values=values, segment_ids=segment_ids)
 
     def compact(self) -> TokenRecord:
         """A copy to keep: the values of a pass are a view, which keeps the whole projection alive."""
         weights, values = (part.clone(memory_format=torch.contiguous_format) for part in self[:2])
-        return TokenRecord(weights, values, self.segment_ids)
+        return self._replace(weights=weights, values=values)
 
     def without(self, removed: torch.Tensor) -> TokenRecord:
         """The record with some tokens, [batch, tokens] bool, turned into padding."""
@@ -119,10 +125,10 @@ def join_records(records: Sequence[TokenRecord]) -> TokenRecord:
             if ids is None:
                 ids = record.weights.new_zeros(record.weights.shape[:2], dtype=torch.long)
             segment_ids.append(ids if not segment_ids else ids + segment_ids[-1][:, -1:])
-    return TokenRecord(
-        torch.cat([record.weights for record in records], dim=1),
-        torch.cat([record.values for record in records], dim=1),
-        torch.cat(segment_ids, dim=1) if segment_ids else None,
+    return records[0]._replace(
+        weights=torch.cat([record.weights for record in records], dim=1),
+        values=torch.cat([record.values for record in records], dim=1),
+        segment_ids=torch.cat(segment_ids, dim=1) if segment_ids else None,
     )
 
 
@@ -157,7 +163,8 @@ def crop_records(
     if not kept:
         return kept, initial_state
     # Where a segment may have begun, the state has forgotten what was there before.
-    if tokens < sum(record.tokens for record in kept) and all(record.segment_ids is None for record in dropped):
+    subtracts = all(record.can_be_subtracted and record.segment_ids is None for record in dropped)
+    if subtracts and tokens < sum(record.tokens for record in kept):
         for record in dropped:
             state = record.subtract_from(state)
         return kept, state

@@ -11,42 +11,40 @@ from collections.abc import Callable
 import torch
 from torch.nn import functional as F
 
+from . import delta_reference
+from .delta import record_of
+from .delta_reference import delta_weights, mix_delta
 from .parameters import (
     NORM_EPSILON,
-    SOFT_CAP,
     SidePathOptions,
     SidePathOutput,
     SidePathParameters,
     mean_of,
     working_dtype,
 )
-from .records import TokenRecord
 from .writeback import WRITEBACK_RULES
 
 
-def read(hidden_states: torch.Tensor, weight: torch.Tensor, slots: int) -> tuple[torch.Tensor, ...]:
-    """Project the normalised residual stream to latents, queries and slot logits.
+def read(hidden_states: torch.Tensor, weight: torch.Tensor, sizes: tuple[int, int, int]) -> tuple[torch.Tensor, ...]:
+    """Project the normalised residual stream to values, queries and logits.
 
     `x = RMSNorm(h); [z, q, a] = x W_read`. The norm has no weight of its own: `W_read` would absorb it.
 
     Args:
         hidden_states: h, [batch, tokens, hidden_size], any float dtype.
-        weight: `W_read`, [2 * width + slots, hidden_size].
-        slots: The number of memory slots.
+        weight: `W_read`, [sum(sizes), hidden_size].
+        sizes: The channels of each part; see `SidePathParameters.read_sizes`.
 
     Returns:
-        z [batch, tokens, width], q [batch, tokens, width] and a [batch, tokens, slots], at least float32.
+        z, q and a, each [batch, tokens, channels], at least float32.
     """
     dtype = working_dtype(hidden_states.dtype)
     hidden_states = hidden_states.to(dtype)
     normalised = hidden_states * torch.rsqrt(hidden_states.square().mean(-1, keepdim=True) + NORM_EPSILON)
-    projected = normalised @ weight.to(dtype).T
-    width = (weight.shape[0] - slots) // 2
-    values, queries, logits = projected.split([width, width, slots], dim=-1)
-    return values, queries, logits
+    return (normalised @ weight.to(dtype).T).split(sizes, dim=-1)
 
 
-def slot_weights(logits: torch.Tensor, valid: torch.Tensor | None) -> torch.Tensor:
+def slot_weights(logits: torch.Tensor, valid: torch.Tensor | None, soft_cap: float = 5.0) -> torch.Tensor:
     """Turn slot logits into the positive weights by which tokens enter the memory.
 
     `e[t, m] = valid[t] exp(c tanh(a[t, m] / c))`.
@@ -54,11 +52,12 @@ def slot_weights(logits: torch.Tensor, valid: torch.Tensor | None) -> torch.Tens
     Args:
         logits: a, [batch, tokens, slots].
         valid: [batch, tokens], bool; False keeps a token (padding) out of the memory. None: all are real.
+        soft_cap: c. Default 5.
 
     Returns:
         e, [batch, tokens, slots].
     """
-    weights = torch.exp(SOFT_CAP * torch.tanh(logits / SOFT_CAP))
+    weights = torch.exp(soft_cap * torch.tanh(logits / soft_cap))
     return weights if valid is None else weights * valid.unsqueeze(-1)
 
 
@@ -162,8 +161,59 @@ READ_RULES: dict[str, Callable[..., torch.Tensor]] = {
     "attention": mix_attention,
     "linear": mix_linear,
     "mlp": mix_mlp,
+    "delta": mix_delta,
 }
-"""How each mixer reads the memory that a token sees: (mu, q, the mixer's tensors) to r."""
+"""How each mixer reads the memory that a token sees: (mu, or S of `delta`, q, the mixer's tensors) to r."""
+
+
+def enter(
+    logits: torch.Tensor, valid: torch.Tensor | None, options: SidePathOptions, parameters: tuple[torch.Tensor, ...]
+) -> torch.Tensor:
+    """Turn logits into what a token enters the memory by: `slot_weights`, or `delta_weights` of `delta`.
+
+    Args:
+        logits: a, [batch, tokens, channels].
+        valid: As in `slot_weights`.
+        options: The side path's axes: `mixer` and `soft_cap`.
+        parameters: The mixer's tensors.
+
+    Returns:
+        The weights, [batch, tokens, channels].
+    """
+    if options.mixer == "delta":
+        return delta_weights(logits, parameters[0], valid)
+    return slot_weights(logits, valid, options.soft_cap)
+
+
+def memories(
+    values: torch.Tensor,
+    weights: torch.Tensor,
+    mixer: str,
+    segment_ids: torch.Tensor | None = None,
+    state: torch.Tensor | None = None,
+    scope: str = "causal",
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Update the memory by each token: `compress`, or `delta_reference.compress` of `delta`.
+
+    Args:
+        values: As in `remix`, as are the others.
+        weights: As in `remix`.
+        mixer: As in `remix`.
+        segment_ids: As in `remix`.
+        state: As in `remix`.
+        scope: As in `remix`.
+
+    Returns:
+        The states that each token sees, [batch, tokens, *state_shape], and that after the last token.
+    """
+    if mixer == "delta":
+        return delta_reference.compress(values, weights, segment_ids, state)
+    return compress(values, weights, segment_ids, state, scope)
+
+
+def slots_of(states: torch.Tensor, mixer: str) -> torch.Tensor:
+    """What a mixer reads of states, [..., slots, width]: mu, or of `delta` the state itself."""
+    return states if mixer == "delta" else mean_of(states)
 
 
 def remix(
@@ -182,20 +232,20 @@ def remix(
 
     Args:
         values: z, [batch, tokens, width].
-        queries: q, [batch, tokens, width].
-        weights: e, [batch, tokens, slots].
+        queries: q, [batch, tokens, width]; of `delta` [batch, tokens, slots].
+        weights: What `enter` returns: e, [batch, tokens, slots]; of `delta` [batch, tokens, 3 + slots].
         mixer: One of `READ_RULES`.
         parameters: The mixer's tensors, see `SidePathParameters`.
         segment_ids: As in `compress`.
-        state: As in `compress`.
+        state: As in `compress`; of `delta` [batch, slots, width].
         scope: As in `compress`.
 
     Returns:
-        r, [batch, tokens, width], and the memory after the last token, [batch, slots, width + 1].
+        r, [batch, tokens, width], and the memory after the last token, as the state.
     """
-    memory, final_state = compress(values, weights, segment_ids, state, scope)
+    states, final_state = memories(values, weights, mixer, segment_ids, state, scope)
     # A state may be more precise than the tokens: a long sum needs it, its mean does not.
-    return READ_RULES[mixer](mean_of(memory).to(values.dtype), queries, parameters), final_state
+    return READ_RULES[mixer](slots_of(states, mixer).to(values.dtype), queries, parameters), final_state
 
 
 def scale_gradient(tensor: torch.Tensor, scale: float) -> torch.Tensor:
@@ -248,17 +298,17 @@ def side_path(
         alpha: The strength of the perturbation, or that of each token's, [..., tokens, 1]. Default 1.
         valid: [batch, tokens], bool; None: no padding.
         segment_ids: [batch, tokens], int; None: one segment.
-        state: The memory of earlier tokens, [batch, slots, width + 1]; None: empty.
+        state: The memory of earlier tokens, [batch, *state_shape]; None: empty.
         training: Whether dropout is active. Default False.
 
     Returns:
         h', and state and record, from which a later call continues.
     """
-    values, queries, logits = read(hidden_states, parameters.read, parameters.slots)
-    weights = slot_weights(logits, valid)
+    values, queries, logits = read(hidden_states, parameters.read, parameters.read_sizes(options.mixer))
+    weights = enter(logits, valid, options, parameters.mixer)
     readout, final_state = remix(
         values, queries, weights, options.mixer, parameters.mixer, segment_ids, state, options.scope
     )
     readout = F.dropout(readout, options.dropout, training)
     written = write_back(hidden_states, readout, parameters, options, alpha)
-    return SidePathOutput(written, final_state, TokenRecord(weights, values, segment_ids))
+    return SidePathOutput(written, final_state, record_of(options.mixer, weights, values, segment_ids))

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from ..functional.fused import side_path
-from ..functional.one_token import TokenBuffers, one_token
+from ..functional.one_token import TokenBuffers, make_buffers, one_token
 from ..functional.parameters import SidePathOptions, SidePathParameters, working_dtype
 from .recent_tokens import RECORDED_TOKENS, RecentTokens
 from .token_layout import TokenLayout
@@ -68,7 +68,8 @@ class LatentMemory:
         """Run a side path on the tokens that come next and add them to the memory; see `interface.Memory`."""
         valid, segment_ids = layout.valid, layout.segment_ids
         one = hidden_states.shape[1] == 1 and segment_ids is None and not (training and options.dropout)
-        buffers = self._buffers_for(hidden_states) if one and not torch.compiler.is_compiling() else None
+        in_place = one and not torch.compiler.is_compiling()
+        buffers = self._buffers_for(hidden_states, options.mixer) if in_place else None
         if buffers is not None:
             written = one_token(hidden_states, parameters, options, buffers, alpha=alpha, valid=valid)
             self._advance(1)
@@ -97,7 +98,7 @@ class LatentMemory:
             self._record_pending()
             self.recent.set_limit(max_recorded, self.state)
 
-    def _buffers_for(self, hidden_states: torch.Tensor) -> TokenBuffers | None:
+    def _buffers_for(self, hidden_states: torch.Tensor, mixer: str) -> TokenBuffers | None:
         """Views and space to add one token to `state` in place; None if it can't be changed in place.
 
         In place means without autograd, and `state` must be a tensor that this call may write to: a tensor made in
@@ -110,7 +111,7 @@ class LatentMemory:
         if not torch.is_inference_mode_enabled():
             if state.is_inference():
                 self.state = state = state.clone()
-            if buffers is not None and buffers.mean.is_inference():
+            if buffers is not None and buffers.readable.is_inference():
                 self._record_pending()
                 buffers = None
         dtype = working_dtype(hidden_states.dtype)
@@ -118,7 +119,7 @@ class LatentMemory:
         fits = buffers is not None and buffers.dtype is dtype and buffers.capacity == capacity
         if buffers is None or not fits or buffers.state.shape != state.shape:
             self._record_pending()
-            self._buffers = buffers = TokenBuffers(state, dtype, capacity)
+            self._buffers = buffers = make_buffers(mixer, state, dtype, capacity)
         elif buffers.state is not state:
             buffers.rebind(state)
         return buffers

@@ -164,7 +164,7 @@ class PagedMemory:
         """Run the side path on the flat tokens of many requests, [(1,) tokens, hidden_size]; it needs no layout."""
         check_causal(options.scope)
         pages = self.pages
-        shape = (pages.num_pages, *parameters.state_shape)
+        shape = (pages.num_pages, *parameters.state_shape(options.mixer))
         pool = self.pools.pool(self.block_index, self.name, shape, hidden_states)
         output = ragged_side_path(
             hidden_states.view(-1, hidden_states.shape[-1]),

@@ -18,6 +18,7 @@ from .residual_streams import ResidualStreams
 
 TENSOR_NAMES: tuple[str, ...] = (
     "read",
+    "gate_bias",
     "slot_bias",
     "slot_readout",
     "slot_in",

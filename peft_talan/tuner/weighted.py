@@ -18,6 +18,7 @@ AXES: tuple[str, ...] = (
     "talan_slots",
     "talan_dim",
     "talan_mixer",
+    "talan_soft_cap",
     "talan_writeback",
     "talan_memory_scope",
 )

@@ -136,7 +136,7 @@ def test_batches_and_padding_do_not_change_the_means() -> None:
             assert value == (None if other[name] is None else pytest.approx(other[name], rel=1e-9))
 
 
-@pytest.mark.parametrize("mixer", ["attention", "linear", "mlp"])
+@pytest.mark.parametrize("mixer", ["attention", "linear", "mlp", "delta"])
 def test_reads_are_shares_of_real_tokens(mixer: str) -> None:
     model = make_model("qwen3", make_config(talan_mixer=mixer, talan_writeback="gated"))
     reads = measure_reads(model, padded(make_tokens()))

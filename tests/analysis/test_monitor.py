@@ -150,7 +150,7 @@ def test_relative_norm_is_that_of_the_residual_stream(tmp_path: Path) -> None:
     assert received[0]["talan/default/block_2/relative_norm"] == pytest.approx(float(change.mean()), rel=1e-9)
 
 
-@pytest.mark.parametrize("mixer", ["attention", "linear", "mlp"])
+@pytest.mark.parametrize("mixer", ["attention", "linear", "mlp", "delta"])
 def test_numbers_under_autocast_are_those_without(mixer: str) -> None:
     layer = next(
         module

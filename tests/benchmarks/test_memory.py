@@ -16,7 +16,7 @@ from tokenizers.pre_tokenizers import WhitespaceSplit
 from tokenizers.trainers import WordLevelTrainer
 from transformers import AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from benchmarks.memory import generation, one_run, ordinary_rows, real_model, report, study
+from benchmarks.memory import binding, generation, one_run, ordinary_rows, real_model, report, study
 from benchmarks.quality.tasks import plain_text
 from peft_talan.demo import recall
 from peft_talan.sft.prompts import encode
@@ -82,10 +82,11 @@ def test_tables_and_picture(results: Path, tmp_path: Path) -> None:
         0 <= share.low <= share.mean <= share.high <= 1 for share in report.curves(rows, "key")["LoRA"].values()
     )
     page = tmp_path / "evidence.md"
-    names = ("key", "findings", "real model", "generation")
+    names = ("key", "findings", "real model", "generation", "binding")
     page.write_text("".join(f"<!-- table memory {name} -->\n<!-- end -->\n" for name in names))
     none = str(tmp_path / "none.jsonl")
-    report.main(["--results", str(results), "--generation", none, "--real-model", none, "--page", str(page)])
+    others = [word for name in ("generation", "real-model", "binding") for word in (f"--{name}", none)]
+    report.main(["--results", str(results), *others, "--page", str(page)])
     assert "TALAN, all blocks" in page.read_text()
     assert (tmp_path / "images" / "memory_recall.png").read_bytes().startswith(b"\x89PNG")
 
@@ -94,6 +95,31 @@ def test_the_page_shows_the_stored_results() -> None:
     text = PAGE.read_text(encoding="utf-8")
     for name, table in report.tables_of(report.RESULTS, report.GENERATION_RESULTS, real_model.RESULTS).items():
         assert table in text, f"{name}: run python -m benchmarks.memory.report --page docs/evidence.md"
+
+
+@pytest.mark.parametrize("facts", [1, 2, 3])
+def test_each_question_of_a_text_has_its_own_answer_in_it(facts: int) -> None:
+    questions = 3
+    tokens, answers = binding.make_questions(2, 20, questions, facts, torch.Generator().manual_seed(0))
+    assert tokens.shape == (20, 2 * recall.WINDOW) and answers.shape == (20, questions)
+    for text, right in zip(tokens.tolist(), answers.tolist(), strict=True):
+        known = dict(divmod(token - recall.FIRST_PAIR, recall.ANSWERS) for token in text[1:4])
+        assert len(known) == facts
+        asked = [text[-1 - 2 * question] - recall.FIRST_NAME for question in range(questions)]
+        assert len(set(asked)) == facts
+        assert [known[name] + recall.FIRST_ANSWER for name in asked] == right
+
+
+def test_a_study_of_binding_keeps_every_curve(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(one_run.BASE_STEPS, ("window", "pairs"), 2)
+    file, small = tmp_path / "binding.jsonl", ["--steps", "21", "--batch-size", "2", "--rows", "4", "--seeds", "0"]
+    for _ in range(2):
+        binding.main(["--results", str(file), "--arms", "LoRA", "delta", *small])
+    rows = list(binding.finished(file).values())
+    assert [row["settings"]["arm"] for row in rows] == ["LoRA", "delta"]
+    assert all(len(row["losses"]) == 2 for row in rows)
+    assert rows[0]["trainable"] < rows[1]["trainable"]
+    assert len(binding.table(rows).splitlines()) == 4
 
 
 def test_chunks_through_a_bounded_cache_answer_as_one_forward_does() -> None:

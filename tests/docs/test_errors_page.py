@@ -226,6 +226,10 @@ PROVOCATIONS: dict[str, Provocation] = {
     "talan_layers=…: a block is named twice": lambda _: make_model("qwen3", make_config(talan_layers=[DEPTH - 1, -1])),
     "does not work with TALAN": lambda _: make_config(layer_replication=[[0, 2]]),
     "task_type=… generates": lambda _: make_config(talan_memory_scope="bidirectional"),
+    "talan_mixer='delta' has gates": lambda _: make_config(talan_mixer="delta", talan_soft_cap=7.0),
+    "talan_mixer='delta' goes through": lambda _: make_config(
+        talan_mixer="delta", task_type=None, talan_memory_scope="bidirectional"
+    ),
     "there are no LoRA weights": lambda _: make_config(r=0, talan_trainable="low_rank"),
     "talan_dim=…, talan_slots=…": lambda _: make_model("qwen3", make_config(talan_dim=10**6)),
     "adapter_name=…: choose a name": lambda _: make_several({"a.b": {}}),

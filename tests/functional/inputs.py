@@ -9,9 +9,21 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from peft_talan.functional.parameters import MIXERS, SidePathParameters
+from peft_talan.functional import reference
+from peft_talan.functional.parameters import (
+    DELTA_GATES,
+    MEMORY_SCOPES,
+    MIXERS,
+    SidePathOptions,
+    SidePathParameters,
+    read_sizes,
+)
 
 BATCH, HIDDEN_SIZE, SLOTS, WIDTH, MIXER_HIDDEN = 2, 7, 3, 4, 5
+
+MIXERS_AND_SCOPES = [
+    (mixer, scope) for mixer in MIXERS for scope in MEMORY_SCOPES if (mixer, scope) != ("delta", "bidirectional")
+]
 
 ROUNDINGS = 4096
 """Sums of some thousand terms: so many rounding errors of the largest number in the tensor may add up."""
@@ -47,22 +59,36 @@ def mixer_tensors(mixer: str, slots: int = SLOTS, width: int = WIDTH) -> tuple[t
         "attention": [(slots,)],
         "linear": [(width, slots)],
         "mlp": [(slots,), (MIXER_HIDDEN, slots), (slots, MIXER_HIDDEN), (MIXER_HIDDEN, width), (width, MIXER_HIDDEN)],
+        "delta": [(DELTA_GATES,)],
     }
     assert set(shapes) == set(MIXERS)
     return tuple(torch.randn(shape, dtype=torch.float64) for shape in shapes[mixer])
 
 
+def remix_inputs(mixer: str, batch: int, tokens: int, slots: int = SLOTS, width: int = WIDTH) -> list[torch.Tensor]:
+    """z, q, and what tokens of which some are padding enter by."""
+    shapes = [(batch, tokens, channels) for channels in read_sizes(mixer, slots, width)]
+    values, queries, logits = (torch.randn(shape, dtype=torch.float64) for shape in shapes)
+    return [
+        values,
+        queries,
+        reference.enter(logits, padding(batch, tokens), SidePathOptions(mixer), mixer_tensors(mixer)),
+    ]
+
+
 def side_path_tensors(mixer: str, writeback: str, dtype: torch.dtype = torch.float64) -> SidePathParameters:
     return SidePathParameters(
-        read=torch.randn(2 * WIDTH + SLOTS, HIDDEN_SIZE, dtype=dtype),
+        read=torch.randn(sum(read_sizes(mixer, SLOTS, WIDTH)), HIDDEN_SIZE, dtype=dtype),
         mixer=tuple(tensor.to(dtype) for tensor in mixer_tensors(mixer)),
         write=torch.randn(HIDDEN_SIZE, WIDTH, dtype=dtype),
         gate=torch.randn(HIDDEN_SIZE + 1, dtype=dtype) if writeback == "gated" else None,
     )
 
 
-def memory(batch: int = BATCH) -> torch.Tensor:
-    """A memory that tokens could have left: positive denominators."""
+def memory(batch: int = BATCH, mixer: str = "attention") -> torch.Tensor:
+    """A memory that tokens could have left: positive denominators, which that of `delta` does not have."""
+    if mixer == "delta":
+        return torch.randn(batch, SLOTS, WIDTH, dtype=torch.float64)
     state = torch.randn(batch, SLOTS, WIDTH + 1, dtype=torch.float64)
     state[..., -1] = state[..., -1].abs() + 0.5
     return state
@@ -81,16 +107,16 @@ def padding(batch: int, tokens: int) -> torch.Tensor:
     return torch.arange(tokens) >= (torch.arange(batch).unsqueeze(1) * tokens) // 3
 
 
-def layout(kind: str, batch: int, tokens: int) -> dict[str, Any]:
+def layout(kind: str, batch: int, tokens: int, mixer: str = "attention") -> dict[str, Any]:
     """The keyword arguments of `side_path` for one kind of batch."""
     return {
         "plain": {},
         "padded": {"valid": padding(batch, tokens)},
         "segments": {"segment_ids": segments(batch, tokens)},
-        "state": {"state": memory(batch)},
+        "state": {"state": memory(batch, mixer)},
         "all": {
             "valid": padding(batch, tokens),
             "segment_ids": segments(batch, tokens),
-            "state": memory(batch),
+            "state": memory(batch, mixer),
         },
     }[kind]

@@ -10,20 +10,13 @@ import torch
 from peft_talan.functional import chunked_autograd, fused, reference
 from peft_talan.functional.parameters import MIXERS
 
-from .inputs import SLOTS, WIDTH, LargestTensor, assert_equal_up_to_rounding, memory, mixer_tensors, padding, segments
-
-
-def inputs(batch: int, tokens: int) -> list[torch.Tensor]:
-    """z, q, e."""
-    values = torch.randn(batch, tokens, WIDTH, dtype=torch.float64)
-    weights = reference.slot_weights(torch.randn(batch, tokens, SLOTS, dtype=torch.float64), padding(batch, tokens))
-    return [values, torch.randn_like(values), weights]
+from .inputs import LargestTensor, assert_equal_up_to_rounding, memory, mixer_tensors, remix_inputs, segments
 
 
 @pytest.mark.parametrize("tokens", [2, 5, 33])
 @pytest.mark.parametrize("mixer", MIXERS)
 def test_gradcheck_of_the_remix(mixer: Any, tokens: int) -> None:
-    leaves = [*inputs(1, tokens), memory(1), *mixer_tensors(mixer)]
+    leaves = [*remix_inputs(mixer, 1, tokens), memory(1, mixer), *mixer_tensors(mixer)]
     segment_ids = segments(1, tokens)
     for ids in (None, segment_ids):
 
@@ -42,7 +35,7 @@ def test_several_tiles_equal_the_reference(mixer: Any, monkeypatch: pytest.Monke
     for tile_tokens in (64, 3 * 64):
         monkeypatch.setattr(chunked_autograd, "TILE_TOKENS", tile_tokens)
         for ids, state in ((None, None), (segments(batch, tokens), memory(batch))):
-            leaves = [leaf.requires_grad_() for leaf in (*inputs(batch, tokens), *mixer_tensors(mixer))]
+            leaves = [leaf.requires_grad_() for leaf in (*remix_inputs(mixer, batch, tokens), *mixer_tensors(mixer))]
             if state is not None:
                 leaves.append(state.requires_grad_())
             results = []
@@ -58,14 +51,15 @@ def test_several_tiles_equal_the_reference(mixer: Any, monkeypatch: pytest.Monke
 @pytest.mark.parametrize("mixer", MIXERS)
 def test_no_tensor_has_tokens_times_slots_times_width(mixer: Any, with_segments: bool) -> None:
     batch, tokens, slots, width = 1, 2048, 8, 32
-    values = torch.randn(batch, tokens, width).requires_grad_()
-    queries = torch.randn(batch, tokens, width).requires_grad_()
-    weights = reference.slot_weights(torch.randn(batch, tokens, slots), None).requires_grad_()
-    parameters = tuple(tensor.float().requires_grad_() for tensor in mixer_tensors(mixer, slots, width))
+    inputs = remix_inputs(mixer, batch, tokens, slots, width)
+    values, queries, weights = (tensor.float().requires_grad_() for tensor in inputs)
+    # Of `delta`, the weights have the mixer's tensor in them already.
+    read = mixer_tensors(mixer, slots, width) if mixer != "delta" else ()
+    parameters = tuple(tensor.float().requires_grad_() for tensor in read)
     ids = (torch.arange(tokens) // 300).unsqueeze(0) if with_segments else None
     direction = torch.randn(batch, tokens, width)
     with LargestTensor() as largest:
         readouts, state = fused.remix(values, queries, weights, mixer, parameters, ids)
         torch.autograd.grad(readouts, (values, queries, weights, *parameters), direction)
-    assert state.shape == (batch, slots, width + 1)
+    assert state.shape == (batch, slots, width if mixer == "delta" else width + 1)
     assert largest.elements <= batch * tokens * slots * width // 4

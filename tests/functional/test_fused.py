@@ -10,9 +10,18 @@ import pytest
 import torch
 
 from peft_talan.functional import fused, reference
-from peft_talan.functional.parameters import MEMORY_SCOPES, MIXERS, WRITEBACKS, SidePathOptions
+from peft_talan.functional.parameters import MIXERS, WRITEBACKS, SidePathOptions
 
-from .inputs import BATCH, HIDDEN_SIZE, SLOTS, WIDTH, assert_equal_up_to_rounding, layout, side_path_tensors
+from .inputs import (
+    BATCH,
+    HIDDEN_SIZE,
+    MIXERS_AND_SCOPES,
+    SLOTS,
+    WIDTH,
+    assert_equal_up_to_rounding,
+    layout,
+    side_path_tensors,
+)
 
 LENGTHS = (1, 2, 63, 64, 65, 200)
 """One token, two, and both sides of a chunk's and a tile's end; the last makes several of them."""
@@ -52,14 +61,13 @@ def test_twins_take_the_same_arguments() -> None:
 
 
 @pytest.mark.parametrize("tokens", LENGTHS)
-@pytest.mark.parametrize("scope", MEMORY_SCOPES)
-@pytest.mark.parametrize("mixer", MIXERS)
+@pytest.mark.parametrize(("mixer", "scope"), MIXERS_AND_SCOPES)
 def test_outputs_memories_and_gradients_equal_the_reference(mixer: Any, scope: Any, tokens: int) -> None:
     for writeback in WRITEBACKS:
         for kind in ("plain", "padded", "segments", "state", "all"):
             hidden = torch.randn(BATCH, tokens, HIDDEN_SIZE, dtype=torch.float64)
-            parameters, given = side_path_tensors(mixer, writeback), layout(kind, BATCH, tokens)
-            options = SidePathOptions(mixer, writeback, scope, cap=0.3, grad_scale=0.5)
+            parameters, given = side_path_tensors(mixer, writeback), layout(kind, BATCH, tokens, mixer)
+            options = SidePathOptions(mixer, writeback, scope, cap=0.3, grad_scale=0.5, soft_cap=7.0)
             found = outputs_and_gradients(fused, hidden, parameters, options, given)
             expected = outputs_and_gradients(reference, hidden, parameters, options, given)
             for a, b in zip(found, expected, strict=True):
@@ -72,7 +80,7 @@ def test_outputs_memories_and_gradients_equal_the_reference(mixer: Any, scope: A
 def test_splitting_anywhere_and_carrying_the_memory_equals_one_pass(mixer: Any, given: str) -> None:
     tokens, options, parameters = 70, SidePathOptions(mixer), side_path_tensors(mixer, "add")
     hidden = torch.randn(BATCH, tokens, HIDDEN_SIZE, dtype=torch.float64)
-    rest = layout(given, BATCH, tokens)
+    rest = layout(given, BATCH, tokens, mixer)
     state = rest.pop("state", None)
     whole = fused.side_path(hidden, parameters, options, state=state, **rest)
     for split in range(1, tokens):
@@ -116,8 +124,7 @@ def test_a_token_does_not_see_later_ones(mixer: Any) -> None:
         assert (after[:, t:] - before[:, t:]).abs().amax(-1).min() > 0
 
 
-@pytest.mark.parametrize("scope", MEMORY_SCOPES)
-@pytest.mark.parametrize("mixer", MIXERS)
+@pytest.mark.parametrize(("mixer", "scope"), MIXERS_AND_SCOPES)
 def test_padding_and_packing_equal_separate_runs(mixer: Any, scope: Any) -> None:
     options, parameters = SidePathOptions(mixer, scope=scope), side_path_tensors(mixer, "add")
     lengths = (3, 64, 1, 37)
@@ -183,7 +190,7 @@ def test_the_memory_stays_in_float32(mixer: Any, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("mixer", MIXERS)
 def test_gradcheck_of_the_whole_side_path(mixer: Any, writeback: Any) -> None:
     tokens = 36
-    parameters, given = side_path_tensors(mixer, writeback), layout("all", 1, tokens)
+    parameters, given = side_path_tensors(mixer, writeback), layout("all", 1, tokens, mixer)
     hidden = torch.randn(1, tokens, HIDDEN_SIZE, dtype=torch.float64)
 
     def run(hidden: torch.Tensor, read: torch.Tensor, write: torch.Tensor, state: torch.Tensor, *mixer_: Any) -> Any:
@@ -207,7 +214,7 @@ def test_gradcheck_of_the_whole_side_path(mixer: Any, writeback: Any) -> None:
 def test_compiled_without_a_graph_break(mixer: Any, scope: Any, given: str) -> None:
     torch._dynamo.reset()
     parameters, options = side_path_tensors(mixer, "capped"), SidePathOptions(mixer, "capped", scope, cap=0.3)
-    hidden, rest = torch.randn(BATCH, 70, HIDDEN_SIZE, dtype=torch.float64), layout(given, BATCH, 70)
+    hidden, rest = torch.randn(BATCH, 70, HIDDEN_SIZE, dtype=torch.float64), layout(given, BATCH, 70, mixer)
     leaves = [hidden, parameters.read, parameters.write, *parameters.mixer]
     for leaf in leaves:
         leaf.requires_grad_()

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from peft_talan.functional import fused, reference
-from peft_talan.functional.one_token import TokenBuffers, one_token
+from peft_talan.functional.one_token import TokenBuffers, make_buffers, one_token
 from peft_talan.functional.parameters import MIXERS, WRITEBACKS, SidePathOptions
 
 from .inputs import HIDDEN_SIZE, SLOTS, WIDTH, assert_equal_up_to_rounding, memory, side_path_tensors
@@ -20,15 +20,16 @@ from .inputs import HIDDEN_SIZE, SLOTS, WIDTH, assert_equal_up_to_rounding, memo
 @pytest.mark.parametrize("writeback", WRITEBACKS)
 @pytest.mark.parametrize("mixer", MIXERS)
 def test_tokens_one_by_one_equal_the_reference(mixer: Any, writeback: Any, padding: int | None, batch: int) -> None:
-    options, parameters = SidePathOptions(mixer, writeback, cap=0.3), side_path_tensors(mixer, writeback)
+    options = SidePathOptions(mixer, writeback, cap=0.3, soft_cap=7.0)
+    parameters = side_path_tensors(mixer, writeback)
     hidden = torch.randn(batch, 9, HIDDEN_SIZE, dtype=torch.float64)
-    state, valid = memory(batch), None
+    state, valid = memory(batch, mixer), None
     if padding is not None:
         state = torch.zeros_like(state)
         # Of three rows, the first is all padding.
         valid = torch.arange(9) >= padding * torch.arange(batch, 0, -1).unsqueeze(1)
     expected = reference.side_path(hidden, parameters, options, alpha=0.7, valid=valid, state=state.clone())
-    tokens = TokenBuffers(state, torch.float64, capacity=9)
+    tokens = make_buffers(mixer, state, torch.float64, capacity=9)
     for index in range(9):
         now = None if valid is None else valid[:, index : index + 1]
         written = one_token(hidden[:, index : index + 1], parameters, options, tokens, alpha=0.7, valid=now)

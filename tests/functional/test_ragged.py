@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from peft_talan.functional import ragged, ragged_reference, reference
-from peft_talan.functional.parameters import MIXERS, WRITEBACKS, SidePathOptions, SidePathParameters
+from peft_talan.functional.parameters import MIXERS, WRITEBACKS, SidePathOptions, SidePathParameters, read_sizes
 
 from .inputs import HIDDEN_SIZE, LargestTensor, assert_equal_up_to_rounding, memory, mixer_tensors, side_path_tensors
 
@@ -30,12 +30,12 @@ def call(lengths: list[int], padded: int, mixer: Any, writeback: Any) -> tuple[t
     hidden = torch.randn(real + padded, HIDDEN_SIZE, dtype=torch.float64)
     given = {
         "cu_seqlens": torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32),
-        "state": memory(len(lengths)),
+        "state": memory(len(lengths), mixer),
         "max_query_length": max(lengths),
         "alpha": 0.7,
     }
     given["state"][::2] = 0.0  # requests that begin
-    arguments = (hidden, side_path_tensors(mixer, writeback), SidePathOptions(mixer=mixer, writeback=writeback))
+    arguments = (hidden, side_path_tensors(mixer, writeback), SidePathOptions(mixer, writeback, soft_cap=7.0))
     return arguments, given, real
 
 
@@ -122,14 +122,14 @@ def test_another_request_changes_nothing(mixer: Any) -> None:
     lengths = [9, 30, 21]
     (hidden, parameters, options), given, _ = call(lengths, 0, mixer, "add")
     before = ragged.ragged_side_path(hidden, parameters, options, **given)
-    hidden[9:39], given["state"][1] = torch.randn(30, HIDDEN_SIZE, dtype=torch.float64), memory(1)[0]
+    hidden[9:39], given["state"][1] = torch.randn(30, HIDDEN_SIZE, dtype=torch.float64), memory(1, mixer)[0]
     after = ragged.ragged_side_path(hidden, parameters, options, **given)
     for part in (slice(0, 9), slice(39, 60)):
         assert torch.equal(after.hidden_states[part], before.hidden_states[part])
     assert torch.equal(after.states[::2], before.states[::2])
 
 
-@pytest.mark.parametrize(("lengths", "mixer"), [([1, 1, 1], "attention"), ([3, 0, 12], "mlp")])
+@pytest.mark.parametrize(("lengths", "mixer"), [([1, 1, 1], "attention"), ([3, 0, 12], "mlp"), ([3, 0, 12], "delta")])
 def test_the_operator_compiles_as_one_graph_without_asking_the_device(lengths: list[int], mixer: Any) -> None:
     (hidden, parameters, options), given, _ = call(lengths, 2, mixer, "add")
     expected = ragged.ragged_side_path(hidden, parameters, options, **given)
@@ -144,7 +144,7 @@ def test_the_operator_compiles_as_one_graph_without_asking_the_device(lengths: l
 def test_no_memory_is_made_for_every_token(mixer: Any) -> None:
     tokens, slots, width = 1200, 12, 16
     parameters = SidePathParameters(
-        read=torch.randn(2 * width + slots, HIDDEN_SIZE),
+        read=torch.randn(sum(read_sizes(mixer, slots, width)), HIDDEN_SIZE),
         mixer=tuple(tensor.float() for tensor in mixer_tensors(mixer, slots, width)),
         write=torch.randn(HIDDEN_SIZE, width),
     )
@@ -154,7 +154,7 @@ def test_no_memory_is_made_for_every_token(mixer: Any) -> None:
             parameters,
             SidePathOptions(mixer=mixer),
             cu_seqlens=torch.tensor([0, 700, 1200]),
-            state=torch.zeros(2, slots, width + 1),
+            state=torch.zeros(2, *parameters.state_shape(mixer)),
             max_query_length=700,
         )
     assert 0 < largest.elements < tokens * slots * width / 3

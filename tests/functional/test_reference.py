@@ -11,15 +11,22 @@ import torch
 
 from peft_talan.functional import fused, reference
 from peft_talan.functional.parameters import (
-    MEMORY_SCOPES,
-    MIXERS,
     NORM_EPSILON,
     WRITEBACKS,
     SidePathOptions,
     SidePathParameters,
 )
 
-from .inputs import BATCH, HIDDEN_SIZE, SLOTS, WIDTH, assert_equal_up_to_rounding, layout, side_path_tensors
+from .inputs import (
+    BATCH,
+    HIDDEN_SIZE,
+    MIXERS_AND_SCOPES,
+    SLOTS,
+    WIDTH,
+    assert_equal_up_to_rounding,
+    layout,
+    side_path_tensors,
+)
 
 BOTH = pytest.mark.parametrize("module", [reference, fused], ids=["reference", "fused"])
 
@@ -54,6 +61,58 @@ def remixed_slots(mu: list[list[float]], tensors: list[Any]) -> list[list[float]
     ]
 
 
+def read_sums(
+    read: list[list[float]], mixer: list[Any], options: SidePathOptions, given: dict[str, Any]
+) -> list[list[float]]:
+    """What each token reads from slots that are means."""
+    tokens = len(read)
+    z, q, a = [r[:WIDTH] for r in read], [r[WIDTH : 2 * WIDTH] for r in read], [r[2 * WIDTH :] for r in read]
+    valid, segment = given["valid"], given["segment_ids"]
+    c = options.soft_cap
+    e = [[math.exp(c * math.tanh(v / c)) if valid[t] else 0.0 for v in a[t]] for t in range(tokens)]
+    readouts = []
+    for t in range(tokens):
+        seen = [i for i in range(tokens) if segment[i] == segment[t] and (options.scope == "bidirectional" or i <= t)]
+        start = given["state"] if segment[t] == 0 else [[0.0] * (WIDTH + 1)] * SLOTS
+        mu = []
+        for m in range(SLOTS):
+            d = start[m][WIDTH] + math.fsum(e[i][m] for i in seen)
+            n = [start[m][k] + math.fsum(e[i][m] * z[i][k] for i in seen) for k in range(WIDTH)]
+            mu.append([v / d for v in n] if d > 0 else [0.0] * WIDTH)
+        if options.mixer == "linear":
+            p = [math.fsum(q[t][k] * mixer[0][k][m] for k in range(WIDTH)) for m in range(SLOTS)]
+        else:
+            if options.mixer == "mlp":
+                mu = remixed_slots(mu, mixer[1:])
+            p = softmax([dot(q[t], mu[m]) / math.sqrt(WIDTH) + mixer[0][m] for m in range(SLOTS)])
+        readouts.append([math.fsum(p[m] * mu[m][k] for m in range(SLOTS)) for k in range(WIDTH)])
+    return readouts
+
+
+def read_delta(read: list[list[float]], bias: list[float], given: dict[str, Any]) -> list[list[float]]:
+    """What each token reads from a memory of keys and values, after its own update."""
+    readouts = []
+    valid, segment = given["valid"], given["segment_ids"]
+    memory = given["state"]
+    for t, row in enumerate(read):
+        v, q, gates, k = row[:WIDTH], row[WIDTH:][:SLOTS], row[WIDTH + SLOTS :][:3], row[WIDTH + SLOTS + 3 :]
+        w, b, f = (1 / (1 + math.exp(-(x + y))) for x, y in zip(gates, bias, strict=True))
+        k, q = ([x / math.sqrt(dot(u, u) + NORM_EPSILON) for x in u] for u in (k, q))
+        if segment[t] != (segment[t - 1] if t else 0):
+            memory = [[0.0] * WIDTH for _ in range(SLOTS)]
+        if valid[t]:
+            memory = [[(1 - f) * x for x in slot] for slot in memory]
+            known = [dot(k, column) for column in zip(*memory, strict=True)]
+            added = [w * x - b * y for x, y in zip(v, known, strict=True)]
+            memory = [
+                [x + key * y for x, y in zip(slot, added, strict=True)] for slot, key in zip(memory, k, strict=True)
+            ]
+        r = [dot(q, column) for column in zip(*memory, strict=True)]
+        rms = math.sqrt(dot(r, r) / WIDTH + NORM_EPSILON)
+        readouts.append([x / rms for x in r])
+    return readouts
+
+
 def token_by_token(
     hidden: torch.Tensor, parameters: SidePathParameters, options: SidePathOptions, alpha: float, given: dict[str, Any]
 ) -> torch.Tensor:
@@ -66,27 +125,15 @@ def token_by_token(
         rms = math.sqrt(dot(row, row) / HIDDEN_SIZE + NORM_EPSILON)
         x.append([value / rms for value in row])
     read = [times(w_read, row) for row in x]
-    z, q, a = [r[:WIDTH] for r in read], [r[WIDTH : 2 * WIDTH] for r in read], [r[2 * WIDTH :] for r in read]
-    valid = given["valid"].tolist() if "valid" in given else [True] * tokens
-    segment = given["segment_ids"].tolist() if "segment_ids" in given else [0] * tokens
-    c = 5.0
-    e = [[math.exp(c * math.tanh(v / c)) if valid[t] else 0.0 for v in a[t]] for t in range(tokens)]
+    empty = [[0.0] * (WIDTH if options.mixer == "delta" else WIDTH + 1)] * SLOTS
+    given = {name: tensor.tolist() for name, tensor in given.items()}
+    given = {"valid": [True] * tokens, "segment_ids": [0] * tokens, "state": empty, **given}
+    if options.mixer == "delta":
+        readouts = read_delta(read, mixer[0], given)
+    else:
+        readouts = read_sums(read, mixer, options, given)
     written = []
-    for t in range(tokens):
-        seen = [i for i in range(tokens) if segment[i] == segment[t] and (options.scope == "bidirectional" or i <= t)]
-        start = given["state"].tolist() if "state" in given and segment[t] == 0 else [[0.0] * (WIDTH + 1)] * SLOTS
-        mu = []
-        for m in range(SLOTS):
-            d = start[m][WIDTH] + math.fsum(e[i][m] for i in seen)
-            n = [start[m][k] + math.fsum(e[i][m] * z[i][k] for i in seen) for k in range(WIDTH)]
-            mu.append([v / d for v in n] if d > 0 else [0.0] * WIDTH)
-        if options.mixer == "linear":
-            p = [math.fsum(q[t][k] * mixer[0][k][m] for k in range(WIDTH)) for m in range(SLOTS)]
-        else:
-            if options.mixer == "mlp":
-                mu = remixed_slots(mu, mixer[1:])
-            p = softmax([dot(q[t], mu[m]) / math.sqrt(WIDTH) + mixer[0][m] for m in range(SLOTS)])
-        r = [math.fsum(p[m] * mu[m][k] for m in range(SLOTS)) for k in range(WIDTH)]
+    for t, r in enumerate(readouts):
         delta = [alpha * v for v in times(w_write, r)]
         length, size = math.sqrt(dot(h[t], h[t])), math.sqrt(dot(delta, delta))
         if options.writeback == "gated" and parameters.gate is not None:
@@ -103,19 +150,25 @@ def token_by_token(
 
 
 @BOTH
-@pytest.mark.parametrize("scope", MEMORY_SCOPES)
 @pytest.mark.parametrize("writeback", WRITEBACKS)
-@pytest.mark.parametrize("mixer", MIXERS)
+@pytest.mark.parametrize(("mixer", "scope"), MIXERS_AND_SCOPES)
 def test_the_equations_token_by_token(module: ModuleType, mixer: Any, writeback: Any, scope: Any) -> None:
-    tokens, options = 40, SidePathOptions(mixer, writeback, scope, cap=0.3)
-    for kind in ("plain", "all"):
+    tokens = 40
+    for kind, soft_cap in (("plain", 5.0), ("all", 10.0)):
+        options = SidePathOptions(mixer, writeback, scope, cap=0.3, soft_cap=soft_cap)
         hidden = torch.randn(BATCH, tokens, HIDDEN_SIZE, dtype=torch.float64)
-        parameters, given = side_path_tensors(mixer, writeback), layout(kind, BATCH, tokens)
+        parameters, given = side_path_tensors(mixer, writeback), layout(kind, BATCH, tokens, mixer)
         found = module.side_path(hidden, parameters, options, alpha=0.7, **given).hidden_states
         for index in range(BATCH):
             own = {name: tensor[index] for name, tensor in given.items()}
             expected = token_by_token(hidden[index], parameters, options, 0.7, own)
             assert_equal_up_to_rounding(found[index], expected)
+
+
+def test_the_soft_cap_bounds_how_much_more_a_token_weighs() -> None:
+    for soft_cap in (1.0, 5.0, 10.0):
+        weights = reference.slot_weights(torch.tensor([[[1e3, -1e3]]]), None, soft_cap)
+        torch.testing.assert_close(weights[0, 0].log(), torch.tensor([soft_cap, -soft_cap]))
 
 
 @BOTH

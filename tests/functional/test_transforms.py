@@ -11,10 +11,17 @@ import torch
 from torch.autograd import forward_ad
 
 from peft_talan.functional import fused, reference
-from peft_talan.functional.one_token import TokenBuffers, one_token
-from peft_talan.functional.parameters import MEMORY_SCOPES, MIXERS, WRITEBACKS, SidePathOptions, SidePathParameters
+from peft_talan.functional.one_token import make_buffers, one_token
+from peft_talan.functional.parameters import MIXERS, WRITEBACKS, SidePathOptions, SidePathParameters
 
-from .inputs import HIDDEN_SIZE, SLOTS, WIDTH, assert_equal_up_to_rounding, layout, memory, side_path_tensors
+from .inputs import (
+    HIDDEN_SIZE,
+    MIXERS_AND_SCOPES,
+    assert_equal_up_to_rounding,
+    layout,
+    memory,
+    side_path_tensors,
+)
 
 TOKENS = 70
 
@@ -53,7 +60,7 @@ def test_transforms_give_what_they_give_of_the_reference(mixer: Any, transform: 
 def test_second_derivatives_equal_the_reference(mixer: Any) -> None:
     for writeback in WRITEBACKS:
         for kind in ("plain", "segments", "state"):
-            parameters, given = side_path_tensors(mixer, writeback), layout(kind, 2, TOKENS)
+            parameters, given = side_path_tensors(mixer, writeback), layout(kind, 2, TOKENS, mixer)
             options = SidePathOptions(mixer, writeback, grad_scale=0.5)
             leaves = (torch.randn(2, TOKENS, HIDDEN_SIZE, dtype=torch.float64), *parameters[:1], *parameters.mixer)
             leaves = tuple(leaf.clone().requires_grad_() for leaf in leaves)
@@ -70,8 +77,7 @@ def test_second_derivatives_equal_the_reference(mixer: Any) -> None:
 
 
 @pytest.mark.parametrize("shape", [(0, 1), (0, 5), (0, TOKENS), (2, 0), (0, 0)])
-@pytest.mark.parametrize("scope", MEMORY_SCOPES)
-@pytest.mark.parametrize("mixer", MIXERS)
+@pytest.mark.parametrize(("mixer", "scope"), MIXERS_AND_SCOPES)
 def test_no_rows_and_no_tokens_are_sequences_too(mixer: Any, scope: Any, shape: tuple[int, int]) -> None:
     for module in (fused, reference):
         for kind in ("plain", "all"):
@@ -81,13 +87,12 @@ def test_no_rows_and_no_tokens_are_sequences_too(mixer: Any, scope: Any, shape: 
                 given = {
                     "valid": torch.ones(shape, dtype=torch.bool),
                     "segment_ids": torch.zeros(shape, dtype=torch.long),
-                    "state": memory(shape[0]),
+                    "state": memory(shape[0], mixer),
                 }
-            output = module.side_path(
-                hidden, side_path_tensors(mixer, "add"), SidePathOptions(mixer, "add", scope), **given
-            )
+            parameters = side_path_tensors(mixer, "add")
+            output = module.side_path(hidden, parameters, SidePathOptions(mixer, "add", scope), **given)
             assert output.hidden_states.shape == hidden.shape
-            assert output.state.shape == (shape[0], SLOTS, WIDTH + 1)
+            assert output.state.shape == (shape[0], *parameters.state_shape(mixer))
             if shape[1] == 0:
                 assert torch.equal(output.state, given.get("state", torch.zeros_like(output.state)))
             (output.hidden_states.sum() + output.state.sum()).backward()
@@ -111,7 +116,7 @@ def test_shapes_are_found_on_the_meta_device(mixer: Any, module: ModuleType) -> 
 @pytest.mark.parametrize("mixer", MIXERS)
 def test_one_token_of_no_row_and_on_the_meta_device(mixer: Any, rows: int, device: str) -> None:
     parameters = side_path_tensors(mixer, "add")
-    buffers = TokenBuffers(memory(rows).to(device), torch.float64)
+    buffers = make_buffers(mixer, memory(rows, mixer).to(device), torch.float64)
     hidden = torch.randn(rows, 1, HIDDEN_SIZE, dtype=torch.float64).to(device)
     with torch.no_grad():
         given = on_meta(parameters) if device == "meta" else parameters

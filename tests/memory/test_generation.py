@@ -149,7 +149,7 @@ def test_gradients_flow_through_a_cache() -> None:
         torch.testing.assert_close(found[1][name], expected, rtol=rounding()["rtol"], atol=rounding()["atol"] * scale)
 
 
-@pytest.mark.parametrize("mixer", ["attention", "linear", "mlp"])
+@pytest.mark.parametrize("mixer", ["attention", "linear", "mlp", "delta"])
 @pytest.mark.parametrize(
     ("writeback", "position"),
     # A block's input and its output go through the same functions.

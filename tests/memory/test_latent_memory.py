@@ -23,20 +23,27 @@ from ..small_models import CONFIGS
 
 OPTIONS = SidePathOptions()
 PARAMETERS = side_path_tensors("attention", "add")
+BY_MIXER = {mixer: (side_path_tensors(mixer, "add"), SidePathOptions(mixer)) for mixer in ("attention", "delta")}
 HIDDEN = torch.randn(2, 150, HIDDEN_SIZE, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
 VALID = torch.ones(2, 150, dtype=torch.bool)
 VALID[0, :5] = VALID[1, 70:75] = False
 
 
-def expected(hidden: torch.Tensor, valid: torch.Tensor | None = None) -> reference.SidePathOutput:
-    return reference.side_path(hidden, PARAMETERS, OPTIONS, valid=valid)
+def expected(
+    hidden: torch.Tensor, valid: torch.Tensor | None = None, mixer: str | None = None
+) -> reference.SidePathOutput:
+    parameters, options = BY_MIXER.get(mixer, (PARAMETERS, OPTIONS))
+    return reference.side_path(hidden, parameters, options, valid=valid)
 
 
-def append(memory: LatentMemory, pieces: list[int], valid: torch.Tensor | None = None) -> torch.Tensor:
+def append(
+    memory: LatentMemory, pieces: list[int], valid: torch.Tensor | None = None, mixer: str | None = None
+) -> torch.Tensor:
+    parameters, options = BY_MIXER.get(mixer, (PARAMETERS, OPTIONS))
     written, start = [], 0
     for piece in pieces:
         now = None if valid is None else valid[:, start : start + piece]
-        written.append(memory.append(HIDDEN[:, start : start + piece], PARAMETERS, OPTIONS, TokenLayout(now)))
+        written.append(memory.append(HIDDEN[:, start : start + piece], parameters, options, TokenLayout(now)))
         start += piece
     return torch.cat(written, dim=1)
 
@@ -53,10 +60,11 @@ PIECES = {
 @pytest.mark.parametrize("valid", [None, VALID])
 @pytest.mark.parametrize("static", [False, True])
 @pytest.mark.parametrize("pieces", PIECES.values(), ids=PIECES)
-def test_any_split_of_the_tokens(pieces: list[int], static: bool, valid: torch.Tensor | None) -> None:
+@pytest.mark.parametrize("mixer", BY_MIXER)
+def test_any_split_of_the_tokens(mixer: str, pieces: list[int], static: bool, valid: torch.Tensor | None) -> None:
     memory = LatentMemory(static=static)
-    assert_equal_up_to_rounding(append(memory, pieces, valid), expected(HIDDEN, valid).hidden_states)
-    assert_equal_up_to_rounding(memory.state, expected(HIDDEN, valid).state)
+    assert_equal_up_to_rounding(append(memory, pieces, valid, mixer), expected(HIDDEN, valid, mixer).hidden_states)
+    assert_equal_up_to_rounding(memory.state, expected(HIDDEN, valid, mixer).state)
     assert int(memory.length) == 150
 
 
@@ -88,16 +96,17 @@ def test_a_device_without_doubles_sums_in_single_precision(static: bool) -> None
 
 @torch.no_grad()
 @pytest.mark.parametrize("forget", [1, 3, 64, 65, 100, 150])
-def test_a_crop_leaves_what_came_before(forget: int) -> None:
-    memory = LatentMemory(static=False)
-    append(memory, PIECES["prompt and tokens"], VALID)
+@pytest.mark.parametrize("mixer", BY_MIXER)
+def test_a_crop_leaves_what_came_before(mixer: str, forget: int) -> None:
+    memory, (parameters, options) = LatentMemory(static=False), BY_MIXER[mixer]
+    append(memory, PIECES["prompt and tokens"], VALID, mixer)
     memory.crop(forget)
     assert memory.length == 150 - forget
     if forget < 150:
-        kept = expected(HIDDEN[:, :-forget], VALID[:, :-forget])
+        kept = expected(HIDDEN[:, :-forget], VALID[:, :-forget], mixer)
         assert_equal_up_to_rounding(memory.state, kept.state)
-    written = memory.append(HIDDEN[:, -forget:], PARAMETERS, OPTIONS, TokenLayout(VALID[:, -forget:]))
-    assert_equal_up_to_rounding(written, expected(HIDDEN, VALID).hidden_states[:, -forget:])
+    written = memory.append(HIDDEN[:, -forget:], parameters, options, TokenLayout(VALID[:, -forget:]))
+    assert_equal_up_to_rounding(written, expected(HIDDEN, VALID, mixer).hidden_states[:, -forget:])
 
 
 def test_a_crop_into_an_earlier_segment() -> None:

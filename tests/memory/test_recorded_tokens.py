@@ -61,8 +61,9 @@ def test_on_full_attention_nothing_grows_beyond_keys_and_values() -> None:
 
 @torch.no_grad()
 @pytest.mark.parametrize("recording", [False, True])
-def test_a_crop_goes_back_as_far_as_tokens_are_recorded(recording: bool) -> None:
-    model = make_model("qwen3")
+@pytest.mark.parametrize("mixer", ["attention", "delta"])
+def test_a_crop_goes_back_as_far_as_tokens_are_recorded(recording: bool, mixer: str) -> None:
+    model = make_model("qwen3", make_config(talan_mixer=mixer))
     tokens = make_tokens(batch=1, tokens=RECORDED_TOKENS + 100)
     cache = make_cache(model)
     if recording:
@@ -113,8 +114,11 @@ def test_a_crop_with_a_window_asks_for_recording(recording: bool) -> None:
 @torch.no_grad()
 @pytest.mark.parametrize("architecture_", ["qwen3", "mistral"])
 @pytest.mark.parametrize("recording", [False, True])
-def test_a_later_mask_reaches_back_as_far_as_tokens_are_recorded(architecture_: str, recording: bool) -> None:
-    model = make_model(architecture_)
+@pytest.mark.parametrize("mixer", ["attention", "delta"])
+def test_a_later_mask_reaches_back_as_far_as_tokens_are_recorded(
+    architecture_: str, recording: bool, mixer: str
+) -> None:
+    model = make_model(architecture_, make_config(talan_mixer=mixer))
     length = RECORDED_TOKENS + 30
     tokens, cache = make_tokens(batch=2, tokens=length + 4), make_cache(model)
     if recording:
@@ -139,8 +143,9 @@ def test_a_later_mask_reaches_back_as_far_as_tokens_are_recorded(architecture_: 
 
 
 @torch.no_grad()
-def test_beams_and_selections_keep_what_is_recorded() -> None:
-    model = make_model("qwen3")
+@pytest.mark.parametrize("mixer", ["attention", "delta"])
+def test_beams_and_selections_keep_what_is_recorded(mixer: str) -> None:
+    model = make_model("qwen3", make_config(talan_mixer=mixer))
     tokens, cache = make_tokens(batch=2, tokens=RECORDED_TOKENS + 40), make_cache(model)
     model(tokens[:, :-20], past_key_values=cache, use_cache=True)
     cache.batch_select_indices(torch.tensor([0, 1]))

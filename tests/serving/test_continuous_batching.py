@@ -76,6 +76,7 @@ def collect(manager: ContinuousBatchingManager) -> dict[str, list[int]]:
     ("architecture", "attention", "axes", "pages"),
     [
         ("qwen3", "sdpa", {}, {}),
+        ("qwen3", "sdpa", {"talan_mixer": "delta"}, {"max_batch_tokens": 33}),
         (
             "gemma3",
             "eager",
@@ -85,7 +86,12 @@ def collect(manager: ContinuousBatchingManager) -> dict[str, list[int]]:
         (
             "llama",
             "sdpa",
-            {"talan_position": "input", "talan_mixer": "linear", "talan_writeback": "orthogonal"},
+            {
+                "talan_position": "input",
+                "talan_mixer": "linear",
+                "talan_writeback": "orthogonal",
+                "talan_soft_cap": 10.0,
+            },
             {"page_size": 32, "max_batch_tokens": 256},
         ),
     ],

@@ -58,7 +58,7 @@ def test_fresh_adapter_is_its_matched_low_rank_adapter(architecture: str, half: 
 
 
 @pytest.mark.parametrize("writeback", ["add", "gated", "capped", "orthogonal"])
-@pytest.mark.parametrize("mixer", ["attention", "linear", "mlp"])
+@pytest.mark.parametrize("mixer", ["attention", "linear", "mlp", "delta"])
 def test_fresh_side_path_of_any_kind_changes_nothing(mixer: str, writeback: str) -> None:
     config = make_config(talan_mixer=mixer, talan_writeback=writeback, init_talan_weights=True, init_lora_weights=True)
     assert torch.equal(logits(make_model("qwen3", config)), logits(make_base("qwen3")))

@@ -21,7 +21,7 @@ def positions_of(mask: torch.Tensor) -> torch.Tensor:
 
 @torch.no_grad()
 @pytest.mark.parametrize("position", POSITIONS)
-@pytest.mark.parametrize("mixer", ["attention", "linear", "mlp"])
+@pytest.mark.parametrize("mixer", ["attention", "linear", "mlp", "delta"])
 @pytest.mark.parametrize("use_cache", [False, True])
 def test_no_logit_depends_on_a_later_token(mixer: str, position: str, use_cache: bool) -> None:
     model = make_model("qwen3", make_config(talan_mixer=mixer, talan_position=position))
@@ -94,7 +94,7 @@ def packed() -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]:
 
 @torch.no_grad()
 @pytest.mark.parametrize("attention", ATTENTIONS)
-@pytest.mark.parametrize("mixer", ["attention", "linear", "mlp"])
+@pytest.mark.parametrize("mixer", ["attention", "linear", "mlp", "delta"])
 def test_packed_samples_equal_single_ones(attention: str, mixer: str) -> None:
     dtype = ATTENTIONS[attention]
     model = make_model("qwen3", make_config(talan_mixer=mixer), dtype, attention)

@@ -210,7 +210,7 @@ def test_gradient_scale_lowers_the_side_paths_share_in_the_norm_that_is_clipped(
         assert clipped[0.1][name].norm() > clipped[1.0][name].norm()
 
 
-@pytest.mark.parametrize("mixer", ["attention", "mlp"])
+@pytest.mark.parametrize("mixer", ["attention", "mlp", "delta"])
 def test_lorafa_projects_the_low_rank_half_and_trains_the_side_path(mixer: str) -> None:
     model = make_model("qwen3", make_config(talan_mixer=mixer), torch.float32).train()
     optimizer = create_lorafa_optimizer(model, r=4, lora_alpha=8, lr=1e-2)

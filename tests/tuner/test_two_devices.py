@@ -31,7 +31,7 @@ def left_padded() -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("position", ["input", "output"])
-@pytest.mark.parametrize("mixer", ["attention", "linear", "mlp"])
+@pytest.mark.parametrize("mixer", ["attention", "linear", "mlp", "delta"])
 def test_side_paths_run_where_their_block_runs(mixer: str, position: str) -> None:
     batch = left_padded()
     lora = get_peft_model(dispatched(), make_lora_config()).eval()

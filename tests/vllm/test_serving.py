@@ -36,8 +36,8 @@ OTHERS: dict[str, dict[str, Any]] = {
     "qwen3_moe": {"talan_writeback": "capped"},
     "llama": {"talan_writeback": "orthogonal", "talan_layers": [0, 2]},
     "mistral": {"talan_position": "input", "talan_layers": [0]},
-    "cohere": {},
-    "gpt2": {"talan_mixer": "mlp"},
+    "cohere": {"talan_mixer": "delta"},
+    "gpt2": {"talan_mixer": "mlp", "talan_soft_cap": 10.0},
 }
 
 
