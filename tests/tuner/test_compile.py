@@ -187,3 +187,12 @@ def test_an_exported_graph_takes_any_length(options: dict[str, str]) -> None:
         mask = torch.ones_like(other)
         mask[0, :4] = 0
         torch.testing.assert_close(exported(other, mask), model(other, mask), **rounding())
+
+
+def test_an_exported_graph_of_the_delta_mixer_has_one_length() -> None:
+    model = Logits(make_shallow_model(talan_mixer="delta"))
+    tokens = make_tokens(tokens=13)
+    mask = torch.ones_like(tokens)
+    mask[0, :4] = 0
+    exported = torch.export.export(model, (tokens, mask), strict=False).module()
+    torch.testing.assert_close(exported(tokens, mask), model(tokens, mask), **rounding())
