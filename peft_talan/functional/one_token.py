@@ -69,7 +69,8 @@ class TokenBuffers:
         self._weights, self._values = weights, values
         parts = (part.unbind(0) for part in (projected, values, queries, logits, weights, weights.mT))
         self._places = [TokenPlace(*views) for views in zip(*parts, strict=True)]
-        # Until `matrices` is first called.
+        # Until `in_working_dtype` and `matrices` are first called.
+        self._copies: list[torch.Tensor] = []
         self._read = self._write = self.norm_floor = state.new_empty(0)
         self.rebind(state)
 
@@ -83,13 +84,28 @@ class TokenBuffers:
         self.pending = min(self.pending + 1, self.capacity)
         return self._places[self.pending - 1]
 
+    def in_working_dtype(self, parameters: SidePathParameters) -> SidePathParameters:
+        """The parameters in the buffers' dtype; those of an adapter in half precision are copied at every token."""
+        given = [parameters.read, *parameters.mixer, parameters.write]
+        if all(tensor.dtype is self.dtype for tensor in given):
+            return parameters
+        if [tensor.shape for tensor in self._copies] != [tensor.shape for tensor in given]:
+            # Tensors of inference mode could not be written to outside of it.
+            with torch.inference_mode(False):
+                self._copies = [torch.empty_like(tensor, dtype=self.dtype) for tensor in given]
+        # At every token, since nothing tells that a loader wrote through `.data`, which no version counter counts, or
+        # an optimizer's kernel by a pointer; all in one operation.
+        torch._foreach_copy_(self._copies, given)
+        read, *mixer, write = self._copies
+        return parameters._replace(read=read, mixer=tuple(mixer), write=write)
+
     def matrices(self, parameters: SidePathParameters) -> tuple[torch.Tensor, torch.Tensor]:
-        """The transposes of `W_read` and `W_write` as products take them, [1, inputs, outputs]."""
+        """The transposes of `W_read` and `W_write` of `in_working_dtype`, as products take them: [1, inputs, outputs]."""
         read, write = parameters.read, parameters.write
         # Views see what an optimizer or a load writes into the tensors, but not that other memory takes their place.
         moved = self._read.data_ptr() != read.data_ptr() or self._write.data_ptr() != write.data_ptr()
         if moved or read.is_meta:
-            self._read, self._write = (matrix.to(self.dtype).T.unsqueeze(0) for matrix in (read, write))
+            self._read, self._write = (matrix.T.unsqueeze(0) for matrix in (read, write))
             self.norm_floor = self.mean.new_tensor(math.sqrt(NORM_EPSILON * read.shape[1]))
         return self._read, self._write
 
@@ -129,6 +145,7 @@ def one_token(
         h', [batch, 1, hidden_size].
     """
     dtype, place = buffers.dtype, buffers.next_place()
+    parameters = buffers.in_working_dtype(parameters)
     read, write = buffers.matrices(parameters)
     with full_precision(hidden_states.device.type):
         # Where nothing changes, `to` would still be a call.
@@ -152,9 +169,8 @@ def one_token(
 
         if options.mixer == "attention":
             # `read_mean`, without its views.
-            bias, scale = parameters.mixer[0], 1 / math.sqrt(mean.shape[-1])
-            bias = bias if bias.dtype is dtype else bias.to(dtype)
-            scores = torch.baddbmm(bias, place.queries, buffers.mean_transposed, alpha=scale)
+            scale = 1 / math.sqrt(mean.shape[-1])
+            scores = torch.baddbmm(parameters.mixer[0], place.queries, buffers.mean_transposed, alpha=scale)
             readout = torch.bmm(scores.softmax(-1), mean)
         else:
             readout = read_mean(mean, place.queries, options.mixer, parameters.mixer)
