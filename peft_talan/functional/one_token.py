@@ -15,7 +15,6 @@ import torch
 from .fused import read_mean, write_back
 from .parameters import (
     NORM_EPSILON,
-    SMALLEST_DENOMINATOR,
     SOFT_CAP,
     SidePathOptions,
     SidePathParameters,
@@ -77,6 +76,8 @@ class TokenBuffers:
     def rebind(self, state: torch.Tensor) -> None:
         """Update another state, of the same number of rows, from now on."""
         self.state, self.total, self.denominator = state, state[..., :-1], state[..., -1:]
+        # Where only padding came so far, N / D is 0 and not 0 / 0; every sum with a real token rounds this away.
+        self.denominator.clamp_min_(torch.finfo(state.dtype).tiny)
 
     def next_place(self) -> TokenPlace:
         """Take the place of the next token, which is pending from now on."""
@@ -100,7 +101,7 @@ class TokenBuffers:
         return parameters._replace(read=read, mixer=tuple(mixer), write=write)
 
     def matrices(self, parameters: SidePathParameters) -> tuple[torch.Tensor, torch.Tensor]:
-        """The transposes of `W_read` and `W_write` of `in_working_dtype`, as products take them: [1, inputs, outputs]."""
+        """The transposes of `W_read` and `W_write`, in the buffers' dtype: [1, inputs, outputs]."""
         read, write = parameters.read, parameters.write
         # Views see what an optimizer or a load writes into the tensors, but not that other memory takes their place.
         moved = self._read.data_ptr() != read.data_ptr() or self._write.data_ptr() != write.data_ptr()
@@ -158,14 +159,11 @@ def one_token(
         torch.pow(math.exp(SOFT_CAP), place.logits.div_(SOFT_CAP).tanh_(), out=place.weights)
         # Padding has no weight, so it changes neither N nor D.
         if valid is not None:
-            place.weights.mul_(valid.unsqueeze(-1))
+            place.weights.mul_(valid if len(valid) == 1 else valid.unsqueeze(-1))
         # N += e z^T and D += e.
         buffers.total.addcmul_(place.weights_column, place.values)
-        denominator = buffers.denominator.add_(place.weights_column)
-        # `mean_of`, without its views. D is too small only where the token is padding and nothing came before.
-        if valid is not None:
-            denominator = denominator.clamp_min(SMALLEST_DENOMINATOR)
-        mean = torch.div(buffers.total, denominator, out=buffers.mean)
+        # `mean_of`, without its views; no D is 0, see `rebind`.
+        mean = torch.div(buffers.total, buffers.denominator.add_(place.weights_column), out=buffers.mean)
 
         if options.mixer == "attention":
             # `read_mean`, without its views.
