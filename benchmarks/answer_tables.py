@@ -1,4 +1,4 @@
-"""What a user pays: the default and a long context, each choice of blocks, half precision; and how little it could be."""
+"""What a user pays: the default, a long context, each choice of blocks, half precision; and the least there is."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from runs import Row, read_json
 from peft_talan.demo.recall import LONG_CONTEXT
 
 CALLS = {
-    "prefill, 512 tokens": {"measure": "prefill", "tokens": 512},
+    "prefill, 128 tokens": {"measure": "prefill", "tokens": 128},
     "decoded token, context 128": {"measure": "decode", "batch": 1, "context": 128},
-    "training step, 512 tokens": {"measure": "train", "tokens": 512},
+    "training step, 128 tokens": {"measure": "train", "tokens": 128},
 }
 CONDITIONS = {"None": "talan", **{layers: f"talan, {layers}" for layers in SPREAD}, "all": "talan, all blocks"}
 """Values of `talan_layers`, and the conditions that have them."""
