@@ -18,7 +18,7 @@ CALLS = {
 }
 CONDITIONS = {"None": "talan", **{layers: f"talan, {layers}" for layers in SPREAD}, "all": "talan, all blocks"}
 """Values of `talan_layers`, and the conditions that have them."""
-NOISE = "lora again"
+TRAINING, NOISE = [*CALLS][-1], "lora again"
 
 
 def number_of_blocks(layers: str, depth: int) -> int:
@@ -28,11 +28,15 @@ def number_of_blocks(layers: str, depth: int) -> int:
     return depth // int(layers.removeprefix("every_"))
 
 
-def _timed(lines: list[Row]) -> dict[str, Row] | None:
-    """The last line of each call with all choices of blocks side by side; None unless all were measured."""
+def _timed(lines: list[Row]) -> dict[str, Row]:
+    """The last line of each call that was measured with the choices of blocks side by side."""
     of_model = matching(lines, model="smollm2", dtype="float32", compile=False, group="blocks")
     found = {name: [line for line in matching(of_model, **key) if "ratios" in line] for name, key in CALLS.items()}
-    return {name: lines_of_call[-1] for name, lines_of_call in found.items()} if all(found.values()) else None
+    return {name: lines_of_call[-1] for name, lines_of_call in found.items() if lines_of_call}
+
+
+def _time(line: Row | None, name: str) -> str:
+    return ratio_text(line, name) if line is not None and name in line["ratios"] else "not measured"
 
 
 def _exact(lines: list[Row], folder: Path) -> tuple[int, dict[str, float], float]:
@@ -45,14 +49,14 @@ def _exact(lines: list[Row], folder: Path) -> tuple[int, dict[str, float], float
 
 def _rows(lines: list[Row], folder: Path, choices: list[str]) -> list[list[str]]:
     """What each choice costs beside LoRA: times, memory, operations, parameters; a row for each choice."""
-    timed = _timed(lines) or {}
+    timed = _timed(lines)
     depth, counts, share = _exact(lines, folder)
     further = (counts["talan, all blocks"] - counts["talan"]) / (depth - 1)
     rows = []
     for layers in choices:
         name, blocks = CONDITIONS[layers], number_of_blocks(layers, depth)
-        times = [ratio_text(line, name) for line in timed.values()]
-        memory = timed[[*CALLS][-1]].get("memory", {})
+        times = [_time(timed.get(call), name) for call in CALLS]
+        memory = timed.get(TRAINING, {}).get("memory", {})
         peak = f"{memory[name]['peak'] / memory['lora']['peak']:.3f}" if name in memory else "not measured"
         operations = f"{(counts['talan'] + (blocks - 1) * further) / counts['lora']:.3f}"
         rows.append([f"`{layers!r}`".replace("'None'", "None"), str(blocks), *times, peak, operations])
@@ -73,22 +77,27 @@ HEADS = [
 def blocks_table(lines: list[Row], folder: Path) -> str:
     """What side paths cost by the number of blocks."""
     timed = _timed(lines)
-    if timed is None:
+    if not timed:
         return NOT_MEASURED
-    noise = ["LoRA again (noise)", "0", *(ratio_text(line, NOISE) for line in timed.values()), "-", "-", "-"]
+    noise = ["LoRA again (noise)", "0", *(_time(timed.get(call), NOISE) for call in CALLS), "-", "-", "-"]
     return markdown(HEADS, [*_rows(lines, folder, list(CONDITIONS)), noise])
 
 
 def answer(lines: list[Row], folder: Path) -> str:
     """One sentence and a small table: the default, and the configuration for long contexts."""
     timed = _timed(lines)
-    if timed is None:
+    if not timed:
         return NOT_MEASURED
     long_context = str(LONG_CONTEXT["talan_layers"])
     chosen = {"default": "None", "long context": long_context}
     ratios = [line["ratios"][CONDITIONS["None"]] for line in timed.values()]
     noise = [line["ratios"][NOISE] for line in timed.values()]
-    prefill, decode, train = (f"{ratio['median']:.3f}" for ratio in ratios)
+    names = [call.partition(",")[0] for call in timed]
+    takes = [
+        f"{name if name == 'prefill' else f'a {name}'} takes {ratio['median']:.3f}"
+        for name, ratio in zip(names, ratios, strict=True)
+    ]
+    said = " and ".join(filter(None, [", ".join(takes[:-1]), takes[-1]]))
     apart = any(ratio["low"] > other["high"] for ratio, other in zip(ratios, noise, strict=True))
     columns = [row[2:] for row in _rows(lines, folder, [*chosen.values()])]
     rows = [list(row) for row in zip(HEADS[2:], *columns, strict=True)]
@@ -96,8 +105,8 @@ def answer(lines: list[Row], folder: Path) -> str:
     line = next(iter(timed.values()))
     codes = ", ".join(f"`{code}`" for code in sorted({line["code"] for line in timed.values()}))
     return (
-        f"**With the default side path, prefill takes {prefill}, a decoded token {decode} and a training step {train} "
-        f"times as long as with LoRA alone{'' if apart else ', no more than a second LoRA beside it varies'}.**\n\n"
+        f"**With the default side path, {said} times as long as with LoRA alone"
+        + f"{'' if apart else ', no more than a second LoRA beside it varies'}.**\n\n"
         + markdown(["LoRA = 1", *heads], rows)
         + f"\n\nSmolLM2-135M, float32, one thread of a processor, {line['machine']['clock']}; the sources that were "
         + f"timed have the digest {codes}."
@@ -120,10 +129,10 @@ def half_precision(lines: list[Row]) -> str:
 def limit_table(lines: list[Row], folder: Path) -> str:
     """What one side path can't do without beside what it takes, on this machine and on paper."""
     stored, timed = read_json(folder / "limit.json"), _timed(lines)
-    if not stored or timed is None:
+    in_model = timed.get("decoded token, context 128")
+    if not stored or in_model is None:
         return NOT_MEASURED
     here, there = stored["rates"], stored["h200"]
-    in_model = timed["decoded token, context 128"]
     depth, _, _ = _exact(lines, folder)
     times = in_model["times"]
     apart = sorted(a - b for a, b in zip(times["talan, all blocks"], times["lora"], strict=True))

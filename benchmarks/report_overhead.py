@@ -103,7 +103,7 @@ def verdicts(lines: list[Row]) -> str:
 
     for line in lines:
         key, measure = line["key"], line["key"]["measure"]
-        if "ratios" not in line or key.get("group") == "dora":
+        if "ratios" not in line or key.get("group", "lora") != "lora":
             continue
         call = f"{measure}, T={key['tokens']}" if "tokens" in key else measure
         if measure == "decode":
@@ -175,7 +175,8 @@ def compile_facts(lines: list[Row]) -> str:
 
 def plot(lines: list[Row], file: Path) -> None:
     """Every ratio of TALAN to LoRA with its interval, beside the noise of the same run."""
-    found = [line for line in lines if "talan" in line.get("ratios", {}) and line["key"]["measure"] in TARGETS]
+    timed = [line for line in lines if line["key"].get("group") != "blocks" and line["key"]["measure"] in TARGETS]
+    found = [line for line in timed if "talan" in line.get("ratios", {})]
     with drawn(file, figsize=(8.5, 0.8 + 0.26 * len(found))) as axes:
         labels = []
         for row, line in enumerate(found):
