@@ -113,7 +113,8 @@ def measure_models(base: nn.Module, cell: Row, mode: str, options: argparse.Name
     """Prefill, decoding or training in all conditions of a group that there is time and memory for."""
     kind, group, tokens = cell["measure"], cell["group"], cell.get("tokens", PROBE_TOKENS)
     names = [name for name in GROUPS[group] if name in options.conditions]
-    models = make_conditions(base, [name for name in names if kind != "train" or name not in UNTRAINED])
+    names = [name for name in names if kind != "train" or name not in UNTRAINED]
+    models = make_conditions(base, names, options.adapters)
     first = next(iter(models.values()))
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
@@ -219,6 +220,7 @@ def run(options: argparse.Namespace) -> None:
                 key |= {"mode": mode} if mode == "CUDA graphs" else {}
                 key |= {"device": options.device} if options.device != "cpu" else {}
                 key |= {"blocks": options.blocks} if options.blocks is not None else {}
+                key |= {"adapters": dtype} if options.adapters == "model" and dtype != "float32" else {}
                 if (key, code) in stored:
                     continue
                 base = base or load_base(model, getattr(torch, dtype), options.blocks).to(options.device)
@@ -233,6 +235,9 @@ def make_parser(description: str | None, **defaults: Any) -> argparse.ArgumentPa
     conditions = [name for names in GROUPS.values() for name in names]
     parser.add_argument("--models", nargs="+", choices=MODELS, default=["smollm2"])
     parser.add_argument("--dtypes", nargs="+", choices=["float32", "bfloat16"], default=["float32"])
+    parser.add_argument(
+        "--adapters", choices=["float32", "model"], default="float32", help="their dtype, or the model's"
+    )
     parser.add_argument("--measure", nargs="+", choices=[*KINDS, "operators"], default=list(KINDS))
     parser.add_argument("--groups", nargs="+", choices=list(GROUPS), default=["lora"])
     parser.add_argument("--conditions", nargs="+", choices=conditions, default=conditions)

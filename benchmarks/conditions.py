@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from peft import LoraConfig, get_peft_model
@@ -30,6 +31,12 @@ LLAMA3 = {
     "bos_token_id": 128000,
 }
 SHAPES: dict[str, PreTrainedConfig] = {
+    "qwen3-small": Qwen3Config(
+        **{**QWEN3, "vocab_size": 32768, "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 64},
+        hidden_size=512,
+        intermediate_size=1536,
+        num_hidden_layers=16,
+    ),
     "qwen3-0.6b": Qwen3Config(**QWEN3, hidden_size=1024, intermediate_size=3072, num_hidden_layers=28),
     "qwen3-1.7b": Qwen3Config(**QWEN3, hidden_size=2048, intermediate_size=6144, num_hidden_layers=28),
     "llama-3.2-1b": LlamaConfig(
@@ -53,6 +60,7 @@ ON_PAPER: dict[str, PreTrainedConfig] = {
 MODELS = ("smollm2", *SHAPES)
 NAMES = {
     "smollm2": "SmolLM2-135M",
+    "qwen3-small": "Qwen3, 16 blocks of width 512",
     "qwen3-0.6b": "Qwen3-0.6B shape",
     "qwen3-1.7b": "Qwen3-1.7B shape",
     "llama-3.2-1b": "Llama-3.2-1B shape",
@@ -62,12 +70,15 @@ NAMES = {
 """Of all models in tables, which have this order."""
 
 LOW_RANK = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
+SPREAD = ("every_15", "every_8", "every_4", "every_2")
+"""Values of `talan_layers` between the default and "all": in a model of 30 blocks, 2, 3, 7 and 15 of them."""
 EIGHT_BLOCKS = [index / 8 for index in range(8)]
 ADAPTERS: dict[str, Callable[[], LoraConfig]] = {
     "lora": lambda: LoraConfig(**LOW_RANK),
     "talan": lambda: TalanConfig(**LOW_RANK),
     "talan, 8 blocks": lambda: TalanConfig(**LOW_RANK, talan_layers=EIGHT_BLOCKS),
     "talan, all blocks": lambda: TalanConfig(**LOW_RANK, talan_layers="all"),
+    **{f"talan, {layers}": partial(TalanConfig, **LOW_RANK, talan_layers=layers) for layers in SPREAD},
     "lora again": lambda: LoraConfig(**LOW_RANK),
     "dora": lambda: LoraConfig(**LOW_RANK, use_dora=True),
     "dora + talan": lambda: TalanConfig(**LOW_RANK, use_dora=True),
@@ -79,6 +90,7 @@ MATCHED = {
     "talan": "lora",
     "talan, 8 blocks": "lora",
     "talan, all blocks": "lora",
+    **{f"talan, {layers}": "lora" for layers in SPREAD},
     "lora again": "lora",
     "dora + talan": "dora",
     "dora again": "dora",
@@ -90,12 +102,14 @@ MATCHED = {
 GROUPS = {
     "lora": ["base", "lora", "talan", "talan, 8 blocks", "talan, all blocks", "lora again", "merged", "kept"],
     "dora": ["dora", "dora + talan", "dora again"],
+    "blocks": ["lora", "talan", *(f"talan, {layers}" for layers in SPREAD), "talan, all blocks", "lora again"],
 }
 """Conditions that take turns with each other. DoRA's calls are many times longer, so it has turns of its own."""
 
 SMALLER_GROUPS = {
     "lora": [["base", "lora", "talan", "lora again", "kept"], ["lora", "talan", "lora again"], ["lora", "talan"]],
     "dora": [["dora", "dora + talan"]],
+    "blocks": [["lora", "talan", "talan, every_4", "lora again"]],
 }
 """What is measured where time or memory is too short for the group, best first."""
 
@@ -133,8 +147,8 @@ def random_model(config: PreTrainedConfig, dtype: torch.dtype) -> nn.Module:
     return model.eval()
 
 
-def make_conditions(base: nn.Module, names: list[str]) -> dict[str, nn.Module]:
-    """The model in each condition, for evaluation; all share the base's tensors.
+def make_conditions(base: nn.Module, names: list[str], adapters: str = "float32") -> dict[str, nn.Module]:
+    """The model in each condition, for evaluation; all share the base's tensors. `adapters`: float32, or the model's.
 
     Fresh LoRA weights add exactly zero to those that they are merged into, so the merged models share them too.
     """
@@ -150,7 +164,8 @@ def make_conditions(base: nn.Module, names: list[str]) -> dict[str, nn.Module]:
             if sum(tensor.data_ptr() in weights for tensor in models[name].parameters()) < len(weights):
                 raise RuntimeError(f"{name!r} does not share the base model's weights: the conditions would not match")
         elif name != "base":
-            models[name] = get_peft_model(models[name], ADAPTERS[name]())
+            autocast = adapters == "float32"
+            models[name] = get_peft_model(models[name], ADAPTERS[name](), autocast_adapter_dtype=autocast)
         models[name].eval()
     return models
 

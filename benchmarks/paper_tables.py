@@ -34,7 +34,7 @@ def _parameters(models: list[Model]) -> str:
         for kind, share in row["trainable"].items():
             fits = ["yes" if share["side_path"] <= 0.002 else "NO", "yes" if share["both_halves"] < 0.01 else "NO"]
             rows.append([name, kind, f"{share['side_path']:.3%}", f"{share['both_halves']:.3%}", " / ".join(fits)])
-    return markdown(["model", "low-rank half", "side path", "both halves", "<= 0.2% / < 1%"], rows)
+    return markdown(["model", "low-rank adapter", "side path", "both together", "<= 0.2% / < 1%"], rows)
 
 
 def _roofline(models: list[Model]) -> str:
@@ -68,7 +68,7 @@ def _operations(models: list[Model]) -> str:
             verdict = "met" if (number + more) / number <= OPERATIONS_TARGET else "missed"
             others = [_ratio(counts, talan + what, lora + what) for what in (", no mask", ", training")]
             rows.append([name, kind, number, f"+{more}", *ratios, verdict, *others, _ratio(counts, "kept", "base")])
-    heads = ("model", "low-rank half", "LoRA", "TALAN", "TALAN / LoRA", "without views", "profiler", "<= 1.008")
+    heads = ("model", "low-rank adapter", "LoRA", "TALAN", "TALAN / LoRA", "without views", "profiler", "<= 1.008")
     return markdown([*heads, "no mask", "training step", "kept / base"], rows)
 
 

@@ -4,13 +4,23 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
 
-from conditions import NAMES, SHAPES
-from measure import interval_text
+from answer_tables import answer, blocks_table, half_precision, limit_table
+from conditions import SHAPES
+from overhead_lines import (
+    NOT_MEASURED,
+    Cell,
+    call_of,
+    latest,
+    matching,
+    milliseconds_text,
+    ratio_text,
+    size,
+    where,
+)
 from pages import columns_table, filled, markdown, show
 from paper_tables import drawn, paper_tables, plot_side_path
 from runs import Row, read_json, read_lines
@@ -32,53 +42,6 @@ TITLES = {
     "dora + talan": "DoRA + TALAN / DoRA",
     "dora again": "DoRA / DoRA (noise)",
 }
-NOT_MEASURED = "Not measured."
-Cell = Callable[[Row], str]
-
-
-def latest(lines: Iterable[Row]) -> list[Row]:
-    """The last line of each measurement, in the order of their keys."""
-    by_key = {json.dumps(line["key"], sort_keys=True): line for line in lines}
-    order = list(NAMES)
-
-    def place(line: Row) -> tuple[Any, ...]:
-        key = line["key"]
-        sizes = (key.get("batch", 0), key.get("context", 0), key.get("tokens", 0))
-        return (order.index(key["model"]), key["dtype"] != "float32", key.get("group", ""), *sizes)
-
-    return sorted(by_key.values(), key=place)
-
-
-def ratio_text(line: Row, name: str) -> str:
-    """A ratio with its interval."""
-    ratio = line["ratios"].get(name)
-    return interval_text(ratio, 3) if ratio else "-"
-
-
-def milliseconds_text(line: Row, name: str) -> str:
-    value = line["milliseconds"].get(name)
-    return f"{value:.1f}" if value is not None else "-"
-
-
-def where(line: Row) -> str:
-    """Model and dtype."""
-    cut = f", first {line['key']['blocks']} blocks" if "blocks" in line["key"] else ""
-    return f"{NAMES[line['key']['model']]}{cut}, {line['key']['dtype']}"
-
-
-def size(line: Row) -> list[str]:
-    """The columns that say how large the call was."""
-    key = line["key"]
-    return [str(key["batch"]), str(key["context"])] if "batch" in key else [str(key["tokens"])]
-
-
-def call_of(line: Row) -> str:
-    return f"{line['key']['measure']} {' / '.join(size(line))}"
-
-
-def matching(lines: Iterable[Row], **key: Any) -> list[Row]:
-    """The lines whose keys have these values."""
-    return [line for line in lines if key.items() <= line["key"].items()]
 
 
 def timing_table(lines: list[Row], measure: str, group: str, compiled: bool = False, names: Sequence[str] = ()) -> str:
@@ -125,46 +88,6 @@ def memory_table(lines: list[Row]) -> str:
     return markdown(header, rows) if rows else NOT_MEASURED
 
 
-def answer(lines: list[Row], folder: Path) -> str:
-    """What a user pays beside LoRA, with a side path in one block, in eight and in all: a sentence and a table."""
-    stored = read_json(folder / "roofline.json")["models"]["smollm2"]
-    columns = {"talan": 1, "talan, 8 blocks": 8, "talan, all blocks": stored["blocks"]}
-    keys: dict[str, dict[str, Any]] = {
-        "prefill, 512 tokens": {"measure": "prefill", "tokens": 512},
-        "decoded token, context 128": {"measure": "decode", "batch": 1, "context": 128},
-        "training step, 512 tokens": {"measure": "train", "tokens": 512},
-    }
-    of_model = matching(lines, model="smollm2", dtype="float32", compile=False)
-    found = {name: matching(of_model, group="lora", **key) for name, key in keys.items()}
-    shares = [line["shares"] for line in matching(of_model, measure="parameters")]
-    if not shares or not all(found.values()):
-        return NOT_MEASURED
-    calls = {name: lines_of_call[-1] for name, lines_of_call in found.items()}
-    rows = [[f"{name}: time", *(ratio_text(call, column) for column in columns)] for name, call in calls.items()]
-    last = [*keys][-1]
-    memory = calls[last].get("memory", {})
-    peaks = {column: memory[column]["peak"] / memory["lora"]["peak"] for column in columns if column in memory}
-    rows.append([f"{last}: peak memory", *(f"{peaks[column]:.3f}" if column in peaks else "-" for column in columns)])
-    counts = {name: count["dispatched"] for name, count in stored["dispatched"].items()}
-    further = (counts["talan, all blocks"] - counts["talan"]) / (stored["blocks"] - 1)
-    totals = [counts["talan"] + (blocks - 1) * further for blocks in columns.values()]
-    rows.append(["decoded token: operations", *(f"{total / counts['lora']:.3f}" for total in totals)])
-    more = shares[-1]["side path"] / shares[-1]["lora"]
-    rows.append(["trainable parameters", *(f"{1 + blocks * more:.3f}" for blocks in columns.values())])
-    rows = [[cell if cell != "-" else "not measured" for cell in row] for row in rows]
-    ratios = [call["ratios"]["talan"] for call in calls.values()]
-    prefill, decode, train = (f"{ratio['median']:.3f}" for ratio in ratios)
-    within_noise = all(ratio["low"] <= 1.0 <= ratio["high"] for ratio in ratios)
-    codes = ", ".join(f"`{code}`" for code in sorted({call["code"] for call in calls.values()}))
-    return (
-        f"**With the default side path, prefill takes {prefill}, a decoded token {decode} and a training step {train} "
-        f"times as long as with LoRA alone{', which this machine can not tell from 1' if within_noise else ''}.**\n\n"
-        + markdown(["LoRA = 1", "one block (default)", "8 blocks", f"all {stored['blocks']} blocks"], rows)
-        + "\n\nSmolLM2-135M, float32, one thread of a processor; the sources that were timed have the digest "
-        + f"{codes}."
-    )
-
-
 def verdicts(lines: list[Row]) -> str:
     """Each target beside what was measured."""
     rows: list[list[str]] = []
@@ -180,7 +103,7 @@ def verdicts(lines: list[Row]) -> str:
 
     for line in lines:
         key, measure = line["key"], line["key"]["measure"]
-        if "ratios" not in line or key.get("group") == "dora":
+        if "ratios" not in line or key.get("group", "lora") != "lora":
             continue
         call = f"{measure}, T={key['tokens']}" if "tokens" in key else measure
         if measure == "decode":
@@ -252,7 +175,8 @@ def compile_facts(lines: list[Row]) -> str:
 
 def plot(lines: list[Row], file: Path) -> None:
     """Every ratio of TALAN to LoRA with its interval, beside the noise of the same run."""
-    found = [line for line in lines if "talan" in line.get("ratios", {}) and line["key"]["measure"] in TARGETS]
+    timed = [line for line in lines if line["key"].get("group") != "blocks" and line["key"]["measure"] in TARGETS]
+    found = [line for line in timed if "talan" in line.get("ratios", {})]
     with drawn(file, figsize=(8.5, 0.8 + 0.26 * len(found))) as axes:
         labels = []
         for row, line in enumerate(found):
@@ -276,6 +200,9 @@ def all_tables(results: Path) -> dict[str, str]:
     lines = latest(read_lines(results))
     return {
         "answer": answer(lines, results.parent),
+        "blocks": blocks_table(lines, results.parent),
+        "half precision": half_precision(lines),
+        "limit": limit_table(lines, results.parent),
         "targets": verdicts(lines),
         "decode": timing_table(lines, "decode", "lora", names=TALAN),
         "decode kept": timing_table(lines, "decode", "lora", names=KEPT),

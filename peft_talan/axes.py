@@ -6,6 +6,7 @@ It uses the standard library alone: the command line offers these options withou
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum
@@ -34,7 +35,7 @@ class SidePathAxes:
 
     talan_layers: Any = field(
         default=None,
-        metadata={"help": "Decoder blocks with a side path: indices, fractions of the depth, 'all', None."},
+        metadata={"help": "Decoder blocks with a side path: indices, fractions of the depth, 'all', 'every_4', None."},
     )
     talan_position: Position = field(
         default="output", metadata={"help": "At which end of the block: output or input."}
@@ -131,11 +132,25 @@ def check_count(name: str, value: object) -> None:
         raise refusal(name, value, f"give a whole number of at least 1 and at most {LARGEST_COUNT}")
 
 
+def spacing_of(layers: object) -> int | None:
+    """The n of a `talan_layers` that is `"every_n"`, such as `"every_4"`.
+
+    Args:
+        layers: The field's value.
+
+    Returns:
+        The number of blocks from one side path to the next, at least 2; None: the value is something else.
+    """
+    found = re.fullmatch(r"every_([2-9]|[1-9][0-9]{1,4})", layers) if isinstance(layers, str) else None
+    return None if found is None else int(found[1])
+
+
 def _check_layers(layers: object) -> None:
     remedy = (
-        "give block indices like [10, -1], fractions of the depth like [0.33, 0.66], 'all', or None for the default"
+        "give block indices like [10, -1], fractions of the depth like [0.33, 0.66], 'all', 'every_4' (the 4th block, "
+        "the 8th ...), or None for the default"
     )
-    if layers is None or layers == "all":
+    if layers is None or layers == "all" or spacing_of(layers) is not None:
         return
     if not isinstance(layers, list) or not layers:
         raise refusal("talan_layers", layers, remedy)

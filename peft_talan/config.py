@@ -70,9 +70,9 @@ class TalanConfig(SidePathAxes, LoraConfig):
     `r=0`, or `target_modules=[]`, leaves the LoRA weights out: the side path alone.
 
     Args:
-        talan_layers (None | "all" | Sequence[int] | Sequence[float]): The decoder blocks with a side path: indices
-            (negative ones count from the end), or fractions of the depth in [0, 1]. None: the measured default.
-            Default None.
+        talan_layers (None | "all" | "every_N" | Sequence[int] | Sequence[float]): The decoder blocks with a side path:
+            indices (negative ones count from the end), fractions of the depth in [0, 1], or the last of each N blocks
+            (`"every_4"`: indices 3, 7, 11 ...). None: the measured default. Default None.
         talan_position ("output" | "input"): At which end of the block the side path reads and writes. Default
             `"output"`.
         talan_slots (int): M, the number of memory slots. Default 8.

@@ -50,6 +50,7 @@ METHODS: dict[str, str] = {
     "torch.autograd.forward_ad._current_level": "Read: whether forward-mode derivatives are being taken.",
     "torch._assert_async": "Called: a check on the device, without waiting for it.",
     "torch._dynamo": "Called: what runs while a forward pass is traced.",
+    "torch._foreach_copy_": "Called: copies an adapter in half precision, in one operation.",
     "torch.Tensor._version": "Read: whether somebody else has written into a tensor.",
     "transformers.generation.continuous_batching.ContinuousBatchingManager.__init__": "Extended: the last place that "
     "can refuse before a request is taken.",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import pickle
 from array import array
 from collections import deque
@@ -11,16 +12,18 @@ from pathlib import Path
 import numpy
 import pytest
 import torch
-from peft import PeftConfig, get_peft_model
+from peft import PeftConfig, PeftModel, get_peft_model
 from peft.utils import PeftType
 from torch import nn
 
 from peft_talan import TalanConfig, TalanModel
 
-from .small_models import DEPTH, make_base, make_config
+from .small_models import DEPTH, logits, make_base, make_config
 
 WRONG: dict[str, list[object]] = {
     "talan_layers": [
+        *("every_1", "every_0", "every_04", "every_4th", "every_-2", "every_2\n", "every_", "every_99999999"),
+        ["every_2"],
         *("first", [], [0.5, 3], [1.5], [-0.1], [True], [None], 3, {"0"}, [float("nan")]),
         *(b"ab", bytearray(b"ab"), {0, 1}, {0: 1}, [b"a"], [[0, 1]]),
     ],
@@ -122,9 +125,14 @@ def test_lora_options_that_can_not_work_are_refused(options: dict[str, object]) 
 
 @pytest.mark.parametrize(
     ("layers", "message"),
-    [([DEPTH], "out of range"), ([-DEPTH - 1], "out of range"), ([1, 1 - DEPTH], "named twice")],
+    [
+        ([DEPTH], "out of range"),
+        ([-DEPTH - 1], "out of range"),
+        ([1, 1 - DEPTH], "named twice"),
+        (f"every_{DEPTH + 1}", f"the model has {DEPTH} blocks"),
+    ],
 )
-def test_layers_that_the_model_does_not_have(layers: list[int], message: str) -> None:
+def test_layers_that_the_model_does_not_have(layers: object, message: str) -> None:
     base = make_base("qwen3")
     names = [name for name, _ in base.named_modules()]
     with pytest.raises(ValueError, match=f"talan_layers=.*{message}"):
@@ -140,6 +148,9 @@ def test_layers_that_the_model_does_not_have(layers: list[int], message: str) ->
         ([0.0, 0.5, 1.0], [0, 2, 3]),
         ([0.5, 0.6], [2]),
         ((1, 2), [1, 2]),
+        ("every_2", [1, 3]),
+        ("every_3", [2]),
+        ("every_4", [3]),
     ],
 )
 def test_layers_in_all_their_forms(layers: object, expected: list[int]) -> None:
@@ -160,6 +171,15 @@ def test_a_soft_cap_is_bounded_and_not_for_the_delta_rule() -> None:
     with pytest.raises(ValueError, match=r"talan_soft_cap=7.0: talan_mixer='delta'"):
         TalanConfig(talan_mixer="delta", talan_soft_cap=7.0)
     assert TalanConfig(talan_mixer="delta").side_path_options.soft_cap == TalanConfig().talan_soft_cap == 5.0
+
+
+def test_every_nth_block_is_saved_by_its_name(tmp_path: Path) -> None:
+    model = get_peft_model(make_base("qwen3"), make_config(talan_layers="every_2"))
+    model.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["talan_layers"] == "every_2"
+    loaded = PeftModel.from_pretrained(make_base("qwen3"), tmp_path)
+    assert loaded.peft_config["default"].talan_layers == "every_2"
+    assert torch.equal(logits(loaded.double()), logits(model.double()))
 
 
 def test_default_layers_fit_any_depth() -> None:

@@ -106,7 +106,7 @@ class Settings(RunSettings):
         side_path_lr_scale: The side path's learning rate divided by it.
         scheduler: Of the learning rate.
         decay_steps: Of the scheduler, where it takes them.
-        rank: Of the low-rank half; its alpha is twice the rank.
+        rank: Of the low-rank adapter; its alpha is twice the rank.
         axes: Of the side path.
         scored: The lengths that are scored, in windows.
         rows: Held-out rows of each length.

@@ -18,7 +18,6 @@ from .fused import read_mean, write_back
 from .parameters import (
     DELTA_GATES,
     NORM_EPSILON,
-    SMALLEST_DENOMINATOR,
     SidePathOptions,
     SidePathParameters,
     full_precision,
@@ -60,7 +59,8 @@ class TokenBuffers:
 
     def __init__(self, state: torch.Tensor, dtype: torch.dtype, capacity: int = 1) -> None:
         self.dtype, self.capacity, self.pending = dtype, capacity, 0
-        # Until `matrices` is first called.
+        # Until `in_working_dtype` and `matrices` are first called.
+        self._copies: list[torch.Tensor] = []
         self._read = self._write = self.norm_floor = state.new_empty(0)
         self._places: list[Any] = self._make_places(state)
         self.rebind(state)
@@ -82,6 +82,8 @@ class TokenBuffers:
     def rebind(self, state: torch.Tensor) -> None:
         """Update another state, of the same number of rows, from now on."""
         self.state, self.total, self.denominator = state, state[..., :-1], state[..., -1:]
+        # Where only padding came so far, N / D is 0 and not 0 / 0; every sum with a real token rounds this away.
+        self.denominator.clamp_min_(torch.finfo(state.dtype).tiny)
 
     def next_place(self) -> Any:
         """Take the place of the next token, which is pending from now on."""
@@ -89,13 +91,28 @@ class TokenBuffers:
         self.pending = min(self.pending + 1, self.capacity)
         return self._places[self.pending - 1]
 
+    def in_working_dtype(self, parameters: SidePathParameters) -> SidePathParameters:
+        """The parameters in the buffers' dtype; those of an adapter in half precision are copied at every token."""
+        given = [parameters.read, *parameters.mixer, parameters.write]
+        if all(tensor.dtype is self.dtype for tensor in given):
+            return parameters
+        if [tensor.shape for tensor in self._copies] != [tensor.shape for tensor in given]:
+            # Tensors of inference mode could not be written to outside of it.
+            with torch.inference_mode(False):
+                self._copies = [torch.empty_like(tensor, dtype=self.dtype) for tensor in given]
+        # At every token, since nothing tells that a loader wrote through `.data`, which no version counter counts, or
+        # an optimizer's kernel by a pointer; all in one operation.
+        torch._foreach_copy_(self._copies, given)
+        read, *mixer, write = self._copies
+        return parameters._replace(read=read, mixer=tuple(mixer), write=write)
+
     def matrices(self, parameters: SidePathParameters) -> tuple[torch.Tensor, torch.Tensor]:
-        """The transposes of `W_read` and `W_write` as products take them, [1, inputs, outputs]."""
+        """The transposes of `W_read` and `W_write`, in the buffers' dtype: [1, inputs, outputs]."""
         read, write = parameters.read, parameters.write
         # Views see what an optimizer or a load writes into the tensors, but not that other memory takes their place.
         moved = self._read.data_ptr() != read.data_ptr() or self._write.data_ptr() != write.data_ptr()
         if moved or read.is_meta:
-            self._read, self._write = (matrix.to(self.dtype).T.unsqueeze(0) for matrix in (read, write))
+            self._read, self._write = (matrix.T.unsqueeze(0) for matrix in (read, write))
             self.norm_floor = self.readable.new_tensor(math.sqrt(NORM_EPSILON * read.shape[1]))
         return self._read, self._write
 
@@ -113,20 +130,16 @@ class TokenBuffers:
         torch.pow(math.exp(soft_cap), place.logits.div_(soft_cap).tanh_(), out=place.weights)
         # Padding has no weight, so it changes neither N nor D.
         if valid is not None:
-            place.weights.mul_(valid.unsqueeze(-1))
+            place.weights.mul_(valid if len(valid) == 1 else valid.unsqueeze(-1))
         # N += e z^T and D += e.
         self.total.addcmul_(place.weights_column, place.values)
-        denominator = self.denominator.add_(place.weights_column)
-        # `mean_of`, without its views. D is too small only where the token is padding and nothing came before.
-        if valid is not None:
-            denominator = denominator.clamp_min(SMALLEST_DENOMINATOR)
-        mean = torch.div(self.total, denominator, out=self.readable)
+        # `mean_of`, without its views; no D is 0, see `rebind`.
+        mean = torch.div(self.total, self.denominator.add_(place.weights_column), out=self.readable)
         if options.mixer != "attention":
             return read_mean(mean, place.queries, options.mixer, parameters)
         # `read_mean`, without its views.
-        bias, scale = parameters[0], 1 / math.sqrt(mean.shape[-1])
-        bias = bias if bias.dtype is self.dtype else bias.to(self.dtype)
-        scores = torch.baddbmm(bias, place.queries, self.mean_transposed, alpha=scale)
+        scale = 1 / math.sqrt(mean.shape[-1])
+        scores = torch.baddbmm(parameters[0], place.queries, self.mean_transposed, alpha=scale)
         return torch.bmm(scores.softmax(-1), mean)
 
 
@@ -235,6 +248,7 @@ def one_token(
         h', [batch, 1, hidden_size].
     """
     dtype, place = buffers.dtype, buffers.next_place()
+    parameters = buffers.in_working_dtype(parameters)
     read, write = buffers.matrices(parameters)
     with full_precision(hidden_states.device.type):
         # Where nothing changes, `to` would still be a call.

@@ -226,5 +226,7 @@ class LatentMemory:
         if self.static and self.state is not None and isinstance(self.length, torch.Tensor):
             self.state.zero_()
             self.length.zero_()
+            if self._buffers is not None:
+                self._buffers.rebind(self.state)
         else:
             self.state, self.length = None, 0

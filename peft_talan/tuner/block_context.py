@@ -16,7 +16,7 @@ from ..memory.cache import MemoryRequest, continue_or_start_memory, memories_of,
 from ..memory.interface import Memory, NoMemory
 from ..memory.token_layout import Positions, TokenLayout, token_layout
 from ..serving.paged_cache import find_paged_call
-from .forward_context import CallArguments, DecoderHooks, ForwardContext, read_arguments
+from .forward_context import CallArguments, DecoderHooks, ForwardContext, find_cache, read_arguments
 from .residual_streams import ResidualStreams
 
 BEFORE_ALL = 2**40
@@ -102,22 +102,26 @@ class BlockContext:
     ) -> None:
         self._hooks = hooks
         self._forward = hooks.running
-        self._arguments = read_arguments(names, args, kwargs)
         # HRM runs a block several times in a forward pass, each with a cache layer of its own.
         self.block_index = block_index + int(kwargs.get("cycle_offset") or 0)
         self._has_run = has_run
-        self._args, self._kwargs = args, kwargs
+        self._names, self._args, self._kwargs = names, args, kwargs
         received = args[0] if args else kwargs.get(names[0])
         self._received = streams.shape_of_one(received.shape) if isinstance(received, torch.Tensor) else None
         self._training = block.training
-        cache = self._arguments.cache
-        if cache is None and self._arguments.unknown_state == "state" and hooks.passes_on_state:
+        cache = find_cache(args, kwargs)
+        if cache is None and hooks.passes_on_state and self._arguments.unknown_state == "state":
             cache = None if self._forward is None else self._forward.cache_of_state()
         self.cache = None if withholds_cache(block) else cache
         if self._forward is not None:
             self._paged = self._forward.paged
         else:
             self._paged = find_paged_call(kwargs) if self._arguments.has_paged_cache else None
+
+    @property
+    def _arguments(self) -> CallArguments:
+        """The block's own arguments; every decoded token has as many contexts as side paths, and few ask for them."""
+        return read_arguments(self._names, self._args, self._kwargs)
 
     def memory(
         self,
@@ -225,7 +229,7 @@ class BlockContext:
         self, forward: ForwardContext, given: CallArguments, batch: int, tokens: int
     ) -> TokenLayout:
         """Read the decoder's arguments, and count the call's tokens."""
-        hooks, has_cache = self._hooks, self._arguments.cache is not None
+        hooks, has_cache = self._hooks, find_cache(self._args, self._kwargs) is not None
         layout = token_layout(
             given.attention_mask,
             Positions(given.position_ids, given.cu_seq_lens, given.seq_idx, hooks.rule),

@@ -9,6 +9,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 
+from ..axes import spacing_of
 from ..checkpoint.names import CHILD_NAME
 from ..config import DEFAULT_DEPTHS, TalanConfig
 from ..functional.initialization import empty_parameters
@@ -158,6 +159,15 @@ def resolve_layers(config: TalanConfig, depth: int) -> list[int]:
     layers = config.talan_layers
     if layers == "all":
         return list(range(depth))
+    spacing = spacing_of(layers)
+    if spacing is not None:
+        if spacing > depth:
+            raise ValueError(
+                f"talan_layers={layers!r}: the model has {depth} blocks, fewer than {spacing}; use 'every_{depth}' or "
+                "a smaller number"
+            )
+        # As the models that have full attention in every n-th block: the last one of each n.
+        return list(range(spacing - 1, depth, spacing))
     if layers is None:
         layers = list(DEFAULT_DEPTHS)
     if isinstance(layers[0], float):

@@ -77,22 +77,26 @@ def argument_names(module: nn.Module) -> tuple[str, ...]:
     return tuple(inspect.signature(module.forward).parameters)
 
 
+def find_cache(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Cache | None:
+    """The cache of the self-attention among a call's arguments."""
+    cache: Cache | None = None
+    for value in (*args, *kwargs.values()):
+        if isinstance(value, Cache):
+            cache = value.self_attention_cache if isinstance(value, EncoderDecoderCache) else cache or value
+        elif not isinstance(value, torch.Tensor) and is_state(value):
+            cache = cache_of_state(value)
+    return cache
+
+
 def read_arguments(names: tuple[str, ...], args: tuple[Any, ...], kwargs: dict[str, Any]) -> CallArguments:
     """Gather what a side path needs from a call."""
     given = {**dict(zip(names, args, strict=False)), **kwargs}
-    cache: Cache | None = None
     unknown: str | None = None
     paged = False
     for name, value in given.items():
-        if isinstance(value, EncoderDecoderCache):
-            cache = value.self_attention_cache
-        elif isinstance(value, Cache):
-            cache = cache or value
-        elif isinstance(value, PagedAttentionCache):
+        if isinstance(value, PagedAttentionCache):
             paged = True
-        elif name in STATE_ARGUMENTS and is_state(value):
-            cache = cache_of_state(value)
-        elif name in STATE_ARGUMENTS and _holds_state(value):
+        elif name in STATE_ARGUMENTS and not is_state(value) and _holds_state(value):
             unknown = name
     positions = given.get("position_ids")
     if isinstance(positions, torch.Tensor) and positions.dim() == 3 and positions.shape[0] == 4:
@@ -104,7 +108,7 @@ def read_arguments(names: tuple[str, ...], args: tuple[Any, ...], kwargs: dict[s
         positions if isinstance(positions, torch.Tensor) else None,
         given.get("cu_seq_lens_q"),
         given.get("seq_idx"),
-        cache,
+        find_cache(args, kwargs),
         _shape_of_input(given, names),
         unknown,
         paged,

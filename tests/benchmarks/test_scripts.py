@@ -20,7 +20,7 @@ from benchmarks.quality import arms, backbones, initial_scales, inside, strength
 from benchmarks.runs import finished, read_lines
 from peft_talan.demo import recall
 
-from ..small_models import CONFIGS
+from ..small_models import CONFIGS, DEPTH
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 SHAPE = "qwen3-0.6b"
@@ -150,6 +150,27 @@ def test_the_side_path_alone(script: Callable[[str], Any], tmp_path: Path, monke
     tables = papers.paper_tables(tmp_path)
     assert list(tables) == ["growth", "long prefill", "drift"]
     assert tables["drift"].splitlines()[-1].startswith("| 2000 | ")
+
+
+def test_the_limit(script: Callable[[str], Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    limit = script("limit")
+    for name, small in (("HIDDEN_SIZE", 32), ("TOKENS", 64), ("SQUARE", 16), ("LARGE", 256)):
+        monkeypatch.setattr(limit, name, small)
+    limit.main(["--rounds", "1", "--output", str(tmp_path / "limit.json")])
+    calls = json.loads((tmp_path / "limit.json").read_text())["calls"]
+    assert list(calls) == ["prefill", "training step", "decoded token"]
+    assert all(min(call.values()) > 0 for call in calls.values())
+    assert calls["training step"]["operations"] > calls["prefill"]["operations"] > calls["decoded token"]["operations"]
+
+
+def test_values_of_talan_layers_mean_as_many_blocks_as_the_page_says(script: Callable[[str], Any]) -> None:
+    tables, conditions = script("answer_tables"), script("conditions")
+    base = script("conditions").load_base(SHAPE, torch.float32)
+    for layers, name in tables.CONDITIONS.items():
+        blocks = tables.number_of_blocks(layers, DEPTH)
+        if blocks:
+            model = conditions.make_conditions(base, [name])[name]
+            assert sum(hasattr(block, "talan") for block in model.base_model.model.model.layers) == blocks
 
 
 def test_the_roofline(script: Callable[[str], Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

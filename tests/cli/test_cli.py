@@ -406,6 +406,7 @@ def test_doctor_sees_what_is_broken(
         (["--talan-layers", "0.5,1.5"], "talan_layers=[0.5, 1.5]"),
         (["--talan-alpha", "-1"], "talan_alpha=-1.0"),
         (["--talan-layers", "x"], "--talan-layers 'x'"),
+        (["--talan-layers", "every_1"], "--talan-layers 'every_1'"),
         (["--talan-mixer", "x"], "talan_mixer='x'"),
     ],
 )

@@ -318,6 +318,7 @@ def test_train_with_a_window_learns_the_last_answer_of_a_conversation(
         ([], {3e-4, 3e-3}, "all"),
         # Those without a window: given ones hold, whatever they are.
         (["--learning-rate", "2e-4", "--side-path-lr-scale", "5", "--talan-layers", "1"], {2e-4, 1e-3}, [1]),
+        (["--talan-layers", "every_2"], {3e-4, 3e-3}, "every_2"),
     ],
 )
 def test_a_window_has_defaults_of_its_own(

@@ -223,6 +223,7 @@ PROVOCATIONS: dict[str, Provocation] = {
     "can't be saved in a JSON file": lambda _: make_config(revision=object()),
     "give block indices like": lambda _: make_config(talan_layers=[1, 0.5]),
     "talan_layers=…: index … is out of range": lambda _: make_model("qwen3", make_config(talan_layers=[DEPTH])),
+    "talan_layers=…: the model has … blocks": lambda _: make_model("qwen3", make_config(talan_layers="every_99")),
     "talan_layers=…: a block is named twice": lambda _: make_model("qwen3", make_config(talan_layers=[DEPTH - 1, -1])),
     "does not work with TALAN": lambda _: make_config(layer_replication=[[0, 2]]),
     "task_type=… generates": lambda _: make_config(talan_memory_scope="bidirectional"),

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from peft_talan.functional import fused, reference
 from peft_talan.functional.one_token import TokenBuffers, make_buffers, one_token
@@ -41,20 +43,42 @@ def test_tokens_one_by_one_equal_the_reference(mixer: Any, writeback: Any, paddi
     assert_equal_up_to_rounding(state, expected.state)
 
 
+def as_an_optimizer(tensors: Sequence[torch.Tensor]) -> None:
+    """Fused kernels count no version of what they write to."""
+    trained = [nn.Parameter(tensor) for tensor in tensors]
+    for parameter in trained:
+        parameter.grad = torch.ones_like(parameter)
+    torch.optim.AdamW(trained, lr=0.5, fused=True).step()
+
+
+def into_other_memory(tensors: Sequence[torch.Tensor]) -> None:
+    for tensor in tensors:
+        tensor.data = tensor * 0.5
+
+
+WRITES: dict[str, Callable[[Sequence[torch.Tensor]], object]] = {
+    "nothing": lambda tensors: None,
+    "in place": lambda tensors: [tensor.mul_(0.5) for tensor in tensors],
+    "through .data": lambda tensors: [tensor.data.copy_(tensor * 0.5) for tensor in tensors],
+    "an optimizer": as_an_optimizer,
+    "into other memory": into_other_memory,
+}
+
+
 @torch.no_grad()
-def test_tensors_may_change_between_tokens() -> None:
-    """In place, as by an optimizer; in other memory, as by `to`; and as other tensors, as by a load."""
-    options, parameters = SidePathOptions(), side_path_tensors("attention", "add")
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("write", WRITES)
+@pytest.mark.parametrize("mixer", MIXERS)
+def test_tensors_may_change_between_tokens(mixer: Any, write: str, dtype: torch.dtype) -> None:
+    """In whatever way they are written to, in the dtype that is computed in or in half precision; and as others."""
+    options, parameters = SidePathOptions(mixer), side_path_tensors(mixer, "add", dtype)
     hidden, state = torch.randn(2, 4, HIDDEN_SIZE, dtype=torch.float64), memory()
     tokens, expected_state = TokenBuffers(state, torch.float64), state.clone()
     for index, token in enumerate(hidden.split(1, dim=1)):
-        if index == 1:
-            parameters.read.mul_(0.5)
-            parameters.write.mul_(0.5)
-        elif index == 2:
-            parameters.read.data, parameters.write.data = parameters.read * 0.5, parameters.write * 0.5
-        elif index == 3:
-            parameters = side_path_tensors("attention", "add")
+        if index == 3:
+            parameters = side_path_tensors(mixer, "add", dtype)
+        elif index:
+            WRITES[write]([parameters.read, *parameters.mixer, parameters.write])
         expected = reference.side_path(token, parameters, options, state=expected_state)
         assert expected.state is not None
         expected_state = expected.state

@@ -68,6 +68,21 @@ def test_any_split_of_the_tokens(mixer: str, pieces: list[int], static: bool, va
     assert int(memory.length) == 150
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("static", [False, True])
+@pytest.mark.parametrize("prompt", [0, 1, 4])
+def test_a_row_of_padding_alone_reads_zeros_also_after_a_reset(prompt: int, static: bool) -> None:
+    """The second row's first real token comes late, one token at a time."""
+    valid = torch.ones(2, 9, dtype=torch.bool)
+    valid[1, :6] = False
+    memory = LatentMemory(static=static)
+    for _ in range(2):
+        pieces = [prompt, *[1] * (9 - prompt)] if prompt else [1] * 9
+        written = append(memory, pieces, valid)
+        assert_equal_up_to_rounding(written, expected(HIDDEN[:, :9], valid).hidden_states)
+        memory.reset()
+
+
 class NoDoubles(TorchFunctionMode):
     """A device without float64, as it answers."""
 

@@ -21,7 +21,14 @@ from peft import (
 from torch import nn
 from torchao.quantization import Int8WeightOnlyConfig
 from torchao.utils import TorchAOBaseTensor
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GgufConfig, PreTrainedModel, TorchAoConfig
+from transformers import (
+    AutoModelForCausalLM,
+    BitsAndBytesConfig,
+    DynamicCache,
+    GgufConfig,
+    PreTrainedModel,
+    TorchAoConfig,
+)
 
 from peft_talan import TalanLayer
 
@@ -110,6 +117,45 @@ def test_half_precision_trains_comes_back_and_generates(half: str, adapter: str,
         assert torch.equal(logits(model), logits(make_base("qwen3", HALF[half])))
     greedy = {"input_ids": make_tokens(), "max_new_tokens": 6, "do_sample": False}
     assert torch.equal(loaded.generate(**greedy), model.generate(**greedy))
+
+
+@pytest.mark.parametrize("half", HALF)
+@pytest.mark.parametrize("way", ["load_state_dict", "copy_", ".data.copy_", "PEFT", "copied"])
+def test_a_side_path_in_half_precision_decodes_as_the_same_numbers_in_float32(half: str, way: str) -> None:
+    """Whatever is written into it, in whatever mode, between two tokens of one generation."""
+    config = make_config(r=0, talan_layers="all")
+    models, caches = {}, {}
+    for autocast in (True, False):
+        torch.manual_seed(1)
+        model = get_peft_model(make_base("qwen3", HALF[half]), config, autocast_adapter_dtype=autocast).eval()
+        models[autocast], caches[autocast] = model, DynamicCache(config=model.config)
+    assert [dtypes(models[autocast])[1] for autocast in (True, False)] == [{torch.float32}, {HALF[half]}]
+    tokens = make_tokens()
+    for step, part in enumerate(tokens.split([12, *[1] * 9], dim=1)):
+        generator, found = torch.Generator().manual_seed(step), []
+        drawn = {
+            name: torch.randn(p.shape, generator=generator).to(HALF[half])
+            for name, p in models[False].named_parameters()
+            if ".talan." in name
+        }
+        for autocast, model in models.items():
+            if way == "load_state_dict":
+                model.load_state_dict(drawn, strict=False)
+            elif way == "PEFT":
+                state = get_peft_model_state_dict(model)
+                names = dict(zip(state, drawn, strict=True))
+                set_peft_model_state_dict(model, {name: drawn[own] for name, own in names.items()})
+            elif way == "copied":
+                models[autocast] = model = copy.deepcopy(model)
+                caches[autocast] = copy.deepcopy(caches[autocast])
+            for name, parameter in model.named_parameters():
+                if name in drawn and way in ("copy_", ".data.copy_"):
+                    with torch.no_grad():
+                        (parameter if way == "copy_" else parameter.data).copy_(drawn[name])
+            # Two tokens each.
+            with torch.inference_mode() if step // 2 % 2 else torch.no_grad():
+                found.append(model.train(step % 3 == 2)(part, past_key_values=caches[autocast]).logits.clone())
+        assert torch.equal(*found)
 
 
 @torch.no_grad()

@@ -1,0 +1,155 @@
+"""What a user pays: the default, a long context, each choice of blocks, half precision; and the least there is."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from conditions import SPREAD
+from overhead_lines import NOT_MEASURED, matching, ratio_text, where
+from pages import markdown
+from runs import Row, read_json
+
+from peft_talan.demo.recall import LONG_CONTEXT
+
+CALLS = {
+    "prefill, 128 tokens": {"measure": "prefill", "tokens": 128},
+    "decoded token, context 128": {"measure": "decode", "batch": 1, "context": 128},
+    "training step, 128 tokens": {"measure": "train", "tokens": 128},
+}
+CONDITIONS = {"None": "talan", **{layers: f"talan, {layers}" for layers in SPREAD}, "all": "talan, all blocks"}
+"""Values of `talan_layers`, and the conditions that have them."""
+TRAINING, NOISE = [*CALLS][-1], "lora again"
+
+
+def number_of_blocks(layers: str, depth: int) -> int:
+    """How many blocks of a model a value of `talan_layers` means."""
+    if layers in ("None", "all"):
+        return 1 if layers == "None" else depth
+    return depth // int(layers.removeprefix("every_"))
+
+
+def _timed(lines: list[Row]) -> dict[str, Row]:
+    """The last line of each call that was measured with the choices of blocks side by side."""
+    of_model = matching(lines, model="smollm2", dtype="float32", compile=False, group="blocks")
+    found = {name: [line for line in matching(of_model, **key) if "ratios" in line] for name, key in CALLS.items()}
+    return {name: lines_of_call[-1] for name, lines_of_call in found.items() if lines_of_call}
+
+
+def _time(line: Row | None, name: str) -> str:
+    return ratio_text(line, name) if line is not None and name in line["ratios"] else "not measured"
+
+
+def _exact(lines: list[Row], folder: Path) -> tuple[int, dict[str, float], float]:
+    """The model's depth, its dispatched operations, and a side path's parameters as a share of LoRA's."""
+    stored = read_json(folder / "roofline.json")["models"]["smollm2"]
+    counts = {name: count["dispatched"] for name, count in stored["dispatched"].items()}
+    shares = matching(lines, measure="parameters", model="smollm2")[-1]["shares"]
+    return stored["blocks"], counts, shares["side path"] / shares["lora"]
+
+
+def _rows(lines: list[Row], folder: Path, choices: list[str]) -> list[list[str]]:
+    """What each choice costs beside LoRA: times, memory, operations, parameters; a row for each choice."""
+    timed = _timed(lines)
+    depth, counts, share = _exact(lines, folder)
+    further = (counts["talan, all blocks"] - counts["talan"]) / (depth - 1)
+    rows = []
+    for layers in choices:
+        name, blocks = CONDITIONS[layers], number_of_blocks(layers, depth)
+        times = [_time(timed.get(call), name) for call in CALLS]
+        memory = timed.get(TRAINING, {}).get("memory", {})
+        peak = f"{memory[name]['peak'] / memory['lora']['peak']:.3f}" if name in memory else "not measured"
+        operations = f"{(counts['talan'] + (blocks - 1) * further) / counts['lora']:.3f}"
+        rows.append([f"`{layers!r}`".replace("'None'", "None"), str(blocks), *times, peak, operations])
+        rows[-1].append(f"{1 + blocks * share:.3f}")
+    return rows
+
+
+HEADS = [
+    "`talan_layers`",
+    "blocks",
+    *(f"{name}: time" for name in CALLS),
+    "training step: peak memory",
+    "decoded token: operations",
+    "trainable parameters",
+]
+
+
+def blocks_table(lines: list[Row], folder: Path) -> str:
+    """What side paths cost by the number of blocks."""
+    timed = _timed(lines)
+    if not timed:
+        return NOT_MEASURED
+    noise = ["LoRA again (noise)", "0", *(_time(timed.get(call), NOISE) for call in CALLS), "-", "-", "-"]
+    return markdown(HEADS, [*_rows(lines, folder, list(CONDITIONS)), noise])
+
+
+def answer(lines: list[Row], folder: Path) -> str:
+    """One sentence and a small table: the default, and the configuration for long contexts."""
+    timed = _timed(lines)
+    if not timed:
+        return NOT_MEASURED
+    long_context = str(LONG_CONTEXT["talan_layers"])
+    chosen = {"default": "None", "long context": long_context}
+    ratios = [line["ratios"][CONDITIONS["None"]] for line in timed.values()]
+    noise = [line["ratios"][NOISE] for line in timed.values()]
+    names = [call.partition(",")[0] for call in timed]
+    takes = [
+        f"{name if name == 'prefill' else f'a {name}'} takes {ratio['median']:.3f}"
+        for name, ratio in zip(names, ratios, strict=True)
+    ]
+    said = " and ".join(filter(None, [", ".join(takes[:-1]), takes[-1]]))
+    apart = any(ratio["low"] > other["high"] for ratio, other in zip(ratios, noise, strict=True))
+    columns = [row[2:] for row in _rows(lines, folder, [*chosen.values()])]
+    rows = [list(row) for row in zip(HEADS[2:], *columns, strict=True)]
+    heads = [f"{name}: `talan_layers={layers!r}`".replace("'None'", "None") for name, layers in chosen.items()]
+    line = next(iter(timed.values()))
+    codes = ", ".join(f"`{code}`" for code in sorted({line["code"] for line in timed.values()}))
+    return (
+        f"**With the default side path, {said} times as long as with LoRA alone"
+        + f"{'' if apart else ', no more than a second LoRA beside it varies'}.**\n\n"
+        + markdown(["LoRA = 1", *heads], rows)
+        + f"\n\nSmolLM2-135M, float32, one thread of a processor, {line['machine']['clock']}; the sources that were "
+        + f"timed have the digest {codes}."
+    )
+
+
+def half_precision(lines: list[Row]) -> str:
+    """Models in bfloat16, by the dtype of their adapters."""
+    names = {"talan": "one block / LoRA", "talan, all blocks": "all blocks / LoRA", NOISE: "LoRA / LoRA (noise)"}
+    found = [line for line in matching(lines, model="qwen3-small", dtype="bfloat16") if "ratios" in line]
+    rows = []
+    for line in found:
+        key = line["key"]
+        call = f"training step, {key['tokens']} tokens" if key["measure"] == "train" else "decoded token"
+        time = f"{line['milliseconds']['lora']:.1f}"
+        rows.append([where(line), call, time, *(ratio_text(line, name) for name in names)])
+    return markdown(["model", "call", "LoRA, ms", *names.values()], rows) if rows else NOT_MEASURED
+
+
+def limit_table(lines: list[Row], folder: Path) -> str:
+    """What one side path can't do without beside what it takes, on this machine and on paper."""
+    stored, timed = read_json(folder / "limit.json"), _timed(lines)
+    in_model = timed.get("decoded token, context 128")
+    if not stored or in_model is None:
+        return NOT_MEASURED
+    here, there = stored["rates"], stored["h200"]
+    depth, _, _ = _exact(lines, folder)
+    times = in_model["times"]
+    apart = sorted(a - b for a, b in zip(times["talan, all blocks"], times["lora"], strict=True))
+    calls = dict(stored["calls"])
+    inside = {**calls["decoded token"], "milliseconds": apart[len(apart) // 2] / depth}
+    rows = []
+    for name, call in {**calls, "decoded token, in the model": inside}.items():
+        least, paper = (
+            1e6 * max(call["operations"] / rates["operations a second"], call["bytes"] / rates["bytes a second"])
+            for rates in (here, there)
+        )
+        took = 1e3 * call["milliseconds"]
+        cells = [f"{call['operations'] / 1e6:.3f}", f"{call['bytes'] / 1e3:.0f}", f"{least:.0f}", f"{took:.0f}"]
+        rows.append([name, *cells, f"{took / least:.1f}", str(call["kernels"]), f"{paper:.2f}", "1"])
+    heads = ["call", "MFLOP needed", "kB needed", "limit here, us", "measured here, us", "measured / limit"]
+    rates = f"{here['bytes a second'] / 1e9:.1f} GB/s and {here['operations a second'] / 1e9:.0f} GFLOP/s"
+    return (
+        markdown([*heads, "kernels", "limit of an H200 on paper, us", "kernels needed"], rows)
+        + f"\n\nOne side path, H=576, float32; this machine's rates were {rates}."
+    )
