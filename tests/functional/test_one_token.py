@@ -72,8 +72,8 @@ WRITES: dict[str, Callable[[Sequence[torch.Tensor]], object]] = {
 def test_tensors_may_change_between_tokens(mixer: Any, write: str, dtype: torch.dtype) -> None:
     """In whatever way they are written to, in the dtype that is computed in or in half precision; and as others."""
     options, parameters = SidePathOptions(mixer), side_path_tensors(mixer, "add", dtype)
-    hidden, state = torch.randn(2, 4, HIDDEN_SIZE, dtype=torch.float64), memory()
-    tokens, expected_state = TokenBuffers(state, torch.float64), state.clone()
+    hidden, state = torch.randn(2, 4, HIDDEN_SIZE, dtype=torch.float64), memory(mixer=mixer)
+    tokens, expected_state = make_buffers(mixer, state, torch.float64), state.clone()
     for index, token in enumerate(hidden.split(1, dim=1)):
         if index == 3:
             parameters = side_path_tensors(mixer, "add", dtype)
