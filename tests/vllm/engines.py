@@ -1,7 +1,7 @@
 """Tiny models whose folders embed a side path, the tokens that `generate` gives for them, and vLLM engines.
 
 `python -m tests.vllm.engines FOLDER OPTIONS REQUESTS ANSWERS` runs an engine in processes of its own; options and
-requests (prompts and strengths) are JSON, the answers go to a file.
+requests (prompts, strengths and adapters) are JSON, the answers go to a file.
 """
 
 from __future__ import annotations
@@ -129,16 +129,20 @@ def make_prompts() -> list[list[int]]:
     return [(shared if number % 2 else []) + draw(5 + 13 * number) for number in range(8)]
 
 
-def generate(folder: Path, prompts: list[list[int]], strength: float = 1.0) -> list[list[int]]:
+def generate(
+    folder: Path, prompts: list[list[int]], strength: float = 1.0, adapter: Path | None = None
+) -> list[list[int]]:
     """What transformers gives, one prompt at a time."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    if any(merged_layers(model)):
+    if adapter is not None:
+        model = PeftModel.from_pretrained(model, adapter).eval()
+    if strength != 1.0 or any(merged_layers(model)):
         set_talan_strength(model, strength)
     answers = []
     for prompt in prompts:
         tokens = torch.tensor([prompt])
         mask = torch.ones_like(tokens)
-        answer = model.generate(tokens, attention_mask=mask, max_new_tokens=NEW_TOKENS, do_sample=False)
+        answer = model.generate(input_ids=tokens, attention_mask=mask, max_new_tokens=NEW_TOKENS, do_sample=False)
         answers.append(answer[0, len(prompt) :].tolist())
     return answers
 
@@ -181,17 +185,27 @@ def clean_up() -> None:
 
 
 def ask(
-    served: Any, prompts: list[list[int]], strengths: list[float | None] | None = None
+    served: Any,
+    prompts: list[list[int]],
+    strengths: list[float | None] | None = None,
+    adapters: list[tuple[str, int, str] | None] | None = None,
+    **options: Any,
 ) -> tuple[list[list[int]], list[int]]:
-    """The answers of an engine, and how many tokens of each prompt it had in its cache."""
+    """The answers of an engine, and how many tokens of each prompt it had in its cache.
+
+    An adapter is a name, a number and a folder; options are vLLM's for each of them.
+    """
     from vllm import SamplingParams
+    from vllm.lora.request import LoRARequest
 
     greedy = {"temperature": 0.0, "max_tokens": NEW_TOKENS, "stop_token_ids": [_TOKENS["eos_token_id"]]}
     parameters = [
         SamplingParams(**greedy, extra_args=None if strength is None else {"talan_strength": strength})
         for strength in strengths or [None] * len(prompts)
     ]
-    outputs = served.generate([{"prompt_token_ids": prompt} for prompt in prompts], parameters, use_tqdm=False)
+    loras = [None if one is None else LoRARequest(*one, **options) for one in adapters or [None] * len(prompts)]
+    requests: list[Any] = [{"prompt_token_ids": prompt} for prompt in prompts]
+    outputs = served.generate(requests, parameters, lora_request=loras, use_tqdm=False)
     return [list(output.outputs[0].token_ids) for output in outputs], [output.num_cached_tokens for output in outputs]
 
 

@@ -1,0 +1,175 @@
+"""vLLM serves TALAN adapters by request, beside plain LoRA adapters, and gives each the tokens of `generate`."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM
+
+from . import engines
+
+pytest.importorskip("vllm", reason="vLLM is installed in an environment of its own: make test-vllm")
+
+PLAIN = "plain"
+ADAPTERS: dict[str, dict[str, Any]] = {
+    "first": {},
+    "second": {"talan_alpha": 0.7, "talan_layers": [1], "r": 8},
+    "third": {"talan_layers": [2], "talan_mixer": "mlp", "talan_writeback": "gated", "talan_position": "input"},
+}
+OTHERS: dict[str, dict[str, Any]] = {
+    "linear": {"talan_mixer": "linear", "talan_writeback": "orthogonal"},
+    "capped": {"talan_writeback": "capped", "talan_cap": 0.3, "talan_layers": [0, 2]},
+    "loose": {"talan_writeback": "capped", "talan_cap": 0.6, "talan_slots": 4, "talan_dim": 16},
+}
+SETTINGS: dict[str, dict[str, Any]] = {
+    "eager, 64 tokens a step, two slots": {
+        "enforce_eager": True,
+        "max_num_batched_tokens": 64,
+        "max_loras": 2,
+        "max_cpu_loras": 2,
+    },
+    "eager, 12 pages": {"enforce_eager": True, "num_gpu_blocks_override": 12},
+    "compiled": {},
+}
+
+
+class Family:
+    """A base model, adapters for it, and the answers of `generate` with each."""
+
+    def __init__(self, folder: Path, architecture: str, adapters: dict[str, dict[str, Any]]) -> None:
+        self.folder, self.prompts, self.names = folder, engines.make_prompts()[1:6], [*adapters, PLAIN]
+        config = engines.CONFIGS[architecture]
+        engines.make_base(config).save_pretrained(self.base)
+        for number, (name, options) in enumerate(adapters.items()):
+            engines.adapt(engines.make_base(config), "default", number + 1, **options).save_pretrained(folder / name)
+        with torch.random.fork_rng():
+            torch.manual_seed(9)
+            plain = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False, task_type="CAUSAL_LM")
+            get_peft_model(engines.make_base(config), plain).save_pretrained(folder / PLAIN)
+        self.answers: dict[str | None, list[list[int]]] = {None: engines.generate(self.base, self.prompts)}
+        for name in self.names:
+            self.answers[name] = engines.generate(self.base, self.prompts, adapter=folder / name)
+            assert sum(one != other for one, other in zip(self.answers[name], self.answers[None], strict=True)) >= 4
+
+    @property
+    def base(self) -> Path:
+        return self.folder / "base"
+
+    def request(self, name: str | None) -> tuple[str, int, str] | None:
+        return None if name is None else (name, self.names.index(name) + 1, str(self.folder / name))
+
+    def options(self, **options: Any) -> dict[str, Any]:
+        """Those of an engine with room for all adapters."""
+        folders = [str(self.folder / name) for name in self.names]
+        shared = {"enable_lora": True, "max_loras": len(self.names), "max_lora_rank": 8}
+        return {**shared, "additional_config": {"talan": {"adapters": folders}}, **options}
+
+    def check(self, served: Any, names: list[str | None]) -> list[int]:
+        """Each prompt with each adapter, in one batch; gives the cached tokens of each request."""
+        pairs = [(name, number) for number in range(len(self.prompts)) for name in names]
+        prompts = [self.prompts[number] for _, number in pairs]
+        answers, cached = engines.ask(served, prompts, adapters=[self.request(name) for name, _ in pairs])
+        expected = [self.answers[name][number] for name, number in pairs]
+        assert [pair for pair, one, other in zip(pairs, answers, expected, strict=True) if one != other] == []
+        return cached
+
+
+@pytest.fixture(scope="session")
+def family(tmp_path_factory: pytest.TempPathFactory) -> Family:
+    return Family(tmp_path_factory.mktemp("family"), "qwen3", ADAPTERS)
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_answers_are_those_of_generate(setting: str, family: Family) -> None:
+    with engines.engine(family.base, **family.options(**SETTINGS[setting])) as served:
+        for _ in range(2):
+            cached = family.check(served, family.names)
+        assert sum(cached) > 0
+        assert (engines.preemptions(served) > 0) == ("12 pages" in setting)
+
+
+def test_other_kinds_and_sliding_attention(tmp_path: Path) -> None:
+    family = Family(tmp_path, "gemma3", OTHERS)
+    with engines.engine(family.base, enforce_eager=True, **family.options()) as served:
+        for _ in range(2):
+            family.check(served, family.names)
+
+
+def test_requests_without_an_adapter(family: Family) -> None:
+    """On processors vLLM itself gives them the LoRA weights of the last slot: they are right where that is empty."""
+    slots = len(family.names) + 1
+    with engines.engine(family.base, enforce_eager=True, **family.options(max_loras=slots)) as served:
+        for names in ([None], [None, *family.names], [None]):
+            family.check(served, names)
+
+
+def test_strengths(family: Family) -> None:
+    """Of one adapter and one prompt each, and of a plain adapter, which has none."""
+    strengths = [0.5, None, 0.0, None]
+    names = ["first", "first", "first", PLAIN]
+    prompt = family.prompts[2]
+    folder = family.folder / "first"
+    expected = [
+        engines.generate(family.base, [prompt], 1.0 if strength is None else strength, folder)[0]
+        for strength in strengths[:3]
+    ]
+    expected.append(family.answers[PLAIN][2])
+    assert len({tuple(answer) for answer in expected}) == 4
+    with engines.engine(family.base, enforce_eager=True, **family.options()) as served:
+        for _ in range(2):
+            answers, cached = engines.ask(served, [prompt] * 4, strengths, [family.request(name) for name in names])
+            assert answers == expected
+        assert cached == [engines.PAGE] * 4
+
+
+def test_new_tensors_in_the_same_folder(family: Family, tmp_path: Path) -> None:
+    """Loaded in place they are used, and what was cached is not; under a number that stands for others: refused."""
+    shutil.copytree(family.folder / "first", tmp_path, dirs_exist_ok=True)
+    adapter, prompts = [("first", 1, str(tmp_path))] * 2, family.prompts[:3:2]
+    before = family.answers["first"][:3:2]
+    adapted = engines.adapt(engines.make_base(engines.CONFIGS["qwen3"]), "default", 7)
+    with engines.engine(family.base, enforce_eager=True, **family.options(max_loras=2)) as served:
+        for options in ({}, {"load_inplace": True}):
+            for _ in range(2):
+                assert engines.ask(served, prompts, adapters=adapter, **options)[0] == before
+        adapted.save_pretrained(tmp_path)
+        after = engines.generate(family.base, prompts, adapter=tmp_path)
+        assert after != before
+        # It was loaded as it was, and stays so.
+        assert engines.ask(served, prompts, adapters=adapter)[0] == before
+        for cached in (0, engines.PAGE):
+            answers, found = engines.ask(served, prompts, adapters=adapter, load_inplace=True)
+            assert answers == after
+            assert found[0] == cached
+        served.llm_engine.remove_lora(1)
+        with pytest.raises(ValueError, match="lora_int_id=1: .* holds other tensors .* load it by a new number"):
+            served.llm_engine.add_lora(request("first", 1, tmp_path))
+        new = [("first", 2, str(tmp_path))] * 2
+        assert engines.ask(served, prompts, adapters=new)[0] == after
+
+
+def request(name: str, number: int, folder: Path, **options: Any) -> Any:
+    from vllm.lora.request import LoRARequest
+
+    return LoRARequest(name, number, str(folder), **options)
+
+
+def test_adapters_of_a_merged_model(tmp_path: Path) -> None:
+    """Its own side path comes first, at the same block."""
+    engines.save_model(tmp_path / "base", "qwen3")
+    prompts = engines.make_prompts()[1:6]
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32)
+    engines.adapt(merged, "default", 5).save_pretrained(tmp_path / "adapter")
+    expected = engines.generate(tmp_path / "base", prompts, adapter=tmp_path / "adapter")
+    without = engines.generate(tmp_path / "base", prompts)
+    assert expected != without
+    options = {"enable_lora": True, "max_loras": 2, "additional_config": {"talan": {"adapters": [str(tmp_path / "adapter")]}}}
+    adapters = [("adapter", 1, str(tmp_path / "adapter"))] * len(prompts) + [None] * len(prompts)
+    with engines.engine(tmp_path / "base", enforce_eager=True, **options) as served:
+        for _ in range(2):
+            assert engines.ask(served, prompts * 2, adapters=adapters)[0] == expected + without
