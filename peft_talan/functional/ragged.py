@@ -208,9 +208,7 @@ def ragged_side_path(
         # A pool may be in another dtype than the tokens are computed in.
         stream, initial_state = hidden_states.to(dtype), state.to(dtype)
         values, queries, logits = read(stream, parameters.read, parameters.slots)
-        inputs = RemixInputs(
-            values, queries, slot_weights(logits, None), options.mixer, parameters.mixer, None, None
-        )
+        inputs = RemixInputs(values, queries, slot_weights(logits, None), options.mixer, parameters.mixer, None, None)
         readout, states = _remix(inputs, cu_seqlens, initial_state, max_query_length, snapshot_positions)
         # delta = alpha r W_write^T: a strength per token scales r.
         if isinstance(alpha, torch.Tensor):
@@ -237,9 +235,7 @@ def ragged_adapters(
         stream, initial_state = hidden_states.to(dtype), state.to(dtype)
         own = adapters.clamp(min=0)
         values, queries, logits = stacked.read(stream, parameters, own)
-        inputs = RemixInputs(
-            values, queries, slot_weights(logits, None), options.mixer, parameters.mixer, None, None
-        )
+        inputs = RemixInputs(values, queries, slot_weights(logits, None), options.mixer, parameters.mixer, None, None)
         readout, states = _remix(inputs, cu_seqlens, initial_state, max_query_length, snapshot_positions, own)
         strength = parameters.alpha.index_select(0, own)
         strength = strength if alpha is None else strength * alpha.to(dtype)

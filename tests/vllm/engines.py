@@ -1,7 +1,7 @@
 """Tiny models whose folders embed a side path, the tokens that `generate` gives for them, and vLLM engines.
 
-`python -m tests.vllm.engines FOLDER OPTIONS REQUESTS ANSWERS` runs an engine in processes of its own; options and
-requests (prompts, strengths and adapters) are JSON, the answers go to a file.
+`python -m tests.vllm.engines RUNS FILE` runs engines, one after the other, in processes of their own; the runs (folder,
+options of the engine, and requests: prompts, strengths, adapters) are JSON, and so is the file of answers.
 """
 
 from __future__ import annotations
@@ -9,10 +9,13 @@ from __future__ import annotations
 import gc
 import json
 import os
+import signal
+import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -214,11 +217,56 @@ def preemptions(served: Any) -> int:
     return sum(metric.value for metric in served.get_metrics() if metric.name == "vllm:num_preemptions")
 
 
+def in_processes(runs: list[Any], folder: Path, **environment: str) -> tuple[list[Any], str]:
+    """Run engines in processes of their own; gives their results, if there are any, and the end of what is printed."""
+    report, printed = folder / "results", folder / "printed"
+    command = [sys.executable, "-m", "tests.vllm.engines", json.dumps(runs), str(report)]
+    with printed.open("w") as log:
+        process = subprocess.Popen(
+            command, env={**os.environ, **environment}, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+        )
+        try:
+            process.wait(timeout=900)
+        finally:
+            # vLLM's workers outlive a process that is killed.
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+    return json.loads(report.read_text()) if report.exists() else [], printed.read_text()[-40000:]
+
+
+def answer_in_this_process(folder: str, options: dict[str, Any], requests: list[Any], uni: bool) -> dict[str, Any]:
+    """Start an engine and ask it twice, the second time with a warm prefix cache."""
+    from vllm import LLM
+
+    if uni:
+        options = {"distributed_executor_backend": "uni", **options}
+    llm = LLM(**engine_options(Path(folder), **options))
+    answers = [ask(llm, *requests) for _ in range(2)]
+    result = {
+        "answers": [found for found, _ in answers],
+        "cached": sum(answers[1][1]),
+        "preempted": preemptions(llm),
+        "second_runner": llm.llm_engine.vllm_config.use_v2_model_runner,
+    }
+    if uni:
+        llm.llm_engine.engine_core.shutdown()
+        del llm
+        clean_up()
+    return result
+
+
+def interpret_triton() -> None:
+    """Let Triton run its kernels on a processor, as its interpreter does, before vLLM is imported."""
+    from triton.backends import backends
+
+    backends["cpu"] = SimpleNamespace(driver=SimpleNamespace(is_active=lambda: False))
+
+
 if __name__ == "__main__":
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
-    from vllm import LLM
-
-    folder, options, requests, answers = sys.argv[1:]
-    llm = LLM(**engine_options(Path(folder), **json.loads(options)))
-    Path(answers).write_text(json.dumps([ask(llm, *json.loads(requests))[0] for _ in range(2)]))
+    if os.environ.get("TRITON_INTERPRET"):
+        interpret_triton()
+    several = json.loads(sys.argv[1])
+    results = [answer_in_this_process(*one, uni=len(several) > 1) for one in several]
+    Path(sys.argv[2]).write_text(json.dumps(results))

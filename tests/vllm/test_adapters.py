@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from . import engines
 pytest.importorskip("vllm", reason="vLLM is installed in an environment of its own: make test-vllm")
 
 PLAIN = "plain"
+SPECULATION = {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 2}
 ADAPTERS: dict[str, dict[str, Any]] = {
     "first": {},
     "second": {"talan_alpha": 0.7, "talan_layers": [1], "r": 8},
@@ -147,7 +149,7 @@ def test_new_tensors_in_the_same_folder(family: Family, tmp_path: Path) -> None:
             assert answers == after
             assert found[0] == cached
         served.llm_engine.remove_lora(1)
-        with pytest.raises(ValueError, match="lora_int_id=1: .* holds other tensors .* load it by a new number"):
+        with pytest.raises(ValueError, match=r"lora_int_id=1: .* holds other tensors .* load it by a new number"):
             served.llm_engine.add_lora(request("first", 1, tmp_path))
         new = [("first", 2, str(tmp_path))] * 2
         assert engines.ask(served, prompts, adapters=new)[0] == after
@@ -168,8 +170,76 @@ def test_adapters_of_a_merged_model(tmp_path: Path) -> None:
     expected = engines.generate(tmp_path / "base", prompts, adapter=tmp_path / "adapter")
     without = engines.generate(tmp_path / "base", prompts)
     assert expected != without
-    options = {"enable_lora": True, "max_loras": 2, "additional_config": {"talan": {"adapters": [str(tmp_path / "adapter")]}}}
+    room = {"talan": {"adapters": [str(tmp_path / "adapter")]}}
+    options = {"enable_lora": True, "max_loras": 2, "additional_config": room}
     adapters = [("adapter", 1, str(tmp_path / "adapter"))] * len(prompts) + [None] * len(prompts)
     with engines.engine(tmp_path / "base", enforce_eager=True, **options) as served:
         for _ in range(2):
             assert engines.ask(served, prompts * 2, adapters=adapters)[0] == expected + without
+
+
+def configured(words: list[str]) -> Any:
+    """What `vllm serve` makes of its command line."""
+    from vllm import AsyncEngineArgs
+    from vllm.entrypoints.launchers.cli_args import make_arg_parser
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    arguments = make_arg_parser(FlexibleArgumentParser()).parse_args(words)
+    return AsyncEngineArgs.from_cli_args(arguments).create_engine_config()
+
+
+def test_the_command_line_makes_room(family: Family) -> None:
+    from peft_talan.serving.vllm.adapter_kinds import room_of
+
+    modules = [f"{name}={family.folder / name}" for name in ("first", "second", PLAIN)]
+    words = ["--model", str(family.base), "--enable-lora", "--skip-tokenizer-init"]
+    config = configured([*words, "--lora-modules", *modules])
+    (room,) = room_of(config)
+    assert (room.blocks, room.block_list, room.kind.mixer) == ((1, 3), "model.layers", "attention")
+    also = {"talan": {"adapters": [str(family.folder / "third")]}, "talan_strength": 0.5}
+    config = configured([*words, "--lora-modules", *modules, "--additional-config", json.dumps(also)])
+    assert [room.kind.mixer for room in room_of(config)] == ["mlp", "attention"]
+    assert config.additional_config["talan_strength"] == 0.5
+    config = configured([*words, "--lora-modules", modules[2]])
+    assert config.scheduler_config.scheduler_cls is None
+
+
+def test_adapters_that_can_not_be_served(family: Family, tmp_path: Path) -> None:
+    """Those that are named are refused as the engine starts, others as they are loaded; the engine serves on."""
+    from vllm.engine.arg_utils import EngineArgs
+
+    base = engines.CONFIGS["qwen3"]
+    refused: dict[str, tuple[dict[str, Any], str]] = {
+        "elsewhere": ({"talan_layers": [0]}, "side path at block 0 .* no room; name the adapter, or one like it"),
+        "wider": ({"talan_dim": 16}, "width=16.* no room; name the adapter"),
+        "dora": ({"use_dora": True}, "vLLM does not yet support DoRA"),
+        "whole": ({"modules_to_save": ["lm_head"]}, "Unsupported modules_to_save"),
+        "large": ({"r": 16}, "LoRA rank 16 is greater than max_lora_rank 8"),
+    }
+    for name, (options, _) in refused.items():
+        engines.adapt(engines.make_base(base), "default", **options).save_pretrained(tmp_path / name)
+    with engines.engine(family.base, enforce_eager=True, **family.options()) as served:
+        for number, (name, (_, message)) in enumerate(refused.items()):
+            with pytest.raises(ValueError, match=message):
+                served.llm_engine.add_lora(request(name, number + 10, tmp_path / name))
+        family.check(served, ["first"])
+
+    config = json.loads((family.folder / "first" / "adapter_config.json").read_text())
+    shutil.copytree(family.folder / "first", tmp_path / "later")
+    config["talan_memory_scope"] = "bidirectional"
+    (tmp_path / "later" / "adapter_config.json").write_text(json.dumps(config))
+    named: dict[str, tuple[Any, dict[str, Any], str]] = {
+        "a bidirectional memory": ([str(tmp_path / "later")], {}, "talan_memory_scope='bidirectional'"),
+        "without the option": ([str(family.folder / "first")], {"enable_lora": False}, "need enable_lora"),
+        "no list": (str(family.folder / "first"), {}, "give .*adapters"),
+        "some modules": (
+            [str(family.folder / "first")],
+            {"lora_target_modules": ["q_proj"]},
+            "lora_target_modules=.* start it without",
+        ),
+        "speculation": ([str(family.folder / "first")], {"speculative_config": SPECULATION}, "speculative_config: "),
+    }
+    for adapters, options, message in named.values():
+        given = family.options(additional_config={"talan": {"adapters": adapters}}, **options)
+        with pytest.raises(ValueError, match=message):
+            EngineArgs(**engines.engine_options(family.base, **given)).create_engine_config()

@@ -72,15 +72,15 @@ class AdapterReader:
             )
 
     def _read_side_path(self, folder: str) -> dict[str, LoRALayerWeights]:
-        """The side path's tensors by layer, in the form of LoRA weights: `AdapterSidePaths.set_lora` takes it apart."""
+        """The side path's tensors by layer, in LoRA weights' form: `AdapterSidePaths.set_lora` takes them apart."""
         files = read_adapter(folder, self.depth, self.hidden_size)
         if files is None:
             return {}
         missing = [index for index in files.blocks if (files.kind, index) not in self.layers]
         if missing:
             raise ValueError(
-                f"adapter {folder!r} has a side path at block {missing[0]} ({files.kind}) for which this engine has no "
-                f"room; {REMEDY}"
+                f"adapter {folder!r} has a side path at block {missing[0]} ({files.kind}), for which this engine has "
+                f"no room; {REMEDY}"
             )
         tensors = load_peft_weights(folder, device="cpu")
         check_finite(folder, tensors)

@@ -1,4 +1,4 @@
-"""The side paths of the adapters that requests name, at one block: stacked by vLLM's slots, as its LoRA weights are."""
+"""The side paths of the adapters that requests name, at one block: stacked by slots, as vLLM's LoRA weights are."""
 
 from __future__ import annotations
 

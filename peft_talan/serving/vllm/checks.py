@@ -48,6 +48,11 @@ def configure(vllm_config: Any) -> None:
     if room:
         if vllm_config.lora_config is None:
             raise ValueError('additional_config["talan"]: adapters by request need enable_lora (--enable-lora)')
+        if vllm_config.lora_config.target_modules is not None:
+            raise ValueError(
+                f"lora_target_modules={vllm_config.lora_config.target_modules!r}: vLLM would leave out adapters' LoRA "
+                "weights of all other modules; start it without"
+            )
         vllm_config.additional_config[ROOM] = room
     elif not merged_side_paths(vllm_config.model_config.hf_config.to_dict()):
         return  # the adapters that were named are plain ones

@@ -114,9 +114,7 @@ def _create_side_paths(
     logger.info("TALAN side paths at the blocks %s", ", ".join(sorted({str(index) for _, index in layers})))
 
 
-def _create_adapters(
-    model: nn.Module, vllm_config: Any, number: int, room: Room, strengths: PageStrengths
-) -> None:
+def _create_adapters(model: nn.Module, vllm_config: Any, number: int, room: Room, strengths: PageStrengths) -> None:
     """Attach empty places for the side paths of adapters to their blocks, after those of the model."""
     config = vllm_config.model_config
     name, blocks = find_blocks(model, config.hf_text_config.num_hidden_layers, room.block_list)

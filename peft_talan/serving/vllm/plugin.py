@@ -39,9 +39,9 @@ def register() -> None:
     from_command_line = getattr(arguments.EngineArgs, "from_cli_args", None)
     if configure is None or from_command_line is None:
         warnings.warn(
-            "peft_talan does not know this version of vLLM (it lacks EngineArgs.create_engine_config or from_cli_args); "
-            "models with a TALAN adapter will not load. Install a version of vLLM that the documentation of "
-            "peft_talan names",
+            "peft_talan does not know this version of vLLM (it lacks EngineArgs.create_engine_config or its "
+            "from_cli_args); models with a TALAN adapter will not load. Install a version of vLLM that the "
+            "documentation of peft_talan names",
             stacklevel=2,
         )
     elif not hasattr(configure, _MARK):  # vLLM may load its plugins more than once in a process.

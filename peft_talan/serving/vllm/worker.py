@@ -1,4 +1,4 @@
-"""vLLM's worker on this machine, whose side paths know each request's strength and adapter: the option `worker_cls`."""
+"""vLLM's worker on this machine, whose side paths know requests' strengths and adapters: the option `worker_cls`."""
 
 from __future__ import annotations
 
@@ -26,14 +26,15 @@ class SidePathWorker(resolve_obj_by_qualname(platform_worker())):  # type: ignor
             self._manage_adapters({name: one for name, one in layers.items() if isinstance(one, AdapterSidePaths)})
 
     def _manage_adapters(self, layers: dict[str, AdapterSidePaths]) -> None:
-        """Let vLLM's manager of LoRA weights load side paths, and fill and empty their slots."""
-        config, manager = self.model_config, self.model_runner.lora_manager
+        """Let vLLM's managers of LoRA weights read side paths, and fill and empty their slots."""
+        config, slots = self.model_config, self.get_model().lora_manager
         depth, hidden_size = config.hf_text_config.num_hidden_layers, config.get_hidden_size()
-        manager._lora_model_cls = AdapterReader(layers, depth, hidden_size)
+        self.model_runner.lora_manager._lora_model_cls = AdapterReader(layers, depth, hidden_size)
         for name, layer in layers.items():
-            slots = manager._adapter_manager
+            block = f"{name.rpartition('.')[0]}."
+            beside = next(one for other, one in slots.modules.items() if other.startswith(block))
             slots.register_module(name, layer)
-            layer.set_mapping(slots._get_punica_wrapper(name))
+            layer.set_mapping(beside.punica_wrapper)
 
     def execute_model(self, scheduler_output: Any) -> Any:
         """Run a step, as vLLM does, once the strengths of its requests are known."""
