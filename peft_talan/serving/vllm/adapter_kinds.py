@@ -64,7 +64,7 @@ class AdapterFiles(NamedTuple):
     @property
     def block_list(self) -> str:
         """The name of the list of blocks in the model that the adapter was trained on."""
-        return ".".join(self.tensors[0].removeprefix("base_model.model.").split(".")[:-5])
+        return ".".join(self.tensors[0].removeprefix("base_model.model.").split(".")[:-4])
 
 
 def read_adapter(folder: str, depth: int, hidden_size: int) -> AdapterFiles | None:

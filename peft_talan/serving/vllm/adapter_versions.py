@@ -25,7 +25,7 @@ def content_of(folder: str) -> bytes:
 
 def number_of(content: bytes) -> int:
     """The number that stands for a content."""
-    return FIRST_VERSION + int.from_bytes(content[:4]) % FIRST_VERSION
+    return FIRST_VERSION + int.from_bytes(content[:4], "big") % FIRST_VERSION
 
 
 def version_of(request: LoRARequest) -> LoRARequest:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import nn
@@ -51,8 +51,8 @@ def _find_pages(
     return pages, strengths.per_token(page_of_token, num_pages)
 
 
-class AroundBlock:
-    """Acts around a block's calls by one operator, with a state per page of the block's attention; for modules."""
+class AroundBlock(nn.Module):
+    """Acts around a block's calls by one operator, with a state per page of the block's attention."""
 
     child_name: str
 
@@ -79,8 +79,8 @@ class AroundBlock:
             block: The block.
             place: Where its calls carry the residual stream.
         """
-        block.add_module(self.child_name, cast("nn.Module", self))
-        at_input, at_output = partial(self, position="input"), partial(self, position="output")  # type: ignore[misc]
+        block.add_module(self.child_name, self)
+        at_input, at_output = partial(self, position="input"), partial(self, position="output")
         if "input" in self.positions:
             # To this layer, what earlier ones left is a part of the block.
             block.register_forward_pre_hook(
@@ -156,7 +156,7 @@ class _StepContext:
         return PagedMemory(self.layer.pools, self.pages, self.layer.block_index, name, self.strength)
 
 
-class PagedSidePaths(AroundBlock, MergedSidePaths):
+class PagedSidePaths(AroundBlock, MergedSidePaths):  # type: ignore[misc]
     """The side paths that one merge left on a block.
 
     Args:
