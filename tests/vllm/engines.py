@@ -1,7 +1,7 @@
 """Tiny models whose folders embed a side path, the tokens that `generate` gives for them, and vLLM engines.
 
-`python -m tests.vllm.engines RUNS FILE` runs engines, one after the other, in processes of their own; the runs are JSON
-(folder, options of the engine, and requests: prompts, strengths, adapters), and so is the file of results.
+`python -m tests.vllm.engines RUNS FILE` runs engines, one after the other, in processes of their own. The runs (folder,
+options of the engine, requests: prompts, strengths and adapters) are JSON, and so is the file of results.
 """
 
 from __future__ import annotations

@@ -8,21 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM
 
 from . import engines
+from .adapters import ADAPTERS, PLAIN, Family
 
 pytest.importorskip("vllm", reason="vLLM is installed in an environment of its own: make test-vllm")
 
-PLAIN = "plain"
 SPECULATION = {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 2}
-ADAPTERS: dict[str, dict[str, Any]] = {
-    "first": {},
-    "second": {"talan_alpha": 0.7, "talan_layers": [1], "r": 8},
-    "third": {"talan_layers": [2], "talan_mixer": "mlp", "talan_writeback": "gated", "talan_position": "input"},
-}
 OTHERS: dict[str, dict[str, Any]] = {
     "linear": {"talan_mixer": "linear", "talan_writeback": "orthogonal"},
     "capped": {"talan_writeback": "capped", "talan_cap": 0.3, "talan_layers": [0, 2]},
@@ -36,61 +28,17 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "max_cpu_loras": 2,
     },
     "eager, 12 pages": {"enforce_eager": True, "num_gpu_blocks_override": 12},
-    "compiled": {},
+    # On processors, vLLM gives requests without an adapter the LoRA weights of the last slot, which is empty here.
+    "compiled, and without an adapter": {"max_loras": len(ADAPTERS) + 2},
 }
-
-
-class Family:
-    """A base model, adapters for it, and the answers of `generate` with each."""
-
-    def __init__(self, folder: Path, architecture: str, adapters: dict[str, dict[str, Any]]) -> None:
-        self.folder, self.prompts, self.names = folder, engines.make_prompts()[1:6], [*adapters, PLAIN]
-        config = engines.CONFIGS[architecture]
-        engines.make_base(config).save_pretrained(self.base)
-        for number, (name, options) in enumerate(adapters.items()):
-            engines.adapt(engines.make_base(config), "default", number + 1, **options).save_pretrained(folder / name)
-        with torch.random.fork_rng():
-            torch.manual_seed(9)
-            plain = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False, task_type="CAUSAL_LM")
-            get_peft_model(engines.make_base(config), plain).save_pretrained(folder / PLAIN)
-        self.answers: dict[str | None, list[list[int]]] = {None: engines.generate(self.base, self.prompts)}
-        for name in self.names:
-            self.answers[name] = engines.generate(self.base, self.prompts, adapter=folder / name)
-            assert sum(one != other for one, other in zip(self.answers[name], self.answers[None], strict=True)) >= 4
-
-    @property
-    def base(self) -> Path:
-        return self.folder / "base"
-
-    def request(self, name: str | None) -> tuple[str, int, str] | None:
-        return None if name is None else (name, self.names.index(name) + 1, str(self.folder / name))
-
-    def options(self, **options: Any) -> dict[str, Any]:
-        """Those of an engine with room for all adapters."""
-        folders = [str(self.folder / name) for name in self.names]
-        shared = {"enable_lora": True, "max_loras": len(self.names), "max_lora_rank": 8}
-        return {**shared, "additional_config": {"talan": {"adapters": folders}}, **options}
-
-    def check(self, served: Any, names: list[str | None]) -> list[int]:
-        """Each prompt with each adapter, in one batch; gives the cached tokens of each request."""
-        pairs = [(name, number) for number in range(len(self.prompts)) for name in names]
-        prompts = [self.prompts[number] for _, number in pairs]
-        answers, cached = engines.ask(served, prompts, adapters=[self.request(name) for name, _ in pairs])
-        expected = [self.answers[name][number] for name, number in pairs]
-        assert [pair for pair, one, other in zip(pairs, answers, expected, strict=True) if one != other] == []
-        return cached
-
-
-@pytest.fixture(scope="session")
-def family(tmp_path_factory: pytest.TempPathFactory) -> Family:
-    return Family(tmp_path_factory.mktemp("family"), "qwen3", ADAPTERS)
 
 
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_answers_are_those_of_generate(setting: str, family: Family) -> None:
     with engines.engine(family.base, **family.options(**SETTINGS[setting])) as served:
+        names = [*family.names, None] if "without" in setting else family.names
         for _ in range(2):
-            cached = family.check(served, family.names)
+            cached = family.check(served, names)
         assert sum(cached) > 0
         assert (engines.preemptions(served) > 0) == ("12 pages" in setting)
 
@@ -100,14 +48,6 @@ def test_other_kinds_and_sliding_attention(tmp_path: Path) -> None:
     with engines.engine(family.base, enforce_eager=True, **family.options()) as served:
         for _ in range(2):
             family.check(served, family.names)
-
-
-def test_requests_without_an_adapter(family: Family) -> None:
-    """On processors vLLM itself gives them the LoRA weights of the last slot: they are right where that is empty."""
-    slots = len(family.names) + 1
-    with engines.engine(family.base, enforce_eager=True, **family.options(max_loras=slots)) as served:
-        for names in ([None], [None, *family.names], [None]):
-            family.check(served, names)
 
 
 def test_strengths(family: Family) -> None:
@@ -159,23 +99,6 @@ def request(name: str, number: int, folder: Path, **options: Any) -> Any:
     from vllm.lora.request import LoRARequest
 
     return LoRARequest(name, number, str(folder), **options)
-
-
-def test_adapters_of_a_merged_model(tmp_path: Path) -> None:
-    """Its own side path comes first, at the same block."""
-    engines.save_model(tmp_path / "base", "qwen3")
-    prompts = engines.make_prompts()[1:6]
-    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32)
-    engines.adapt(merged, "default", 5).save_pretrained(tmp_path / "adapter")
-    expected = engines.generate(tmp_path / "base", prompts, adapter=tmp_path / "adapter")
-    without = engines.generate(tmp_path / "base", prompts)
-    assert expected != without
-    room = {"talan": {"adapters": [str(tmp_path / "adapter")]}}
-    options = {"enable_lora": True, "max_loras": 2, "additional_config": room}
-    adapters = [("adapter", 1, str(tmp_path / "adapter"))] * len(prompts) + [None] * len(prompts)
-    with engines.engine(tmp_path / "base", enforce_eager=True, **options) as served:
-        for _ in range(2):
-            assert engines.ask(served, prompts * 2, adapters=adapters)[0] == expected + without
 
 
 def configured(words: list[str]) -> Any:

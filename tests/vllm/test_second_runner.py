@@ -11,19 +11,18 @@ from typing import Any
 import pytest
 
 from . import engines
-from .test_adapters import PLAIN, Family
+from .adapters import PLAIN, Family
 
 pytest.importorskip("vllm", reason="vLLM is installed in an environment of its own: make test-vllm")
 
 INTERPRETED = {"TRITON_INTERPRET": "1", "VLLM_USE_V2_MODEL_RUNNER": "1"}
 
 
-def test_answers_are_those_of_generate(tmp_path: Path) -> None:
+def test_answers_are_those_of_generate(family: Family, tmp_path: Path) -> None:
     """Of a merged model, at two strengths, and of adapters by request; a few tokens a step, and a few pages."""
     few: dict[str, Any] = {"enforce_eager": True, "num_gpu_blocks_override": 12, "max_num_batched_tokens": 64}
     strengths, merged = (None, 0.5), tmp_path / "merged"
     engines.save_model(merged, "qwen3")
-    family = Family(tmp_path, "qwen3", {"first": {}, "second": {"talan_alpha": 0.7, "talan_layers": [1]}})
     prompts = family.prompts[:4]
     pairs = [(prompt, strength) for prompt in prompts for strength in strengths]
     by_request = [(number, name) for number in range(len(prompts)) for name in ("first", PLAIN, "second")]

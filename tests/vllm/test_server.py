@@ -19,14 +19,9 @@ import pytest
 
 from ..offline_hub import make_tokenizer
 from . import engines
-from .test_adapters import ADAPTERS, PLAIN, Family
+from .adapters import PLAIN, Family
 
 pytest.importorskip("vllm", reason="vLLM is installed in an environment of its own: make test-vllm")
-
-
-@pytest.fixture(scope="module")
-def family(tmp_path_factory: pytest.TempPathFactory) -> Family:
-    return Family(tmp_path_factory.mktemp("family"), "qwen3", {name: ADAPTERS[name] for name in ("first", "second")})
 
 
 @pytest.fixture(scope="module")
