@@ -1,6 +1,6 @@
 """Tiny models whose folders embed a side path, the tokens that `generate` gives for them, and vLLM engines.
 
-`python -m tests.vllm.engines RUNS FILE` runs engines, one after the other, in processes of their own. The runs (folder,
+`python -m tests.vllm.engines RUNS FILE` runs engines, one after the other, in processes of its own. Runs (folder,
 options of the engine, requests: prompts, strengths and adapters) are JSON, and so is the file of results.
 """
 

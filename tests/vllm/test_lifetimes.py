@@ -57,17 +57,19 @@ def test_a_prompt_in_pieces(folder: Path) -> None:
     spoken: list[int] = []
     with engines.engine(folder, enforce_eager=True, max_num_batched_tokens=64) as served:
         core = served.llm_engine.engine_core
-        for number, piece in enumerate(pieces):
+        for piece in [*pieces, None]:
             core.add_request(
                 EngineCoreRequest(
                     request_id="0",
-                    prompt_token_ids=piece,
+                    prompt_token_ids=piece or [0],
                     sampling_params=parameters,
                     arrival_time=0.0,
-                    resumable=number < len(pieces) - 1,
+                    resumable=piece is not None,
                     **dict.fromkeys(names),
                 )
             )
+            if piece is None:  # the end of the session
+                break
             answer: list[int] = []
             while len(answer) < 5:
                 answer += [token for output in core.get_output().outputs for token in output.new_token_ids]
