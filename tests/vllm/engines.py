@@ -187,6 +187,13 @@ def clean_up() -> None:
     cleanup_dist_env_and_memory()
 
 
+def greedy(**options: Any) -> Any:
+    """vLLM's parameters of what `generate` does."""
+    from vllm import SamplingParams
+
+    return SamplingParams(temperature=0.0, max_tokens=NEW_TOKENS, stop_token_ids=[_TOKENS["eos_token_id"]], **options)
+
+
 def ask(
     served: Any,
     prompts: list[list[int]],
@@ -198,12 +205,10 @@ def ask(
 
     An adapter is a name, a number and a folder; options are vLLM's for each of them.
     """
-    from vllm import SamplingParams
     from vllm.lora.request import LoRARequest
 
-    greedy = {"temperature": 0.0, "max_tokens": NEW_TOKENS, "stop_token_ids": [_TOKENS["eos_token_id"]]}
     parameters = [
-        SamplingParams(**greedy, extra_args=None if strength is None else {"talan_strength": strength})
+        greedy(extra_args=None if strength is None else {"talan_strength": strength})
         for strength in strengths or [None] * len(prompts)
     ]
     loras = [None if one is None else LoRARequest(*one, **options) for one in adapters or [None] * len(prompts)]

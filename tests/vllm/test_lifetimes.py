@@ -10,6 +10,7 @@ import torch
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
 
+from ..offline_hub import make_tokenizer
 from . import engines
 
 pytest.importorskip("vllm", reason="vLLM is installed in an environment of its own: make test-vllm")
@@ -87,7 +88,8 @@ def test_embeddings(folder: Path, model: Any) -> None:
     """A pooling runner, which gives no tokens."""
     prompts = engines.make_prompts()[1:4]
     states = [model.model(torch.tensor([prompt])).last_hidden_state[0, -1] for prompt in prompts]
-    options = {"runner": "pooling", "convert": "embed", "max_num_batched_tokens": 64}
+    make_tokenizer().save_pretrained(folder)
+    options = {"runner": "pooling", "convert": "embed", "max_num_batched_tokens": 64, "skip_tokenizer_init": False}
     with engines.engine(folder, enforce_eager=True, **options) as served:
         for _ in range(2):
             outputs = served.embed([{"prompt_token_ids": prompt} for prompt in prompts], use_tqdm=False)

@@ -27,12 +27,23 @@ class AdapterReader:
         layers: The layers that take side paths, by their names in vLLM's model.
         depth: The number of the model's blocks.
         hidden_size: H, the width of the residual stream.
+        kept: How many adapters it keeps beside vLLM's own, whose folders may change while requests need them.
     """
 
-    def __init__(self, layers: Mapping[str, AdapterSidePaths], depth: int, hidden_size: int) -> None:
+    def __init__(self, layers: Mapping[str, AdapterSidePaths], depth: int, hidden_size: int, kept: int) -> None:
         self.layers = {(layer.kind, layer.block_index): (name, layer) for name, layer in layers.items()}
-        self.depth, self.hidden_size = depth, hidden_size
+        self.depth, self.hidden_size, self.kept = depth, hidden_size, kept
         self.contents: dict[int, bytes] = {}
+        self._recent: dict[int, LoRAModel] = {}
+        self._under_way: dict[str, int] = {}
+
+    def follow(self, scheduled: Any) -> None:
+        """Note which adapters unfinished requests have, by a step's `SchedulerOutput`."""
+        for name in scheduled.finished_req_ids:
+            self._under_way.pop(name, None)
+        for request in scheduled.scheduled_new_reqs:
+            if request.lora_request is not None:
+                self._under_way[request.req_id] = request.lora_request.lora_int_id
 
     def from_local_checkpoint(
         self,
@@ -46,7 +57,11 @@ class AdapterReader:
     ) -> LoRAModel:
         """Read an adapter; see `LoRAModel.from_local_checkpoint`."""
         content = content_of(lora_dir)
-        self._check_content(lora_dir, lora_model_id, content)
+        if self._is_other(lora_model_id, content):
+            needed = lora_model_id >= FIRST_VERSION or lora_model_id in self._under_way.values()
+            if needed and lora_model_id in self._recent:
+                return self._recent[lora_model_id]
+            self.check_content(lora_dir, lora_model_id)
         side_path = self._read_side_path(lora_dir)
         if side_path:
             skip_prefixes = [*(skip_prefixes or ()), SIDE_PATH_PREFIX]
@@ -60,12 +75,28 @@ class AdapterReader:
         )
         lora.loras.update(side_path)
         self.contents[lora_model_id] = content
+        self._recent.pop(lora_model_id, None)
+        self._recent[lora_model_id] = lora
+        if len(self._recent) > self.kept:
+            del self._recent[next(iter(self._recent))]
         return lora
 
-    def _check_content(self, folder: str, number: int, content: bytes) -> None:
-        """Refuse another content under a number: pages of the first one may be in the cache."""
-        wrong = number >= FIRST_VERSION and number != number_of(content)
-        if wrong or self.contents.get(number, content) != content:
+    def _is_other(self, number: int, content: bytes) -> bool:
+        return (number >= FIRST_VERSION and number != number_of(content)) or (
+            self.contents.get(number, content) != content
+        )
+
+    def check_content(self, folder: str, number: int) -> None:
+        """Refuse another content under a number: pages of the first one may be in the cache.
+
+        Args:
+            folder: The adapter's folder.
+            number: Its number.
+
+        Raises:
+            ValueError: By this number, another content was loaded.
+        """
+        if self._is_other(number, content_of(folder)):
             raise ValueError(
                 f"lora_int_id={number}: {folder!r} holds other tensors than it did when requests named this number, "
                 "and what is cached is theirs; load it by a new number or name, or with load_inplace=True"

@@ -81,6 +81,10 @@ class AdapterSidePaths(AroundBlock, BaseLayerWithLoRA):
             self.get_buffer(name)[index].copy_(number, non_blocking=True)
         self.filled.add(index)
 
+    def set_mapping(self, punica_wrapper: Any) -> None:
+        """Take what knows the slot of each token."""
+        self.punica_wrapper: Any = punica_wrapper
+
     def reset_lora(self, index: int) -> None:
         """Empty a slot, whose adapter has no side path here."""
         if index in self.filled:

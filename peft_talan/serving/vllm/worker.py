@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from vllm.lora.utils import get_adapter_absolute_path
 from vllm.utils.import_utils import resolve_obj_by_qualname
 
 from .adapter_files import AdapterReader
@@ -29,7 +30,8 @@ class SidePathWorker(resolve_obj_by_qualname(platform_worker())):  # type: ignor
         """Let vLLM's managers of LoRA weights read side paths, and fill and empty their slots."""
         config, slots = self.model_config, self.get_model().lora_manager
         depth, hidden_size = config.hf_text_config.num_hidden_layers, config.get_hidden_size()
-        self.model_runner.lora_manager._lora_model_cls = AdapterReader(layers, depth, hidden_size)
+        self.reader = AdapterReader(layers, depth, hidden_size, 2 * slots.capacity)
+        self.model_runner.lora_manager._lora_model_cls = self.reader
         for name, layer in layers.items():
             block = f"{name.rpartition('.')[0]}."
             beside = next(one for other, one in slots.modules.items() if other.startswith(block))
@@ -37,11 +39,16 @@ class SidePathWorker(resolve_obj_by_qualname(platform_worker())):  # type: ignor
             layer.set_mapping(beside.punica_wrapper)
 
     def execute_model(self, scheduler_output: Any) -> Any:
-        """Run a step, as vLLM does, once the strengths of its requests are known."""
+        """Run a step, as vLLM does, once the strengths and adapters of its requests are known."""
         self.page_strengths.follow(scheduler_output)
+        if self.vllm_config.lora_config is not None:
+            self.reader.follow(scheduler_output)
         return super().execute_model(scheduler_output)
 
     def add_lora(self, lora_request: Any) -> bool:
         """Load an adapter before requests name it, by the number that they will have."""
-        loaded: bool = super().add_lora(version_of(lora_request))
+        version = version_of(lora_request)
+        if self.vllm_config.lora_config is not None:  # else vLLM says that
+            self.reader.check_content(get_adapter_absolute_path(version.lora_path), version.lora_int_id)
+        loaded: bool = super().add_lora(version)
         return loaded
