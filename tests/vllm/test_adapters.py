@@ -89,18 +89,18 @@ def test_new_tensors_in_the_same_folder(family: Family, tmp_path: Path) -> None:
             assert answers == after
             assert found[0] == cached
         running = served.llm_engine
-        running.add_request("old", {"prompt_token_ids": prompts[0]}, engines.greedy(), request(*adapter[0]))
+        prompt: Any = {"prompt_token_ids": prompts[0]}
+        served.enqueue([prompt], engines.greedy(), lora_request=request(*adapter[0]), use_tqdm=False)
         running.step()
         for seed in (8, 9):  # which take both slots
             engines.adapt(engines.make_base(engines.CONFIGS["qwen3"]), "default", seed).save_pretrained(tmp_path)
             running.add_lora(request(*adapter[0], load_inplace=True))
         assert 1 not in running.list_loras()
-        while not (found := [output for output in running.step() if output.finished]):
-            pass
-        assert list(found[0].outputs[0].token_ids) == before[0]
+        (output,) = served.wait_for_completion(use_tqdm=False)
+        assert list(output.outputs[0].token_ids) == before[0]
         running.remove_lora(1)
         with pytest.raises(ValueError, match=r"lora_int_id=1: .* holds other tensors .* load it by a new number"):
-            served.llm_engine.add_lora(request("first", 1, tmp_path))
+            running.add_lora(request("first", 1, tmp_path))
         new = [("first", 2, str(tmp_path))] * 2
         assert engines.ask(served, prompts, adapters=new)[0] == engines.generate(
             family.base, prompts, adapter=tmp_path
