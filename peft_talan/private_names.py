@@ -127,6 +127,7 @@ VLLM: dict[str, str] = {
     "vllm.v1.worker.worker_base.WorkerBase.add_lora": "Overridden: an adapter is loaded by the number of its content.",
     "vllm.v1.worker.worker_base.WorkerBase.execute_model": "Overridden: strengths are known before a step.",
     "vllm.v1.worker.worker_base.WorkerBase.load_model": "Overridden: finds the side paths.",
+    "vllm.v1.worker.worker_base.WorkerBase.remove_lora": "Overridden: an adapter is dropped here, too.",
 }
 """Names of vLLM 0.32.0, which promises none of them to plug-ins. Only the two of PLACES are replaced."""
 

@@ -35,15 +35,6 @@ class AdapterReader:
         self.depth, self.hidden_size, self.kept = depth, hidden_size, kept
         self.contents: dict[int, bytes] = {}
         self._recent: dict[int, LoRAModel] = {}
-        self._under_way: dict[str, int] = {}
-
-    def follow(self, scheduled: Any) -> None:
-        """Note which adapters unfinished requests have, by a step's `SchedulerOutput`."""
-        for name in scheduled.finished_req_ids:
-            self._under_way.pop(name, None)
-        for request in scheduled.scheduled_new_reqs:
-            if request.lora_request is not None:
-                self._under_way[request.req_id] = request.lora_request.lora_int_id
 
     def from_local_checkpoint(
         self,
@@ -57,11 +48,9 @@ class AdapterReader:
     ) -> LoRAModel:
         """Read an adapter; see `LoRAModel.from_local_checkpoint`."""
         content = content_of(lora_dir)
-        if self._is_other(lora_model_id, content):
-            needed = lora_model_id >= FIRST_VERSION or lora_model_id in self._under_way.values()
-            if needed and lora_model_id in self._recent:
-                return self._recent[lora_model_id]
-            self.check_content(lora_dir, lora_model_id)
+        if self._is_other(lora_model_id, content) and lora_model_id in self._recent:
+            return self._recent[lora_model_id]
+        self.check_content(lora_dir, lora_model_id)
         side_path = self._read_side_path(lora_dir)
         if side_path:
             skip_prefixes = [*(skip_prefixes or ()), SIDE_PATH_PREFIX]
@@ -75,7 +64,7 @@ class AdapterReader:
         )
         lora.loras.update(side_path)
         self.contents[lora_model_id] = content
-        self._recent.pop(lora_model_id, None)
+        self.forget(lora_model_id)
         self._recent[lora_model_id] = lora
         if len(self._recent) > self.kept:
             del self._recent[next(iter(self._recent))]
@@ -85,6 +74,10 @@ class AdapterReader:
         return (number >= FIRST_VERSION and number != number_of(content)) or (
             self.contents.get(number, content) != content
         )
+
+    def forget(self, number: int) -> None:
+        """Keep an adapter no longer: it was removed, or is loaded again."""
+        self._recent.pop(number, None)
 
     def check_content(self, folder: str, number: int) -> None:
         """Refuse another content under a number: pages of the first one may be in the cache.

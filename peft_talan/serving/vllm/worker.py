@@ -39,10 +39,8 @@ class SidePathWorker(resolve_obj_by_qualname(platform_worker())):  # type: ignor
             layer.set_mapping(beside.punica_wrapper)
 
     def execute_model(self, scheduler_output: Any) -> Any:
-        """Run a step, as vLLM does, once the strengths and adapters of its requests are known."""
+        """Run a step, as vLLM does, once the strengths of its requests are known."""
         self.page_strengths.follow(scheduler_output)
-        if self.vllm_config.lora_config is not None:
-            self.reader.follow(scheduler_output)
         return super().execute_model(scheduler_output)
 
     def add_lora(self, lora_request: Any) -> bool:
@@ -52,3 +50,10 @@ class SidePathWorker(resolve_obj_by_qualname(platform_worker())):  # type: ignor
             self.reader.check_content(get_adapter_absolute_path(version.lora_path), version.lora_int_id)
         loaded: bool = super().add_lora(version)
         return loaded
+
+    def remove_lora(self, lora_id: int) -> bool:
+        """Drop an adapter, as vLLM does."""
+        if self.vllm_config.lora_config is not None:
+            self.reader.forget(lora_id)
+        removed: bool = super().remove_lora(lora_id)
+        return removed
