@@ -137,10 +137,12 @@ def generate(
 ) -> list[list[int]]:
     """What transformers gives, one prompt at a time."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    if any(merged_layers(model)):
+        set_talan_strength(model, strength)
     if adapter is not None:
         model = PeftModel.from_pretrained(model, adapter).eval()
-    if strength != 1.0 or any(merged_layers(model)):
-        set_talan_strength(model, strength)
+        if strength != 1.0:
+            set_talan_strength(model, strength)
     answers = []
     for prompt in prompts:
         tokens = torch.tensor([prompt])
