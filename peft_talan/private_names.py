@@ -95,6 +95,8 @@ VLLM: dict[str, str] = {
     "vllm.lora.layers.BaseLayerWithLoRA": "Extended: side paths lie in slots, as LoRA weights do.",
     "vllm.lora.lora_model.LoRAModel.from_local_checkpoint": "Called: reads an adapter's LoRA weights.",
     "vllm.lora.lora_weights.LoRALayerWeights": "Created: the form in which a side path's tensors get to a slot.",
+    "vllm.lora.model_manager.LoRAModelManager.capacity": "Read: how many adapters stay loaded.",
+    "vllm.lora.model_manager.LoRAModelManager.list_adapters": "Called: which adapters are loaded.",
     "vllm.lora.model_manager.LoRAModelManager.register_module": "Called: side paths get their tensors as LoRA layers "
     "do.",
     "vllm.lora.punica_wrapper.PunicaWrapperBase.token_lora_indices": "Read: the slot of each token.",

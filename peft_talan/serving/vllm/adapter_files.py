@@ -27,12 +27,13 @@ class AdapterReader:
         layers: The layers that take side paths, by their names in vLLM's model.
         depth: The number of the model's blocks.
         hidden_size: H, the width of the residual stream.
-        kept: How many adapters it keeps beside vLLM's own, whose folders may change while requests need them.
+        slots: vLLM's manager of loaded adapters. Twice as many as it holds are kept after it has dropped them: their
+            folders may have changed while requests need them.
     """
 
-    def __init__(self, layers: Mapping[str, AdapterSidePaths], depth: int, hidden_size: int, kept: int) -> None:
+    def __init__(self, layers: Mapping[str, AdapterSidePaths], depth: int, hidden_size: int, slots: Any) -> None:
         self.layers = {(layer.kind, layer.block_index): (name, layer) for name, layer in layers.items()}
-        self.depth, self.hidden_size, self.kept = depth, hidden_size, kept
+        self.depth, self.hidden_size, self.slots = depth, hidden_size, slots
         self.contents: dict[int, bytes] = {}
         self._recent: dict[int, LoRAModel] = {}
 
@@ -66,8 +67,9 @@ class AdapterReader:
         self.contents[lora_model_id] = content
         self.forget(lora_model_id)
         self._recent[lora_model_id] = lora
-        if len(self._recent) > self.kept:
-            del self._recent[next(iter(self._recent))]
+        loaded = self.slots.list_adapters()
+        for number in [number for number in self._recent if number not in loaded][: -2 * self.slots.capacity]:
+            self.forget(number)
         return lora
 
     def _is_other(self, number: int, content: bytes) -> bool:

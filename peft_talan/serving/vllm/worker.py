@@ -30,7 +30,7 @@ class SidePathWorker(resolve_obj_by_qualname(platform_worker())):  # type: ignor
         """Let vLLM's managers of LoRA weights read side paths, and fill and empty their slots."""
         config, slots = self.model_config, self.get_model().lora_manager
         depth, hidden_size = config.hf_text_config.num_hidden_layers, config.get_hidden_size()
-        self.reader = AdapterReader(layers, depth, hidden_size, 2 * slots.capacity)
+        self.reader = AdapterReader(layers, depth, hidden_size, slots)
         self.model_runner.lora_manager._lora_model_cls = self.reader
         for name, layer in layers.items():
             block = f"{name.rpartition('.')[0]}."
