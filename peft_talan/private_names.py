@@ -18,6 +18,7 @@ __all__ = [
     "PLACES",
     "UNDOCUMENTED",
     "VLLM",
+    "VLLM_ATTRIBUTES",
     "_adapter_names_pre_forward_hook",
     "_get_encoder",
     "_get_tuner_state_dict_key_prefixes",
@@ -87,11 +88,22 @@ UNDOCUMENTED: dict[str, str] = {
 """Names without an underscore that no documentation page promises."""
 
 VLLM: dict[str, str] = {
-    "vllm.engine.arg_utils.EngineArgs.create_engine_config": "Replaced, as nothing else is: see PLACES.",
+    "vllm.engine.arg_utils.EngineArgs.create_engine_config": "Replaced: see PLACES.",
+    "vllm.engine.arg_utils.EngineArgs.from_cli_args": "Replaced: see PLACES.",
     "vllm.compilation.breakable_cudagraph.eager_break_during_capture": "Called: the operator runs outside of graphs.",
     "vllm.forward_context.ForwardContext": "Read: what attention is told of a batch; carries the pages.",
     "vllm.forward_context.get_forward_context": "Called: by the operator.",
     "vllm.logger.init_logger": "Called: where vLLM logs.",
+    "vllm.lora.layers.BaseLayerWithLoRA": "Extended: side paths lie in slots, as LoRA weights do.",
+    "vllm.lora.lora_model.LoRAModel.from_local_checkpoint": "Called: reads an adapter's LoRA weights.",
+    "vllm.lora.lora_weights.LoRALayerWeights": "Created: the form in which a side path's tensors get to a slot.",
+    "vllm.lora.model_manager.LoRAModelManager.capacity": "Read: how many adapters stay loaded.",
+    "vllm.lora.model_manager.LoRAModelManager.list_adapters": "Called: which adapters are loaded.",
+    "vllm.lora.model_manager.LoRAModelManager.register_module": "Called: side paths get their tensors as LoRA layers "
+    "do.",
+    "vllm.lora.punica_wrapper.PunicaWrapperBase.token_lora_indices": "Read: the slot of each token.",
+    "vllm.lora.request.LoRARequest": "Created: an adapter under the number of its content.",
+    "vllm.lora.utils.get_adapter_absolute_path": "Called: where an adapter's files are.",
     "vllm.model_executor.layers.attention.Attention": "Read: the layer's name and its pages.",
     "vllm.model_executor.model_loader.BaseModelLoader.create_model": "Overridden: side paths are attached.",
     "vllm.model_executor.model_loader.BaseModelLoader.load_weights": "Overridden: what was loaded is looked at.",
@@ -116,10 +128,18 @@ VLLM: dict[str, str] = {
     "vllm.v1.request.RequestStatus.FINISHED_ERROR": "Read: how a refused request ends.",
     "vllm.v1.sample.logits_processor.LogitsProcessor.validate_params": "Overridden: refuses a request in time.",
     "vllm.v1.worker.gpu.sample.logits_processor.LogitsProcessor.validate_params": "The same for the second runner.",
+    "vllm.v1.worker.worker_base.WorkerBase.add_lora": "Overridden: an adapter is loaded by the number of its content.",
     "vllm.v1.worker.worker_base.WorkerBase.execute_model": "Overridden: strengths are known before a step.",
     "vllm.v1.worker.worker_base.WorkerBase.load_model": "Overridden: finds the side paths.",
+    "vllm.v1.worker.worker_base.WorkerBase.remove_lora": "Overridden: an adapter is dropped here, too.",
 }
-"""Names of vLLM 0.32.0, which promises none of them to plug-ins. Only the first one is replaced."""
+"""Names of vLLM 0.32.0, which promises none of them to plug-ins. Only the two of PLACES are replaced."""
+
+VLLM_ATTRIBUTES: dict[str, str] = {
+    "vllm.lora.model_manager.lora_manager": "Read: a model's manager of slots.",
+    "vllm.lora.worker_manager._lora_model_cls": "Set: what reads adapters, see PLACES.",
+}
+"""Attributes that only instances have, with vLLM's module that sets them."""
 
 PLACES: dict[str, str] = {
     "peft.optimizers.lorafa.LoraFAOptimizer.__init__": "It pairs all tensors with `lora` in their names, A before B. "
@@ -139,8 +159,12 @@ PLACES: dict[str, str] = {
     "refused; a callback would have to be given to each. Seen in transformers 5.19 and 5.23.",
     "transformers.utils.hub.PushToHubMixin._upload_modified_files": "`push_to_hub` puts another model card over the "
     "saved one just before. Seen in transformers 5.19 and 5.23.",
-    "vllm.engine.arg_utils.EngineArgs.create_engine_config": "A model with side paths names the classes that serve "
-    "them in vLLM's own options. Seen in vLLM 0.32.",
+    "vllm.engine.arg_utils.EngineArgs.create_engine_config": "A model, or adapters, with side paths name the classes "
+    "that serve them in vLLM's own options. Seen in vLLM 0.32.",
+    "vllm.engine.arg_utils.EngineArgs.from_cli_args": "Room is made for the adapters of `--lora-modules`, of which an "
+    "engine's configuration does not know. Seen in vLLM 0.32.",
+    "vllm.lora.worker_manager.WorkerLoRAManager.__init__": "The attribute `_lora_model_cls` of a worker's manager "
+    "reads side paths, too: model runners leave the argument `lora_model_cls` out. Seen in vLLM 0.32.",
 }
 """What of ours stays on another library's object, and why: for none of these does the library have a hook."""
 

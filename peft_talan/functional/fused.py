@@ -32,7 +32,7 @@ from .records import memory_after as memory_after
 from .writeback import WRITEBACK_RULES, required_gate, scale_gradient
 
 
-def _inverse_rms(hidden_states: torch.Tensor) -> torch.Tensor:
+def inverse_rms(hidden_states: torch.Tensor) -> torch.Tensor:
     """1 / sqrt(mean(h^2) + eps) as [batch, tokens, 1], without a squared copy of h."""
     length = torch.linalg.vector_norm(hidden_states, dim=-1, keepdim=True)
     return torch.rsqrt(length.square() / hidden_states.shape[-1] + NORM_EPSILON)
@@ -43,7 +43,7 @@ def read(hidden_states: torch.Tensor, weight: torch.Tensor, sizes: tuple[int, in
     dtype = working_dtype(hidden_states.dtype)
     hidden_states = hidden_states.to(dtype)
     # The norm of a token is one number, so it scales the small projection instead of the hidden state.
-    projected = F.linear(hidden_states, weight.to(dtype)) * _inverse_rms(hidden_states)
+    projected = F.linear(hidden_states, weight.to(dtype)) * inverse_rms(hidden_states)
     return projected.split(sizes, dim=-1)
 
 
@@ -150,7 +150,7 @@ def _gate_openings(hidden_states: torch.Tensor, gate: torch.Tensor | None) -> to
     """`writeback.gate_openings` as [batch, tokens, 1], without a normalised copy of h."""
     # A copy, which lies aligned: by a tensor that is mapped from a file, the product would round as it lies there.
     gate = required_gate(gate).to(hidden_states.dtype, copy=True)
-    opening = F.linear(hidden_states, gate[:-1].unsqueeze(0)) * _inverse_rms(hidden_states) + gate[-1]
+    opening = F.linear(hidden_states, gate[:-1].unsqueeze(0)) * inverse_rms(hidden_states) + gate[-1]
     return torch.sigmoid(opening)
 
 

@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 from torch.nn import functional as F
 
+from . import stacked
 from .chunked import CHUNK_SIZE, ChunkMasks, Tile, chunk_states, forward_tile, make_tile, probabilities
 from .delta import DeltaChunks, make_chunks
 from .fused import read, remix, write_back
@@ -29,6 +30,7 @@ from .parameters import (
 from .recomputed import TILE_TOKENS, remix_tile
 from .records import memory_after
 from .reference import enter
+from .stacked import StackedParameters
 
 SMALLEST_CHUNK_SIZE = 8
 """Tokens per chunk where requests are short: fewer would make the products small and their number large."""
@@ -139,7 +141,12 @@ def _remix_mlp(tile: Tile, parameters: tuple[torch.Tensor, ...]) -> torch.Tensor
     """The `mlp` mixer is not linear in the memory: some chunks at a time, with the memory of each of their tokens."""
     count = max(TILE_TOKENS // tile.z.shape[1], 1)
     parts = zip(*(tensor.split(count) for tensor in tile[:4]), strict=True)
-    return torch.cat([remix_tile(z, q, e.mT, "mlp", parameters, None, state)[0] for z, q, e, state in parts])
+    if parameters[0].dim() == 1:
+        return torch.cat([remix_tile(z, q, e.mT, "mlp", parameters, None, state)[0] for z, q, e, state in parts])
+    # Each chunk has tensors of its own, for all of its tokens.
+    per_chunk = zip(*(tensor.unsqueeze(1).split(count) for tensor in parameters), strict=True)
+    pairs = zip(parts, per_chunk, strict=True)
+    return torch.cat([remix_tile(z, q, e.mT, "mlp", own, None, state)[0] for (z, q, e, state), own in pairs])
 
 
 def _states_after(chunk: torch.Tensor, place: torch.Tensor, tile: Tile) -> torch.Tensor:
@@ -156,6 +163,7 @@ def _remix_requests(
     cu_seqlens: torch.Tensor,
     max_query_length: int,
     snapshot_positions: torch.Tensor | None,
+    adapters: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Requests of any lengths, in chunks: read-outs, and the states at the snapshots."""
     # Servers count in int32, indices are int64.
@@ -168,12 +176,16 @@ def _remix_requests(
         starts = _delta_starts(chunks, state, layout, max_query_length)
         remixed, states_after = chunks.readouts(starts), partial(chunks.states_after, states=starts)
     else:
-        tile = _sum(inputs, state, layout)
+        tile, parameters = _sum(inputs, state, layout), inputs.parameters
         states_after = partial(_states_after, tile=tile)
+        if adapters is not None:
+            # All of a request's tokens have the adapter of the first.
+            first = cu_seqlens[:-1].index_select(0, layout.request).clamp_(max=tokens - 1)
+            parameters = _rows_of(parameters, adapters.index_select(0, first))
         if inputs.mixer == "mlp":
-            remixed = _remix_mlp(tile, inputs.parameters)
+            remixed = _remix_mlp(tile, parameters)
         else:
-            remixed = forward_tile(tile, probabilities(tile, inputs.mixer, inputs.parameters[0].to(tile.z.dtype)))
+            remixed = forward_tile(tile, probabilities(tile, inputs.mixer, parameters[0].to(tile.z.dtype)))
     readout = remixed.flatten(0, 1).index_select(0, layout.place_of())
     # Positions that are no token's get the state of some token, which nobody reads: to leave them out, their number
     # would have to be known.
@@ -185,6 +197,34 @@ def _remix_requests(
         empty = cu_seqlens[1:] == cu_seqlens[:-1]
         states = torch.where(empty[:, None, None], state, states)
     return readout, states
+
+
+def _rows_of(parameters: tuple[torch.Tensor, ...], rows: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    return tuple(tensor.index_select(0, rows) for tensor in parameters)
+
+
+def _remix(
+    inputs: RemixInputs,
+    cu_seqlens: torch.Tensor | None,
+    state: torch.Tensor,
+    max_query_length: int,
+    snapshot_positions: torch.Tensor | None,
+    adapters: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Read-outs, and the states at the snapshots; with adapters, the mixer's tensors are stacked, [adapters, ...]."""
+    if cu_seqlens is not None:
+        return _remix_requests(inputs, state, cu_seqlens, max_query_length, snapshot_positions, adapters)
+    # Each token is a request, and so a batch row of one token.
+    z, q, e = (tensor.unsqueeze(1) for tensor in inputs[:3])
+    parameters = inputs.parameters
+    if adapters is not None:
+        first, *others = _rows_of(parameters, adapters)
+        # A bias is added to [batch, tokens, slots].
+        parameters = (first if inputs.mixer == "linear" else first.unsqueeze(1), *others)
+    readout, states = remix(z, q, e, inputs.mixer, parameters, None, state)
+    if snapshot_positions is not None:
+        states = states.index_select(0, snapshot_positions.clamp(0, states.shape[0] - 1))
+    return readout.squeeze(1), states
 
 
 def ragged_side_path(
@@ -205,18 +245,40 @@ def ragged_side_path(
         stream, initial_state = hidden_states.to(dtype), state.to(dtype)
         values, queries, logits = read(stream, parameters.read, parameters.read_sizes(options.mixer))
         weights = enter(logits, None, options, parameters.mixer)
-        if cu_seqlens is None:
-            # Each token is a request, and so a batch row of one token.
-            z, q, e = values.unsqueeze(1), queries.unsqueeze(1), weights.unsqueeze(1)
-            readout, states = remix(z, q, e, options.mixer, parameters.mixer, None, initial_state)
-            readout = readout.squeeze(1)
-            if snapshot_positions is not None:
-                states = states.index_select(0, snapshot_positions.clamp(0, states.shape[0] - 1))
-        else:
-            inputs = RemixInputs(values, queries, weights, options.mixer, parameters.mixer, None, None)
-            readout, states = _remix_requests(inputs, initial_state, cu_seqlens, max_query_length, snapshot_positions)
+        inputs = RemixInputs(values, queries, weights, options.mixer, parameters.mixer, None, None)
+        readout, states = _remix(inputs, cu_seqlens, initial_state, max_query_length, snapshot_positions)
         # delta = alpha r W_write^T: a strength per token scales r.
         if isinstance(alpha, torch.Tensor):
             readout, alpha = readout * alpha.to(dtype).unsqueeze(1), 1.0
         written = write_back(stream, readout, parameters, options, alpha)
+    return RaggedOutput(written.to(hidden_states.dtype), states.to(state.dtype))
+
+
+def ragged_adapters(
+    hidden_states: torch.Tensor,
+    parameters: StackedParameters,
+    options: SidePathOptions,
+    *,
+    adapters: torch.Tensor,
+    cu_seqlens: torch.Tensor | None,
+    state: torch.Tensor,
+    max_query_length: int,
+    snapshot_positions: torch.Tensor | None = None,
+    alpha: torch.Tensor | None = None,
+) -> RaggedOutput:
+    """Run each request's own side path on requests laid end to end; see `ragged_reference.ragged_adapters`."""
+    dtype = working_dtype(hidden_states.dtype)
+    with full_precision(hidden_states.device.type):
+        stream, initial_state = hidden_states.to(dtype), state.to(dtype)
+        own = adapters.clamp(min=0)
+        values, queries, logits = stacked.read(stream, parameters, parameters.read_sizes(options.mixer), own)
+        # Only the gates' bias of `delta`, which is that of each token's adapter, enters here.
+        weights = enter(logits, None, options, _rows_of(parameters.mixer[:1], own))
+        inputs = RemixInputs(values, queries, weights, options.mixer, parameters.mixer, None, None)
+        readout, states = _remix(inputs, cu_seqlens, initial_state, max_query_length, snapshot_positions, own)
+        strength = parameters.alpha.index_select(0, own)
+        strength = strength if alpha is None else strength * alpha.to(dtype)
+        # Without an adapter nothing is read, and so nothing is written: h' is h.
+        readout = (readout * strength.unsqueeze(1)).masked_fill(adapters.unsqueeze(1) < 0, 0.0)
+        written = stacked.write_back(stream, readout, parameters, own, options.writeback)
     return RaggedOutput(written.to(hidden_states.dtype), states.to(state.dtype))

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import pairwise
 
 import torch
 
 from . import reference
 from .parameters import RaggedOutput, SidePathOptions, SidePathParameters
+from .stacked import StackedParameters
 
 
 def ragged_side_path(
@@ -61,3 +63,57 @@ def ragged_side_path(
         (snapshot_positions >= 0) & (snapshot_positions < bounds[-1]), snapshot_positions, hidden_states.shape[0]
     )
     return RaggedOutput(written, snapshots[tokens])
+
+
+def ragged_adapters(
+    hidden_states: torch.Tensor,
+    parameters: StackedParameters,
+    options: SidePathOptions,
+    *,
+    adapters: torch.Tensor,
+    cu_seqlens: torch.Tensor | None,
+    state: torch.Tensor,
+    max_query_length: int,
+    snapshot_positions: torch.Tensor | None = None,
+    alpha: torch.Tensor | None = None,
+) -> RaggedOutput:
+    """Run the side paths of several adapters, each request's own, on requests laid end to end.
+
+    Args:
+        hidden_states: As in `ragged_side_path`, and so are all that are not named here.
+        parameters: The adapters' tensors.
+        options: The axes, without dropout and with the cap of `parameters`.
+        adapters: Each token's adapter, [tokens], int64, equal inside of a request; -1: none, and h' is h.
+        cu_seqlens: Where requests start and end.
+        state: The states before the requests.
+        max_query_length: The tokens of the longest request, or more.
+        snapshot_positions: The tokens after which the state is returned; where a token has no adapter, some state.
+        alpha: What scales each token's perturbation beside its adapter's strength, [tokens]. Default None: nothing.
+
+    Returns:
+        h' and the states.
+    """
+    outputs = []
+    for index, trained in enumerate(parameters.alpha.tolist()):
+        gate = None if parameters.gate is None else parameters.gate[index]
+        mixer = tuple(tensor[index] for tensor in parameters.mixer)
+        one = SidePathParameters(parameters.read[index], mixer, parameters.write[index].T, gate)
+        output = ragged_side_path(
+            hidden_states,
+            one,
+            replace(options, cap=float(parameters.cap[index])),
+            cu_seqlens=cu_seqlens,
+            state=state,
+            max_query_length=max_query_length,
+            snapshot_positions=snapshot_positions,
+            alpha=trained if alpha is None else trained * alpha,
+        )
+        outputs.append(output)
+    written, states = hidden_states.clone(), outputs[0].states.clone()
+    bounds = torch.arange(len(hidden_states) + 1) if cu_seqlens is None else cu_seqlens
+    positions = bounds[1:] - 1 if snapshot_positions is None else snapshot_positions
+    at_snapshots = adapters[positions.clamp(0, len(adapters) - 1)]
+    for index, output in enumerate(outputs):
+        written[adapters == index] = output.hidden_states[adapters == index]
+        states[at_snapshots == index] = output.states[at_snapshots == index]
+    return RaggedOutput(written, states)

@@ -21,8 +21,8 @@ def mix_mlp(memory: torch.Tensor, queries: torch.Tensor, parameters: tuple[torch
     """`reference.mix_mlp` in four large products, and without one small product per token for the read."""
     # Copies, which lie aligned: by tensors that are mapped from a file, products would round as these lie in it.
     bias, slot_in, slot_out, channel_in, channel_out = (tensor.to(memory.dtype, copy=True) for tensor in parameters)
-    memory = memory + F.linear(F.gelu(F.linear(memory.mT, slot_in)), slot_out).mT
-    memory = memory + F.linear(F.gelu(F.linear(memory, channel_in)), channel_out)
+    memory = memory + (F.gelu(memory.mT @ slot_in.mT) @ slot_out.mT).mT
+    memory = memory + F.gelu(memory @ channel_in.mT) @ channel_out.mT
     scores = (queries.unsqueeze(-2) * memory).sum(-1) / math.sqrt(queries.shape[-1])
     return ((scores + bias).softmax(-1).unsqueeze(-1) * memory).sum(-2)
 

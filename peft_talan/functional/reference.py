@@ -149,7 +149,7 @@ def remix_slots(memory: torch.Tensor, parameters: tuple[torch.Tensor, ...]) -> t
     """
     _, slot_in, slot_out, channel_in, channel_out = (tensor.to(memory.dtype) for tensor in parameters)
     memory = memory + slot_out @ F.gelu(slot_in @ memory)
-    return memory + F.gelu(memory @ channel_in.T) @ channel_out.T
+    return memory + F.gelu(memory @ channel_in.mT) @ channel_out.mT
 
 
 def mix_mlp(memory: torch.Tensor, queries: torch.Tensor, parameters: tuple[torch.Tensor, ...]) -> torch.Tensor:

@@ -11,7 +11,7 @@ from .parameters import NORM_EPSILON
 
 
 def change_add(
-    hidden_states: torch.Tensor, delta: torch.Tensor, gate: torch.Tensor | None, cap: float
+    hidden_states: torch.Tensor, delta: torch.Tensor, gate: torch.Tensor | None, cap: float | torch.Tensor
 ) -> torch.Tensor:
     """Write the perturbation as it is: `h' - h = delta`."""
     return delta
@@ -32,14 +32,14 @@ def gate_openings(hidden_states: torch.Tensor, gate: torch.Tensor | None) -> tor
 
 
 def change_gated(
-    hidden_states: torch.Tensor, delta: torch.Tensor, gate: torch.Tensor | None, cap: float
+    hidden_states: torch.Tensor, delta: torch.Tensor, gate: torch.Tensor | None, cap: float | torch.Tensor
 ) -> torch.Tensor:
     """Write through one gate per token: `h' - h = gate delta`."""
     return gate_openings(hidden_states, gate).unsqueeze(-1) * delta
 
 
 def change_capped(
-    hidden_states: torch.Tensor, delta: torch.Tensor, gate: torch.Tensor | None, cap: float
+    hidden_states: torch.Tensor, delta: torch.Tensor, gate: torch.Tensor | None, cap: float | torch.Tensor
 ) -> torch.Tensor:
     """Write inside a trust region: `h' - h = delta min(1, rho |h| / |delta|)`."""
     tiny = torch.finfo(delta.dtype).tiny
@@ -49,7 +49,7 @@ def change_capped(
 
 
 def change_orthogonal(
-    hidden_states: torch.Tensor, delta: torch.Tensor, gate: torch.Tensor | None, cap: float
+    hidden_states: torch.Tensor, delta: torch.Tensor, gate: torch.Tensor | None, cap: float | torch.Tensor
 ) -> torch.Tensor:
     """Write without a component along h: `h' - h = delta - h (h . delta) / |h|^2`."""
     tiny = torch.finfo(delta.dtype).tiny

@@ -8,14 +8,15 @@ determine, and asks the device nothing.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch.nn import functional as F
 
 from ..axes import check_causal
 from ..functional.parameters import SidePathOptions, SidePathParameters, working_dtype
-from ..functional.ragged import ragged_side_path, request_of
+from ..functional.ragged import ragged_adapters, ragged_side_path, request_of
+from ..functional.stacked import StackedParameters
 from ..memory.token_layout import TokenLayout
 
 
@@ -163,19 +164,56 @@ class PagedMemory:
     ) -> torch.Tensor:
         """Run the side path on the flat tokens of many requests, [(1,) tokens, hidden_size]; it needs no layout."""
         check_causal(options.scope)
-        pages = self.pages
-        shape = (pages.num_pages, *parameters.state_shape(options.mixer))
-        pool = self.pools.pool(self.block_index, self.name, shape, hidden_states)
+        pool = self._pool(parameters, options.mixer, hidden_states)
         output = ragged_side_path(
             hidden_states.view(-1, hidden_states.shape[-1]),
             parameters,
             options,
-            cu_seqlens=pages.cu_seqlens,
-            state=pool.index_select(0, pages.previous).masked_fill_(pages.is_new[:, None, None], 0.0),
-            max_query_length=pages.max_query_length,
-            snapshot_positions=pages.snapshot_positions,
             alpha=alpha if self.strength is None else alpha * self.strength,
+            **self._requests(pool),
         )
         # Each page is written once, but for one that nobody reads.
-        pool.index_copy_(0, pages.written, output.states)
+        pool.index_copy_(0, self.pages.written, output.states)
         return output.hidden_states.view_as(hidden_states)
+
+    @torch.no_grad()
+    def append_adapters(
+        self,
+        hidden_states: torch.Tensor,
+        parameters: StackedParameters,
+        options: SidePathOptions,
+        adapters: torch.Tensor,
+    ) -> torch.Tensor:
+        """Run the side path of each request's adapter on the flat tokens of many requests.
+
+        Args:
+            hidden_states: h, [tokens, hidden_size].
+            parameters: The adapters' tensors.
+            options: The axes that they share.
+            adapters: Each token's adapter, [tokens], int64; -1: none.
+
+        Returns:
+            h', [tokens, hidden_size].
+        """
+        pool = self._pool(parameters, options.mixer, hidden_states)
+        output = ragged_adapters(
+            hidden_states, parameters, options, adapters=adapters, alpha=self.strength, **self._requests(pool)
+        )
+        pool.index_copy_(0, self.pages.written, output.states)
+        return output.hidden_states
+
+    def _pool(
+        self, parameters: SidePathParameters | StackedParameters, mixer: str, hidden_states: torch.Tensor
+    ) -> torch.Tensor:
+        shape = (self.pages.num_pages, *parameters.state_shape(mixer))
+        return self.pools.pool(self.block_index, self.name, shape, hidden_states)
+
+    def _requests(self, pool: torch.Tensor) -> dict[str, Any]:
+        """What the operators need to know of this call's requests."""
+        pages = self.pages
+        return {
+            "cu_seqlens": pages.cu_seqlens,
+            "state": pool.index_select(0, pages.previous).masked_fill_(pages.is_new[:, None, None], 0.0),
+            "max_query_length": pages.max_query_length,
+            "snapshot_positions": pages.snapshot_positions,
+        }

@@ -9,6 +9,7 @@ import torch
 
 from peft_talan.functional import ragged, ragged_reference, reference
 from peft_talan.functional.parameters import MIXERS, WRITEBACKS, SidePathOptions, SidePathParameters, read_sizes
+from peft_talan.functional.stacked import StackedParameters
 
 from .inputs import HIDDEN_SIZE, LargestTensor, assert_equal_up_to_rounding, memory, mixer_tensors, side_path_tensors
 
@@ -82,6 +83,54 @@ def test_each_token_has_a_strength_of_its_own(lengths: list[int]) -> None:
         expected = ragged_reference.ragged_side_path(*arguments, **given)
         assert_equal_up_to_rounding(found.hidden_states[:real], expected.hidden_states[:real])
         assert_equal_up_to_rounding(found.states, expected.states)
+
+
+def stacked_call(lengths: list[int], padded: int, mixer: Any, writeback: Any) -> tuple[dict[str, Any], int]:
+    """Requests of three adapters in turn, and of none."""
+    (hidden, _, options), given, real = call(lengths, padded, mixer, writeback)
+    several = [side_path_tensors(mixer, writeback) for _ in range(3)]
+    parameters = StackedParameters(
+        read=torch.stack([one.read for one in several]),
+        mixer=tuple(torch.stack(tensors) for tensors in zip(*(one.mixer for one in several), strict=True)),
+        write=torch.stack([one.write.T for one in several]),
+        gate=torch.stack([one.gate for one in several]) if several[0].gate is not None else None,
+        alpha=torch.tensor([1.0, 0.5, -2.0], dtype=torch.float64),
+        cap=torch.tensor([0.1, 0.2, 0.3], dtype=torch.float64),
+    )
+    of_request = (torch.arange(len(lengths)) + 1) % 4 - 1
+    adapters = torch.cat([of_request.repeat_interleave(torch.tensor(lengths)), torch.full((padded,), -1)])
+    given |= {"alpha": torch.randn(real + padded, dtype=torch.float64), "adapters": adapters}
+    return {"hidden_states": hidden, "parameters": parameters, "options": options, **given}, real
+
+
+@pytest.mark.parametrize("mixer", MIXERS)
+@pytest.mark.parametrize("lengths", [*LENGTHS.values(), None], ids=[*LENGTHS, "each token is a request"])
+def test_requests_of_several_adapters_equal_the_reference(lengths: list[int] | None, mixer: Any) -> None:
+    for writeback in WRITEBACKS:
+        given, real = stacked_call(lengths or [1] * 7, PADDING if lengths else 0, mixer, writeback)
+        if lengths is None:
+            given["cu_seqlens"] = None
+        for snapshot_positions in (None, torch.arange(real)) if real else (None,):
+            found = ragged.ragged_adapters(**given, snapshot_positions=snapshot_positions)
+            expected = ragged_reference.ragged_adapters(**given, snapshot_positions=snapshot_positions)
+            assert found.hidden_states.isfinite().all() and found.states.isfinite().all()
+            without = given["adapters"] < 0
+            assert torch.equal(found.hidden_states[without], given["hidden_states"][without])
+            if real:
+                assert_equal_up_to_rounding(found.hidden_states[~without], expected.hidden_states[~without])
+            if snapshot_positions is not None and (~without).any():
+                with_adapter = ~without[:real]
+                assert_equal_up_to_rounding(found.states[with_adapter], expected.states[with_adapter])
+
+
+def test_another_adapter_changes_nothing() -> None:
+    given, _ = stacked_call([9, 30, 21, 5], 0, "attention", "add")
+    before = ragged.ragged_adapters(**given)
+    given["parameters"].read[1], given["parameters"].write[1] = 3.0, -2.0
+    after = ragged.ragged_adapters(**given)
+    others = given["adapters"] != 1
+    assert torch.equal(after.hidden_states[others], before.hidden_states[others])
+    assert not torch.equal(after.hidden_states, before.hidden_states)
 
 
 def test_the_reference_runs_each_request_as_a_sequence_of_its_own() -> None:

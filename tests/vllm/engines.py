@@ -1,7 +1,7 @@
 """Tiny models whose folders embed a side path, the tokens that `generate` gives for them, and vLLM engines.
 
-`python -m tests.vllm.engines FOLDER OPTIONS REQUESTS ANSWERS` runs an engine in processes of its own; options and
-requests (prompts and strengths) are JSON, the answers go to a file.
+`python -m tests.vllm.engines RUNS FILE` runs engines, one after the other, in processes of its own. Runs (folder,
+options of the engine, requests: prompts, strengths and adapters) are JSON, and so is the file of results.
 """
 
 from __future__ import annotations
@@ -9,10 +9,13 @@ from __future__ import annotations
 import gc
 import json
 import os
+import signal
+import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -129,16 +132,22 @@ def make_prompts() -> list[list[int]]:
     return [(shared if number % 2 else []) + draw(5 + 13 * number) for number in range(8)]
 
 
-def generate(folder: Path, prompts: list[list[int]], strength: float = 1.0) -> list[list[int]]:
+def generate(
+    folder: Path, prompts: list[list[int]], strength: float = 1.0, adapter: Path | None = None
+) -> list[list[int]]:
     """What transformers gives, one prompt at a time."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     if any(merged_layers(model)):
         set_talan_strength(model, strength)
+    if adapter is not None:
+        model = PeftModel.from_pretrained(model, adapter).eval()
+        if strength != 1.0:
+            set_talan_strength(model, strength)
     answers = []
     for prompt in prompts:
         tokens = torch.tensor([prompt])
         mask = torch.ones_like(tokens)
-        answer = model.generate(tokens, attention_mask=mask, max_new_tokens=NEW_TOKENS, do_sample=False)
+        answer = model.generate(input_ids=tokens, attention_mask=mask, max_new_tokens=NEW_TOKENS, do_sample=False)
         answers.append(answer[0, len(prompt) :].tolist())
     return answers
 
@@ -180,18 +189,33 @@ def clean_up() -> None:
     cleanup_dist_env_and_memory()
 
 
-def ask(
-    served: Any, prompts: list[list[int]], strengths: list[float | None] | None = None
-) -> tuple[list[list[int]], list[int]]:
-    """The answers of an engine, and how many tokens of each prompt it had in its cache."""
+def greedy(**options: Any) -> Any:
+    """vLLM's parameters of what `generate` does."""
     from vllm import SamplingParams
 
-    greedy = {"temperature": 0.0, "max_tokens": NEW_TOKENS, "stop_token_ids": [_TOKENS["eos_token_id"]]}
+    return SamplingParams(temperature=0.0, max_tokens=NEW_TOKENS, stop_token_ids=[_TOKENS["eos_token_id"]], **options)
+
+
+def ask(
+    served: Any,
+    prompts: list[list[int]],
+    strengths: list[float | None] | None = None,
+    adapters: list[tuple[str, int, str] | None] | None = None,
+    **options: Any,
+) -> tuple[list[list[int]], list[int]]:
+    """The answers of an engine, and how many tokens of each prompt it had in its cache.
+
+    An adapter is a name, a number and a folder; options are vLLM's for each of them.
+    """
+    from vllm.lora.request import LoRARequest
+
     parameters = [
-        SamplingParams(**greedy, extra_args=None if strength is None else {"talan_strength": strength})
+        greedy(extra_args=None if strength is None else {"talan_strength": strength})
         for strength in strengths or [None] * len(prompts)
     ]
-    outputs = served.generate([{"prompt_token_ids": prompt} for prompt in prompts], parameters, use_tqdm=False)
+    loras = [None if one is None else LoRARequest(*one, **options) for one in adapters or [None] * len(prompts)]
+    requests: list[Any] = [{"prompt_token_ids": prompt} for prompt in prompts]
+    outputs = served.generate(requests, parameters, lora_request=loras, use_tqdm=False)
     return [list(output.outputs[0].token_ids) for output in outputs], [output.num_cached_tokens for output in outputs]
 
 
@@ -200,11 +224,56 @@ def preemptions(served: Any) -> int:
     return sum(metric.value for metric in served.get_metrics() if metric.name == "vllm:num_preemptions")
 
 
+def in_processes(runs: list[Any], folder: Path, **environment: str) -> tuple[list[Any], str]:
+    """Run engines in processes of their own; gives their results, if there are any, and the end of what is printed."""
+    report, printed = folder / "results", folder / "printed"
+    command = [sys.executable, "-m", "tests.vllm.engines", json.dumps(runs), str(report)]
+    with printed.open("w") as log:
+        process = subprocess.Popen(
+            command, env={**os.environ, **environment}, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+        )
+        try:
+            process.wait(timeout=900)
+        finally:
+            # vLLM's workers outlive a process that is killed.
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+    return json.loads(report.read_text()) if report.exists() else [], printed.read_text()[-40000:]
+
+
+def answer_in_this_process(folder: str, options: dict[str, Any], requests: list[Any], uni: bool) -> dict[str, Any]:
+    """Start an engine and ask it twice, the second time with a warm prefix cache."""
+    from vllm import LLM
+
+    if uni:
+        options = {"distributed_executor_backend": "uni", **options}
+    llm = LLM(**engine_options(Path(folder), **options))
+    answers = [ask(llm, *requests) for _ in range(2)]
+    result = {
+        "answers": [found for found, _ in answers],
+        "cached": sum(answers[1][1]),
+        "preempted": preemptions(llm),
+        "second_runner": llm.llm_engine.vllm_config.use_v2_model_runner,
+    }
+    if uni:
+        llm.llm_engine.engine_core.shutdown()
+        del llm
+        clean_up()
+    return result
+
+
+def interpret_triton() -> None:
+    """Let Triton run its kernels on a processor, as its interpreter does, before vLLM is imported."""
+    from triton.backends import backends
+
+    backends["cpu"] = SimpleNamespace(driver=SimpleNamespace(is_active=lambda: False))
+
+
 if __name__ == "__main__":
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
-    from vllm import LLM
-
-    folder, options, requests, answers = sys.argv[1:]
-    llm = LLM(**engine_options(Path(folder), **json.loads(options)))
-    Path(answers).write_text(json.dumps([ask(llm, *json.loads(requests))[0] for _ in range(2)]))
+    if os.environ.get("TRITON_INTERPRET"):
+        interpret_triton()
+    several = json.loads(sys.argv[1])
+    results = [answer_in_this_process(*one, uni=len(several) > 1) for one in several]
+    Path(sys.argv[2]).write_text(json.dumps(results))

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import ast
+import importlib
+import inspect
 from pathlib import Path
 
 import pytest
 
 import peft_talan.serving.vllm
-from peft_talan.private_names import VLLM
+from peft_talan.private_names import VLLM, VLLM_ATTRIBUTES
 
 from ..test_private_names import resolve
 
@@ -18,6 +20,12 @@ pytest.importorskip("vllm", reason="vLLM is installed in an environment of its o
 @pytest.mark.parametrize("name", VLLM)
 def test_name_exists(name: str) -> None:
     resolve(name)
+
+
+@pytest.mark.parametrize("name", VLLM_ATTRIBUTES)
+def test_attribute_is_set_where_it_is_said_to_be(name: str) -> None:
+    module, _, attribute = name.rpartition(".")
+    assert f".{attribute} = " in inspect.getsource(importlib.import_module(module))
 
 
 def test_no_name_of_vllm_is_imported_without_being_listed() -> None:

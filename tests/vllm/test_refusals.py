@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from peft_talan.serving.vllm.plugin import register
@@ -83,8 +84,8 @@ def test_a_bidirectional_memory(folder: Path, tmp_path: Path) -> None:
         configure(tmp_path)
 
 
-def test_vllms_own_adapters_are_not_side_paths(tmp_path: Path) -> None:
-    """As an adapter of vLLM's (`--lora-modules`), an adapter would lose its side path: vLLM refuses its tensors."""
+def test_without_the_plugin_an_adapter_is_no_adapter_of_vllms(tmp_path: Path) -> None:
+    """It would lose its side path: vLLM refuses its tensors."""
     from vllm.lora.lora_model import LoRAModel
     from vllm.lora.peft_helper import PEFTHelper
 
@@ -111,9 +112,13 @@ def test_strengths_of_requests(folder: Path) -> None:
             check(SamplingParams(extra_args={"talan_strength": strength}))
 
 
-def test_plain_models_are_left_alone(tmp_path: Path) -> None:
-    engines.save_model(tmp_path, "qwen3", merged=False)
-    assert configure(tmp_path).scheduler_config.scheduler_cls is None
+def test_plain_models_and_adapters_are_left_alone(tmp_path: Path) -> None:
+    engines.save_model(tmp_path / "base", "qwen3", merged=False)
+    base = engines.make_base(engines.CONFIGS["qwen3"])
+    get_peft_model(base, LoraConfig(target_modules=["q_proj"])).save_pretrained(tmp_path / "lora")
+    adapters: dict[str, Any] = {"additional_config": {"talan": {"adapters": [str(tmp_path / "lora")]}}}
+    for options in ({}, {"enable_lora": True}, {"enable_lora": True, **adapters}):
+        assert configure(tmp_path / "base", **options).scheduler_config.scheduler_cls is None
 
 
 def test_a_version_of_vllm_without_the_method_is_said(monkeypatch: pytest.MonkeyPatch) -> None:

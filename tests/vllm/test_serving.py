@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
-import subprocess
-import sys
 from collections.abc import Callable
-from contextlib import suppress
 from itertools import combinations
 from pathlib import Path
 from typing import Any
 
 import pytest
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 from . import engines
 
@@ -219,40 +215,28 @@ def test_load_formats(load_format: str, saved: Callable[..., Any], prompts: list
         assert (answers == expected) == (load_format != "dummy")
 
 
-def in_processes(folder: Path, requests: Any, report: Path, options: Any, **environment: str) -> str:
-    """Run an engine in processes of its own; gives what it printed."""
-    command = [sys.executable, "-m", "tests.vllm.engines", folder, json.dumps(options), json.dumps(requests), report]
-    printed = report.with_suffix(".log")
-    with printed.open("w") as log:
-        process = subprocess.Popen(
-            list(map(str, command)),
-            env={**os.environ, **environment},
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-        try:
-            process.wait(timeout=900)
-        finally:
-            # vLLM's workers outlive a process that is killed.
-            with suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-    return printed.read_text()
-
-
 def test_two_processes_share_the_model(saved: Callable[..., Any], prompts: list[list[int]], tmp_path: Path) -> None:
-    """With the engine and its scheduler in a process of their own, too, and requests of two strengths."""
+    """With the engine and its scheduler in a process of their own, too; requests of two strengths, and an adapter."""
     folder, trained = saved("qwen3")
-    weak = engines.generate(folder, prompts, 0.5)
-    strengths = [None, 0.5] * (len(prompts) // 2)
-    expected = [
-        one if strength is None else other for one, other, strength in zip(trained, weak, strengths, strict=True)
-    ]
-    options = {"enforce_eager": True, "tensor_parallel_size": 2}
-    requests = [prompts, strengths]
-    printed = in_processes(folder, requests, tmp_path / "answers", options, VLLM_ENABLE_V1_MULTIPROCESSING="1")
-    assert (tmp_path / "answers").exists(), printed[-4000:]
-    assert json.loads((tmp_path / "answers").read_text()) == [expected, expected]
+    engines.adapt(AutoModelForCausalLM.from_pretrained(folder), "default", 5).save_pretrained(tmp_path / "adapter")
+    adapter = ("adapter", 1, str(tmp_path / "adapter"))
+    kinds: list[tuple[float | None, Any]] = [(None, None), (0.5, None), (None, adapter), (0.5, adapter)]
+    answers = [trained, engines.generate(folder, prompts, 0.5)]
+    answers += [engines.generate(folder, prompts, strength, tmp_path / "adapter") for strength in (1.0, 0.5)]
+    asked = [kinds[number % 4] for number in range(len(prompts))]
+    expected = [answers[number % 4][number] for number in range(len(prompts))]
+    # On processors, requests without an adapter need an empty last slot.
+    options = {
+        "enforce_eager": True,
+        "tensor_parallel_size": 2,
+        "enable_lora": True,
+        "max_loras": 2,
+        "additional_config": {"talan": {"adapters": [adapter[2]]}},
+    }
+    runs = [(str(folder), options, [prompts, *zip(*asked, strict=True)])]
+    results, printed = engines.in_processes(runs, tmp_path, VLLM_ENABLE_V1_MULTIPROCESSING="1")
+    assert results, printed
+    assert results[0]["answers"] == [expected, expected]
 
 
 @pytest.mark.parametrize("options", [{}, {"shard": SHARD}], ids=["one file", "several files"])
@@ -260,7 +244,8 @@ def test_without_the_plugin_the_folder_is_refused(
     options: dict[str, str], saved: Callable[..., Any], prompts: list[list[int]], tmp_path: Path
 ) -> None:
     folder, _ = saved("qwen3", **options)
-    printed = in_processes(folder, [prompts], tmp_path / "answers", {"enforce_eager": True}, VLLM_PLUGINS="none")
-    assert not (tmp_path / "answers").exists()
+    runs = [(str(folder), {"enforce_eager": True}, [prompts])]
+    results, printed = engines.in_processes(runs, tmp_path, VLLM_PLUGINS="none")
+    assert not results
     assert "no module or parameter named" in printed
     assert "merged_side_paths_0" in printed

@@ -10,6 +10,7 @@ from vllm.platforms import current_platform
 from ...axes import check_causal
 from ...checkpoint.merged_config import MergedSidePath, merged_side_paths
 from ...tuner.merged import config_of
+from .adapter_kinds import ROOM, make_room, named_adapters
 from .strength import server_strength
 
 SCHEDULERS = {
@@ -43,6 +44,18 @@ def configure(vllm_config: Any) -> None:
     Raises:
         ValueError: An option of vLLM or of the adapter can't work; the message names the remedy.
     """
+    room = make_room(named_adapters(vllm_config.additional_config), vllm_config.model_config)
+    if room:
+        if vllm_config.lora_config is None:
+            raise ValueError('additional_config["talan"]: adapters by request need enable_lora (--enable-lora)')
+        if vllm_config.lora_config.target_modules is not None:
+            raise ValueError(
+                f"lora_target_modules={vllm_config.lora_config.target_modules!r}: vLLM would leave out adapters' LoRA "
+                "weights of all other modules; start it without"
+            )
+        vllm_config.additional_config[ROOM] = room
+    elif not merged_side_paths(vllm_config.model_config.hf_config.to_dict()):
+        return  # the adapters that were named are plain ones
     check_engine(vllm_config)
     scheduling, load, model = vllm_config.scheduler_config, vllm_config.load_config, vllm_config.model_config
     scheduling.scheduler_cls = SCHEDULERS[bool(scheduling.async_scheduling)]
@@ -95,7 +108,7 @@ def check_engine(vllm_config: Any) -> list[MergedSidePath]:
         check_causal(config_of(side_path).talan_memory_scope, side_path.adapter_name)
     server_strength(vllm_config)
     for reason in _reasons(vllm_config):
-        raise ValueError(f"{reason} (the model {vllm_config.model_config.model!r} has a TALAN side path)")
+        raise ValueError(f"{reason} (for the TALAN side paths of {vllm_config.model_config.model!r})")
     return side_paths
 
 

@@ -15,6 +15,7 @@ from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs
 from vllm.v1.request import RequestStatus
 
+from .adapter_versions import version_of
 from .strength import SESSION_REFUSAL, STRENGTH_OPTION, keep_prefixes_apart, request_strength
 
 
@@ -73,6 +74,8 @@ class PageScheduler(Scheduler):
             # What it computes before it ends lies in pages of the server's strength.
             given = request.sampling_params.extra_args.items()
             request.sampling_params.extra_args = {name: value for name, value in given if name != STRENGTH_OPTION}
+        if request.lora_request is not None:
+            request.lora_request = version_of(request.lora_request)
         keep_prefixes_apart(request)
         super().add_request(request)
 

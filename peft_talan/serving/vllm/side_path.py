@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from functools import partial
 from typing import Any
 
@@ -50,38 +51,24 @@ def _find_pages(
     return pages, strengths.per_token(page_of_token, num_pages)
 
 
-class _StepContext:
-    """Stands for the context of a block's call: one step's requests, whose pages and strengths are known."""
+class AroundBlock(nn.Module):
+    """Acts around a block's calls by one operator, with a state per page of the block's attention."""
 
-    def __init__(self, layer: PagedSidePaths, pages: Pages, strength: torch.Tensor) -> None:
-        self.layer, self.pages, self.strength = layer, pages, strength
+    child_name: str
 
-    def layout(self, hidden_states: torch.Tensor) -> TokenLayout:
-        return TokenLayout()
+    def set_up(self, child_name: str, positions: Collection[str], attention: Any, strengths: PageStrengths) -> None:
+        """Say what it needs, once the module is initialized.
 
-    def memory(self, child_name: str, name: str, *_: Any) -> PagedMemory:
-        return PagedMemory(self.layer.pools, self.pages, self.layer.block_index, name, self.strength)
-
-
-class PagedSidePaths(MergedSidePaths):
-    """The side paths that one merge left on a block, with a state per page of the block's attention.
-
-    Args:
-        hidden_size: H, the width of the residual stream.
-        block_index: The block's index.
-        depth: The number of the model's blocks.
-        stage: Which merge left them.
-        attention: The block's attention layer, whose pages the states follow.
-        strengths: The requests' strengths.
-    """
-
-    def __init__(
-        self, hidden_size: int, block_index: int, depth: int, stage: int, attention: Any, strengths: PageStrengths
-    ) -> None:
-        super().__init__(hidden_size, block_index, depth, stage)
+        Args:
+            child_name: The name as the block's child.
+            positions: At which ends of the block it acts.
+            attention: The block's attention layer, whose pages the states follow.
+            strengths: The requests' strengths.
+        """
         # In a tuple: it is the block's module.
         self._attention = (attention,)
-        self.layer_name = f"{attention.layer_name}.{self.child_name}"
+        self.child_name, self.positions = child_name, positions
+        self.layer_name = f"{attention.layer_name}.{child_name}"
         self.pools = PagePools()
         self.strengths = strengths
 
@@ -94,15 +81,15 @@ class PagedSidePaths(MergedSidePaths):
         """
         block.add_module(self.child_name, self)
         at_input, at_output = partial(self, position="input"), partial(self, position="output")
-        if "input" in self.talan_position.values():
-            # To this layer, what earlier merges left is a part of the block.
+        if "input" in self.positions:
+            # To this layer, what earlier ones left is a part of the block.
             block.register_forward_pre_hook(
                 lambda _, args, kwargs: place.change_input(at_input, args, kwargs), with_kwargs=True, prepend=True
             )
-        if "output" in self.talan_position.values():
+        if "output" in self.positions:
             block.register_forward_hook(lambda _, __, output: place.change_output(at_output, output))
 
-    def forward(self, hidden_states: torch.Tensor, position: str) -> torch.Tensor:  # type: ignore[override]
+    def forward(self, hidden_states: torch.Tensor, position: str) -> torch.Tensor:
         """Change the residual stream of a batch of requests.
 
         Args:
@@ -147,7 +134,51 @@ class PagedSidePaths(MergedSidePaths):
         known, key = forward_context.additional_kwargs.setdefault(_PAGES, {}), id(metadata)
         if key not in known:
             known[key] = _find_pages(metadata, hidden_states.shape[0], cache.shape[0], cache.shape[2], self.strengths)
-        context: Any = _StepContext(self, *known[key])
+        return self.run_requests(hidden_states, position, *known[key])
+
+    def run_requests(
+        self, hidden_states: torch.Tensor, position: str, pages: Pages, strength: torch.Tensor
+    ) -> torch.Tensor:
+        """Run the side paths of a step's requests, whose pages, and strengths by token, are known."""
+        raise NotImplementedError
+
+
+class _StepContext:
+    """Stands for the context of a block's call: one step's requests, whose pages and strengths are known."""
+
+    def __init__(self, layer: PagedSidePaths, pages: Pages, strength: torch.Tensor) -> None:
+        self.layer, self.pages, self.strength = layer, pages, strength
+
+    def layout(self, hidden_states: torch.Tensor) -> TokenLayout:
+        return TokenLayout()
+
+    def memory(self, child_name: str, name: str, *_: Any) -> PagedMemory:
+        return PagedMemory(self.layer.pools, self.pages, self.layer.block_index, name, self.strength)
+
+
+class PagedSidePaths(AroundBlock, MergedSidePaths):  # type: ignore[misc]
+    """The side paths that one merge left on a block.
+
+    Args:
+        hidden_size: H, the width of the residual stream.
+        block_index: The block's index.
+        depth: The number of the model's blocks.
+        stage: Which merge left them.
+        attention: The block's attention layer, whose pages the states follow.
+        strengths: The requests' strengths.
+    """
+
+    def __init__(
+        self, hidden_size: int, block_index: int, depth: int, stage: int, attention: Any, strengths: PageStrengths
+    ) -> None:
+        super().__init__(hidden_size, block_index, depth, stage)
+        self.set_up(self.child_name, self.talan_position.values(), attention, strengths)
+
+    def run_requests(
+        self, hidden_states: torch.Tensor, position: str, pages: Pages, strength: torch.Tensor
+    ) -> torch.Tensor:
+        """Run all side paths on all requests; see `AroundBlock.run_step`."""
+        context: Any = _StepContext(self, pages, strength)
         return self.run(hidden_states, position, context, dict.fromkeys(self.talan_options))
 
 

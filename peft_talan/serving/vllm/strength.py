@@ -88,16 +88,18 @@ class StrengthCheck(LogitsProcessor, LogitsProcessorV2):
 
 
 def keep_prefixes_apart(request: Any) -> None:
-    """Let a request share pages only with requests of the same strength.
+    """Let a request share pages only with requests of the same strength, and of the same version of an adapter.
 
     Args:
         request: vLLM's `Request`, before it is scheduled; what its prefixes are known by is computed again.
     """
     strength = request_strength(request.sampling_params)
-    if strength is None and request.cache_salt is None:
+    if strength is not None or request.cache_salt is not None:
+        # All salts are put in this form, so that no request can choose one that stands for another's strength.
+        request.cache_salt = json.dumps([strength, request.cache_salt])
+    elif request.lora_request is None:
         return
-    # All salts are put in this form, so that no request can choose one that stands for another's strength.
-    request.cache_salt = json.dumps([strength, request.cache_salt])
+    # An adapter's name is a part of what vLLM knows a prefix by.
     request.block_hashes = []
     request.update_block_hashes()
 

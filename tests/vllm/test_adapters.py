@@ -1,0 +1,180 @@
+"""vLLM serves TALAN adapters by request, beside plain LoRA adapters, and gives each the tokens of `generate`."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from . import engines
+from .adapters import ADAPTERS, PLAIN, Family
+
+pytest.importorskip("vllm", reason="vLLM is installed in an environment of its own: make test-vllm")
+
+SPECULATION = {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 2}
+OTHERS: dict[str, dict[str, Any]] = {
+    "linear": {"talan_mixer": "linear", "talan_writeback": "orthogonal"},
+    "capped": {"talan_writeback": "capped", "talan_cap": 0.3, "talan_layers": [0, 2]},
+    "loose": {"talan_writeback": "capped", "talan_cap": 0.6, "talan_slots": 4, "talan_dim": 16},
+}
+SETTINGS: dict[str, dict[str, Any]] = {
+    "eager, 64 tokens a step, two slots": {
+        "enforce_eager": True,
+        "max_num_batched_tokens": 64,
+        "max_loras": 2,
+        "max_cpu_loras": 2,
+    },
+    "eager, 12 pages": {"enforce_eager": True, "num_gpu_blocks_override": 12},
+    # On processors, vLLM gives requests without an adapter the LoRA weights of the last slot, which is empty here.
+    "compiled, and without an adapter": {"max_loras": len(ADAPTERS) + 2},
+}
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_answers_are_those_of_generate(setting: str, family: Family) -> None:
+    with engines.engine(family.base, **family.options(**SETTINGS[setting])) as served:
+        names = [*family.names, None] if "without" in setting else family.names
+        for _ in range(2):
+            cached = family.check(served, names)
+        assert sum(cached) > 0
+        assert (engines.preemptions(served) > 0) == ("12 pages" in setting)
+
+
+def test_other_kinds_and_sliding_attention(tmp_path: Path) -> None:
+    family = Family(tmp_path, "gemma3", OTHERS)
+    with engines.engine(family.base, enforce_eager=True, **family.options()) as served:
+        for _ in range(2):
+            family.check(served, family.names)
+
+
+def test_strengths(family: Family) -> None:
+    """Of one adapter and one prompt each, and of a plain adapter, which has none."""
+    strengths = [0.5, None, 0.0, None]
+    names = ["first", "first", "first", PLAIN]
+    prompt = family.prompts[2]
+    folder = family.folder / "first"
+    expected = [
+        engines.generate(family.base, [prompt], 1.0 if strength is None else strength, folder)[0]
+        for strength in strengths[:3]
+    ]
+    expected.append(family.answers[PLAIN][2])
+    assert len({tuple(answer) for answer in expected}) == 4
+    with engines.engine(family.base, enforce_eager=True, **family.options()) as served:
+        for _ in range(2):
+            answers, cached = engines.ask(served, [prompt] * 4, strengths, [family.request(name) for name in names])
+            assert answers == expected
+        assert cached == [engines.PAGE] * 4
+
+
+def test_new_tensors_in_the_same_folder(family: Family, tmp_path: Path) -> None:
+    """Loaded in place they are used, and what was cached is not; under a number that stands for others: refused."""
+    shutil.copytree(family.folder / "first", tmp_path, dirs_exist_ok=True)
+    adapter, prompts = [("first", 1, str(tmp_path))] * 2, family.prompts[:3:2]
+    before = family.answers["first"][:3:2]
+    adapted = engines.adapt(engines.make_base(engines.CONFIGS["qwen3"]), "default", 7)
+    with engines.engine(family.base, enforce_eager=True, **family.options(max_loras=2)) as served:
+        for options in ({}, {"load_inplace": True}):
+            for _ in range(2):
+                assert engines.ask(served, prompts, adapters=adapter, **options)[0] == before
+        adapted.save_pretrained(tmp_path)
+        after = engines.generate(family.base, prompts, adapter=tmp_path)
+        assert after != before
+        # It was loaded as it was, and stays so.
+        assert engines.ask(served, prompts, adapters=adapter)[0] == before
+        for cached in (0, engines.PAGE):
+            answers, found = engines.ask(served, prompts, adapters=adapter, load_inplace=True)
+            assert answers == after
+            assert found[0] == cached
+        running = served.llm_engine
+        prompt: Any = {"prompt_token_ids": prompts[0]}
+        served.enqueue([prompt], engines.greedy(), lora_request=request(*adapter[0]), use_tqdm=False)
+        running.step()
+        for seed in (8, 9):  # which take both slots
+            engines.adapt(engines.make_base(engines.CONFIGS["qwen3"]), "default", seed).save_pretrained(tmp_path)
+            running.add_lora(request(*adapter[0], load_inplace=True))
+        assert 1 not in running.list_loras()
+        (output,) = served.wait_for_completion(use_tqdm=False)
+        assert list(output.outputs[0].token_ids) == before[0]
+        running.remove_lora(1)
+        with pytest.raises(ValueError, match=r"lora_int_id=1: .* holds other tensors .* load it by a new number"):
+            running.add_lora(request("first", 1, tmp_path))
+        new = [("first", 2, str(tmp_path))] * 2
+        assert engines.ask(served, prompts, adapters=new)[0] == engines.generate(
+            family.base, prompts, adapter=tmp_path
+        )
+
+
+def request(name: str, number: int, folder: Path, **options: Any) -> Any:
+    from vllm.lora.request import LoRARequest
+
+    return LoRARequest(name, number, str(folder), **options)
+
+
+def configured(words: list[str]) -> Any:
+    """What `vllm serve` makes of its command line."""
+    from vllm import AsyncEngineArgs
+    from vllm.entrypoints.launchers.cli_args import make_arg_parser
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    arguments = make_arg_parser(FlexibleArgumentParser()).parse_args(words)
+    return AsyncEngineArgs.from_cli_args(arguments).create_engine_config()
+
+
+def test_the_command_line_makes_room(family: Family) -> None:
+    from peft_talan.serving.vllm.adapter_kinds import room_of
+
+    modules = [f"{name}={family.folder / name}" for name in ("first", "second", PLAIN)]
+    words = ["--model", str(family.base), "--enable-lora", "--skip-tokenizer-init"]
+    config = configured([*words, "--lora-modules", *modules])
+    (room,) = room_of(config)
+    assert (room.blocks, room.block_list, room.kind.mixer) == ((1, 3), "model.layers", "attention")
+    also = {"talan": {"adapters": [str(family.folder / "third")]}, "talan_strength": 0.5}
+    config = configured([*words, "--lora-modules", *modules, "--additional-config", json.dumps(also)])
+    assert [room.kind.mixer for room in room_of(config)] == ["mlp", "attention"]
+    assert config.additional_config["talan_strength"] == 0.5
+    config = configured([*words, "--lora-modules", modules[2]])
+    assert config.scheduler_config.scheduler_cls is None
+
+
+def test_adapters_that_can_not_be_served(family: Family, tmp_path: Path) -> None:
+    """Those that are named are refused as the engine starts, others as they are loaded; the engine serves on."""
+    from vllm.engine.arg_utils import EngineArgs
+
+    base = engines.CONFIGS["qwen3"]
+    refused: dict[str, tuple[dict[str, Any], str]] = {
+        "elsewhere": ({"talan_layers": [0]}, "side path at block 0 .* no room; name the adapter, or one like it"),
+        "wider": ({"talan_dim": 16}, "width=16.* no room; name the adapter"),
+        "dora": ({"use_dora": True}, "vLLM does not yet support DoRA"),
+        "whole": ({"modules_to_save": ["lm_head"]}, "Unsupported modules_to_save"),
+        "large": ({"r": 16}, "LoRA rank 16 is greater than max_lora_rank 8"),
+    }
+    for name, (options, _) in refused.items():
+        engines.adapt(engines.make_base(base), "default", **options).save_pretrained(tmp_path / name)
+    with engines.engine(family.base, enforce_eager=True, **family.options()) as served:
+        for number, (name, (_, message)) in enumerate(refused.items()):
+            with pytest.raises(ValueError, match=message):
+                served.llm_engine.add_lora(request(name, number + 10, tmp_path / name))
+        family.check(served, ["first"])
+
+    config = json.loads((family.folder / "first" / "adapter_config.json").read_text())
+    shutil.copytree(family.folder / "first", tmp_path / "later")
+    config["talan_memory_scope"] = "bidirectional"
+    (tmp_path / "later" / "adapter_config.json").write_text(json.dumps(config))
+    named: dict[str, tuple[Any, dict[str, Any], str]] = {
+        "a bidirectional memory": ([str(tmp_path / "later")], {}, "talan_memory_scope='bidirectional'"),
+        "without the option": ([str(family.folder / "first")], {"enable_lora": False}, "need enable_lora"),
+        "no list": (str(family.folder / "first"), {}, "give .*adapters"),
+        "some modules": (
+            [str(family.folder / "first")],
+            {"lora_target_modules": ["q_proj"]},
+            "lora_target_modules=.* start it without",
+        ),
+        "speculation": ([str(family.folder / "first")], {"speculative_config": SPECULATION}, "speculative_config: "),
+    }
+    for adapters, options, message in named.values():
+        given = family.options(additional_config={"talan": {"adapters": adapters}}, **options)
+        with pytest.raises(ValueError, match=message):
+            EngineArgs(**engines.engine_options(family.base, **given)).create_engine_config()

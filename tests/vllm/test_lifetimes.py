@@ -1,0 +1,97 @@
+"""What vLLM does to a request or a model beside generating once: the memory is right there, too."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.nn import functional as F
+from transformers import AutoModelForCausalLM
+
+from ..offline_hub import make_tokenizer
+from . import engines
+
+pytest.importorskip("vllm", reason="vLLM is installed in an environment of its own: make test-vllm")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("merged")
+    engines.save_model(path, "qwen3")
+    return path
+
+
+@pytest.fixture(scope="module")
+def model(folder: Path) -> Any:
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+@torch.no_grad()
+def test_probabilities_of_a_prompt_from_a_warm_cache(folder: Path, model: Any) -> None:
+    """vLLM computes such a prompt again."""
+    from vllm import SamplingParams
+
+    prompts = engines.make_prompts()[1:4]
+    expected = [model(torch.tensor([prompt])).logits[0].argmax(-1).tolist() for prompt in prompts]
+    parameters = SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=1)
+    with engines.engine(folder, enforce_eager=True, max_num_batched_tokens=64) as served:
+        engines.ask(served, prompts)
+        for _ in range(2):
+            outputs = served.generate([{"prompt_token_ids": one} for one in prompts], parameters, use_tqdm=False)
+            for output, tokens in zip(outputs, expected, strict=True):
+                likeliest = [
+                    max(found, key=lambda token: found[token].logprob) for found in output.prompt_logprobs[1:]
+                ]
+                assert likeliest == tokens[:-1]
+
+
+def test_a_prompt_in_pieces(folder: Path) -> None:
+    """The session goes on from the token before the last sampled one, which it drops; its pages are shared."""
+    from vllm import SamplingParams
+    from vllm.v1.engine import EngineCoreRequest
+
+    pieces = [prompt[: engines.PAGE + 9] for prompt in engines.make_prompts()[1:4]]
+    names = ("mm_features", "pooling_params", "lora_request", "cache_salt", "data_parallel_rank")
+    parameters = SamplingParams(temperature=0.0, max_tokens=5)
+    spoken: list[int] = []
+    with engines.engine(folder, enforce_eager=True, max_num_batched_tokens=64) as served:
+        core = served.llm_engine.engine_core
+        for piece in [*pieces, None]:
+            core.add_request(
+                EngineCoreRequest(
+                    request_id="0",
+                    prompt_token_ids=piece or [0],
+                    sampling_params=parameters,
+                    arrival_time=0.0,
+                    resumable=piece is not None,
+                    **dict.fromkeys(names),
+                )
+            )
+            if piece is None:  # the end of the session
+                break
+            answer: list[int] = []
+            while len(answer) < 5:
+                answer += [token for output in core.get_output().outputs for token in output.new_token_ids]
+            assert answer == engines.generate(folder, [spoken + piece])[0][:5]
+            spoken += [*piece, *answer[:-1]]
+        whole = [spoken + engines.make_prompts()[0]]
+        assert engines.ask(served, whole) == (
+            engines.generate(folder, whole),
+            [len(spoken) // engines.PAGE * engines.PAGE],
+        )
+
+
+@torch.no_grad()
+def test_embeddings(folder: Path, model: Any) -> None:
+    """A pooling runner, which gives no tokens."""
+    prompts = engines.make_prompts()[1:4]
+    states = [model.model(torch.tensor([prompt])).last_hidden_state[0, -1] for prompt in prompts]
+    make_tokenizer().save_pretrained(folder)
+    options = {"runner": "pooling", "convert": "embed", "max_num_batched_tokens": 64, "skip_tokenizer_init": False}
+    with engines.engine(folder, enforce_eager=True, **options) as served:
+        for _ in range(2):
+            outputs = served.embed([{"prompt_token_ids": prompt} for prompt in prompts], use_tqdm=False)
+            found = torch.tensor([output.outputs.embedding for output in outputs])
+            torch.testing.assert_close(found, F.normalize(torch.stack(states), dim=-1))

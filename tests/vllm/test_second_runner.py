@@ -1,0 +1,45 @@
+"""vLLM's Model Runner V2, which it uses on GPUs, gives the tokens of `generate`: in Triton's interpreter.
+
+It has no kernels for processors, so they are interpreted; everything around them is what a GPU runs, without graphs.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from . import engines
+from .adapters import PLAIN, Family
+
+pytest.importorskip("vllm", reason="vLLM is installed in an environment of its own: make test-vllm")
+
+INTERPRETED = {"TRITON_INTERPRET": "1", "VLLM_USE_V2_MODEL_RUNNER": "1"}
+
+
+def test_answers_are_those_of_generate(family: Family, tmp_path: Path) -> None:
+    """Of a merged model, at two strengths, and of adapters by request; a few tokens a step, and a few pages."""
+    few: dict[str, Any] = {"enforce_eager": True, "num_gpu_blocks_override": 12, "max_num_batched_tokens": 64}
+    strengths, merged = (None, 0.5), tmp_path / "merged"
+    engines.save_model(merged, "qwen3")
+    prompts = family.prompts[:4]
+    pairs = [(prompt, strength) for prompt in prompts for strength in strengths]
+    by_request = [(number, name) for number in range(len(prompts)) for name in ("first", PLAIN, "second")]
+    runs: list[Any] = [
+        (str(merged), few, [list(part) for part in zip(*pairs, strict=True)]),
+        (
+            str(family.base),
+            family.options(**few),
+            [[prompts[number] for number, _ in by_request], None, [family.request(name) for _, name in by_request]],
+        ),
+    ]
+    results, printed = engines.in_processes(runs, tmp_path, **INTERPRETED)
+    assert results, printed
+    assert all(result["second_runner"] and result["preempted"] for result in results)
+    of_strength = {strength: engines.generate(merged, prompts, strength or 1.0) for strength in strengths}
+    expected = [
+        [of_strength[strength][number] for number in range(len(prompts)) for strength in strengths],
+        [family.answers[name][number] for number, name in by_request],
+    ]
+    assert [result["answers"] for result in results] == [[answers] * 2 for answers in expected]
