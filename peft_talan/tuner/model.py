@@ -50,6 +50,10 @@ class TalanModel(MergingModel):
     tuner_layer_cls = BaseTunerLayer  # type: ignore[assignment]  # LoraModel has LoRA's layers alone.
 
     def __init__(self, model: nn.Module, peft_config: Any, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        # Not as TALAN is registered: PEFT may be imported in the middle of transformers' own import then.
+        from .trainers import look_at_trainers
+
+        look_at_trainers()
         taken = getattr(model, "peft_config", {})
         if adapter_name in taken:
             raise ValueError(

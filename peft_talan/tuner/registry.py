@@ -14,7 +14,6 @@ from ..memory.cache import follow_class
 from .lorafa import let_lorafa_train_side_paths
 from .merged_loading import let_transformers_build_merged_models
 from .model import TalanModel
-from .trainers import look_at_trainers
 
 
 def register_talan() -> None:
@@ -33,6 +32,5 @@ def register_talan() -> None:
         write_cards_on_push()
         check_what_is_loaded_over()
         let_lorafa_train_side_paths()
-        look_at_trainers()
         follow_class(Cache)
         let_transformers_build_merged_models()

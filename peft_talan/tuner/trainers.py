@@ -21,6 +21,7 @@ from transformers.trainer_callback import (
 
 from ..checkpoint.names import without_wrappers
 from ..config import TalanConfig
+from ..private_names import OURS
 from .attachment import attached_side_paths
 from .trainability import frozen_tensors
 
@@ -114,12 +115,14 @@ class FrozenHalf(TrainerCallback, ExportableState):
 
 
 def look_at_trainers() -> None:
-    """Let every trainer of a model with side paths refuse what it would do wrong.
+    """Let every trainer of a model with side paths refuse what it would do wrong; a second call does nothing.
 
     The last event of a trainer's construction is the place: TRL's trainers start or call vLLM after that. A callback
     sees the same event, if it is given to each trainer; transformers has no public list of default callbacks.
     """
     on_init_end = CallbackHandler.on_init_end
+    if hasattr(on_init_end, OURS):
+        return
 
     @functools.wraps(on_init_end)
     def checked_on_init_end(
@@ -130,4 +133,5 @@ def look_at_trainers() -> None:
             self.add_callback(FrozenHalf())
         return on_init_end(self, args, state, control, **kwargs)
 
+    setattr(checked_on_init_end, OURS, True)
     CallbackHandler.on_init_end = checked_on_init_end  # type: ignore[method-assign]
