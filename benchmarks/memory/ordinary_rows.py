@@ -2,6 +2,7 @@
 
     python -m benchmarks.memory.ordinary_rows --arms TALAN --seeds 0 1 2 --changes '{"by_command": true}'
     python -m benchmarks.memory.ordinary_rows --arms LoRA --seeds 0 1 2 --changes '{"shrinking": {}}'
+    python -m benchmarks.memory.ordinary_rows --page docs/how-to/recall.md
 
 A row is a fact, a piece of a text, and one question about the fact; the loss is that of the answer alone. The facts
 are of one kind, or of three kinds mixed, and there are two texts: Python's manual, which every Python carries, and a
@@ -14,74 +15,35 @@ from __future__ import annotations
 
 import argparse
 import json
-import random
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from pydoc_data.topics import topics
 from typing import Any
 
 import torch
 from peft import LoraConfig
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase, TrainerCallback
+from transformers import AutoModelForCausalLM, TrainerCallback
 
 from peft_talan import TalanConfig
 from peft_talan.demo.base_model import default_model_folder
 from peft_talan.sft.data import Rows
 from peft_talan.sft.models import load_adapter, load_tokenizer
-from peft_talan.sft.prompts import encode
 from peft_talan.sft.recall import ShrinkingWindow
 from peft_talan.sft.scores import default_text, score_rows, text_loss
 from peft_talan.sft.training import make_trainer
 from peft_talan.sft.window import with_sliding_window
 
 from ..measure import code_version, machine
-from ..runs import Row, RunSettings, finished, run_missing
+from ..pages import columns_table, show
+from ..runs import Row, RunSettings, finished, read_lines, run_missing
+from .row_maker import RowMaker
 
 RESULTS = Path(__file__).parents[1] / "results" / "memory_ordinary_rows.jsonl"
-LICENCE = Path(__file__).parents[2] / "LICENSE"
-TRAINED_SHARE = 0.8
-"""How much of each text is trained on, from its start."""
-NAMES = (
-    "James Mary Robert Patricia John Jennifer Michael Linda David Elizabeth William Barbara Richard Susan Joseph "
-    "Jessica Thomas Karen Charles Sarah Daniel Lisa Matthew Nancy Anthony Sandra Mark Betty Donald Ashley Steven "
-    "Emily Paul Donna Andrew Michelle Joshua Carol Kenneth Amanda Kevin Olga Ingrid Pedro Hassan Fatima Yuki Igor"
-)
-PLACES = (
-    "London Paris Berlin Madrid Rome Vienna Lisbon Dublin Oslo Stockholm Helsinki Warsaw Prague Athens Cairo "
-    "Nairobi Lagos Tokyo Seoul Beijing Delhi Mumbai Sydney Melbourne Toronto Montreal Chicago Boston Denver "
-    "Seattle Houston Miami Lima Bogota Santiago Havana Geneva Munich Hamburg Venice Naples Milan Lyon Marseille "
-    "Porto Seville Valencia Krakow"
-)
-NUMBERS = " ".join(map(str, range(100, 1000)))
-COLOURS = "red blue green yellow black white orange purple pink brown grey gold silver violet scarlet olive"
-KINDS = (
-    ("The name of the witness is {}.\n", "\nThe name of the witness is", "\nWhat is the name of the witness?", NAMES),
-    ("The train goes to {}.\n", "\nThe train goes to", "\nWhere does the train go?", PLACES),
-    ("The code of the locker is #{}.\n", "\nThe code of the locker is #", "\nWhat is the code?", NUMBERS),
-)
-"""The fact, its question where a completion answers, its question where a message answers, and the answers."""
-FACTS = {
-    "mixed": KINDS,
-    "names": KINDS[:1],
-    "colours": (
-        (
-            "The colour of the door is {}.\n",
-            "\nThe colour of the door is",
-            "\nWhat is the colour of the door?",
-            COLOURS,
-        ),
-    ),
-}
-"""The kinds that a run's rows are of, in turn."""
 ARMS = ("TALAN", "LoRA")
-
-FULL = 1 << 20
-"""A window that is longer than any row."""
 
 Trained = tuple[Any, list[dict[str, Any]]]
 """The model in evaluation mode, and the log of its training."""
@@ -94,7 +56,7 @@ class Settings(RunSettings):
     Args:
         arm: One of `ARMS`.
         seed: Of the adapter, the rows, their order and the windows.
-        facts: A name of `FACTS`.
+        facts: A name of `row_maker.FACTS`.
         form: `prompt-completion` or `messages`.
         window: Keys that a token sees.
         steps: Optimizer steps.
@@ -110,7 +72,6 @@ class Settings(RunSettings):
         axes: Of the side path.
         scored: The lengths that are scored, in windows.
         rows: Held-out rows of each length.
-        teacher: The weight of the distance from the blocks' outputs with full attention; 0: no teacher.
         bf16: Whether products are rounded to bfloat16 in training.
         by_command: Whether `peft-talan train` trains, in a process of its own.
     """
@@ -133,55 +94,8 @@ class Settings(RunSettings):
     axes: dict[str, Any] | None = None
     scored: tuple[int, ...] = (1, 2, 4, 10)
     rows: int = 48
-    teacher: float = 0.0
     bf16: bool = False
     by_command: bool = False
-
-
-class RowMaker:
-    """Makes rows of a wanted length.
-
-    Args:
-        tokenizer: The model's.
-        form: `prompt-completion` or `messages`.
-        held_out: Whether to use the parts of the texts that aren't trained on.
-        facts: A name of `FACTS`.
-    """
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, form: str, held_out: bool, facts: str = "mixed") -> None:
-        self.tokenizer, self.form, self.kinds = tokenizer, form, FACTS[facts]
-        self.texts = []
-        for text in ("\n\n".join(topics[name] for name in sorted(topics)), LICENCE.read_text(encoding="utf-8")):
-            words = text.split()
-            end = int(TRAINED_SHARE * len(words))
-            part = " ".join(words[end:] if held_out else words[:end])
-            self.texts.append(list(tokenizer(part, add_special_tokens=False)["input_ids"]))
-
-    def make(self, kind: int, tokens: int, draw: random.Random) -> dict[str, Any]:
-        """One row of that many tokens or, as pieces of text can become other tokens, some fewer."""
-        fact, question, asked, answers = self.kinds[kind]
-        answer, text = draw.choice(answers.split()), draw.choice(self.texts)
-        start = draw.randrange(len(text) - tokens)
-        length = tokens
-        while True:
-            story = fact.format(answer) + self.tokenizer.decode(text[start : start + length])
-            if self.form == "messages":
-                said = {"role": "assistant", "content": answer}
-                row: dict[str, Any] = {"prompt": [{"role": "user", "content": story + asked}], "completion": [said]}
-            else:
-                completion = answer if question.endswith("#") else f" {answer}"
-                row = {"prompt": story + question, "completion": completion}
-            excess = sum(map(len, encode(self.tokenizer, row))) - tokens
-            if excess <= 0:
-                return row
-            length -= excess
-            if length < 0:
-                raise ValueError(f"tokens={tokens}: too few for the fact and its question")
-
-    def rows(self, count: int, shortest: int, longest: int, seed: int) -> list[dict[str, Any]]:
-        """Rows whose lengths are drawn, of all kinds in turn."""
-        draw = random.Random(seed)
-        return [self.make(i % len(self.kinds), draw.randint(shortest, longest), draw) for i in range(count)]
 
 
 class Printed(TrainerCallback):
@@ -191,45 +105,6 @@ class Printed(TrainerCallback):
         if logs and "loss" in logs and state.global_step % 10 == 0:
             recent = [entry["loss"] for entry in state.log_history[-10:] if "loss" in entry]
             print(state.global_step, round(sum(recent) / len(recent), 3), logs.get("window"), flush=True)
-
-
-class FullAttentionTeacher:
-    """Adds to a trainer's loss how far the blocks' outputs are from those of the same model with full attention.
-
-    The teacher is the base model without its adapter and its window. The distance is the squared one divided by the
-    squared length of the teacher's state, token by token; the mean over all tokens and blocks.
-
-    Args:
-        trainer: The trainer.
-        weight: Of the distance beside the loss.
-    """
-
-    def __init__(self, trainer: Any, weight: float) -> None:
-        self.trainer, self.weight, self.inner = trainer, weight, trainer.compute_loss
-        self.states: list[torch.Tensor] = []
-        self.answers: list[float] = []
-        body = trainer.model.get_base_model().model
-        for norm in [*(block.input_layernorm for block in body.layers[1:]), body.norm]:
-            norm.register_forward_pre_hook(lambda module, arguments: self.states.append(arguments[0]))
-        trainer.compute_loss = self
-
-    def __call__(self, model: Any, inputs: dict[str, Any], *arguments: Any, **options: Any) -> torch.Tensor:
-        self.states = []
-        loss: torch.Tensor = self.inner(model, inputs, *arguments, **options)
-        mine, self.states = self.states, []
-        self.answers.append(float(loss.detach()))
-        config = self.trainer.model.get_base_model().config
-        window, config.sliding_window = config.sliding_window, FULL
-        kept = {name: inputs[name] for name in ("input_ids", "attention_mask", "position_ids") if name in inputs}
-        with torch.no_grad(), self.trainer.model.disable_adapter():
-            self.trainer.model.get_base_model().model(**kept, use_cache=False)
-        config.sliding_window = window
-        valid = kept.get("attention_mask", torch.ones_like(kept["input_ids"])).bool()
-        distances = [
-            ((state - goal).float().square().sum(-1) / goal.float().square().sum(-1))[valid].mean()
-            for state, goal in zip(mine, self.states, strict=True)
-        ]
-        return loss + self.weight * torch.stack(distances).mean()
 
 
 def train_by_command(settings: Settings, folder: str, made: list[dict[str, Any]], output: Path) -> Trained:
@@ -283,12 +158,8 @@ def train_here(settings: Settings, folder: str, made: list[dict[str, Any]], outp
     )
     # The loss and the gradients of padded rows, without the time that padding takes.
     trainer.data_collator.padding_free = True
-    teacher = FullAttentionTeacher(trainer, settings.teacher) if settings.teacher else None
     trainer.train()
-    log = trainer.state.log_history
-    if teacher is not None:
-        log = [{**entry, "loss": loss} for entry, loss in zip(log, teacher.answers, strict=False) if "loss" in entry]
-    return trainer.model.eval(), log
+    return trainer.model.eval(), trainer.state.log_history
 
 
 def run(settings: Settings, folder: str) -> Row:
@@ -335,6 +206,30 @@ def describe(row: Row) -> str:
     return f"{settings['arm']} {settings['seed']}: {row['right']} {row['right_by_kind']} {row['last_loss']:.3f}"
 
 
+def table(rows: Sequence[Row]) -> str:
+    """All runs, with what differs between them, the right answers by length, and the loss on plain text."""
+
+    def of_settings(name: str) -> Callable[[Row], Any]:
+        return lambda row: row["settings"][name]
+
+    def right_at(windows: int) -> Callable[[Row], str]:
+        return lambda row: f"{row['right'].get(str(windows), '?')} of {row['settings']['rows']}"
+
+    return columns_table(
+        {
+            "facts": of_settings("facts"),
+            "rows": of_settings("form"),
+            "arm": of_settings("arm"),
+            "trained by": lambda row: "the command" if row["settings"]["by_command"] else "its parts",
+            "steps": of_settings("steps"),
+            "seed": of_settings("seed"),
+            **{f"{windows} window{'s' if windows > 1 else ''}": right_at(windows) for windows in (1, 2, 4, 10)},
+            "plain text, nats a token": lambda row: f"{row['text_loss']:.1f}",
+        },
+        rows,
+    )
+
+
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=None, help="a folder or a hub id; default: SmolLM2-135M-Instruct")
@@ -343,11 +238,15 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--form", choices=("prompt-completion", "messages"), default="prompt-completion")
     parser.add_argument("--changes", type=json.loads, default={}, help="other settings, as JSON")
     parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--page", type=Path, default=None, help="puts the table of the stored runs into a page")
     return parser
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     options = make_parser().parse_args(arguments)
+    if options.page is not None:
+        show({"memory ordinary rows": table(read_lines(options.results))}, options.page)
+        return
     folder, done = options.model or default_model_folder(), finished(options.results)
     wanted = [
         Settings(arm, seed, form=options.form, **options.changes) for seed in options.seeds for arm in options.arms
