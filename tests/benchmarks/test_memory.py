@@ -19,6 +19,7 @@ from transformers import AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFas
 from benchmarks.memory import binding, generation, one_run, ordinary_rows, real_model, report, study
 from benchmarks.memory.row_maker import KINDS, RowMaker
 from benchmarks.quality.tasks import plain_text
+from benchmarks.runs import read_lines
 from peft_talan.demo import recall
 from peft_talan.sft.prompts import encode
 
@@ -270,6 +271,6 @@ def test_ordinary_rows_are_trained_on_and_scored(asked_llama: str, tmp_path: Pat
 
 
 def test_the_page_on_recall_shows_the_stored_runs() -> None:
-    rows = study.read_lines(ordinary_rows.RESULTS)
+    rows = read_lines(ordinary_rows.RESULTS)
     remedy = "run python -m benchmarks.memory.ordinary_rows --page docs/how-to/recall.md"
     assert ordinary_rows.table(rows) in (PAGE.parent / "how-to" / "recall.md").read_text(encoding="utf-8"), remedy
