@@ -220,6 +220,7 @@ def table(rows: Sequence[Row]) -> str:
             "facts": of_settings("facts"),
             "rows": of_settings("form"),
             "arm": of_settings("arm"),
+            "side paths in": lambda row: (row["settings"]["axes"] or {}).get("talan_layers", "all"),
             "trained by": lambda row: "the command" if row["settings"]["by_command"] else "its parts",
             "steps": of_settings("steps"),
             "seed": of_settings("seed"),
