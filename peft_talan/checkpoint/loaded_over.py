@@ -101,4 +101,5 @@ def check_what_is_loaded_over() -> None:
                 _check_same(adapter_name, present, str(model_id), saved)
         return load(self, model_id, adapter_name, *args, **kwargs)
 
+    # mypy takes methods for final; PEFT has no hook where the adapter is there already.
     PeftModel.load_adapter = load_adapter  # type: ignore[method-assign]

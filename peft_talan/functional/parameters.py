@@ -70,6 +70,16 @@ def read_sizes(mixer: str, slots: int, width: int) -> tuple[int, int, int]:
     return (width, slots, DELTA_GATES + slots) if mixer == "delta" else (width, width, slots)
 
 
+def slots_of_rows(mixer: str, rows: int, width: int) -> int:
+    """M, the number of memory slots, from the rows of `W_read` and the latent width; see `read_sizes`."""
+    return (rows - width - DELTA_GATES) // 2 if mixer == "delta" else rows - 2 * width
+
+
+def state_shape(mixer: str, slots: int, width: int) -> tuple[int, int]:
+    """The shape of the state of one sequence: (slots, width + 1), N and D; of `delta` (slots, width)."""
+    return slots, width if mixer == "delta" else width + 1
+
+
 class SidePathParameters(NamedTuple):
     """The trainable tensors of one side path.
 
@@ -90,17 +100,15 @@ class SidePathParameters(NamedTuple):
 
     def slots(self, mixer: str) -> int:
         """M, the number of memory slots."""
-        rows, width = self.read.shape[0], self.write.shape[1]
-        return (rows - width - DELTA_GATES) // 2 if mixer == "delta" else rows - 2 * width
+        return slots_of_rows(mixer, self.read.shape[0], self.write.shape[1])
 
     def read_sizes(self, mixer: str) -> tuple[int, int, int]:
         """The channels of the three parts of `W_read`; see the function."""
         return read_sizes(mixer, self.slots(mixer), self.write.shape[1])
 
     def state_shape(self, mixer: str) -> tuple[int, int]:
-        """The shape of the state of one sequence: (slots, width + 1), N and D; of `delta` (slots, width)."""
-        width = self.write.shape[1]
-        return self.slots(mixer), width if mixer == "delta" else width + 1
+        """The shape of the state of one sequence; see the function."""
+        return state_shape(mixer, self.slots(mixer), self.write.shape[1])
 
     def to(self, device: torch.device) -> SidePathParameters:
         """The same tensors on a device.

@@ -272,8 +272,9 @@ def ragged_adapters(
         stream, initial_state = hidden_states.to(dtype), state.to(dtype)
         own = adapters.clamp(min=0)
         values, queries, logits = stacked.read(stream, parameters, parameters.read_sizes(options.mixer), own)
-        # Only the gates' bias of `delta`, which is that of each token's adapter, enters here.
-        weights = enter(logits, None, options, _rows_of(parameters.mixer[:1], own))
+        # Tokens enter by a tensor of their adapter with `delta` alone: its gates' bias.
+        entered_by = _rows_of(parameters.mixer, own) if options.mixer == "delta" else parameters.mixer
+        weights = enter(logits, None, options, entered_by)
         inputs = RemixInputs(values, queries, weights, options.mixer, parameters.mixer, None, None)
         readout, states = _remix(inputs, cu_seqlens, initial_state, max_query_length, snapshot_positions, own)
         strength = parameters.alpha.index_select(0, own)

@@ -12,7 +12,7 @@ import torch
 from torch.nn import functional as F
 
 from .fused import inverse_rms
-from .parameters import SidePathParameters
+from .parameters import read_sizes, slots_of_rows, state_shape
 from .writeback import WRITEBACK_RULES
 
 
@@ -35,17 +35,17 @@ class StackedParameters(NamedTuple):
     alpha: torch.Tensor
     cap: torch.Tensor
 
-    def of_one(self) -> SidePathParameters:
-        """The tensors of the first adapter, whose sizes are those of all."""
-        return SidePathParameters(self.read[0], tuple(tensor[0] for tensor in self.mixer), self.write[0].T)
+    def slots(self, mixer: str) -> int:
+        """M, the number of memory slots."""
+        return slots_of_rows(mixer, self.read.shape[1], self.write.shape[1])
 
     def read_sizes(self, mixer: str) -> tuple[int, int, int]:
         """The channels of the three parts of each `W_read`."""
-        return self.of_one().read_sizes(mixer)
+        return read_sizes(mixer, self.slots(mixer), self.write.shape[1])
 
     def state_shape(self, mixer: str) -> tuple[int, int]:
         """The shape of the state of one sequence."""
-        return self.of_one().state_shape(mixer)
+        return state_shape(mixer, self.slots(mixer), self.write.shape[1])
 
 
 def _own(per_adapter: torch.Tensor, adapters: torch.Tensor) -> torch.Tensor:

@@ -51,7 +51,7 @@ class AdapterReader:
         content = content_of(lora_dir)
         if self._is_other(lora_model_id, content) and lora_model_id in self._recent:
             return self._recent[lora_model_id]
-        self.check_content(lora_dir, lora_model_id)
+        self.check_content(lora_dir, lora_model_id, content)
         side_path = self._read_side_path(lora_dir)
         if side_path:
             skip_prefixes = [*(skip_prefixes or ()), SIDE_PATH_PREFIX]
@@ -81,17 +81,18 @@ class AdapterReader:
         """Keep an adapter no longer: it was removed, or is loaded again."""
         self._recent.pop(number, None)
 
-    def check_content(self, folder: str, number: int) -> None:
+    def check_content(self, folder: str, number: int, content: bytes) -> None:
         """Refuse another content under a number: pages of the first one may be in the cache.
 
         Args:
             folder: The adapter's folder.
             number: Its number.
+            content: As `content_of` returns it for the folder.
 
         Raises:
             ValueError: By this number, another content was loaded.
         """
-        if self._is_other(number, content_of(folder)):
+        if self._is_other(number, content):
             raise ValueError(
                 f"lora_int_id={number}: {folder!r} holds other tensors than it did when requests named this number, "
                 "and what is cached is theirs; load it by a new number or name, or with load_inplace=True"

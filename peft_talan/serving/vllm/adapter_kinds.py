@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from peft.utils import CONFIG_NAME
 from vllm.lora.utils import get_adapter_absolute_path
 
-from ...axes import check_causal
+from ...axes import Mixer, Position, Writeback, check_causal
 from ...checkpoint.checks import check_side_path, read_header
 from ...config import CheckpointLocation, TalanConfig
 from ...tuner.blocks import resolve_layers
@@ -40,9 +40,9 @@ class AdapterKind(NamedTuple):
         soft_cap: The cap of a token's weight in a slot.
     """
 
-    position: str
-    mixer: str
-    writeback: str
+    position: Position
+    mixer: Mixer
+    writeback: Writeback
     slots: int
     width: int
     soft_cap: float

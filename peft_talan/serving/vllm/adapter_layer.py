@@ -51,11 +51,7 @@ class AdapterSidePaths(AroundBlock, BaseLayerWithLoRA):
         super().__init__()
         self.set_up(child_name(number), {kind.position}, attention, strengths)
         self.kind, self.block_index = kind, block_index
-        self.options = SidePathOptions(
-            mixer=kind.mixer,  # type: ignore[arg-type]
-            writeback=kind.writeback,  # type: ignore[arg-type]
-            soft_cap=kind.soft_cap,
-        )
+        self.options = SidePathOptions(mixer=kind.mixer, writeback=kind.writeback, soft_cap=kind.soft_cap)
         self.shapes = {
             name: tensor.shape
             for name, tensor in empty_parameters(self.options, hidden_size, kind.slots, kind.width).items()

@@ -156,6 +156,7 @@ class _StepContext:
         return PagedMemory(self.layer.pools, self.pages, self.layer.block_index, name, self.strength)
 
 
+# Both bases define `forward`; that of `AroundBlock` is the one to call.
 class PagedSidePaths(AroundBlock, MergedSidePaths):  # type: ignore[misc]
     """The side paths that one merge left on a block.
 

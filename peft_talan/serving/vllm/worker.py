@@ -9,7 +9,7 @@ from vllm.utils.import_utils import resolve_obj_by_qualname
 
 from .adapter_files import AdapterReader
 from .adapter_layer import AdapterSidePaths
-from .adapter_versions import version_of
+from .adapter_versions import content_of, version_of
 from .checks import platform_worker
 from .loader import layers_of
 
@@ -47,7 +47,8 @@ class SidePathWorker(resolve_obj_by_qualname(platform_worker())):  # type: ignor
         """Load an adapter before requests name it, by the number that they will have."""
         version = version_of(lora_request)
         if self.vllm_config.lora_config is not None:  # else vLLM says that
-            self.reader.check_content(get_adapter_absolute_path(version.lora_path), version.lora_int_id)
+            folder = get_adapter_absolute_path(version.lora_path)
+            self.reader.check_content(folder, version.lora_int_id, content_of(folder))
         loaded: bool = super().add_lora(version)
         return loaded
 
