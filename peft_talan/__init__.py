@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from .tuner.registry import register_talan
     from .tuner.strength import set_talan_strength, talan_strength
     from .tuner.trainability import set_trainable, talan_param_groups
+    from .tuner.whitening import initialize_talan_weights
 
 __all__ = [
     "TalanConfig",
@@ -27,6 +28,7 @@ __all__ = [
     "TalanModel",
     "__version__",
     "export_lora",
+    "initialize_talan_weights",
     "register_talan",
     "set_talan_strength",
     "set_trainable",
@@ -40,6 +42,7 @@ _MODULES = {
     "TalanLayer": "tuner.layer",
     "TalanModel": "tuner.model",
     "export_lora": "checkpoint.lora",
+    "initialize_talan_weights": "tuner.whitening",
     "register_talan": "tuner.registry",
     "set_talan_strength": "tuner.strength",
     "set_trainable": "tuner.trainability",

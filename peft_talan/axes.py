@@ -15,7 +15,7 @@ from typing import Any, Literal, get_args
 
 Position = Literal["output", "input"]
 Mixer = Literal["attention", "linear", "mlp", "delta"]
-Writeback = Literal["add", "gated", "capped", "orthogonal"]
+Writeback = Literal["add", "gated", "capped", "orthogonal", "relative"]
 Trainable = Literal["joint", "side_path", "writeback", "low_rank"]
 MemoryScope = Literal["causal", "bidirectional"]
 
@@ -46,7 +46,7 @@ class SidePathAxes:
     talan_soft_cap: float = field(
         default=5.0, metadata={"help": "Tokens weigh between exp(-this) and exp(this) in a slot."}
     )
-    talan_writeback: Writeback = field(default="add", metadata={"help": "add, gated, capped or orthogonal."})
+    talan_writeback: Writeback = field(default="add", metadata={"help": "add, gated, capped, orthogonal or relative."})
     talan_cap: float = field(default=0.1, metadata={"help": "Largest |change| / |hidden state| of 'capped'."})
     talan_alpha: float = field(default=1.0, metadata={"help": "Strength of the perturbation."})
     talan_dropout: float = field(default=0.0, metadata={"help": "Dropout of the read-out."})

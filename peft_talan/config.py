@@ -81,8 +81,8 @@ class TalanConfig(SidePathAxes, LoraConfig):
             in place of slots that are means, by the delta rule. Default `"attention"`.
         talan_soft_cap (float): c of `e = exp(c tanh(a / c))`, in [1, 10]: a token weighs at most e^(2 c) times as much
             as another in a slot. More is for texts of more than some ten thousand tokens. Default 5.0.
-        talan_writeback ("add" | "gated" | "capped" | "orthogonal"): How the residual stream is changed. Default
-            `"add"`.
+        talan_writeback ("add" | "gated" | "capped" | "orthogonal" | "relative"): How the residual stream is changed.
+            Default `"add"`.
         talan_cap (float): rho of the `capped` writeback, the largest |change| / |hidden state|. Default 0.1.
         talan_alpha (float): The strength of the perturbation; 0: LoRA weights only. Default 1.0.
         talan_dropout (float): The probability of dropping a component of the read-out in training. Default 0.0.

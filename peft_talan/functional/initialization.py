@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from .parameters import SidePathOptions, read_sizes
+from .parameters import NORM_EPSILON, SidePathOptions, read_sizes, working_dtype
 
 HIDDEN_FACTOR = 2
 """How much wider than its input each hidden layer of the `mlp` mixer is."""
@@ -71,3 +71,35 @@ def empty_parameters(options: SidePathOptions, hidden_size: int, slots: int, wid
     """
     with torch.device("meta"):
         return initial_parameters(options, hidden_size, slots, width)
+
+
+def second_moment(hidden_states: torch.Tensor) -> torch.Tensor:
+    """Sum x x^T over tokens, `x = RMSNorm(h)` as the side path reads it.
+
+    Args:
+        hidden_states: h, [tokens, hidden_size], any float dtype.
+
+    Returns:
+        [hidden_size, hidden_size], at least float32.
+    """
+    rows = hidden_states.to(working_dtype(hidden_states.dtype))
+    rows = rows * torch.rsqrt(rows.square().mean(-1, keepdim=True) + NORM_EPSILON)
+    return rows.T @ rows
+
+
+def whitened(weight: torch.Tensor, moment: torch.Tensor, shrinkage: float) -> torch.Tensor:
+    """Turn a projection of white inputs into one of inputs with a given second moment.
+
+    `W L^-1`, `L L^T = E[x x^T] + shrinkage I`, each row scaled so that its output has a mean square of 1.
+
+    Args:
+        weight: W, [rows, hidden_size].
+        moment: E[x x^T], [hidden_size, hidden_size].
+        shrinkage: What is added to each direction's mean square.
+
+    Returns:
+        [rows, hidden_size], in the dtype of `moment`.
+    """
+    root = torch.linalg.cholesky(moment + shrinkage * torch.eye(len(moment), dtype=moment.dtype, device=moment.device))
+    rows = torch.linalg.solve_triangular(root, weight.to(moment.dtype), upper=False, left=False)
+    return rows / ((rows @ moment) * rows).sum(1, keepdim=True).sqrt()

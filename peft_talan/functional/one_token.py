@@ -258,7 +258,9 @@ def one_token(
         length = torch.hypot(torch.linalg.vector_norm(rows, dim=-1, keepdim=True), buffers.norm_floor)
         place.projected.baddbmm_(rows / length, read, beta=0, alpha=math.sqrt(rows.shape[-1]))
         readout = buffers.remix(place, options, parameters.mixer, valid)
-        if options.writeback == "add":
+        if options.writeback in ("add", "relative"):
+            if options.writeback == "relative":
+                readout = readout * _swap(length / math.sqrt(rows.shape[-1]))
             # As `write_back`, by the transposed matrix that is there already.
             written = _swap(torch.baddbmm(rows, _swap(readout), write, alpha=alpha))
             return written if written.dtype is hidden_states.dtype else written.to(hidden_states.dtype)

@@ -57,11 +57,19 @@ def change_orthogonal(
     return delta - hidden_states * ((hidden_states * delta).sum(-1, keepdim=True) / square)
 
 
+def change_relative(
+    hidden_states: torch.Tensor, delta: torch.Tensor, gate: torch.Tensor | None, cap: float | torch.Tensor
+) -> torch.Tensor:
+    """Write in units of the stream: `h' - h = rms(h) delta`, so that one learning rate suits all blocks."""
+    return delta * (hidden_states.square().mean(-1, keepdim=True) + NORM_EPSILON).sqrt()
+
+
 WRITEBACK_RULES: dict[str, Callable[..., torch.Tensor]] = {
     "add": change_add,
     "gated": change_gated,
     "capped": change_capped,
     "orthogonal": change_orthogonal,
+    "relative": change_relative,
 }
 
 

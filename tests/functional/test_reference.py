@@ -145,6 +145,8 @@ def token_by_token(
         elif options.writeback == "orthogonal":
             along = dot(h[t], delta) / length**2
             delta = [v - along * u for v, u in zip(delta, h[t], strict=True)]
+        elif options.writeback == "relative":
+            delta = [v * math.sqrt(length**2 / HIDDEN_SIZE + NORM_EPSILON) for v in delta]
         written.append([u + v for u, v in zip(h[t], delta, strict=True)])
     return torch.tensor(written, dtype=torch.float64)
 

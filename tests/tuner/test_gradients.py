@@ -62,7 +62,7 @@ def by_reference(model: PeftModel) -> list[torch.utils.hooks.RemovableHandle]:
 
 
 @pytest.mark.parametrize("mixer", ["attention", "linear", "mlp", "delta"])
-@pytest.mark.parametrize("writeback", ["add", "gated", "capped", "orthogonal"])
+@pytest.mark.parametrize("writeback", ["add", "gated", "capped", "orthogonal", "relative"])
 def test_gradients_of_a_whole_model_are_the_references(mixer: str, writeback: str) -> None:
     config = make_config(talan_mixer=mixer, talan_writeback=writeback, talan_grad_scale=0.5)
     model = make_model("qwen3", config).train()

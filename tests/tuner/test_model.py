@@ -57,7 +57,7 @@ def test_fresh_adapter_is_its_matched_low_rank_adapter(architecture: str, half: 
     assert torch.equal(logits(talan), logits(lora))
 
 
-@pytest.mark.parametrize("writeback", ["add", "gated", "capped", "orthogonal"])
+@pytest.mark.parametrize("writeback", ["add", "gated", "capped", "orthogonal", "relative"])
 @pytest.mark.parametrize("mixer", ["attention", "linear", "mlp", "delta"])
 def test_fresh_side_path_of_any_kind_changes_nothing(mixer: str, writeback: str) -> None:
     config = make_config(talan_mixer=mixer, talan_writeback=writeback, init_talan_weights=True, init_lora_weights=True)
