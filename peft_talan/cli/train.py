@@ -82,8 +82,8 @@ class RecallOptions:
         Option(
             min=2,
             help="Keys that a token sees in each block: gives the model a sliding window, and learns to recall what "
-            "lies further back. Unless they are given, --learning-rate is then 0.0003, --side-path-lr-scale 10, and "
-            "--talan-layers all",
+            "lies further back. Unless they are given, --learning-rate is then 0.0003, --side-path-lr-scale 1, "
+            "--talan-layers all, and --talan-writeback relative",
             show_default="the model's own",
         ),
     ] = None
@@ -94,8 +94,9 @@ class RecallOptions:
             return
         for options, name, value in (
             (training, "learning_rate", 3e-4),
-            (training, "side_path_lr_scale", 10.0),
+            (training, "side_path_lr_scale", 1.0),
             (axes, "talan_layers", "all"),
+            (axes, "talan_writeback", "relative"),
         ):
             source = context.get_parameter_source(name)
             if source is None or source.name == "DEFAULT":
@@ -240,6 +241,8 @@ def _train(
     trainer = training.make_trainer(
         model, tokenizer, rows, config, output, eval_rows=held_out, callbacks=callbacks, **arguments
     )
+    if window is not None and checkpoint is None:
+        training.start_from_data(trainer)
     outcome = trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     result = {"output": str(output), "steps": outcome.global_step, "loss": outcome.training_loss}
     if stop.requested and outcome.global_step < trainer.state.max_steps:

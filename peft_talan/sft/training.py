@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any, cast
 
@@ -20,9 +21,13 @@ from trl.trainer.sft_trainer import SFTTrainer
 from ..axes import refusal
 from ..checkpoint.saved_files import remove_saved_files
 from ..tuner.trainability import talan_param_groups
+from ..tuner.whitening import initialize_talan_weights
 from .callbacks import SavePromptForm
 from .data import DataError, Rows
 from .prompts import PromptForm, encode
+
+WHITENED_BATCHES = 16
+"""How many batches side paths start from; some thousand tokens are enough."""
 
 
 def remove_checkpoints(output: Path) -> None:
@@ -92,6 +97,12 @@ def set_side_path_rate(trainer: Trainer, scale: float) -> None:
     groups = talan_param_groups(model, arguments.learning_rate, scale, arguments.weight_decay)
     optimizer, options = trainer.get_optimizer_cls_and_kwargs(arguments, model)
     trainer.optimizer_cls_and_kwargs = (optimizer, {**options, "params": groups})
+
+
+def start_from_data(trainer: Trainer) -> None:
+    """Whiten what the side paths of a trainer's fresh adapter read, by the first batches that it would train on."""
+    batches = islice(trainer.get_train_dataloader(), WHITENED_BATCHES)
+    initialize_talan_weights(cast(PreTrainedModel, trainer.model), batches)
 
 
 def make_trainer(

@@ -313,16 +313,21 @@ def test_train_with_a_window_learns_the_last_answer_of_a_conversation(
 
 
 @pytest.mark.parametrize(
-    ("given", "rates", "layers"),
+    ("given", "rates", "layers", "writeback"),
     [
-        ([], {3e-4, 3e-3}, "all"),
+        ([], {3e-4}, "all", "relative"),
         # Those without a window: given ones hold, whatever they are.
-        (["--learning-rate", "2e-4", "--side-path-lr-scale", "5", "--talan-layers", "1"], {2e-4, 1e-3}, [1]),
-        (["--talan-layers", "every_2"], {3e-4, 3e-3}, "every_2"),
+        (
+            ["--learning-rate", "2e-4", "--side-path-lr-scale", "5", "--talan-layers", "1"],
+            {2e-4, 1e-3},
+            [1],
+            "relative",
+        ),
+        (["--talan-layers", "every_2", "--talan-writeback", "add"], {3e-4}, "every_2", "add"),
     ],
 )
 def test_a_window_has_defaults_of_its_own(
-    given: list[str], rates: set[float], layers: object, saved: Path, tmp_path: Path, answers: Answers
+    given: list[str], rates: set[float], layers: object, writeback: str, saved: Path, tmp_path: Path, answers: Answers
 ) -> None:
     write_sums(tmp_path / "data.jsonl")
     words = ["--model", saved / "model", "--data", tmp_path / "data.jsonl", "--output", tmp_path / "out", *SMALL]
@@ -331,4 +336,4 @@ def test_a_window_has_defaults_of_its_own(
     assert {round(group["initial_lr"], 9) for group in optimizer["param_groups"]} == rates
     config = PeftConfig.from_pretrained(tmp_path / "out")
     assert isinstance(config, TalanConfig)
-    assert config.talan_layers == layers
+    assert (config.talan_layers, config.talan_writeback) == (layers, writeback)

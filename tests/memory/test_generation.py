@@ -153,7 +153,10 @@ def test_gradients_flow_through_a_cache() -> None:
 @pytest.mark.parametrize(
     ("writeback", "position"),
     # A block's input and its output go through the same functions.
-    [*((writeback, "output") for writeback in ("add", "gated", "capped", "orthogonal", "relative")), ("gated", "input")],
+    [
+        *((writeback, "output") for writeback in ("add", "gated", "capped", "orthogonal", "relative")),
+        ("gated", "input"),
+    ],
 )
 def test_every_axis_generates_with_the_cache(mixer: str, writeback: str, position: str) -> None:
     config = make_config(
