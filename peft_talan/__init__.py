@@ -15,6 +15,7 @@ from .version import __version__
 if TYPE_CHECKING:
     from .checkpoint.lora import export_lora, warm_start
     from .config import TalanConfig
+    from .tuner.attention_keys import initialize_talan_keys
     from .tuner.layer import TalanLayer
     from .tuner.model import TalanModel
     from .tuner.registry import register_talan
@@ -27,6 +28,7 @@ __all__ = [
     "TalanModel",
     "__version__",
     "export_lora",
+    "initialize_talan_keys",
     "register_talan",
     "set_talan_strength",
     "set_trainable",
@@ -40,6 +42,7 @@ _MODULES = {
     "TalanLayer": "tuner.layer",
     "TalanModel": "tuner.model",
     "export_lora": "checkpoint.lora",
+    "initialize_talan_keys": "tuner.attention_keys",
     "register_talan": "tuner.registry",
     "set_talan_strength": "tuner.strength",
     "set_trainable": "tuner.trainability",
