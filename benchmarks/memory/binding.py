@@ -1,12 +1,13 @@
-"""Whose answer is it? Several facts in a text, asked for one by one: which side paths learn to bind answers to names.
+"""Whose answer is it, and how many? Several facts in a text, asked for one by one, and marks that are counted.
 
-    python -m benchmarks.memory.binding --arms "delta, keys of the attention"
-    python -m benchmarks.memory.binding --names 8 --arms "delta, keys of the attention"
+    python -m benchmarks.memory.binding
+    python -m benchmarks.memory.binding --names 8
+    python -m benchmarks.memory.binding --task count --questions 6 --shortest 1
     python -m benchmarks.memory.report --page docs/evidence.md
 
-The task is `pairs` of the demo, the base model that of the memory study. Unlike there, a text of the training has several
-questions: the same memory then has to give different answers. Results, with the loss of every twentieth step, go to
-`benchmarks/results/memory_binding.jsonl`.
+The tasks are `pairs` and `count` of the demo, the base models those of the memory study. Unlike there, a text of the
+training has several questions: the same memory then has to give different answers. Results, with the loss of every
+twentieth step, go to `benchmarks/results/memory_binding.jsonl`.
 """
 
 from __future__ import annotations
@@ -32,9 +33,11 @@ from peft_talan.demo.recall import (
     FIRST_NAME,
     FIRST_PAIR,
     LONG_CONTEXT,
+    MARK,
     MOST_NAMES,
     NAMES,
     SCORED_WINDOWS,
+    Task,
     make_texts,
     recall,
 )
@@ -63,8 +66,8 @@ ARMS: dict[str, dict[str, Any] | None] = {
 """By arm: the axes of its side paths, at the blocks' outputs unless it says `input`; None: no side path."""
 OF_ATTENTION = ("delta, first block, keys of its attention", "delta, all blocks, keys of their attention")
 """The arms whose keys and queries start from the attention; those of the others are drawn."""
-BASE_STEPS = {NAMES: 400, MOST_NAMES: 1_500}
-"""Steps after which the base model knows so many names inside its window."""
+MOST_NAMES_STEPS = 800
+"""Steps after which the base model knows the answers of 8 names inside its window; for others see `one_run`."""
 
 
 @dataclass(frozen=True)
@@ -72,17 +75,18 @@ class Settings(RunSettings):
     """All that a run depends on: texts of `shortest` to `longest` windows with `questions` questions.
 
     With `spread` these stand at drawn places, one of them at the end; else all at the end. In the first `one_name` and
-    the next `two_names` shares of the steps, texts have one and two facts.
+    the next `two_names` shares of the steps, texts have one and two facts. For `count` they are always spread.
     """
 
     arm: str
     seed: int = 0
+    task: Task = "pairs"
     names: int = NAMES
     questions: int = 10
     spread: bool = True
     shortest: int = 2
-    longest: int = 8
-    steps: int = 250
+    longest: int = 6
+    steps: int = 400
     batch_size: int = 16
     learning_rate: float = 3e-4
     side_path_scale: float = 30.0
@@ -136,16 +140,31 @@ def make_questions(
     return tokens, ends, asked % ANSWERS + FIRST_ANSWER
 
 
+def make_counts(
+    windows: int, rows: int, questions: int, generator: torch.Generator
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Texts of `count` that ask for the number of marks so far, at drawn places and at the end; see above."""
+    tokens, _ = make_texts("count", windows, rows, generator)
+    last = tokens.shape[1] - 1
+    drawn = 2 + torch.rand(rows, last - 2, generator=generator).argsort(1)[:, : questions - 1]
+    ends = F.pad(drawn.sort(1, descending=True).values, (1, 0), value=last)
+    tokens.scatter_(1, ends, ASK)
+    return tokens, ends, (tokens == MARK).cumsum(1).gather(1, ends) + FIRST_ANSWER
+
+
 def run(settings: Settings) -> Row:
     """Train and score once, on one thread."""
     torch.set_num_threads(1)
-    base, weights, _ = base_of("pairs", settings.seed, "window", settings.names, BASE_STEPS[settings.names])
+    steps = MOST_NAMES_STEPS if settings.names == MOST_NAMES else None
+    base, weights, _ = base_of(settings.task, settings.seed, "window", settings.names, steps)
     axes = ARMS[settings.arm]
     low_rank: dict[str, Any] = {"r": 8, "lora_alpha": 16, "target_modules": "all-linear"}
     config = LoraConfig(**low_rank) if axes is None else TalanConfig(**low_rank, **axes)
 
     def recall_of(model: Any, scored: Sequence[int] = SCORED_WINDOWS) -> dict[int, float]:
-        return {windows: recall(model, "pairs", windows, settings.rows, names=settings.names) for windows in scored}
+        return {
+            windows: recall(model, settings.task, windows, settings.rows, names=settings.names) for windows in scored
+        }
 
     base_recall = recall_of(base, [1])
     generator = torch.Generator().manual_seed(1000 + settings.seed)
@@ -167,15 +186,13 @@ def run(settings: Settings) -> Row:
             )
             spread = settings.longest - settings.shortest + 1
             windows = settings.shortest + int(torch.randint(spread, (), generator=generator))
-            tokens, ends, answers = make_questions(
-                windows,
-                settings.batch_size,
-                settings.questions,
-                facts,
-                generator,
-                names=settings.names,
-                spread=settings.spread,
-            )
+            size = (windows, settings.batch_size, settings.questions)
+            if settings.task == "count":
+                tokens, ends, answers = make_counts(*size, generator)
+            else:
+                tokens, ends, answers = make_questions(
+                    *size, facts, generator, names=settings.names, spread=settings.spread
+                )
             logits = model(input_ids=tokens, use_cache=False).logits
             asked = logits.gather(1, ends.unsqueeze(-1).expand(-1, -1, logits.shape[-1]))
             return F.cross_entropy(asked.flatten(0, 1), answers.flatten())
@@ -206,6 +223,10 @@ def table(rows: Sequence[Row]) -> str:
     def of_settings(name: str) -> Callable[[Row], Any]:
         return lambda row: row["settings"][name]
 
+    def asked_for(row: Row) -> str:
+        task, names = row["settings"]["task"], row["settings"]["names"]
+        return f"{names} names" if task == "pairs" else f"`{task}`"
+
     def loss_after(share: float) -> Callable[[Row], str]:
         return lambda row: f"{row['losses'][math.ceil(share * len(row['losses'])) - 1]:.2f}"
 
@@ -215,7 +236,9 @@ def table(rows: Sequence[Row]) -> str:
     return columns_table(
         {
             "arm": of_settings("arm"),
-            "names": of_settings("names"),
+            "task": lambda row: (
+                "count" if of_settings("task")(row) == "count" else f"{of_settings('names')(row)} names"
+            ),
             "questions": lambda row: f"{row['settings']['questions']}{' spread' if row['settings']['spread'] else ''}",
             "windows": lambda row: f"{row['settings']['shortest']} to {row['settings']['longest']}",
             "steps": of_settings("steps"),
@@ -233,7 +256,8 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=[OF_ATTENTION[0]])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4])
-    parser.add_argument("--names", type=int, choices=list(BASE_STEPS), default=Settings.names)
+    parser.add_argument("--task", choices=["pairs", "count"], default=Settings.task)
+    parser.add_argument("--names", type=int, choices=[NAMES, MOST_NAMES], default=Settings.names)
     parser.add_argument("--questions", type=int, default=Settings.questions, help="in a text of the training")
     parser.add_argument("--at-the-end", dest="spread", action="store_false", help="all questions, not only one")
     parser.add_argument("--shortest", type=int, default=Settings.shortest, help="windows of the shortest such text")

@@ -64,8 +64,9 @@ def make_texts(
     """Draw texts that end with a question about their beginning, or, for `count`, about all of them.
 
     `key`: an answer stands after a mark among the first tokens. `pairs`: the tokens at the start hold an answer for
-    each of `names` names, 8 at most, and the question is about one name. `count`: up to 15 marks stand anywhere (14 in one window),
-    and their number is the answer. Returned are token ids, [rows, windows * 16], and those of the answers, [rows].
+    each of `names` names, 8 at most, and the question is about one name. `count`: up to 15 marks stand anywhere (14 in
+    one window), and their number is the answer. Returned are token ids, [rows, windows * 16], and those of the
+    answers, [rows].
     """
     length = windows * WINDOW
     tokens = torch.randint(FIRST_FILLER, FIRST_PAIR, (rows, length), generator=generator)

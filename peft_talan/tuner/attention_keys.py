@@ -44,8 +44,8 @@ def initialize_talan_keys(model: nn.Module, adapter_name: str = "default") -> No
         raise ValueError(
             f"talan_position={config.talan_position!r}: the attention of a block reads its input; use 'input'"
         )
-    found = [
-        (layer.lora_talan_read[adapter_name].values, keys_and_queries_of(*_projections(block, config.talan_slots)))
+    found: list[tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]] = [
+        (layer.parameters_of(adapter_name).read, keys_and_queries_of(*_projections(block, config.talan_slots)))
         for block in model.modules()
         for layer in block.children()
         if isinstance(layer, TalanLayer) and adapter_name in layer.talan_options
