@@ -15,6 +15,7 @@ from .version import __version__
 if TYPE_CHECKING:
     from .checkpoint.lora import export_lora, warm_start
     from .config import TalanConfig
+    from .tuner.attention_keys import initialize_talan_keys
     from .tuner.layer import TalanLayer
     from .tuner.model import TalanModel
     from .tuner.registry import register_talan
@@ -28,6 +29,7 @@ __all__ = [
     "TalanModel",
     "__version__",
     "export_lora",
+    "initialize_talan_keys",
     "initialize_talan_weights",
     "register_talan",
     "set_talan_strength",
@@ -42,6 +44,7 @@ _MODULES = {
     "TalanLayer": "tuner.layer",
     "TalanModel": "tuner.model",
     "export_lora": "checkpoint.lora",
+    "initialize_talan_keys": "tuner.attention_keys",
     "initialize_talan_weights": "tuner.whitening",
     "register_talan": "tuner.registry",
     "set_talan_strength": "tuner.strength",

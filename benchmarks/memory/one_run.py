@@ -16,6 +16,7 @@ from transformers import MistralForCausalLM
 from peft_talan import talan_param_groups
 from peft_talan.demo.recall import (
     LONG_CONTEXT,
+    NAMES,
     SCORED_WINDOWS,
     TRAINED_WINDOWS,
     WINDOW,
@@ -86,28 +87,30 @@ def mean_of_last(losses: list[float]) -> float | None:
     return sum(last) / len(last) if last else None
 
 
-def train(model: Any, task: Task, training: Training) -> list[float]:
+def train(model: Any, task: Task, training: Training, names: int = NAMES) -> list[float]:
     """Train on the answers alone; not as the demo, whose schedule is Trainer's: the stored runs have this one."""
     optimizer = torch.optim.AdamW(talan_param_groups(model, training.learning_rate))
     generator = torch.Generator().manual_seed(training.seed)
 
     def loss_of(step: int) -> torch.Tensor:
         windows = training.windows[int(torch.randint(len(training.windows), (), generator=generator))]
-        tokens, answers = make_texts(task, windows, training.batch_size, generator)
+        tokens, answers = make_texts(task, windows, training.batch_size, generator, names)
         return F.cross_entropy(answer_logits(model, tokens), answers)
 
     return train_on(model, optimizer, training.steps, loss_of)
 
 
 @lru_cache(maxsize=2)
-def base_of(task: Task, seed: int, base: Base) -> tuple[Any, str, dict[int, float]]:
+def base_of(
+    task: Task, seed: int, base: Base, names: int = NAMES, steps: int | None = None
+) -> tuple[Any, str, dict[int, float]]:
     """The base model, a hash of its weights, and its own recall by distance as far as it was measured."""
     torch.manual_seed(seed)
-    model = MistralForCausalLM(window_config(task))
+    model = MistralForCausalLM(window_config(task, names))
     if base == "full":
         model.config.sliding_window = None
     windows = TRAINED_WINDOWS if base == "full" else (1,)
-    train(model, task, Training(BASE_STEPS[base, task], 3e-3, windows=windows, seed=seed))
+    train(model, task, Training(steps or BASE_STEPS[base, task], 3e-3, windows=windows, seed=seed), names)
     model.config.sliding_window = WINDOW
     return model, weights_hash(model), {}
 

@@ -24,7 +24,7 @@ REACH = BLOCKS * (WINDOW - 1)
 """How many tokens back the last block's output depends on, through all blocks."""
 ANSWERS = 16
 CHANCE = 1 / ANSWERS
-NAMES = 3
+NAMES, MOST_NAMES = 3, 8
 BEGIN, MARK, ASK, FIRST_NAME, FIRST_ANSWER = 0, 1, 2, 3, 11
 FIRST_FILLER = FIRST_ANSWER + ANSWERS
 FIRST_PAIR = 64
@@ -40,10 +40,10 @@ LONG_CONTEXT: dict[str, Any] = {"talan_layers": "all"}
 """The axes that the documentation recommends for recall beyond the window."""
 
 
-def window_config(task: Task) -> MistralConfig:
+def window_config(task: Task, names: int = NAMES) -> MistralConfig:
     """The small window model: Mistral's architecture, 4 blocks, each with a sliding window of 16 keys."""
     return MistralConfig(
-        vocab_size=FIRST_PAIR + (NAMES * ANSWERS if task == "pairs" else 0),
+        vocab_size=FIRST_PAIR + (names * ANSWERS if task == "pairs" else 0),
         hidden_size=64,
         intermediate_size=128,
         num_hidden_layers=BLOCKS,
@@ -58,12 +58,15 @@ def window_config(task: Task) -> MistralConfig:
     )
 
 
-def make_texts(task: Task, windows: int, rows: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+def make_texts(
+    task: Task, windows: int, rows: int, generator: torch.Generator, names: int = NAMES
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Draw texts that end with a question about their beginning, or, for `count`, about all of them.
 
-    `key`: an answer stands after a mark among the first tokens. `pairs`: three tokens at the start hold an answer for
-    each of three names, and the question is about one name. `count`: up to 15 marks stand anywhere (14 in one window),
-    and their number is the answer. Returned are token ids, [rows, windows * 16], and those of the answers, [rows].
+    `key`: an answer stands after a mark among the first tokens. `pairs`: the tokens at the start hold an answer for
+    each of `names` names, 8 at most, and the question is about one name. `count`: up to 15 marks stand anywhere (14 in
+    one window), and their number is the answer. Returned are token ids, [rows, windows * 16], and those of the
+    answers, [rows].
     """
     length = windows * WINDOW
     tokens = torch.randint(FIRST_FILLER, FIRST_PAIR, (rows, length), generator=generator)
@@ -75,11 +78,11 @@ def make_texts(task: Task, windows: int, rows: int, generator: torch.Generator) 
         place = torch.randint(1, LATEST_KEY + 1, (rows,), generator=generator)
         tokens[every, place], tokens[every, place + 1] = MARK, answers + FIRST_ANSWER
     elif task == "pairs":
-        names = torch.rand(rows, NAMES, generator=generator).argsort(1)
-        values = torch.randint(ANSWERS, (rows, NAMES), generator=generator)
-        tokens[:, 1 : 1 + NAMES] = FIRST_PAIR + names * ANSWERS + values
-        chosen = torch.randint(NAMES, (rows,), generator=generator)
-        tokens[:, -1], answers = names[every, chosen] + FIRST_NAME, values[every, chosen]
+        named = torch.rand(rows, names, generator=generator).argsort(1)
+        values = torch.randint(ANSWERS, (rows, names), generator=generator)
+        tokens[:, 1 : 1 + names] = FIRST_PAIR + named * ANSWERS + values
+        chosen = torch.randint(names, (rows,), generator=generator)
+        tokens[:, -1], answers = named[every, chosen] + FIRST_NAME, values[every, chosen]
     else:
         order = torch.rand(rows, length - 2, generator=generator).argsort(1).argsort(1)
         tokens[:, 1:-1][order < answers[:, None]] = MARK
@@ -175,8 +178,8 @@ def pretrained(
 
 
 @torch.no_grad()
-def recall(model: Any, task: Task, windows: int, rows: int = 256, batch_size: int = 64) -> float:
+def recall(model: Any, task: Task, windows: int, rows: int = 256, batch_size: int = 64, names: int = NAMES) -> float:
     """The share of held-out texts of a length whose answer is the likeliest next token."""
-    tokens, answers = make_texts(task, windows, rows, torch.Generator().manual_seed(SCORED_SEED + windows))
+    tokens, answers = make_texts(task, windows, rows, torch.Generator().manual_seed(SCORED_SEED + windows), names)
     parts = [answer_logits(model, part).argmax(-1) for part in tokens.split(batch_size)]
     return float((torch.cat(parts) == answers).float().mean())

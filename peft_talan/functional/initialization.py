@@ -103,3 +103,30 @@ def whitened(weight: torch.Tensor, moment: torch.Tensor, shrinkage: float) -> to
     root = torch.linalg.cholesky(moment + shrinkage * torch.eye(len(moment), dtype=moment.dtype, device=moment.device))
     rows = torch.linalg.solve_triangular(root, weight.to(moment.dtype), upper=False, left=False)
     return rows / ((rows @ moment) * rows).sum(1, keepdim=True).sqrt()
+
+
+def keys_and_queries_of(
+    query_weight: torch.Tensor, key_weight: torch.Tensor, head_dim: int, slots: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Make rows of `W_read` whose products are nearest to the scores of an attention at distance 0, summed over heads.
+
+    Of `sum_h Q_h^T K_h` they are the leading singular vectors, so tokens match in the memory as in the attention.
+
+    Args:
+        query_weight: The projection to queries, [heads * head_dim, hidden_size].
+        key_weight: The projection to keys, [key_heads * head_dim, hidden_size]; key_heads divides heads.
+        head_dim: The width of a head.
+        slots: M, the length of a key; at most the number of rows and of columns of `key_weight`.
+
+    Returns:
+        The rows of k and of q, [slots, hidden_size] each, at least float32, on average of length 1 as drawn ones.
+    """
+    dtype = working_dtype(query_weight.dtype)
+    # The queries of the heads that share keys add up.
+    shared = query_weight.to(dtype).reshape(key_weight.shape[0] // head_dim, -1, head_dim, query_weight.shape[1])
+    # As two thin factors: of hidden_size x hidden_size numbers, a decomposition takes minutes.
+    left, left_factor = torch.linalg.qr(shared.sum(1).flatten(0, 1).T)
+    right, right_factor = torch.linalg.qr(key_weight.to(dtype).T)
+    of_queries, values, of_keys = torch.linalg.svd(left_factor @ right_factor.T)
+    scale = (values[:slots] / values[:slots].mean()).sqrt()
+    return scale[:, None] * (right @ of_keys[:slots].T).T, scale[:, None] * (left @ of_queries[:, :slots]).T

@@ -99,26 +99,46 @@ def test_the_page_shows_the_stored_results() -> None:
         assert table in text, f"{name}: run python -m benchmarks.memory.report --page docs/evidence.md"
 
 
-@pytest.mark.parametrize("facts", [1, 2, 3])
-def test_each_question_of_a_text_has_its_own_answer_in_it(facts: int) -> None:
-    questions = 3
-    tokens, answers = binding.make_questions(2, 20, questions, facts, torch.Generator().manual_seed(0))
-    assert tokens.shape == (20, 2 * recall.WINDOW) and answers.shape == (20, questions)
-    for text, right in zip(tokens.tolist(), answers.tolist(), strict=True):
-        known = dict(divmod(token - recall.FIRST_PAIR, recall.ANSWERS) for token in text[1:4])
+@pytest.mark.parametrize("spread", [False, True])
+@pytest.mark.parametrize(("names", "facts"), [(3, 1), (3, 2), (3, 3), (8, 8)])
+def test_each_question_of_a_text_has_its_own_answer_in_it(names: int, facts: int, spread: bool) -> None:
+    questions = names
+    generator = torch.Generator().manual_seed(0)
+    tokens, ends, answers = binding.make_questions(2, 20, questions, facts, generator, names=names, spread=spread)
+    assert tokens.shape == (20, 2 * recall.WINDOW) and answers.shape == ends.shape == (20, questions)
+    assert (ends[:, 0] == tokens.shape[1] - 1).all()
+    for text, places, right in zip(tokens.tolist(), ends.tolist(), answers.tolist(), strict=True):
+        known = dict(divmod(token - recall.FIRST_PAIR, recall.ANSWERS) for token in text[1 : 1 + names])
         assert len(known) == facts
-        asked = [text[-1 - 2 * question] - recall.FIRST_NAME for question in range(questions)]
-        assert len(set(asked)) == facts
+        # No question stands on another one, or on a fact.
+        assert places == sorted(set(places), reverse=True) and min(places) > names + 1
+        assert {place % 2 for place in places} == {1}
+        assert all(text[place - 1] == recall.ASK for place in places)
+        asked = [text[place] - recall.FIRST_NAME for place in places]
+        if not spread:
+            assert places == [2 * recall.WINDOW - 1 - 2 * question for question in range(questions)]
+            assert len(set(asked)) == facts
         assert [known[name] + recall.FIRST_ANSWER for name in asked] == right
 
 
-def test_a_study_of_binding_keeps_every_curve(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(one_run.BASE_STEPS, ("window", "pairs"), 2)
+def test_each_question_of_a_count_is_about_the_marks_before_it() -> None:
+    tokens, ends, answers = binding.make_counts(2, 20, 6, torch.Generator().manual_seed(0))
+    assert (ends[:, 0] == tokens.shape[1] - 1).all()
+    for text, places, right in zip(tokens.tolist(), ends.tolist(), answers.tolist(), strict=True):
+        assert sorted(places, reverse=True) == places and len(set(places)) == 6
+        assert [text[place] for place in places] == [recall.ASK] * 6
+        assert [recall.FIRST_ANSWER + text[:place].count(recall.MARK) for place in places] == right
+
+
+@pytest.mark.parametrize("task", ["pairs", "count"])
+def test_a_study_of_binding_keeps_every_curve(task: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(one_run.BASE_STEPS, ("window", task), 2)
     file, small = tmp_path / "binding.jsonl", ["--steps", "21", "--batch-size", "2", "--rows", "4", "--seeds", "0"]
+    arms = ["LoRA", "delta, first block, keys of its attention"]
     for _ in range(2):
-        binding.main(["--results", str(file), "--arms", "LoRA", "delta", *small])
+        binding.main(["--results", str(file), "--task", task, "--arms", *arms, *small])
     rows = list(binding.finished(file).values())
-    assert [row["settings"]["arm"] for row in rows] == ["LoRA", "delta"]
+    assert [row["settings"]["arm"] for row in rows] == arms
     assert all(len(row["losses"]) == 2 for row in rows)
     assert rows[0]["trainable"] < rows[1]["trainable"]
     assert len(binding.table(rows).splitlines()) == 4

@@ -1,0 +1,95 @@
+"""Keys and queries of `delta` side paths that start from the attention of their blocks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.integrations import dequantize_module_weight
+from torch import nn
+
+from ..config import TalanConfig
+from ..functional.initialization import keys_and_queries_of
+from .layer import TalanLayer
+
+
+@torch.no_grad()
+def initialize_talan_keys(model: nn.Module, adapter_name: str = "default") -> None:
+    """Start the keys and queries of a fresh adapter's `delta` side paths from the attention of their blocks.
+
+    What a block's attention matches inside its window, the side path at its input then matches from the first step; a
+    random start has to find it. Values and gates stay as they are. Call it after `get_peft_model` and before training.
+    Rotary positions, biases and the norms of heads are left out.
+
+    Args:
+        model: A model with a TALAN adapter of `talan_mixer="delta"` and `talan_position="input"`.
+        adapter_name: The adapter's name. Default `"default"`.
+
+    Raises:
+        ValueError: There is no such adapter, or a block has no attention with `q_proj` and `k_proj` whose weights are
+            here. Nothing is changed.
+
+    Examples:
+        >>> config = TalanConfig(talan_mixer="delta", talan_slots=16, talan_position="input", talan_layers="all")
+        >>> model = get_peft_model(base_model, config)
+        >>> initialize_talan_keys(model)
+    """
+    config = getattr(model, "peft_config", {}).get(adapter_name)
+    if not isinstance(config, TalanConfig):
+        raise ValueError(f"adapter_name={adapter_name!r}: the model has no TALAN adapter of this name")
+    if config.talan_mixer != "delta":
+        raise ValueError(f"talan_mixer={config.talan_mixer!r} has no keys; use 'delta'")
+    if config.talan_position != "input":
+        raise ValueError(
+            f"talan_position={config.talan_position!r}: the attention of a block reads its input; use 'input'"
+        )
+    found: list[tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]] = [
+        (layer.parameters_of(adapter_name).read, keys_and_queries_of(*_projections(block, config.talan_slots)))
+        for block in model.modules()
+        for layer in block.children()
+        if isinstance(layer, TalanLayer) and adapter_name in layer.talan_options
+    ]
+    for read, (keys, queries) in found:
+        read[-config.talan_slots :] = keys.to(read)
+        read[config.talan_dim : config.talan_dim + config.talan_slots] = queries.to(read)
+
+
+def _projections(block: nn.Module, slots: int) -> tuple[torch.Tensor, torch.Tensor, int, int]:
+    """The arguments of `keys_and_queries_of`, with the weights of the norm before the attention in its projections."""
+    attention: Any = next((m for m in block.modules() if hasattr(m, "q_proj") and hasattr(m, "k_proj")), None)
+    heads = getattr(getattr(attention, "config", None), "num_attention_heads", None)
+    head_dim = getattr(attention, "head_dim", None)
+    if heads is None or head_dim is None:
+        raise ValueError(
+            f"model: {type(block).__name__} has no attention with q_proj, k_proj and head_dim; leave its keys as drawn"
+        )
+    weights = [_weight_of(projection) for projection in (attention.q_proj, attention.k_proj)]
+    if any(weight.is_meta or weight.dim() != 2 for weight in weights) or weights[0].shape[0] != heads * head_dim:
+        raise ValueError(
+            f"model: the projections of {type(attention).__name__} have shapes {[tuple(w.shape) for w in weights]}, "
+            f"which are not those of {heads} heads of {head_dim}, or are not loaded; leave the keys as drawn, or call "
+            "this before the model is sharded"
+        )
+    if slots > min(weights[1].shape):
+        raise ValueError(f"talan_slots={slots!r}: the block's keys have {min(weights[1].shape)} channels; use no more")
+    scale = _norm_scale(getattr(block, "input_layernorm", None), weights[0])
+    query_weight, key_weight = (weight.to(scale.dtype) * scale for weight in weights)
+    return query_weight, key_weight, head_dim, slots
+
+
+def _weight_of(projection: nn.Module) -> torch.Tensor:
+    """The base weight of a projection, without LoRA and not quantized."""
+    base = projection.get_base_layer() if isinstance(projection, BaseTunerLayer) else projection
+    return dequantize_module_weight(base).detach()
+
+
+def _norm_scale(norm: nn.Module | None, weight: torch.Tensor) -> torch.Tensor:
+    """By what a norm multiplies each channel, which its own weight does not tell: Gemma's is 1 + weight."""
+    signs = torch.ones(weight.shape[1], device=weight.device, dtype=torch.promote_types(weight.dtype, torch.float32))
+    if norm is None:
+        return signs
+    # Of mean 0 and mean square 1, for LayerNorm and RMSNorm; the difference leaves a bias out.
+    signs[::2] = -1.0
+    taken = signs.to(next(norm.parameters(), weight).dtype)
+    return signs * (norm(taken) - norm(-taken)).to(signs.dtype) / 2
