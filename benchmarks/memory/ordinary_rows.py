@@ -34,7 +34,7 @@ from peft_talan.sft.data import Rows
 from peft_talan.sft.models import load_adapter, load_tokenizer
 from peft_talan.sft.recall import ShrinkingWindow
 from peft_talan.sft.scores import default_text, score_rows, text_loss
-from peft_talan.sft.training import make_trainer
+from peft_talan.sft.training import make_trainer, start_from_data
 from peft_talan.sft.window import with_sliding_window
 
 from ..measure import code_version, machine
@@ -66,6 +66,8 @@ class Settings(RunSettings):
         shrinking: The options of `ShrinkingWindow`; None: the window doesn't shrink.
         learning_rate: The highest.
         side_path_lr_scale: The side path's learning rate divided by it.
+        from_data: Whether the side paths start from the data, as those of the command do; runs that were stored before
+            there was such a start don't have the field.
         scheduler: Of the learning rate.
         decay_steps: Of the scheduler, where it takes them.
         rank: Of the low-rank adapter; its alpha is twice the rank.
@@ -87,7 +89,8 @@ class Settings(RunSettings):
     longest: int = 170
     shrinking: dict[str, Any] | None = None
     learning_rate: float = 3e-4
-    side_path_lr_scale: float = 10.0
+    side_path_lr_scale: float = 1.0
+    from_data: bool = True
     scheduler: str = "linear"
     decay_steps: int | None = None
     rank: int = 16
@@ -109,8 +112,9 @@ class Printed(TrainerCallback):
 
 def train_by_command(settings: Settings, folder: str, made: list[dict[str, Any]], output: Path) -> Trained:
     """Train as a user does; the options are those of the command, and its own choices are left to it."""
-    if settings.arm != "TALAN" or settings.shrinking is not None or settings.decay_steps is not None:
-        raise ValueError("by_command: the command trains TALAN, with its own window that shrinks and its own schedule")
+    others = settings.shrinking is not None or settings.decay_steps is not None or not settings.from_data
+    if settings.arm != "TALAN" or others:
+        raise ValueError("by_command: the command trains TALAN, with its own start, window that shrinks and schedule")
     data = output / "data.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in made), encoding="utf-8")
     words = ["--model", folder, "--data", str(data), "--output", str(output / "adapter"), "--window", settings.window]
@@ -130,7 +134,7 @@ def train_here(settings: Settings, folder: str, made: list[dict[str, Any]], outp
     """Train with the parts that the command is made of, and with other settings of theirs."""
     model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     adapter = {"r": settings.rank, "lora_alpha": 2 * settings.rank, "target_modules": "all-linear"}
-    axes = {"talan_layers": "all", **(settings.axes or {})}
+    axes = {"talan_layers": "all", "talan_writeback": "relative", **(settings.axes or {})}
     config = LoraConfig(task_type="CAUSAL_LM", **adapter)
     if settings.arm == "TALAN":
         config = TalanConfig(task_type="CAUSAL_LM", **adapter, **axes)
@@ -156,6 +160,8 @@ def train_here(settings: Settings, folder: str, made: list[dict[str, Any]], outp
         logging_steps=1,
         save_strategy="no",
     )
+    if settings.arm == "TALAN" and settings.from_data:
+        start_from_data(trainer)
     # The loss and the gradients of padded rows, without the time that padding takes.
     trainer.data_collator.padding_free = True
     trainer.train()
@@ -221,6 +227,7 @@ def table(rows: Sequence[Row]) -> str:
             "rows": of_settings("form"),
             "arm": of_settings("arm"),
             "side paths in": lambda row: (row["settings"]["axes"] or {}).get("talan_layers", "all"),
+            "start": lambda row: "the data" if row["settings"].get("from_data") else "random",
             "trained by": lambda row: "the command" if row["settings"]["by_command"] else "its parts",
             "steps": of_settings("steps"),
             "seed": of_settings("seed"),
