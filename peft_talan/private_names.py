@@ -34,6 +34,7 @@ FUNCTIONS: dict[str, str] = {
 """Functions, imported above."""
 
 METHODS: dict[str, str] = {
+    "peft.config.PeftConfigMixin._get_peft_type": "Extended: see PLACES.",
     "peft.config.PeftConfigMixin._split_kwargs": "Called: tells the arguments for the hub from those for the fields.",
     "peft.tuners.lora.LoraModel._convert_state_dict_for_initial_model": "Overridden: it would lose the side path.",
     "peft.tuners.lora.LoraModel._enable_peft_forward_hooks": "Overridden: the adapter of each row of a batch.",
@@ -145,6 +146,11 @@ PLACES: dict[str, str] = {
     "peft.optimizers.lorafa.LoraFAOptimizer.__init__": "It pairs all tensors with `lora` in their names, A before B. "
     "Seen in PEFT 0.21.",
     "peft.PeftModel.load_adapter": "It reads no configuration where the adapter is there already. Seen in PEFT 0.21.",
+    "peft.config.PeftConfigMixin._get_peft_type": "It and the next read the configuration of what PEFT loads, and say "
+    "of a merged model only that it has no `adapter_config.json`. Seen in PEFT 0.21.",
+    "peft.config.PeftConfigMixin.from_pretrained": "The same.",
+    "transformers.integrations.peft.PeftAdapterMixin.load_adapter": "The same of transformers. Seen in transformers "
+    "5.19 and 5.23.",
     "transformers.PreTrainedModel.post_init": "A merged model gets its side paths as it is built, before its weights "
     "are loaded. Seen in transformers 5.19 and 5.23.",
     "transformers.cache_utils.Cache": "What crops, reorders, repeats or resets a cache does so to its memories; and "

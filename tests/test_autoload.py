@@ -14,7 +14,7 @@ import torch
 import peft_talan
 from peft_talan import export_lora
 
-from .small_models import make_base, make_model, make_tokens
+from .small_models import adapter_calls_of_transformers, make_base, make_model, make_tokens
 
 ORDERS = {
     "torch first, then peft is looked for": "import torch\nimportlib.util.find_spec('peft')\nimport peft",
@@ -61,6 +61,17 @@ with torch.no_grad():
     loaded = AutoModelForCausalLM.from_pretrained("merged").eval()(expected["tokens"]).logits
 torch.testing.assert_close(loaded, expected["logits"])
 print(early)
+"""
+
+REFUSED = """
+import sys
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained("base")
+assert "peft" not in sys.modules
+try:
+    model.load_adapter("merged")
+except ValueError as error:
+    print(error)
 """
 
 
@@ -142,6 +153,13 @@ def test_this_package_after_transformers_loads_a_merged_model(environment: dict[
     script = MERGED.format(first="import transformers.modeling_utils\nimport peft_talan")
     finished = run(script, saved, **environment)
     assert finished.stdout.strip() == "set()", finished.stderr
+
+
+@adapter_calls_of_transformers
+def test_transformers_alone_refuses_a_merged_model_for_an_adapter(saved: Path) -> None:
+    shown = run(REFUSED, saved)
+    assert shown.returncode == 0, shown.stderr
+    assert "load it, with its side path, by AutoModelForCausalLM.from_pretrained('merged')" in shown.stdout
 
 
 def test_a_program_without_this_package_does_not_run_a_merged_model_without_its_side_path(saved: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Iterable
 from os import PathLike
 from typing import NamedTuple
 
@@ -54,5 +55,10 @@ class TensorHead(NamedTuple):
 def read_heads(file: str | PathLike[str]) -> dict[str, TensorHead]:
     """Read the head of a safetensors file."""
     with safe_open(file, framework="numpy") as opened:
-        slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118 - it is not a dict
-        return {name: TensorHead(tuple(part.get_shape()), part.get_dtype()) for name, part in slices.items()}
+        return heads_of(opened, opened.keys())
+
+
+def heads_of(opened: safe_open, names: Iterable[str]) -> dict[str, TensorHead]:
+    """Read the heads of some tensors of an open file."""
+    slices = ((name, opened.get_slice(name)) for name in names)
+    return {name: TensorHead(tuple(part.get_shape()), part.get_dtype()) for name, part in slices}

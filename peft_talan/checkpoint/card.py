@@ -26,7 +26,7 @@ from transformers.utils.hub import PushToHubMixin
 from ..config import TalanConfig
 from ..version import INSTALL
 from .adapter_file import LOW_RANK_FIELDS, read_heads
-from .merged_config import merged_side_paths, merged_tensor
+from .merged_config import class_that_loads, merged_side_paths, merged_tensor
 from .names import is_side_path_key
 
 CARD_NAME = "README.md"
@@ -78,8 +78,8 @@ def _merged(folder: Path) -> list[_Part]:
     side_paths = merged_side_paths(config)
     files = folder.glob("*.safetensors") if side_paths else ()
     sizes = [(merged_tensor(name), head.numel) for one in files for name, head in read_heads(one).items()]
-    model_class = (config.get("architectures") or ["AutoModel"])[0]
-    task_type = "CAUSAL_LM" if model_class.endswith("ForCausalLM") else None
+    model_class = class_that_loads(config)
+    task_type = "CAUSAL_LM" if model_class == AUTO_CLASSES["CAUSAL_LM"] else None
     shared = {"model_class": model_class, "task_type": task_type}
     parts = []
     for one in side_paths:

@@ -13,6 +13,7 @@ from peft.peft_model import PeftModel
 from peft.utils import PeftType
 
 from ..config import TalanConfig
+from .merged_as_adapter import merged_models_refused
 
 IN_TRAINING_ONLY: tuple[str, ...] = ("lora_dropout", "talan_dropout", "talan_grad_scale")
 """Fields that change how an adapter trains, not what it computes."""
@@ -93,13 +94,17 @@ def check_what_is_loaded_over() -> None:
         self: PeftModel, model_id: str | PathLike[str], adapter_name: str, *args: Any, **kwargs: Any
     ) -> Any:
         present = self.peft_config.get(adapter_name)
-        # `PeftModel.from_pretrained` makes the adapter, then calls this, always with a mapping: the configuration
-        # that it was given wins over the saved one.
-        if present is not None and kwargs.get("key_mapping") is None:
-            saved = _saved_config(str(model_id), PeftConfig._split_kwargs(kwargs)[0], isinstance(present, TalanConfig))
-            if saved is not None and TalanConfig in (type(present), type(saved)):
-                _check_same(adapter_name, present, str(model_id), saved)
-        return load(self, model_id, adapter_name, *args, **kwargs)
+        if present is None:
+            return load(self, model_id, adapter_name, *args, **kwargs)
+        with merged_models_refused("model_id", model_id, kwargs):
+            # `PeftModel.from_pretrained` makes the adapter, then calls this, always with a mapping: the configuration
+            # that it was given wins over the saved one.
+            if kwargs.get("key_mapping") is None:
+                options, needed = PeftConfig._split_kwargs(kwargs)[0], isinstance(present, TalanConfig)
+                saved = _saved_config(str(model_id), options, needed)
+                if saved is not None and TalanConfig in (type(present), type(saved)):
+                    _check_same(adapter_name, present, str(model_id), saved)
+            return load(self, model_id, adapter_name, *args, **kwargs)
 
     # mypy takes methods for final; PEFT has no hook where the adapter is there already.
     PeftModel.load_adapter = load_adapter  # type: ignore[method-assign]

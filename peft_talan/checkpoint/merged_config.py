@@ -80,6 +80,21 @@ def merged_side_paths(config: Mapping[str, Any]) -> list[MergedSidePath]:
     return sorted(found, key=lambda side_path: (side_path.stage, side_path.number))
 
 
+def class_that_loads(config: Mapping[str, Any]) -> str:
+    """The name of the class of transformers whose `from_pretrained` loads a merged model."""
+    model_class = str((config.get("architectures") or ["AutoModel"])[0])
+    return "AutoModelForCausalLM" if model_class.endswith("ForCausalLM") else model_class
+
+
+def say_what_loads(argument: str, name: str, config: Mapping[str, Any], options: Mapping[str, Any]) -> str:
+    """The refusal of a merged model that was given for an adapter; `options` may hold a subfolder and a revision."""
+    place = "".join(f", {option}={options[option]!r}" for option in ("subfolder", "revision") if options.get(option))
+    return (
+        f"{argument}={name!r}: it is a merged model, not an adapter; load it, with its side path, by "
+        f"{class_that_loads(config)}.from_pretrained({name!r}{place})"
+    )
+
+
 class MergedTensor(NamedTuple):
     """Which tensor a name means.
 

@@ -26,7 +26,8 @@ DATA_PARALLEL: tuple[type[nn.Module], ...] = (nn.DataParallel, nn.parallel.Distr
 
 def is_side_path_key(name: str) -> bool:
     """Whether a name in a state dict or a checkpoint is that of a side path's tensor."""
-    return f".{CHILD_NAME}.lora_talan_" in without_wrappers(name)
+    # Most names have nothing of it.
+    return ".lora_talan_" in name and f".{CHILD_NAME}.lora_talan_" in without_wrappers(name)
 
 
 def low_rank_tensors(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

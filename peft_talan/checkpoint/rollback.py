@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-CONTAINERS: tuple[type, ...] = (dict, OrderedDict, list, set)
+CONTAINERS: frozenset[type] = frozenset((dict, OrderedDict, list, set))
 """What modules and configurations keep other things in."""
 
 
@@ -20,21 +20,21 @@ class _Remembered:
         self.owner = owner
         self.owner_class = type(owner)
         self.attributes = dict(vars(owner))
-        containers = [value for value in self.attributes.values() if type(value) in CONTAINERS]
-        # Most are empty dictionaries of hooks.
-        self.contents = [(container, container.copy() if container else None) for container in containers]
+        # Most are empty dictionaries of hooks. Every model that gets an adapter is gone through here.
+        self.contents = {
+            name: value.copy() for name, value in self.attributes.items() if type(value) in CONTAINERS and value
+        }
 
     def restore(self) -> None:
         self.owner.__class__ = self.owner_class
         vars(self.owner).clear()
         vars(self.owner).update(self.attributes)
         # In place: the handles of hooks know the very dictionaries that they are in.
-        for container, content in self.contents:
-            container.clear()
-            if isinstance(container, list):
-                container.extend(content or [])
-            elif content:
-                container.update(content)
+        for name, container in self.attributes.items():
+            if type(container) in CONTAINERS:
+                container.clear()
+                add = container.extend if isinstance(container, list) else container.update
+                add(self.contents.get(name, ()))
 
 
 class Snapshot:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from typer import Argument, Option
 
-from ..checkpoint.merged_config import MergedTensor, merged_side_paths, merged_tensor
+from ..checkpoint.merged_config import MergedTensor, merged_side_paths, merged_tensor, say_what_loads
 from .console import AsJson, Misuse, print_json, print_rows
 from .sources import check_source
 
@@ -35,13 +35,8 @@ def inspect(
     """
     try:
         description = describe(adapter, revision)
-    except MissingFile as no_adapter:
-        try:
-            description = describe_merged(adapter, revision)
-        except MissingFile:
-            raise no_adapter from None
-        if not description["side_paths"]:
-            raise no_adapter from None
+    except MergedModel:
+        description = describe_merged(adapter, revision)
     if as_json:
         print_json(description)
         return
@@ -88,6 +83,10 @@ class MissingFile(Misuse):
     """A folder or repository that exists, but lacks a file."""
 
 
+class MergedModel(Misuse):
+    """A merged model where an adapter is expected."""
+
+
 def find_file(adapter: str, name: str, revision: str | None = None) -> Path:
     """Return the path of an adapter's file, in its folder or fetched from the hub."""
     folder = Path(adapter)
@@ -116,7 +115,16 @@ def read_json(file: Path) -> Any:
 
 def read_config(adapter: str, revision: str | None = None, kind: str | None = "TALAN") -> dict[str, Any]:
     """Return the configuration of an adapter of a type (None: of any), by its folder or hub id."""
-    config = read_json(find_file(adapter, CONFIG_FILE, revision))
+    try:
+        config = read_json(find_file(adapter, CONFIG_FILE, revision))
+    except MissingFile as no_adapter:
+        try:
+            config = read_json(find_file(adapter, "config.json", revision))
+        except MissingFile:
+            raise no_adapter from None
+        if not merged_side_paths(config):
+            raise no_adapter from None
+        raise MergedModel(say_what_loads("ADAPTER", adapter, config, {"revision": revision})) from None
     peft_type = config.get("peft_type") if isinstance(config, dict) else None
     if peft_type is None or kind not in (None, peft_type):
         raise Misuse(f"{adapter}: peft_type={peft_type!r} in {CONFIG_FILE}; this is not a {kind or 'PEFT'} adapter")
@@ -173,18 +181,16 @@ def describe_merged(model: str, revision: str | None = None) -> dict[str, Any]:
     """Return what the files of a merged model say of its side paths, as JSON can hold it."""
     from ..checkpoint.adapter_file import read_heads
 
-    config = read_json(find_file(model, "config.json", revision))
-    side_paths = merged_side_paths(config)
+    side_paths = merged_side_paths(read_json(find_file(model, "config.json", revision)))
+    try:
+        index = read_json(find_file(model, "model.safetensors.index.json", revision))
+        files = {file for name, file in index["weight_map"].items() if merged_tensor(name)}
+    except MissingFile:
+        files = {"model.safetensors"}
     heads: list[tuple[MergedTensor, TensorHead]] = []
-    if side_paths:
-        try:
-            index = read_json(find_file(model, "model.safetensors.index.json", revision))
-            files = {file for name, file in index["weight_map"].items() if merged_tensor(name)}
-        except MissingFile:
-            files = {"model.safetensors"}
-        for file in files:
-            named = read_heads(find_file(model, file, revision)).items()
-            heads += [(tensor, head) for name, head in named if (tensor := merged_tensor(name))]
+    for file in files:
+        named = read_heads(find_file(model, file, revision)).items()
+        heads += [(tensor, head) for name, head in named if (tensor := merged_tensor(name))]
     return {
         "model": model,
         "side_paths": [

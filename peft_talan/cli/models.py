@@ -6,9 +6,8 @@ from typing import Annotated
 
 from typer import Argument, Option
 
-from ..checkpoint.merged_config import merged_side_paths
 from .console import Misuse
-from .inspect_adapter import MissingFile, find_file, read_config, read_json
+from .inspect_adapter import MergedModel, read_config
 from .sources import check_source
 
 MERGED = "merged model"
@@ -30,8 +29,8 @@ def check_adapter(adapter: str, model: str | None, kind: str | None = None, *, m
     """
     try:
         config = read_config(adapter, kind=kind)
-    except MissingFile:
-        if merged_too and merged_side_paths(read_json(find_file(adapter, "config.json"))):
+    except MergedModel:
+        if merged_too:
             return MERGED
         raise
     if model is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 
 from peft.utils import PeftType
 from torch import nn
@@ -12,7 +13,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from ..axes import spacing_of
 from ..checkpoint.names import CHILD_NAME
 from ..config import DEFAULT_DEPTHS, TalanConfig
-from ..functional.initialization import empty_parameters
+from ..functional.initialization import parameter_shapes
 
 SMALLEST_LIMIT = 2**20
 """How many numbers a side path may hold beside any model, however small."""
@@ -219,8 +220,8 @@ def check_size(config: TalanConfig, model: nn.Module, hidden_size: int, blocks: 
 
     Linux grants memory that it does not have, and ends the process without an error when the memory is filled.
     """
-    tensors = empty_parameters(config.side_path_options, hidden_size, config.talan_slots, config.talan_dim)
-    side_path = blocks * sum(tensor.numel() for tensor in tensors.values())
+    shapes = parameter_shapes(config.side_path_options, hidden_size, config.talan_slots, config.talan_dim)
+    side_path = blocks * sum(map(math.prod, shapes.values()))
     rank = max([config.r, *(config.rank_pattern or {}).values()]) if config.has_lora_weights else 0
     if max(side_path, rank * hidden_size) <= SMALLEST_LIMIT:
         return

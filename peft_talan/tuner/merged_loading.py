@@ -1,4 +1,7 @@
-"""Lets transformers build a merged model with its side paths, so that it loads their tensors as all others."""
+"""Lets transformers build a merged model with its side paths, so that it loads their tensors as all others.
+
+Where it is given for an adapter, transformers refuses it and names the call that loads it.
+"""
 
 from __future__ import annotations
 
@@ -18,6 +21,8 @@ def let_transformers_build_merged_models() -> None:
     from transformers import fusion_mapping
     from transformers.modeling_utils import PreTrainedModel
 
+    from ..checkpoint.merged_as_adapter import let_transformers_refuse_merged_models
+
     if FIELD in fusion_mapping._FUSION_REGISTRY:
         return
     fusion_mapping._FUSION_REGISTRY[FIELD] = fusion_mapping.ModuleFusionSpec()
@@ -33,3 +38,4 @@ def let_transformers_build_merged_models() -> None:
             attach_described(self)
 
     PreTrainedModel.post_init = post_init  # type: ignore[method-assign]
+    let_transformers_refuse_merged_models()

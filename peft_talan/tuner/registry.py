@@ -9,6 +9,7 @@ from transformers.cache_utils import Cache
 
 from ..checkpoint.card import write_cards_on_push
 from ..checkpoint.loaded_over import check_what_is_loaded_over
+from ..checkpoint.merged_as_adapter import let_peft_refuse_merged_models
 from ..config import TalanConfig
 from ..memory.cache import follow_class
 from .lorafa import let_lorafa_train_side_paths
@@ -31,6 +32,7 @@ def register_talan() -> None:
         register_peft_method(name="talan", config_cls=TalanConfig, model_cls=TalanModel, prefix=TalanModel.prefix)
         write_cards_on_push()
         check_what_is_loaded_over()
+        let_peft_refuse_merged_models()
         let_lorafa_train_side_paths()
         follow_class(Cache)
         let_transformers_build_merged_models()

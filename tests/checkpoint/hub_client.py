@@ -82,6 +82,10 @@ def pull(folder: str, repo: str, name: str = "pulled", **kwargs: Any) -> None:
     result_of(PeftModel.from_pretrained(make_base("qwen3", torch.float32), repo, **kwargs), folder, name)
 
 
+def load(repo: str, **kwargs: Any) -> None:
+    make_base("qwen3", torch.float32).load_adapter(repo, adapter_kwargs=kwargs)
+
+
 def pull_second(repo: str, subfolder: str, token: str) -> bool:
     loaded = PeftModel.from_pretrained(make_base("qwen3", torch.float32), repo, token=token)
     loaded.load_adapter(repo, "other", subfolder=subfolder, token=token)

@@ -198,6 +198,20 @@ def test_merged_model(client: Client, hub: Hub, tmp_path: Path) -> None:
     assert '| `talan_mixer` | `"attention"` |' in card.text and "| side path |" in card.text
 
 
+def test_merged_model_where_an_adapter_is_expected(client: Client, hub: Hub, home: Path, tmp_path: Path) -> None:
+    client("push_merged", folder=str(tmp_path), repo="user/no-adapter", token="writer", revision="kept")
+    refused = "it is a merged model, not an adapter; load it, with its side path, by AutoModelForCausalLM"
+    shown = client.ask("pull", folder=str(tmp_path), repo="user/no-adapter", revision="kept")
+    assert f"{refused}.from_pretrained('user/no-adapter', revision='kept')" in shown["error"]
+    assert refused in client.ask("load", repo="user/no-adapter", revision="kept")["error"]
+    # Where the hub can't be reached, it is not asked again; its cache knows.
+    gone = Client("http://127.0.0.1:1", home, HF_HUB_OFFLINE="1")
+    for call in ("pull", "load"):
+        options = {"folder": str(tmp_path)} if call == "pull" else {}
+        assert refused in gone.ask(call, repo="user/no-adapter", revision="kept", **options)["error"]
+    gone.close()
+
+
 def test_plain_lora_on_a_model_that_had_talan(client: Client, hub: Hub) -> None:
     client("push_lora_after_talan", repo="user/lora", token="writer")
     assert "talan" not in str(card_of(hub, "user/lora"))

@@ -239,6 +239,8 @@ def test_each_stack_has_its_own(stack: str, kind: str, tmp_path: Path) -> None:
     assert side_path_of(loaded) and all(name.startswith(blocks) for name in side_path_of(loaded))
     call = {"decoder_input_ids": make_tokens(tokens=7)}
     assert torch.equal(logits(loaded, **call), logits(merged, **call))
+    with pytest.raises(ValueError, match=rf"load it, with its side path, by {type(merged).__name__}\.from_pretrained"):
+        PeftModel.from_pretrained(make_talk(kind), tmp_path)
     if kind == "t5":
         assert bool(side_path_of(T5EncoderModel.from_pretrained(tmp_path))) == (stack == "encoder")
 

@@ -328,8 +328,13 @@ def test_nothing_is_written_over_what_is_read(saved: Path, tmp_path: Path, fails
     assert before == {file: file.read_bytes() for file in before}
 
 
-def test_inspect_shows_the_side_path_of_a_merged_model(saved: Path, tmp_path: Path, answers: Answers) -> None:
+def test_inspect_alone_takes_a_merged_model_for_an_adapter(
+    saved: Path, tmp_path: Path, answers: Answers, fails: Fails
+) -> None:
     main(["merge", str(saved / "adapter"), str(tmp_path / "merged")])
+    load = f"load it, with its side path, by AutoModelForCausalLM.from_pretrained('{tmp_path / 'merged'}')"
+    assert load in fails(["export-lora", tmp_path / "merged", tmp_path / "lora"])
+    assert load in fails(["analyze", tmp_path / "merged", "no.jsonl", tmp_path / "out"])
     adapter = json.loads(answers(["inspect", saved / "adapter", "--json"]))
     (side_path,) = json.loads(answers(["inspect", tmp_path / "merged", "--json"]))["side_paths"]
     assert side_path["parameters"] == adapter["side_path"]["parameters"]

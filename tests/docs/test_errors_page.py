@@ -214,6 +214,7 @@ PROVOCATIONS: dict[str, Provocation] = {
     "the checkpoint of adapter … has a size mismatch": of_another_model,
     "adapter_name=…: PEFT reads only": lambda folder: load_over(saved(folder), talan_alpha=0.5),
     "adapter_name=…: the adapter of this name": lambda folder: load_over(saved_lora(folder)),
+    "…=…: it is a merged model": lambda folder: load(str(merged(folder))),
     "folder=…: expected a saved TALAN adapter": lambda folder: write_card(saved_lora(folder)),
     "lora=…: tensors are missing": lambda folder: warm_start(make_base("qwen3", blocks=3), saved_lora(folder)),
     "expected an adapter of type LORA": lambda folder: warm_start(make_base("qwen3"), saved(folder)),

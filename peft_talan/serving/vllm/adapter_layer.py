@@ -8,7 +8,7 @@ import torch
 from torch.nn import functional as F
 from vllm.lora.layers import BaseLayerWithLoRA
 
-from ...functional.initialization import empty_parameters
+from ...functional.initialization import parameter_shapes
 from ...functional.parameters import MIXER_PARAMETERS, SidePathOptions
 from ...functional.stacked import StackedParameters
 from ..pages import PagedMemory, Pages
@@ -52,10 +52,7 @@ class AdapterSidePaths(AroundBlock, BaseLayerWithLoRA):
         self.set_up(child_name(number), {kind.position}, attention, strengths)
         self.kind, self.block_index = kind, block_index
         self.options = SidePathOptions(mixer=kind.mixer, writeback=kind.writeback, soft_cap=kind.soft_cap)
-        self.shapes = {
-            name: tensor.shape
-            for name, tensor in empty_parameters(self.options, hidden_size, kind.slots, kind.width).items()
-        }
+        self.shapes = parameter_shapes(self.options, hidden_size, kind.slots, kind.width)
         for name, shape in self.shapes.items():
             # The write-back is one product for all slots, for which they have to lie one after the other.
             stacked = (max_loras, *(reversed(shape) if name == "write" else shape))
