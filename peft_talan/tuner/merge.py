@@ -26,6 +26,12 @@ LIVE = (
     "(use_vllm=False), or export with merge_and_unload() and save_pretrained()."
 )
 """What `merge_adapter` warns of, once a model."""
+ROLLOUTS = (
+    "{kind}: merged weights are without the side path of this TALAN adapter, so the rollouts would be another model's. "
+    "TRL sends the whole adapter to a server of one engine (no --data-parallel-size) that was started with "
+    "--enable-lora, if a single adapter is active that vLLM can serve; its warning says what stands against that"
+)
+"""Why `merge_adapter` is refused while a trainer generates by vLLM."""
 
 
 def check_mergeable(model: nn.Module, adapter_names: Collection[str]) -> None:
@@ -47,6 +53,8 @@ class MergingModel(CheckpointedModel):
 
     peft_config: dict[str, TalanConfig]  # type: ignore[assignment]  # LoraModel has LoRA's configurations alone.
     _warned_of_live_side_path = False
+    rollouts_of: str | None = None
+    """The arguments' class of the trainer that trains on what vLLM generates, as long as it does."""
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         """Fold the LoRA weights into the base weights; the side path stays live.
@@ -58,12 +66,14 @@ class MergingModel(CheckpointedModel):
             safe_merge: Whether to check LoRA weights and side path for NaN, before anything is folded. Default False.
 
         Raises:
-            ValueError: `safe_merge` found a NaN or an infinity.
+            ValueError: `safe_merge` found a NaN or an infinity; or a trainer would send the merged weights to vLLM.
 
         Examples:
             >>> model.merge_adapter()
             >>> model.unmerge_adapter()
         """
+        if self.rollouts_of is not None:
+            raise ValueError(ROLLOUTS.format(kind=self.rollouts_of))
         if safe_merge:
             check_mergeable(self.model, self.active_adapters if adapter_names is None else adapter_names)
         super().merge_adapter(adapter_names, safe_merge)
