@@ -26,12 +26,6 @@ LIVE = (
     "(use_vllm=False), or export with merge_and_unload() and save_pretrained()."
 )
 """What `merge_adapter` warns of, once a model."""
-ROLLOUTS = (
-    "{kind}: merged weights are without the side path of this TALAN adapter, so the rollouts would be another model's. "
-    "TRL sends the whole adapter to a server of one engine (no --data-parallel-size) that was started with "
-    "--enable-lora, if a single adapter is active that vLLM can serve; its warning says what stands against that"
-)
-"""Why `merge_adapter` is refused while a trainer generates by vLLM."""
 
 
 def check_mergeable(model: nn.Module, adapter_names: Collection[str]) -> None:
@@ -73,7 +67,12 @@ class MergingModel(CheckpointedModel):
             >>> model.unmerge_adapter()
         """
         if self.rollouts_of is not None:
-            raise ValueError(ROLLOUTS.format(kind=self.rollouts_of))
+            raise ValueError(
+                f"{self.rollouts_of}: merged weights are without the side path of this TALAN adapter, and the rollouts "
+                "would be another model's. TRL sends the whole adapter to a server of one engine (no "
+                "--data-parallel-size) that was started with --enable-lora, if one adapter is active that vLLM can "
+                "serve; a warning of TRL says what stands against that"
+            )
         if safe_merge:
             check_mergeable(self.model, self.active_adapters if adapter_names is None else adapter_names)
         super().merge_adapter(adapter_names, safe_merge)

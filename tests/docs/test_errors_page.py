@@ -285,6 +285,8 @@ ELSEWHERE = {
     "The side path depends on its input": "tests/tuner/test_merge.py",
     "merge_adapter() folds": "tests/tuner/test_merge.py",
     "…: vLLM would be sent": "tests/trainers/test_vllm_rollouts.py",
+    "…: merged weights are without": "tests/trainers/test_async_rollouts.py",
+    "…: adapter … has the strength": "tests/trainers/test_async_rollouts.py",
     "resume_from_checkpoint": "tests/processes/test_processes.py",
     "tp_plan": "tests/processes/test_processes.py",
 }

@@ -9,8 +9,8 @@ import torch
 from trl.experimental.async_grpo.packing import TREE_ATTENTION, TreeRow
 
 from ..small_models import make_config, make_model, make_tokens
+from .on_processors import run_on_processors
 from .test_trl import assert_same
-from .tree_attention import run_on_processors
 
 KINDS: dict[str, dict[str, Any]] = {
     "defaults": {},

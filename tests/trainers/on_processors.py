@@ -1,4 +1,4 @@
-"""The kernel of TRL's tree attention, which GPUs have, as a computation in torch."""
+"""What TRL's asynchronous trainers need a GPU for: the kernel of their attention, computed by torch, and its speed."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch.nn import functional as F
-from trl.experimental.async_grpo import packing
+from trl.experimental.async_distillation import async_distillation_trainer
+from trl.experimental.async_grpo import async_grpo_trainer, packing
 
 
 def _attend(
@@ -36,6 +37,8 @@ def _attend(
 
 
 def run_on_processors(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let TRL's tree attention compute with torch."""
+    """Let TRL's tree attention compute with torch, and its trainers ask for no GPU's peak speed, which they log."""
     monkeypatch.setattr(packing, "_flash_attn", lambda: SimpleNamespace(flash_attn_varlen_func=_attend))
     packing.register_tree_attention()
+    for trainer in (async_grpo_trainer, async_distillation_trainer):
+        monkeypatch.setattr(trainer, "get_peak_flops_per_device", lambda *_: None)
