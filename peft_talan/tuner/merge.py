@@ -68,8 +68,8 @@ class MergingModel(CheckpointedModel):
         """
         if self.rollouts_of is not None:
             raise ValueError(
-                f"{self.rollouts_of}: merged weights are without the side path of this TALAN adapter, and the rollouts "
-                "would be another model's. TRL sends the whole adapter to a server of one engine (no "
+                f"{self.rollouts_of}: merged weights are without the side path of this TALAN adapter, and rollouts "
+                "would be another model's; TRL sends the whole adapter to a server of one engine (no "
                 "--data-parallel-size) that was started with --enable-lora, if one adapter is active that vLLM can "
                 "serve; a warning of TRL says what stands against that"
             )

@@ -1,4 +1,4 @@
-"""What TRL's asynchronous trainers need a GPU for: the kernel of their attention, computed by torch, and its speed."""
+"""TRL's asynchronous trainers without a GPU, and without vLLM in their own process, which uses none of it."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch.nn import functional as F
-from trl.experimental.async_distillation import async_distillation_trainer
-from trl.experimental.async_grpo import async_grpo_trainer, packing
+from trl.experimental import async_distillation, async_grpo
+from trl.experimental.async_grpo import packing
 
 
 def _attend(
@@ -37,8 +37,9 @@ def _attend(
 
 
 def run_on_processors(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let TRL's tree attention compute with torch, and its trainers ask for no GPU's peak speed, which they log."""
+    """Compute AsyncGRPO's attention with torch, and let both trainers ask for no GPU's peak speed and no vLLM."""
     monkeypatch.setattr(packing, "_flash_attn", lambda: SimpleNamespace(flash_attn_varlen_func=_attend))
     packing.register_tree_attention()
-    for trainer in (async_grpo_trainer, async_distillation_trainer):
-        monkeypatch.setattr(trainer, "get_peak_flops_per_device", lambda *_: None)
+    for package, trainer in ((async_grpo, "async_grpo_trainer"), (async_distillation, "async_distillation_trainer")):
+        monkeypatch.setattr(f"{package.__name__}.{trainer}.get_peak_flops_per_device", lambda *_: None)
+        monkeypatch.setattr(f"{package.__name__}.async_rollout_worker.is_vllm_available", lambda: True)
