@@ -47,17 +47,21 @@ def measure(
         append_line(options.out, row)
 
     tokens, most = options.tokens, max(options.clients)
+    if options.turns:
+        running = {**served, "lora again": served["lora"]}
+    else:
+        running = served = {"talan": served["talan"]}
     questions = {name: ask_about(one, options.requests) for name, one in served.items()}
     expected: Answers = {}
     for name, one in served.items():
         expected |= expected_answers(one, set(questions[name]) - set(expected), tokens)
     check_apart(expected)
     of_visitor = expected_answers(visitor, ask_about(visitor, 2), tokens) if visitor is not None else {}
-    with all_serving(options.server, {**served, "lora again": served["lora"]}, options.threads) as servers:
+    with all_serving(options.server, running, options.threads) as servers:
         for server in servers:  # The first answer waits for what is made when it is first used.
             with alone(server, servers):
                 measure_load(server, questions[server.kind], len(TOPICS), 2)
-        for clients in options.clients:
+        for clients in options.clients if options.turns else ():
             rows: list[Row] = []
             for turn in range(options.turns):
                 for place in range(len(servers)):
@@ -97,7 +101,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path("build/serving"), help="where the models are written")
     parser.add_argument("--clients", type=int, nargs="+", default=[1, 4, 16])
     parser.add_argument("--requests", type=int, default=64, help="of each server, in each turn")
-    parser.add_argument("--turns", type=int, default=5)
+    parser.add_argument("--turns", type=int, default=5, help="0: only the first server, and no speed")
     parser.add_argument("--tokens", type=int, default=48, help="new tokens per request, at most")
     parser.add_argument("--soak", type=int, default=1000, help="requests during which the memory is watched")
     parser.add_argument("--threads", type=int, default=1, help="of each server")

@@ -29,7 +29,7 @@ def post(server: Server, path: str, body: dict[str, Any], kill_after: int | None
         connection.close()
         return response.status, None
     sent = response.read().decode(errors="replace")
-    is_json = response.status == 200 and "json" in response.headers["Content-Type"]
+    is_json = response.status == 200 and response.headers.get_content_type() == "application/json"
     return response.status, json.loads(sent) if is_json else sent
 
 

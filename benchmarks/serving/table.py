@@ -44,15 +44,16 @@ def tables(out: Path) -> dict[str, str]:
 
 def _adapters(rows: Sequence[Row]) -> str:
     """What was measured of adapters by request."""
+
+    def shown(row: Row, field: str) -> str:
+        return "1" if row["served"] == "lora" else "{median:.3f} ({low:.3f} to {high:.3f})".format(**row[field])
+
     lines = []
     for name, what in ROWS.items():
         for row in [row for row in rows if row["served"] == name and "turns" in row]:
-            speed = "1" if name == "lora" else "{median:.3f} ({low:.3f} to {high:.3f})".format(**row["speed"])
             equal = f"{row['requests'] - row['wrong']} of {row['requests']}"
-            lines.append([what, equal, row["lost"], f"{row['tokens_per_second']:.1f}", speed])
-    return markdown(
-        ["adapters", "answers equal", "lost", "tokens per second", "of eight LoRA adapters'"], lines, "--:"
-    )
+            lines.append([what, equal, row["lost"], shown(row, "speed"), shown(row, "processor time")])
+    return markdown(["adapters", "answers equal", "lost", "speed", "by processor time"], lines, "--:")
 
 
 def _merged(rows: Sequence[Row]) -> str:

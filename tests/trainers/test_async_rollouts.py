@@ -1,4 +1,4 @@
-"""TRL's asynchronous trainers on what vLLM generates: each version of the adapter, side path and all.
+"""TRL's AsyncGRPO on what vLLM generates: each version of the adapter, side path and all.
 
 vLLM's server runs in its own environment (`make test-vllm` makes it), TRL in this one. The kernel of TRL's attention
 is computed by torch here.
@@ -7,7 +7,6 @@ is computed by torch here.
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,24 +15,17 @@ import pytest
 from datasets import Dataset
 from peft import get_peft_model
 from transformers import PreTrainedModel, PreTrainedTokenizerFast, TrainerCallback
-from trl.experimental.async_distillation import AsyncDistillationConfig, AsyncDistillationTrainer
 from trl.experimental.async_grpo import AsyncGRPOConfig, AsyncGRPOTrainer
 
 from peft_talan import TalanConfig, set_talan_strength
 
 from ..vllm import engines
-from ..vllm.servers import complete, post, serving
+from ..vllm.servers import complete, serving
 from .on_processors import run_on_processors
 from .test_trl import COMMON, make_chat_tokenizer, words
 
 PYTHON = Path(__file__).parents[2] / ".venv-vllm" / "bin" / "python"
-pytestmark = [
-    pytest.mark.filterwarnings("ignore"),
-    pytest.mark.skipif(
-        not (PYTHON.parents[1] / ".test").exists(),
-        reason="vLLM is installed in an environment of its own: make test-vllm",
-    ),
-]
+pytestmark = pytest.mark.filterwarnings("ignore")
 
 STEPS = 3
 PROMPTS = [{"prompt": [{"role": "user", "content": words(4 + 9 * number, number)}]} for number in range(4)]
@@ -92,34 +84,27 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def port(folder: Path) -> Iterator[int]:
-    # The base model is a teacher, and on processors its requests need an empty last slot.
-    words = ["--max-loras", 5, "--lora-modules", f"like={folder / 'like'}"]
-    words += ["--logprobs-mode", "processed_logprobs", "--max-logprobs", -1]
+    words = ["--max-loras", 3, "--lora-modules", f"like={folder / 'like'}"]
     with serving(folder / "base", words, folder / "printed", str(PYTHON), VLLM_SERVER_DEV_MODE="1") as port:
         yield port
 
 
-def make_trainer(folder: Path, port: int, out: Path, kind: str = "GRPO", **options: Any) -> Any:
-    url = f"http://127.0.0.1:{port}"
-    shared = {
-        "max_steps": STEPS,
-        "per_device_train_batch_size": 4,
-        "max_completion_length": 12,
-        "max_staleness": 0,
-        "learning_rate": 0.02,
-        "dtype": "float32",
-        "vllm_server_base_url": url,
-    }
-    trainer: Any
-    if kind == "GRPO":
-        trainer, arguments = AsyncGRPOTrainer, AsyncGRPOConfig(out, **COMMON, **shared, num_generations=2)
-        options["reward_funcs"] = count_words
-    else:
-        attention = {"attn_implementation": "sdpa"}
-        teacher = {"teacher_server_urls": {"default": url}, "model_init_kwargs": attention}
-        trainer, arguments = AsyncDistillationTrainer, AsyncDistillationConfig(out, **COMMON, **shared, **teacher)
-    return trainer(
+def make_trainer(folder: Path, port: int, out: Path, **options: Any) -> Any:
+    arguments = AsyncGRPOConfig(
+        out,
+        **COMMON,
+        max_steps=STEPS,
+        per_device_train_batch_size=4,
+        num_generations=2,
+        max_completion_length=12,
+        max_staleness=0,
+        learning_rate=0.02,
+        dtype="float32",
+        vllm_server_base_url=f"http://127.0.0.1:{port}",
+    )
+    return AsyncGRPOTrainer(
         str(folder / "base"),
+        reward_funcs=count_words,
         args=arguments,
         train_dataset=Dataset.from_list(PROMPTS),
         processing_class=make_tokenizer(),
@@ -128,22 +113,16 @@ def make_trainer(folder: Path, port: int, out: Path, kind: str = "GRPO", **optio
     )
 
 
-@pytest.fixture(autouse=True)
-def _unload(port: int) -> Iterator[None]:
-    """Each training counts its versions from 1."""
-    yield
-    for model in json.loads(post(port, "/v1/models", None)[1])["data"]:
-        if model["id"].startswith("trl-policy"):
-            assert post(port, "/v1/unload_lora_adapter", {"lora_name": model["id"]})[0] == 200
-
-
-@pytest.mark.parametrize("kind", ["GRPO", "distillation"])
+@pytest.mark.skipif(
+    not (PYTHON.parents[1] / ".test").exists(),
+    reason="vLLM is installed in an environment of its own: make test-vllm",
+)
 def test_each_version_is_what_is_trained(
-    kind: str, folder: Path, port: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    folder: Path, port: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run_on_processors(monkeypatch)
     compare = Compare(port, folder, tmp_path)
-    trainer = compare.trainer = make_trainer(folder, port, tmp_path, kind, callbacks=[compare])
+    trainer = compare.trainer = make_trainer(folder, port, tmp_path, callbacks=[compare])
     trainer.train()
     assert len(compare.asked) == STEPS
     for served, expected in compare.asked:
@@ -152,41 +131,40 @@ def test_each_version_is_what_is_trained(
     steps = [row for row in trainer.state.log_history if "grad_norm" in row]
     assert len(steps) == STEPS
     assert all(row["grad_norm"] > 0 for row in steps)
-    if kind == "GRPO":
-        # Of vLLM's probabilities and the trainer's. TRL takes the next step's rollouts before it sends new weights.
-        assert steps[0]["ratio"] == pytest.approx(1.0, abs=1e-4)
-        assert steps[0]["kl"] == pytest.approx(0.0, abs=1e-6)
+    # Of vLLM's probabilities and the trainer's. TRL takes the next step's rollouts before it sends new weights.
+    assert steps[0]["ratio"] == pytest.approx(1.0, abs=1e-4)
+    assert steps[0]["kl"] == pytest.approx(0.0, abs=1e-6)
     trainer.model.merge_adapter()  # as before the training
     trainer.model.unmerge_adapter()
 
 
+class Sender:
+    """A user's own way to send weights, for which TRL merges the adapter and asks no server."""
+
+    def init_weight_transfer(self) -> None: ...
+    def pause(self) -> None: ...
+    def resume(self) -> None: ...
+    def destroy(self) -> None: ...
+    def send_weights(self, iterator: Any) -> None:
+        raise AssertionError("weights were sent")
+
+
 def test_an_adapter_that_trl_would_merge_is_refused(
-    folder: Path, port: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Before the first rollout; nothing is merged."""
     run_on_processors(monkeypatch)
-
-    class Sender:
-        """The user's own way to send weights, for which TRL merges."""
-
-        def init_weight_transfer(self) -> None: ...
-        def pause(self) -> None: ...
-        def resume(self) -> None: ...
-        def destroy(self) -> None: ...
-        def send_weights(self, iterator: Any) -> None:
-            raise AssertionError("weights were sent")
-
-    trainer = make_trainer(folder, port, tmp_path, weight_transfer=Sender())
+    trainer = make_trainer(folder, 9, tmp_path, weight_transfer=Sender())
     with pytest.raises(ValueError, match=r"AsyncGRPOConfig: merged weights are without the side path"):
         trainer.train()
     assert not any(getattr(module, "merged", False) for module in trainer.model.modules())
 
 
 def test_a_strength_that_vllm_does_not_know_is_refused(
-    folder: Path, port: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run_on_processors(monkeypatch)
-    trainer = make_trainer(folder, port, tmp_path)
+    trainer = make_trainer(folder, 9, tmp_path, weight_transfer=Sender())
     set_talan_strength(trainer.model, 0.5)
     with pytest.raises(ValueError, match=r"AsyncGRPOConfig: adapter 'default' has the strength 0.5"):
         trainer.train()
