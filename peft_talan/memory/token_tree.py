@@ -32,13 +32,28 @@ class TokenTree(NamedTuple):
 
     @classmethod
     def of_call(cls, given: Mapping[str, Any]) -> TokenTree | None:
-        """Read the arguments of a call that TRL's tree attention takes; None where there are none."""
-        names = ("tree_kv_index", "tree_cu_seqlens_q", "tree_cu_seqlens_k")
-        parts = [given.get(name) for name in names]
-        return cls(*parts) if all(isinstance(part, torch.Tensor) for part in parts) else None
+        """Read what TRL's tree attention takes.
+
+        Args:
+            given: The arguments of a call by their names.
+
+        Returns:
+            The tree; None where there is none.
+        """
+        path_index = given.get("tree_kv_index")
+        if not isinstance(path_index, torch.Tensor):
+            return None
+        return cls(path_index, given["tree_cu_seqlens_q"], given["tree_cu_seqlens_k"])
 
     def ends_of_paths(self, tokens: int) -> torch.Tensor:
-        """The place of each of the row's tokens in its own segment's path, [tokens]."""
+        """Find the row's tokens on the paths of their own segments.
+
+        Args:
+            tokens: The row's length.
+
+        Returns:
+            Each token's place in `path_index`, [tokens].
+        """
         place = torch.arange(tokens, device=self.path_index.device)
         segment = torch.bucketize(place, self.segment_starts[1:-1], right=True)
         return self.path_starts[segment + 1] - self.segment_starts[segment + 1] + place
