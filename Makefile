@@ -19,8 +19,10 @@ demo: $(VENV)/.demo
 test: lint docs
 	$(ONE_THREAD) HF_HUB_OFFLINE=1 $(PYTHON) -m pytest -n 2 --dist worksteal $(ARGS)
 
-test-vllm: $(VLLM_VENV)/.test
+# The last ones have vLLM's server there, and TRL in .venv.
+test-vllm: $(VLLM_VENV)/.test $(VENV)/.test
 	$(ONE_THREAD) HF_HUB_OFFLINE=1 $(VLLM_VENV)/bin/python -m pytest -n 2 --dist worksteal tests/vllm $(ARGS)
+	$(ONE_THREAD) HF_HUB_OFFLINE=1 $(PYTHON) -m pytest tests/trainers/test_async_rollouts.py $(ARGS)
 
 lint: $(VENV)/.test
 	$(VENV)/bin/ruff check .

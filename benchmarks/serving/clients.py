@@ -4,138 +4,126 @@ from __future__ import annotations
 
 import json
 import time
-import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from http.client import HTTPConnection
-from pathlib import Path
 from typing import Any
 
+from .models import Answers, Question
 from .servers import PAGE, PAGES, Server
 
-TOPICS = (
-    "the sea", "a bridge", "bread", "the moon", "a clock", "ants", "the violin", "rain",
-    "glass", "a lighthouse", "salt", "the desert", "a ladder", "owls", "paper", "iron",
-)  # fmt: skip
 COUNTED = ("requests", "lost", "wrong")
 
 
-def write_folders(parent: Path) -> dict[str, str]:
-    """Write the merged model with its side path, and without it; done once."""
-    import torch
-    from peft import get_peft_model
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    from peft_talan import TalanConfig
-    from peft_talan.demo.base_model import default_model_folder
-
-    folders = {name: str(parent / name) for name in ("talan", "lora")}
-    if not all((Path(folder) / "config.json").exists() for folder in folders.values()):
-        for name, folder in folders.items():
-            source = default_model_folder()
-            base = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
-            torch.manual_seed(0)
-            # Strong enough to change answers, and weak enough for them to stay language.
-            shared = {"r": 16, "target_modules": "all-linear", "task_type": "CAUSAL_LM", "talan_alpha": 0.3}
-            model = get_peft_model(base, TalanConfig(**shared, init_talan_weights=False))
-            with warnings.catch_warnings(action="ignore"):  # of the side path that is dropped
-                merged = model.merge_and_unload(side_path="keep" if name == "talan" else "drop")
-            merged.save_pretrained(folder)
-            AutoTokenizer.from_pretrained(source).save_pretrained(folder)
-    return folders
-
-
-def message(topic: str) -> list[dict[str, str]]:
-    """One prompt; the prompts share their beginning, as system prompts do."""
-    return [{"role": "user", "content": f"You are a patient teacher. Tell a child in two sentences about {topic}."}]
-
-
-def expected_answers(folder: str, topics: Sequence[str], tokens: int) -> dict[str, str]:
-    """What `generate` answers to each prompt."""
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    answers = {}
-    for topic in topics:
-        inputs = tokenizer.apply_chat_template(
-            message(topic), add_generation_prompt=True, return_tensors="pt", return_dict=True
-        )
-        output = model.generate(**inputs, max_new_tokens=tokens, do_sample=False)
-        answers[topic] = tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-    return answers
-
-
-def ask(server: Server, messages: list[dict[str, str]], tokens: int, kill_after: int | None = None) -> tuple[int, Any]:
+def post(server: Server, path: str, body: dict[str, Any], kill_after: int | None = None) -> tuple[int, Any]:
     """Send one request; its status, and the answer as it was sent.
 
-    With `kill_after`, the answer is streamed and the connection broken off after so many bytes.
+    With `kill_after`, the connection is broken off after so many bytes.
     """
-    body = {"model": server.folder, "messages": messages, "temperature": 0, "max_tokens": tokens}
-    body["stream"] = kill_after is not None
     connection = HTTPConnection("127.0.0.1", server.port, timeout=900)
-    connection.request("POST", "/v1/chat/completions", json.dumps(body), {"Content-Type": "application/json"})
+    connection.request("POST", path, json.dumps(body), {"Content-Type": "application/json"})
     response = connection.getresponse()
     if kill_after is not None:
         response.read(kill_after)
         connection.close()
         return response.status, None
-    sent = response.read()
-    return response.status, json.loads(sent) if response.status == 200 else sent.decode(errors="replace")
+    sent = response.read().decode(errors="replace")
+    is_json = response.status == 200 and response.headers.get_content_type() == "application/json"
+    return response.status, json.loads(sent) if is_json else sent
+
+
+def ask(server: Server, question: Question, tokens: int, kill_after: int | None = None) -> tuple[int, Any]:
+    """Ask one question; the answer is streamed to a client that is killed."""
+    body = {"model": question.model, "messages": question.messages, "temperature": 0, "max_tokens": tokens}
+    return post(server, "/v1/chat/completions", {**body, "stream": kill_after is not None}, kill_after)
 
 
 def measure_load(
-    server: Server, topics: Sequence[str], clients: int, tokens: int, expected: dict[str, str] | None = None
+    server: Server,
+    questions: Sequence[Question],
+    clients: int,
+    tokens: int,
+    expected: Answers | None = None,
+    cut: bool = False,
 ) -> dict[str, Any]:
-    """Let some clients send a request for each topic side by side, and compare the answers if they are known."""
+    """Let some clients ask the questions side by side, and compare the answers if they are known, be it cut off."""
     start, spent = time.perf_counter(), server.processor_seconds()
     with ThreadPoolExecutor(clients) as pool:
-        answers = list(pool.map(lambda topic: ask(server, message(topic), tokens), topics))
+        answers = list(pool.map(lambda question: ask(server, question, tokens), questions))
     seconds, spent = time.perf_counter() - start, server.processor_seconds() - spent
     whole = [answer for status, answer in answers if status == 200]
     new_tokens = sum(answer["usage"]["completion_tokens"] for answer in whole)
-    counted = {"requests": len(topics), "lost": len(topics) - len(whole)}
+    counted = {"requests": len(questions), "lost": len(questions) - len(whole)}
     if new_tokens:
         counted |= {"tokens_per_second": new_tokens / seconds, "processor_seconds_per_token": spent / new_tokens}
     if expected is not None:
         texts = [answer["choices"][0]["message"]["content"] if status == 200 else None for status, answer in answers]
-        counted["wrong"] = sum(text != expected[topic] for text, topic in zip(texts, topics, strict=True))
+        right = [
+            bool(text) and (expected[question].startswith(text) if cut else text == expected[question])
+            for text, question in zip(texts, questions, strict=True)
+        ]
+        counted["wrong"] = right.count(False)
     return counted
 
 
 def disturb(
-    server: Server, topics: Sequence[str], clients: int, tokens: int, expected: dict[str, str]
+    server: Server, questions: Sequence[Question], clients: int, tokens: int, expected: Answers
 ) -> dict[str, Any]:
     """The same beside clients that are killed."""
     with ThreadPoolExecutor(2) as pool:
-        killed = [pool.submit(ask, server, message(topic), tokens, 200) for topic in topics[: len(TOPICS)]]
-        counted = measure_load(server, topics, clients, tokens, expected)
+        killed = [pool.submit(ask, server, question, tokens, 200) for question in questions[:16]]
+        counted = measure_load(server, questions, clients, tokens, expected)
         statuses = [future.result()[0] for future in killed]
     return {**counted, "killed": len(statuses)}
 
 
 def send_too_long(
-    server: Server, topics: Sequence[str], clients: int, tokens: int, expected: dict[str, str]
+    server: Server, questions: Sequence[Question], clients: int, tokens: int, expected: Answers
 ) -> dict[str, Any]:
     """The same beside a prompt that is too long, and once more after it."""
-    too_long = [{"role": "user", "content": "word " * (PAGE * PAGES + 1)}]
+    messages = [{"role": "user", "content": "word " * (PAGE * PAGES + 1)}]
+    body = {"model": questions[0].model, "messages": messages, "temperature": 0, "max_tokens": tokens}
     with ThreadPoolExecutor(1) as pool:
-        refused = pool.submit(ask, server, too_long, tokens)
-        counted = measure_load(server, topics, clients, tokens, expected)
+        refused = pool.submit(post, server, "/v1/chat/completions", body)
+        counted = measure_load(server, questions, clients, tokens, expected)
         status, answer = refused.result()
-    after = measure_load(server, topics, clients, tokens, expected)
+    after = measure_load(server, questions, clients, tokens, expected)
     facts = {"status": status, "answer": str(answer)[:120], **{f"{name} after": after[name] for name in COUNTED}}
     return {**counted, "too_long": facts}
 
 
-def soak(server: Server, topics: Sequence[str], requests: int, tokens: int) -> list[int]:
-    """The memory of a server in MiB, before and after each tenth of many requests."""
-    clients, piece = len(TOPICS), max(requests // 10, 1)
+def visit(server: Server, name: str, folder: str, tokens: int, expected: Answers) -> int:
+    """Load an adapter, ask it what is expected of it, and unload it; how many of the answers are wrong."""
+    statuses = [post(server, "/v1/load_lora_adapter", {"lora_name": name, "lora_path": folder})[0]]
+    renamed = {Question(name, question.topic): text for question, text in expected.items()}
+    counted = measure_load(server, [*renamed], 1, tokens, renamed, cut=True)
+    statuses.append(post(server, "/v1/unload_lora_adapter", {"lora_name": name})[0])
+    if statuses != [200, 200]:
+        raise RuntimeError(f"{server.name}: loading and unloading {name} gave {statuses}")
+    wrong: int = counted["wrong"]
+    return wrong
+
+
+def soak(
+    server: Server,
+    questions: Sequence[Question],
+    clients: int,
+    tokens: int,
+    expected: Answers,
+    meanwhile: Callable[[str], int] | None = None,
+) -> dict[str, Any]:
+    """The memory of a server in MiB, before and after each tenth of many questions, and how many answers are wrong.
+
+    Beside each tenth one more client does what `meanwhile` says, for which it gets a name of its own.
+    """
+    piece, wrong = max(len(questions) // 10, 1), [0, 0]
     used = [round(server.memory())]
-    for done in range(0, requests, piece):
-        asked = [topics[number % len(topics)] for number in range(done, done + piece)]
-        if measure_load(server, asked, clients, tokens)["lost"]:
-            raise RuntimeError(f"{server.folder}: requests were lost after {done} of {requests}")
+    for done in range(0, len(questions), piece):
+        with ThreadPoolExecutor(1) as pool:
+            other = pool.submit(partial(meanwhile, f"visitor-{done}") if meanwhile else int)
+            counted = measure_load(server, questions[done : done + piece], clients, tokens, expected, cut=True)
+            wrong = [wrong[0] + counted["wrong"], wrong[1] + other.result()]
         used.append(round(server.memory()))
-    return used
+    found = {"requests": len(questions), "wrong": wrong[0], "MiB": used}
+    return found | ({"visits": len(used) - 1, "wrong in visits": wrong[1]} if meanwhile else {})

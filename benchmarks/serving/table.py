@@ -11,8 +11,14 @@ from ..runs import Row, read_lines
 
 RESULTS = Path(__file__).parents[1] / "results" / "serving.jsonl"
 PAGE_WITH_TABLE = Path(__file__).parents[2] / "docs" / "how-to" / "serve.md"
-NAME = "load"
-"""The table's, on its page."""
+OF_ADAPTERS = ", adapters"
+"""How the names of servers end that have adapters by request."""
+ROWS = {
+    "talan": "four TALAN adapters and four LoRA adapters",
+    "lora": "eight LoRA adapters",
+    "lora again": "eight LoRA adapters, once more (the control)",
+}
+"""What servers of adapters serve."""
 FEWEST_TURNS = 3
 """Fewer say nothing about speed."""
 
@@ -29,9 +35,29 @@ def ratios(rows: Sequence[Row], name: str, field: str) -> dict[str, float]:
     return {"median": round(middle, 3), "low": round(low, 3), "high": round(high, 3)}
 
 
-def table(out: Path) -> str:
-    """The stored rows as a table of the documentation."""
+def tables(out: Path) -> dict[str, str]:
+    """The stored rows as the tables of the documentation, by their names on its page."""
     rows = read_lines(out)
+    by_request = [row for row in rows if row["server"].endswith(OF_ADAPTERS)]
+    return {"adapters": _adapters(by_request), "load": _merged([row for row in rows if row not in by_request])}
+
+
+def _adapters(rows: Sequence[Row]) -> str:
+    """What was measured of adapters by request."""
+
+    def shown(row: Row, field: str) -> str:
+        return "1" if row["served"] == "lora" else "{median:.3f} ({low:.3f} to {high:.3f})".format(**row[field])
+
+    lines = []
+    for name, what in ROWS.items():
+        for row in [row for row in rows if row["served"] == name and "turns" in row]:
+            equal = f"{row['requests'] - row['wrong']} of {row['requests']}"
+            lines.append([what, equal, row["lost"], shown(row, "speed"), shown(row, "processor time")])
+    return markdown(["adapters", "answers equal", "lost", "speed", "by processor time"], lines, "--:")
+
+
+def _merged(rows: Sequence[Row]) -> str:
+    """What was measured of merged folders."""
 
     def shown(row: Row, field: str) -> str:
         if row["turns"] < FEWEST_TURNS:

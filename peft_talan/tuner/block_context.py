@@ -15,6 +15,7 @@ from ..functional.parameters import SidePathOptions
 from ..memory.cache import MemoryRequest, continue_or_start_memory, memories_of, tokens_before
 from ..memory.interface import Memory, NoMemory
 from ..memory.token_layout import Positions, TokenLayout, token_layout
+from ..memory.token_tree import TokenTree, TreeMemory
 from ..serving.paged_cache import find_paged_call
 from .forward_context import CallArguments, DecoderHooks, ForwardContext, find_cache, read_arguments
 from .residual_streams import ResidualStreams
@@ -123,6 +124,11 @@ class BlockContext:
         """The block's own arguments; every decoded token has as many contexts as side paths, and few ask for them."""
         return read_arguments(self._names, self._args, self._kwargs)
 
+    @property
+    def _tree(self) -> TokenTree | None:
+        """How samples share the tokens of the row; None where they share none."""
+        return self._arguments.tree if self._forward is None else self._forward.arguments.tree
+
     def memory(
         self,
         child_name: str,
@@ -150,6 +156,8 @@ class BlockContext:
         """
         if self._paged is not None:
             return self._paged.memory(self.block_index, f"{child_name}.{adapter_name}")
+        if (tree := self._tree) is not None:
+            return TreeMemory(tree)
         if self.cache is None:
             return NoMemory()
         batch, tokens = hidden_states.shape[:2]
@@ -202,6 +210,8 @@ class BlockContext:
         if self._paged is not None:
             return TokenLayout()
         check_same_shape(hidden_states, self._received)
+        if self._tree is not None:
+            return TokenLayout()
         forward = self._forward
         given = self._arguments if forward is None else forward.arguments
         if forward is not None and self._hooks.plain_module:

@@ -22,6 +22,7 @@ from transformers.generation.continuous_batching import PagedAttentionCache
 from ..memory.cache import note_recurrent_state, recurrent_state_is_new, tokens_before
 from ..memory.state_cache import StateCache, cache_of_state, is_state
 from ..memory.token_layout import TokenLayout
+from ..memory.token_tree import TokenTree
 from ..serving.paged_cache import PagedCall, find_paged_call
 from .blocks import is_from_transformers
 
@@ -60,6 +61,7 @@ class CallArguments(NamedTuple):
         shape: (batch, tokens) of the model's input, if it is known; None in place of an unknown number of tokens.
         unknown_state: The name of an argument with a state that is not a transformers cache, or None.
         has_paged_cache: Whether a server gives the cache of many requests in pages.
+        tree: How samples share the tokens of a row, or None.
     """
 
     attention_mask: object = None
@@ -70,6 +72,7 @@ class CallArguments(NamedTuple):
     shape: tuple[int, int | None] | None = None
     unknown_state: str | None = None
     has_paged_cache: bool = False
+    tree: TokenTree | None = None
 
 
 def argument_names(module: nn.Module) -> tuple[str, ...]:
@@ -112,6 +115,7 @@ def read_arguments(names: tuple[str, ...], args: tuple[Any, ...], kwargs: dict[s
         _shape_of_input(given, names),
         unknown,
         paged,
+        TokenTree.of_call(given),
     )
 
 

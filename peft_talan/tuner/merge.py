@@ -47,6 +47,8 @@ class MergingModel(CheckpointedModel):
 
     peft_config: dict[str, TalanConfig]  # type: ignore[assignment]  # LoraModel has LoRA's configurations alone.
     _warned_of_live_side_path = False
+    rollouts_of: str | None = None
+    """The arguments' class of the trainer that trains on what vLLM generates, as long as it does."""
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         """Fold the LoRA weights into the base weights; the side path stays live.
@@ -58,12 +60,19 @@ class MergingModel(CheckpointedModel):
             safe_merge: Whether to check LoRA weights and side path for NaN, before anything is folded. Default False.
 
         Raises:
-            ValueError: `safe_merge` found a NaN or an infinity.
+            ValueError: `safe_merge` found a NaN or an infinity; or a trainer would send the merged weights to vLLM.
 
         Examples:
             >>> model.merge_adapter()
             >>> model.unmerge_adapter()
         """
+        if self.rollouts_of is not None:
+            raise ValueError(
+                f"{self.rollouts_of}: merged weights are without the side path of this TALAN adapter, and rollouts "
+                "would be another model's; TRL sends the whole adapter to a server of one engine (no "
+                "--data-parallel-size) that was started with --enable-lora, if one adapter is active that vLLM can "
+                "serve; a warning of TRL says what stands against that"
+            )
         if safe_merge:
             check_mergeable(self.model, self.active_adapters if adapter_names is None else adapter_names)
         super().merge_adapter(adapter_names, safe_merge)

@@ -23,22 +23,71 @@ from ..checkpoint.names import without_wrappers
 from ..config import TalanConfig
 from ..private_names import OURS
 from .attachment import attached_side_paths
+from .merge import MergingModel
 from .trainability import frozen_tensors
 
 
 def check_rollouts(arguments: TrainingArguments) -> None:
     """Refuse to train a side path on what vLLM generates without it."""
-    # TRL's asynchronous trainers have no other way to generate, so only the server's address is an option of theirs.
-    if not getattr(arguments, "use_vllm", hasattr(arguments, "vllm_server_base_url")):
-        return
-    kind = type(arguments).__name__
-    named = f"{kind}(use_vllm=True)" if hasattr(arguments, "use_vllm") else kind
-    raise ValueError(
-        f"{named}: vLLM would be sent the LoRA weights of this TALAN adapter without its side path, and the training "
-        "would be on another model's text; set use_vllm=False, or use_transformers_continuous_batching=True where the "
-        "trainer has it (TRL's asynchronous trainers have neither: use GRPOTrainer or DistillationTrainer). After the "
-        "training, vLLM serves the merged model: merge_and_unload() and save_pretrained()"
-    )
+    if getattr(arguments, "use_vllm", False):
+        raise ValueError(
+            f"{type(arguments).__name__}(use_vllm=True): vLLM would be sent the LoRA weights of this TALAN adapter "
+            "without its side path, and the training would be on another model's text; set use_vllm=False, or "
+            "use_transformers_continuous_batching=True where the trainer has it, or use AsyncGRPOTrainer or "
+            "AsyncDistillationTrainer, which send the whole adapter to `vllm serve --enable-lora`"
+        )
+
+
+class WholeAdapter(TrainerCallback):
+    """Lets a trainer send vLLM the adapter as it is, or nothing: TRL's asynchronous trainers can merge it, too.
+
+    Args:
+        arguments: The trainer's.
+    """
+
+    def __init__(self, arguments: TrainingArguments) -> None:
+        self.kind = type(arguments).__name__
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Refuse to merge the adapter from here on, and what vLLM does not know of: a strength of this process.
+
+        Args:
+            args: Not used.
+            state: Not used.
+            control: Not used.
+            **kwargs: The model.
+
+        Raises:
+            ValueError: The side path has another strength than the trained one.
+        """
+        for _, layer in attached_side_paths(kwargs["model"]):
+            for adapter_name, strength in layer.talan_strength.items():
+                if strength != 1.0:
+                    raise ValueError(
+                        f"{self.kind}: adapter {adapter_name!r} has the strength {strength} in this process, and "
+                        "vLLM would generate with 1; call set_talan_strength(model, 1.0) before the training"
+                    )
+        self._refuse_merging(kwargs["model"], self.kind)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Let the adapter be merged again.
+
+        Args:
+            args: Not used.
+            state: Not used.
+            control: Not used.
+            **kwargs: The model.
+        """
+        self._refuse_merging(kwargs["model"], None)
+
+    def _refuse_merging(self, model: nn.Module, kind: str | None) -> None:
+        for module in model.modules():
+            if isinstance(module, MergingModel):
+                module.rollouts_of = kind
 
 
 def _digest(model: nn.Module, adapter_name: str, scope: Any) -> str | None:
@@ -131,6 +180,9 @@ def look_at_trainers() -> None:
         if isinstance(self.model, nn.Module) and any(attached_side_paths(self.model)):
             check_rollouts(args)
             self.add_callback(FrozenHalf())
+            # TRL's asynchronous trainers have no option `use_vllm`: they have no other way to generate.
+            if hasattr(args, "vllm_server_base_url") and not hasattr(args, "use_vllm"):
+                self.add_callback(WholeAdapter(args))
         return on_init_end(self, args, state, control, **kwargs)
 
     setattr(checked_on_init_end, OURS, True)

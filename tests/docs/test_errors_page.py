@@ -285,7 +285,9 @@ ELSEWHERE = {
     "continuous batching of this version": None,  # No version of transformers that may be installed is of this kind.
     "The side path depends on its input": "tests/tuner/test_merge.py",
     "merge_adapter() folds": "tests/tuner/test_merge.py",
-    "…: vLLM would be sent": "tests/trainers/test_vllm_rollouts.py",
+    "…(use_vllm=True): vLLM would be sent": "tests/trainers/test_vllm_rollouts.py",
+    "…: merged weights are without": "tests/trainers/test_async_rollouts.py",
+    "…: adapter … has the strength": "tests/trainers/test_async_rollouts.py",
     "resume_from_checkpoint": "tests/processes/test_processes.py",
     "tp_plan": "tests/processes/test_processes.py",
 }

@@ -1,11 +1,11 @@
-"""The table of docs/how-to/serve.md shows the stored results and nothing else."""
+"""The tables of docs/how-to/serve.md show the stored results and nothing else."""
 
 from __future__ import annotations
 
 from benchmarks.pages import filled
-from benchmarks.serving.table import NAME, PAGE_WITH_TABLE, RESULTS, table
+from benchmarks.serving.table import PAGE_WITH_TABLE, RESULTS, tables
 
 
-def test_the_table_is_that_of_the_stored_results() -> None:
+def test_the_tables_are_those_of_the_stored_results() -> None:
     page = PAGE_WITH_TABLE.read_text(encoding="utf-8")
-    assert page == filled(page, {NAME: table(RESULTS)}), "python -m benchmarks.serving --table"
+    assert page == filled(page, tables(RESULTS)), "python -m benchmarks.serving --table"

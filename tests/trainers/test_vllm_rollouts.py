@@ -1,4 +1,4 @@
-"""TRL's trainers that generate by vLLM are refused a TALAN adapter as they are made, before vLLM is asked for."""
+"""TRL's trainers that send vLLM merged weights are refused a TALAN adapter as they are made; others ask for vLLM."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from transformers import TrainingArguments
 from trl import GRPOConfig, GRPOTrainer
 
 from ..small_models import make_base, make_config, make_lora_config, make_model, make_tokens
+from .on_processors import run_on_processors
 from .test_trl import COMMON, PAIRS, make_chat_tokenizer
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -85,13 +86,26 @@ def test_every_trainer_that_knows_vllm_is_tried() -> None:
     assert found == {name.rpartition(".")[2] for name in TRAINERS}
 
 
-@pytest.mark.parametrize("name", TRAINERS)
+ASYNCHRONOUS = [name for name in TRAINERS if ".async_" in name]
+"""They send the adapter as it is; `test_async_rollouts.py` has them train."""
+
+
+@pytest.mark.parametrize("name", [name for name in TRAINERS if name not in ASYNCHRONOUS])
 def test_a_trainer_that_generates_by_vllm_is_refused(name: str, tmp_path: Path) -> None:
-    _, config = find(name)
-    asked = {"use_vllm": True} if hasattr(config, "use_vllm") else {}
-    named = re.escape(f"{config.__name__}(use_vllm=True)" if asked else config.__name__)
-    with pytest.raises(ValueError, match=rf"{named}: .*without its side path.*set use_vllm=False.*merge_and_unload"):
-        make(name, tmp_path, make_config(), **asked)
+    named = re.escape(f"{find(name)[1].__name__}(use_vllm=True)")
+    with pytest.raises(ValueError, match=rf"{named}: .*without its side path.*set use_vllm=False.*--enable-lora"):
+        make(name, tmp_path, make_config(), use_vllm=True)
+
+
+@pytest.mark.parametrize("name", ASYNCHRONOUS)
+def test_an_asynchronous_trainer_asks_for_the_server(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_on_processors(monkeypatch)
+    assert not hasattr(find(name)[1], "use_vllm")
+    nowhere = {"vllm_server_base_url": "http://127.0.0.1:9", "vllm_server_timeout": 0.1}
+    with pytest.raises(TimeoutError, match="waiting for vLLM server"):
+        make(name, tmp_path, make_config(), **nowhere)
 
 
 def test_plain_lora_and_other_ways_to_generate_are_let_through(tmp_path: Path) -> None:

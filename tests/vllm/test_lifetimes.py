@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch.nn import functional as F
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+from peft_talan import set_talan_strength
 
 from ..offline_hub import make_tokenizer
 from . import engines
+from .adapters import Family
 
 pytest.importorskip("vllm", reason="vLLM is installed in an environment of its own: make test-vllm")
 
@@ -95,3 +99,48 @@ def test_embeddings(folder: Path, model: Any) -> None:
             outputs = served.embed([{"prompt_token_ids": prompt} for prompt in prompts], use_tqdm=False)
             found = torch.tensor([output.outputs.embedding for output in outputs])
             torch.testing.assert_close(found, F.normalize(torch.stack(states), dim=-1))
+
+
+@torch.no_grad()
+def test_classes_and_scores(tmp_path: Path) -> None:
+    """A pooling runner whose head is trained with the adapter, and merged."""
+    prompts = engines.make_prompts()[1:4]
+    config = copy.deepcopy(engines.CONFIGS["qwen3"])
+    config.num_labels = 3
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        base = AutoModelForSequenceClassification.from_config(config, dtype=torch.float32)
+    adapted = engines.adapt(base, "default", task_type="SEQ_CLS", talan_alpha=2.0)
+    adapted.merge_and_unload().save_pretrained(tmp_path)
+    make_tokenizer().save_pretrained(tmp_path)
+    classifier = AutoModelForSequenceClassification.from_pretrained(tmp_path, dtype=torch.float32).eval()
+    expected = torch.cat([classifier(torch.tensor([prompt])).logits for prompt in prompts]).softmax(-1)
+    set_talan_strength(classifier, 0.0)
+    without = torch.cat([classifier(torch.tensor([prompt])).logits for prompt in prompts]).softmax(-1)
+    assert (expected - without).abs().max() > 0.01
+    options = {"runner": "pooling", "convert": "classify", "max_num_batched_tokens": 64, "skip_tokenizer_init": False}
+    with engines.engine(tmp_path, enforce_eager=True, **options) as served:
+        for _ in range(2):
+            outputs = served.classify([{"prompt_token_ids": prompt} for prompt in prompts], use_tqdm=False)
+            torch.testing.assert_close(torch.tensor([output.outputs.probs for output in outputs]), expected)
+
+
+def lose_weights(worker: Any) -> None:
+    """What level 2 does to a GPU's memory, where vLLM brings back buffers alone."""
+    for module in worker.get_model().modules():
+        for parameter in module.parameters(recurse=False):
+            parameter.data.fill_(torch.nan)
+        for name in ("lora_a_stacked", "lora_b_stacked"):
+            for stacked in getattr(module, name, ()):
+                stacked.fill_(torch.nan)
+
+
+def test_sleep_at_level_2(family: Family) -> None:
+    """Processors' memory stays where it is, so it is overwritten here."""
+    with engines.engine(family.base, enforce_eager=True, **family.options()) as served:
+        family.check(served, family.names)
+        served.sleep(level=2)
+        served.collective_rpc(lose_weights)
+        served.wake_up()
+        served.collective_rpc("reload_weights")
+        family.check(served, family.names)

@@ -58,3 +58,11 @@ class SidePathWorker(resolve_obj_by_qualname(platform_worker())):  # type: ignor
             self.reader.forget(lora_id)
         removed: bool = super().remove_lora(lora_id)
         return removed
+
+    def sleep(self, level: int = 1) -> None:
+        """Go to sleep, as vLLM does; at level 2 slots lose their LoRA weights, and are filled again when needed."""
+        if level > 1 and self.vllm_config.lora_config is not None:
+            slots = self.get_model().lora_manager
+            for number in list(slots.list_adapters()):
+                slots.deactivate_adapter(number)
+        super().sleep(level)
