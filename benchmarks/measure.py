@@ -169,11 +169,10 @@ def operations_of(call: Callable[[], object]) -> dict[str, int]:
 
 
 def memory_of(call: Callable[[], object]) -> dict[str, int]:
-    """The bytes that one call allocates, by torch.profiler; results included, inputs excluded.
+    """The bytes that one call, not its first, allocates, by torch.profiler; results included, inputs excluded.
 
     `peak`: the highest balance of allocated minus freed bytes since the call began. `allocated`: all allocations.
     """
-    call()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as run:
         call()
     events = [event for event in run.profiler.kineto_results.events() if event.name() == "[memory]"]
