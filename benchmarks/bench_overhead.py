@@ -20,6 +20,7 @@ import math
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,18 @@ from calls import (
     train_calls,
 )
 from conditions import GROUPS, MATCHED, MODELS, SMALLER_GROUPS, load_base, make_conditions, trainable_shares
-from measure import card_memory_of, code_version, in_turns, interval_text, machine, memory_of, operations_of, summary
+from measure import (
+    bytes_of,
+    card_memory_of,
+    code_version,
+    in_turns,
+    interval_text,
+    machine,
+    memory_of,
+    operations_of,
+    profiled,
+    summary,
+)
 from runs import Row, append_line, read_lines
 from torch import nn
 
@@ -131,17 +143,25 @@ def measure_models(base: nn.Module, cell: Row, mode: str, options: argparse.Name
         cached = tokens * token_bytes * 2
     else:
         foretold = {name: value * 3 * growth for name, value in short.items()}
-    if kind != "decode" and max(foretold.values()) > LONG_SECONDS:
+    long, profiles = kind != "decode" and max(foretold.values()) > LONG_SECONDS, {}
+    if long:
         warm_up, fewest = 0, 2
     calls = calls_of(chosen(group, models, warm_up + fewest, foretold, cached, options), cell, mode, options)
-    result = summary(in_turns(calls, rounds, warm_up, options.seconds, fewest), MATCHED)
+    seconds, contexts = max(foretold.values()), (None, min(options.contexts))
+    is_counted = mode == "eager" and seconds < options.profiled_seconds and cell.get("context") in contexts
+    timed = calls
+    if long and is_counted and options.device == "cpu":
+        timed = {name: profiled(call, partial(profiles.__setitem__, name)) for name, call in calls.items()}
+    result = summary(in_turns(timed, rounds, warm_up, options.seconds, fewest), MATCHED)
     if mode != "eager":
         result["graph_breaks"] = sum(torch._dynamo.utils.counters["graph_break"].values())
         result["graphs"] = torch._dynamo.utils.counters["stats"]["unique_graphs"]
-    elif max(foretold.values()) < options.profiled_seconds and cell.get("context") in (None, min(options.contexts)):
-        bytes_of = memory_of if options.device == "cpu" else card_memory_of
-        result["memory"] = {name: bytes_of(call) for name, call in calls.items() if not name.endswith("again")}
-        if kind != "prefill" and group != "lengths":
+    elif profiles:
+        result["memory"] = {name: bytes_of(found) for name, found in profiles.items()}
+    elif is_counted:
+        count = memory_of if options.device == "cpu" else card_memory_of
+        result["memory"] = {name: count(call) for name, call in calls.items() if not name.endswith("again")}
+        if kind != "prefill":
             result["operations"] = {name: operations_of(call) for name, call in calls.items()}
     missing = [name for name in models if name not in calls]
     return {**result, "not_measured": missing} if missing else result

@@ -45,7 +45,7 @@ def window_attention(
     scaling: float | None = None,
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Attend to the last keys: in a whole text without padding, or as one token with the keys that a cache has kept."""
+    """Attend to the last keys: in a whole text without padding, or as one token with the keys that a cache kept."""
     key, value = (repeat_kv(tensor, query.shape[1] // tensor.shape[1]) for tensor in (key, value))
     tokens = query.shape[2]
     if attention_mask is not None or tokens not in (1, key.shape[2]):

@@ -139,16 +139,15 @@ def test_kernels_are_compared(script: Callable[[str], Any], tmp_path: Path, monk
 
 def test_the_side_path_alone(script: Callable[[str], Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cost, long_context, papers = script("side_path_cost"), script("long_context"), script("paper_tables")
-    for name in ("tokens", "slots", "width", "hidden_size"):
+    for name in cost.SWEEPS:
         monkeypatch.setitem(cost.SWEEPS, name, (8, 16))
     monkeypatch.setattr(cost, "PREFILL", 32)
-    monkeypatch.setattr(cost, "GRID", [(64, 32)])
     cost.main(["--rounds", "1", "--output", str(tmp_path / "side_path_cost.json")])
     output = ["--output", str(tmp_path / "long_context.json")]
-    long_context.main(["--lengths", "64", "128", "--measure", "prefill", *output])
+    long_context.main(["--lengths", "64", "128", "--measure", "lengths", "--rounds", "1", *output])
     long_context.main(["--decoded", "2000", "--measure", "drift", *output])
     tables = papers.paper_tables(tmp_path)
-    assert list(tables) == ["growth", "long prefill", "drift"]
+    assert list(tables) == ["growth", "side path lengths", "drift"]
     assert tables["drift"].splitlines()[-1].startswith("| 2000 | ")
 
 
