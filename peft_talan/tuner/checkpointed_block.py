@@ -53,6 +53,8 @@ class CheckpointWithSidePaths:
     def __call__(self, forward: partial[Any], *args: Any) -> Any:
         """Run the block and its side paths; a recomputed call has the contexts of the first, with its adapters."""
         block, kwargs = forward.args[0], forward.keywords
+        if not leaves_hooks_outside(block):
+            return self._checkpoint(forward, *args)  # The hooks write, as where nothing is checkpointed.
         layers = [child for child in block.children() if hasattr(child, "write_at_output")]
         contexts: dict[str, Any] = {}
 

@@ -115,6 +115,22 @@ def test_a_gradient_checkpoint_keeps_nothing_of_a_side_path(reentrant: bool) -> 
     assert kept[0] == kept[1]
 
 
+@pytest.mark.parametrize("backend", [None, "eager"])
+def test_after_a_checkpointed_step_a_call_without_one_writes_once(backend: str | None) -> None:
+    model = make_model("qwen3").train()
+    tokens = make_tokens(tokens=20)
+    expected = model(tokens).logits.detach()
+    model.enable_input_require_grads()
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    loss_of(model).backward()
+    torch.testing.assert_close(model(tokens).logits, expected, **rounding())
+    with torch.no_grad():
+        torch.testing.assert_close(model(tokens).logits, expected, **rounding())
+    if backend is not None:
+        compiled = torch.compile(model, backend=backend)
+        torch.testing.assert_close(compiled(tokens).logits, expected, **rounding())
+
+
 def test_a_detached_side_path_leaves_the_block_its_own_checkpoint() -> None:
     model = make_model("qwen3").train()
     model.enable_input_require_grads()
