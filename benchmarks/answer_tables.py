@@ -1,4 +1,4 @@
-"""What a user pays: the default, a long context, each choice of blocks, half precision; and the least there is."""
+"""What a user pays: the default, long contexts, blocks, lengths of texts, half precision; and the least there is."""
 
 from __future__ import annotations
 
@@ -111,6 +111,26 @@ def answer(lines: list[Row], folder: Path) -> str:
         + f"\n\nSmolLM2-135M, float32, one thread of a processor, {line['machine']['clock']}; the sources that were "
         + f"timed have the digest {codes}."
     )
+
+
+def lengths_table(lines: list[Row]) -> str:
+    """Times and peak memory of whole texts, by their length."""
+    names = {"None": "talan", "'every_4'": "talan, every_4", "'all'": "talan, all blocks"}
+    found = [line for line in matching(lines, group="lengths") if "ratios" in line]
+    rows = []
+    for line in sorted(found, key=lambda line: (line["key"]["measure"], line["key"]["tokens"])):
+        call = "prefill" if line["key"]["measure"] == "prefill" else "training step, checkpointed"
+        peaks = {name: allocated["peak"] for name, allocated in line["memory"].items()}
+        turns = len(line["times"]["lora"])
+        times = [ratio_text(line, name) for name in (*names.values(), NOISE)]
+        if turns == 1:  # One turn has no interval.
+            times = [time.partition(" ")[0] for time in times]
+        ratios = [f"{peaks[name] / peaks['lora']:.4f}" if name in peaks else "-" for name in names.values()]
+        least = f"{line['milliseconds']['lora'] / 1e3:.2f}", f"{peaks['lora'] / 2**20:.0f}"
+        rows.append([call, str(line["key"]["tokens"]), str(turns), least[0], *times, least[1], *ratios])
+    of_times, of_peaks = ([f"`{layers}`: {what}" for layers in names] for what in ("time", "peak"))
+    heads = ["call", "tokens", "turns", "LoRA, s", *of_times, "LoRA again: time", "LoRA: peak, MiB", *of_peaks]
+    return markdown(heads, rows) if rows else NOT_MEASURED
 
 
 def half_precision(lines: list[Row]) -> str:

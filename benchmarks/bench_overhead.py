@@ -20,6 +20,7 @@ import math
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,15 +40,24 @@ from calls import (
     train_calls,
 )
 from conditions import GROUPS, MATCHED, MODELS, SMALLER_GROUPS, load_base, make_conditions, trainable_shares
-from measure import card_memory_of, code_version, in_turns, interval_text, machine, memory_of, operations_of, summary
+from measure import (
+    bytes_of,
+    card_memory_of,
+    code_version,
+    in_turns,
+    interval_text,
+    machine,
+    memory_of,
+    operations_of,
+    profiled,
+    summary,
+)
 from runs import Row, append_line, read_lines
 from torch import nn
 
 RESULTS = Path(__file__).parent / "results" / "overhead.jsonl"
 PROBE_TOKENS = 64
 """Length of the prefill from which the time of longer ones is foretold."""
-PROFILED_SECONDS = 8.0
-"""Memory and operations are counted where a call takes at most as long: they need several calls of each condition."""
 LONG_SECONDS = 5.0
 """Calls of at least this length need no warm-up, and two turns are enough for a median with an interval."""
 ROOM = 64
@@ -100,7 +110,7 @@ def chosen(
 def calls_of(models: dict[str, nn.Module], cell: Row, mode: str, options: argparse.Namespace) -> Calls:
     """What is timed of whole models."""
     if cell["measure"] == "train":
-        return train_calls(models, cell["tokens"])
+        return train_calls(models, cell["tokens"], options.checkpointing)
     if cell["measure"] == "prefill":
         return (prefill_calls if mode == "eager" else compiled_prefill_calls)(models, cell["tokens"])
     context, batch = cell["context"], cell["batch"]
@@ -131,18 +141,26 @@ def measure_models(base: nn.Module, cell: Row, mode: str, options: argparse.Name
         # DoRA's surplus, the norms of its weights, is there once per call, whatever the length.
         foretold = {name: value + plain * (growth - 1) for name, value in short.items()}
         cached = tokens * token_bytes * 2
-        if max(foretold.values()) > LONG_SECONDS:
-            warm_up, fewest = 0, 2
     else:
         foretold = {name: value * 3 * growth for name, value in short.items()}
+    long, profiles = kind != "decode" and max(foretold.values()) > LONG_SECONDS, {}
+    if long:
+        warm_up, fewest = 0, 2
     calls = calls_of(chosen(group, models, warm_up + fewest, foretold, cached, options), cell, mode, options)
-    result = summary(in_turns(calls, rounds, warm_up, options.seconds, fewest), MATCHED)
+    seconds, contexts = max(foretold.values()), (None, min(options.contexts))
+    is_counted = mode == "eager" and seconds < options.profiled_seconds and cell.get("context") in contexts
+    timed = calls
+    if long and is_counted and options.device == "cpu":
+        timed = {name: profiled(call, partial(profiles.__setitem__, name)) for name, call in calls.items()}
+    result = summary(in_turns(timed, rounds, warm_up, options.seconds, fewest), MATCHED)
     if mode != "eager":
         result["graph_breaks"] = sum(torch._dynamo.utils.counters["graph_break"].values())
         result["graphs"] = torch._dynamo.utils.counters["stats"]["unique_graphs"]
-    elif max(foretold.values()) < PROFILED_SECONDS and cell.get("context") in (None, min(options.contexts)):
-        bytes_of = memory_of if options.device == "cpu" else card_memory_of
-        result["memory"] = {name: bytes_of(call) for name, call in calls.items()}
+    elif profiles:
+        result["memory"] = {name: bytes_of(found) for name, found in profiles.items()}
+    elif is_counted:
+        count = memory_of if options.device == "cpu" else card_memory_of
+        result["memory"] = {name: count(call) for name, call in calls.items() if not name.endswith("again")}
         if kind != "prefill":
             result["operations"] = {name: operations_of(call) for name, call in calls.items()}
     missing = [name for name in models if name not in calls]
@@ -220,6 +238,7 @@ def run(options: argparse.Namespace) -> None:
                 key |= {"mode": mode} if mode == "CUDA graphs" else {}
                 key |= {"device": options.device} if options.device != "cpu" else {}
                 key |= {"blocks": options.blocks} if options.blocks is not None else {}
+                key |= {"checkpointing": True} if options.checkpointing and cell["measure"] == "train" else {}
                 key |= {"adapters": dtype} if options.adapters == "model" and dtype != "float32" else {}
                 if (key, code) in stored:
                     continue
@@ -252,6 +271,10 @@ def make_parser(description: str | None, **defaults: Any) -> argparse.ArgumentPa
     parser.add_argument("--decode-rounds", type=int, default=100, help="most turns of a decoded token")
     parser.add_argument("--seconds", type=float, default=30, help="time after which a measurement takes no more turns")
     parser.add_argument("--total-seconds", type=float, default=math.inf, help="time after which none begins")
+    parser.add_argument(
+        "--profiled-seconds", type=float, default=8, help="of a call whose memory and operations are counted, at most"
+    )
+    parser.add_argument("--checkpointing", action="store_true", help="train with gradient checkpointing")
     parser.add_argument("--memory", type=float, default=11, help="GiB that weights and caches may take")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--modes", nargs="+", choices=list(MODES), default=["eager"], help="of decoding and prefills")

@@ -37,12 +37,13 @@ def key_bytes(config: PreTrainedConfig, itemsize: int) -> int:
 
 
 def prefill_operations(model: nn.Module, tokens: int) -> float:
-    """Multiply-adds of one forward pass without its head, about: of the matrices, and of causal attention."""
+    """Multiply-adds of one forward pass without its head, about: of the matrices, and of attention."""
     config = model.config
     matrices = sum(p.numel() for name, p in model.named_parameters() if p.dim() == 2 and "embed" not in name)
     matrices -= 0 if config.tie_word_embeddings else config.vocab_size * config.hidden_size
     attention = config.num_hidden_layers * config.num_attention_heads * head_width(config)
-    return tokens * matrices + attention * tokens**2
+    window = getattr(config, "sliding_window", None) or tokens
+    return tokens * matrices + attention * tokens * min(tokens, 2 * window)
 
 
 def token_ids(model: nn.Module, batch: int, tokens: int) -> torch.Tensor:
@@ -137,8 +138,8 @@ def _closing_over(token: torch.Tensor, cache: Cache) -> Callable[[nn.Module], to
     return step
 
 
-def train_calls(models: dict[str, nn.Module], tokens: int) -> Calls:
-    """One step: forward, backward, optimizer."""
+def train_calls(models: dict[str, nn.Module], tokens: int, checkpointing: bool = False) -> Calls:
+    """One step: forward, backward, optimizer; `checkpointing`: each block is recomputed in the backward pass."""
     sample = token_ids(next(iter(models.values())), 1, tokens)
 
     def step(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
@@ -149,6 +150,8 @@ def train_calls(models: dict[str, nn.Module], tokens: int) -> Calls:
     calls: Calls = {}
     for name, model in models.items():
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        if checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         calls[name] = partial(step, model.train(), torch.optim.AdamW(trained))
     return calls
 

@@ -8,9 +8,10 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
+import window_attention  # noqa: F401 - makes `attn_implementation="windows"` known
 from peft import LoraConfig, get_peft_model
 from torch import nn
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, Qwen3Config
+from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, PreTrainedConfig, Qwen3Config
 
 from peft_talan import TalanConfig
 from peft_talan.demo.base_model import default_model_folder
@@ -48,6 +49,19 @@ SHAPES: dict[str, PreTrainedConfig] = {
         head_dim=64,
         tie_word_embeddings=True,
     ),
+    "windows": MistralConfig(
+        vocab_size=512,
+        hidden_size=128,
+        intermediate_size=352,
+        num_hidden_layers=8,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,
+        sliding_window=128,
+        max_position_embeddings=131072,
+        tie_word_embeddings=True,
+        attn_implementation="windows",
+    ),
 }
 ON_PAPER: dict[str, PreTrainedConfig] = {
     "llama-3.1-8b": LlamaConfig(
@@ -64,6 +78,7 @@ NAMES = {
     "qwen3-0.6b": "Qwen3-0.6B shape",
     "qwen3-1.7b": "Qwen3-1.7B shape",
     "llama-3.2-1b": "Llama-3.2-1B shape",
+    "windows": "Mistral, 8 blocks of width 128",
     "llama-3.1-8b": "Llama-3.1-8B shape",
     "llama-3.1-70b": "Llama-3.1-70B shape",
 }
@@ -103,6 +118,7 @@ GROUPS = {
     "lora": ["base", "lora", "talan", "talan, 8 blocks", "talan, all blocks", "lora again", "merged", "kept"],
     "dora": ["dora", "dora + talan", "dora again"],
     "blocks": ["lora", "talan", *(f"talan, {layers}" for layers in SPREAD), "talan, all blocks", "lora again"],
+    "lengths": ["lora", "talan", "talan, every_4", "talan, all blocks", "lora again"],
 }
 """Conditions that take turns with each other. DoRA's calls are many times longer, so it has turns of its own."""
 
@@ -110,6 +126,7 @@ SMALLER_GROUPS = {
     "lora": [["base", "lora", "talan", "lora again", "kept"], ["lora", "talan", "lora again"], ["lora", "talan"]],
     "dora": [["dora", "dora + talan"]],
     "blocks": [["lora", "talan", "talan, every_4", "lora again"]],
+    "lengths": [],
 }
 """What is measured where time or memory is too short for the group, best first."""
 

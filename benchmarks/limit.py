@@ -15,12 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from long_context import make_parameters
+from long_context import make_parameters, side_path_calls
 from measure import code_version, in_turns, machine, medians, operations_of
 from roofline import SLOTS, WIDTH, side_path_operations, side_path_parameters
 from runs import write_json
 
-from peft_talan.functional import fused
 from peft_talan.functional.one_token import TokenBuffers, one_token
 from peft_talan.functional.parameters import SidePathOptions
 
@@ -54,22 +53,10 @@ def needed(call: str) -> dict[str, float]:
 
 def calls() -> dict[str, Callable[[], object]]:
     """What is timed: a side path by itself, whose numbers stay in the processor's caches."""
-    parameters, options = make_parameters(HIDDEN_SIZE, SLOTS, WIDTH), SidePathOptions()
-    trained = make_parameters(HIDDEN_SIZE, SLOTS, WIDTH)
-    leaves = [tensor.requires_grad_() for tensor in (trained.read, *trained.mixer, trained.write)]
-    prompt, token = torch.randn(1, TOKENS, HIDDEN_SIZE), torch.randn(1, 1, HIDDEN_SIZE)
-    stream = prompt.clone().requires_grad_()
+    parameters, token = make_parameters(HIDDEN_SIZE, SLOTS, WIDTH), torch.randn(1, 1, HIDDEN_SIZE)
     buffers = TokenBuffers(torch.rand(1, SLOTS, WIDTH + 1, dtype=torch.float64), torch.float32)
-
-    def train() -> object:
-        output = fused.side_path(stream, trained, options).hidden_states
-        return torch.autograd.grad(output, [stream, *leaves], prompt)
-
-    return {
-        "prefill": torch.no_grad()(lambda: fused.side_path(prompt, parameters, options)),
-        "training step": train,
-        "decoded token": torch.no_grad()(lambda: one_token(token, parameters, options, buffers)),
-    }
+    decode = torch.no_grad()(lambda: one_token(token, parameters, SidePathOptions(), buffers))
+    return {**side_path_calls(HIDDEN_SIZE, TOKENS), "decoded token": decode}
 
 
 def rates(rounds: int) -> dict[str, float]:

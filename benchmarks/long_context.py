@@ -1,7 +1,7 @@
 """The side path by itself at lengths that no model of ours reaches here: its memory, and how its sums drift.
 
-`prefill`: one pass of the whole side path up to 131072 tokens; the bytes that it allocates beyond its input and
-output, against the tokens. What grows is O(tokens x width): the projections.
+`lengths`: a pass, and a pass with its gradients, up to 131072 tokens: time and allocated bytes, against the tokens.
+What grows is O(tokens x width): the projections.
 `drift`: one million decoded tokens of a float32 model, one at a time as in generation, against the reference in
 float64. The latent memory is a long sum, so its error could grow; what is written back, from ratios of two such sums,
 is what the model sees.
@@ -13,13 +13,13 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from measure import code_version, machine, memory_of
+from measure import code_version, in_turns, machine, medians, memory_of
 from runs import Row, read_json, write_json
 
 from peft_talan.functional import fused, reference
@@ -43,25 +43,35 @@ def make_parameters(hidden_size: int, slots: int, width: int) -> SidePathParamet
     )
 
 
-def prefill(lengths: Sequence[int]) -> list[Row]:
-    """Seconds and bytes of one pass over so many tokens."""
+def side_path_calls(hidden_size: int, tokens: int) -> dict[str, Callable[[], object]]:
+    """A pass of a side path by itself, and one with the gradients of its input and of its tensors."""
+    parameters, trained = (make_parameters(hidden_size, SLOTS, WIDTH) for _ in range(2))
+    leaves = [tensor.requires_grad_() for tensor in (trained.read, *trained.mixer, trained.write)]
+    hidden_states = torch.randn(1, tokens, hidden_size)
+    stream = hidden_states.clone().requires_grad_()
+
+    def train() -> object:
+        output = fused.side_path(stream, trained, SidePathOptions()).hidden_states
+        return torch.autograd.grad(output, [stream, *leaves], hidden_states)
+
+    return {
+        "prefill": torch.no_grad()(partial(fused.side_path, hidden_states, parameters, SidePathOptions())),
+        "training step": train,
+    }
+
+
+def by_length(lengths: Sequence[int], rounds: int) -> list[Row]:
+    """Microseconds and peak bytes a token of passes over so many tokens."""
     rows = []
-    parameters = make_parameters(HIDDEN_SIZE, SLOTS, WIDTH)
     for tokens in lengths:
-        hidden_states = torch.randn(1, tokens, HIDDEN_SIZE)
-        run = torch.no_grad()(partial(fused.side_path, hidden_states, parameters, SidePathOptions()))
-        run()
-        start = time.perf_counter()
-        run()
-        seconds = time.perf_counter() - start
-        peak, output = memory_of(run)["peak"], hidden_states.nbytes
-        row = {
-            "tokens": tokens,
-            "seconds": seconds,
-            "peak_bytes": peak,
-            "peak_bytes_a_token_beyond_the_output": (peak - output) / tokens,
-            "output_bytes_a_token": output / tokens,
-        }
+        calls = side_path_calls(HIDDEN_SIZE, tokens)
+        times = medians(in_turns(calls, rounds, 1))
+        row: Row = {"tokens": tokens}
+        for name, call in calls.items():
+            row[name] = {
+                "microseconds_a_token": 1e3 * times[name] / tokens,
+                "peak_bytes_a_token": memory_of(call)["peak"] / tokens,
+            }
         print(row, flush=True)
         rows.append(row)
     return rows
@@ -122,8 +132,9 @@ def drift(tokens: int, seed: int) -> Row:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--measure", nargs="+", choices=["prefill", "drift"], default=["prefill", "drift"])
+    parser.add_argument("--measure", nargs="+", choices=["lengths", "drift"], default=["lengths", "drift"])
     parser.add_argument("--lengths", nargs="+", type=int, default=list(LENGTHS))
+    parser.add_argument("--rounds", type=int, default=5, help="turns of each pass (default 5)")
     parser.add_argument("--decoded", type=int, default=1_000_000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
@@ -134,8 +145,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     facts: dict[str, Any] = {"machine": machine(), "code": code_version(), "seed": options.seed}
     facts |= {"hidden_size": HIDDEN_SIZE, "slots": SLOTS, "width": WIDTH, "dtype": "float32"}
     stored = read_json(options.output)
-    if "prefill" in options.measure:
-        stored["prefill"] = {**facts, "rows": prefill(options.lengths)}
+    if "lengths" in options.measure:
+        stored["lengths"] = {**facts, "rows": by_length(options.lengths, options.rounds)}
     if "drift" in options.measure:
         stored["drift"] = {**facts, **drift(options.decoded, options.seed)}
     write_json(options.output, stored)

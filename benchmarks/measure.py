@@ -168,20 +168,35 @@ def operations_of(call: Callable[[], object]) -> dict[str, int]:
     return {"dispatched": counter.count, "no_views": counter.count - counter.views, "profiler": events}
 
 
-def memory_of(call: Callable[[], object]) -> dict[str, int]:
-    """The bytes that one call allocates, by torch.profiler; results included, inputs excluded.
+def profiled(call: Callable[[], object], keep: Callable[[profile], object]) -> Callable[[], None]:
+    """The call, of which each time a profile of its memory is kept: a long one is not made again for that alone."""
+
+    def run() -> None:
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
+            call()
+        keep(found)
+
+    return run
+
+
+def bytes_of(run: profile) -> dict[str, int]:
+    """The bytes that a profiled call allocated, results included, inputs excluded.
 
     `peak`: the highest balance of allocated minus freed bytes since the call began. `allocated`: all allocations.
     """
-    call()
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as run:
-        call()
     events = [event for event in run.profiler.kineto_results.events() if event.name() == "[memory]"]
     balance = peak = 0
     for event in sorted(events, key=lambda event: event.start_ns()):
         balance += event.nbytes()
         peak = max(peak, balance)
     return {"peak": peak, "allocated": sum(event.nbytes() for event in events if event.nbytes() > 0)}
+
+
+def memory_of(call: Callable[[], object]) -> dict[str, int]:
+    """The bytes that one call, not its first, allocates; see `bytes_of`."""
+    found: list[profile] = []
+    profiled(call, found.append)()
+    return bytes_of(found[0])
 
 
 def card_memory_of(call: Callable[[], object]) -> dict[str, int]:

@@ -89,17 +89,15 @@ def _growth(stored: Row) -> str:
     for kind, title in (("passes", f"{stored['prefill']} tokens"), ("one_token", "one token")):
         for what, points in stored[kind].items():
             values = ", ".join(f"{point[what]}: {point['milliseconds']:.3f}" for point in points)
-            rows.append([title if what != "tokens" else "T tokens", what, values])
+            rows.append([title, what, values])
     return markdown(["pass", "axis", "ms at each value"], rows)
 
 
-def _long_prefill(rows: list[Row]) -> str:
-    columns: dict[str, Callable[[Row], str]] = {
-        "tokens": lambda row: row["tokens"],
-        "seconds": lambda row: f"{row['seconds']:.3f}",
-        "peak, MiB": lambda row: f"{row['peak_bytes'] / 2**20:.1f}",
-        "of it beyond the output, bytes a token": lambda row: f"{row['peak_bytes_a_token_beyond_the_output']:.0f}",
-    }
+def _side_path_lengths(rows: list[Row]) -> str:
+    columns: dict[str, Callable[[Row], str]] = {"tokens": lambda row: row["tokens"]}
+    for call in ("prefill", "training step"):
+        for what, title in (("microseconds_a_token", "us a token"), ("peak_bytes_a_token", "peak bytes a token")):
+            columns[f"{call}, {title}"] = lambda row, call=call, what=what: f"{row[call][what]:.4g}"  # type: ignore[misc]
     return columns_table(columns, rows)
 
 
@@ -127,16 +125,15 @@ def drawn(file: Path, *grid: int, figsize: tuple[float, float]) -> Iterator[Any]
 
 def plot_side_path(folder: Path, file: Path) -> None:
     """Draw time, bytes and drift of one side path alone; what is not stored stays empty."""
-    cost, long_context = read_json(folder / "side_path_cost.json"), read_json(folder / "long_context.json")
+    long_context = read_json(folder / "long_context.json")
     with drawn(file, 1, 3, figsize=(11, 3.2)) as axes:
-        points = cost.get("passes", {}).get("tokens", [])
-        axes[0].loglog([p["tokens"] for p in points], [p["milliseconds"] for p in points], "o-")
-        axes[0].set(xlabel="tokens of a pass", ylabel="ms", title="time of one side path")
-        rows = long_context.get("prefill", {}).get("rows", [])
-        axes[1].semilogx([r["tokens"] for r in rows], [r["peak_bytes_a_token_beyond_the_output"] for r in rows], "o-")
-        axes[1].set(
-            xlabel="tokens of a pass", ylabel="bytes a token", title="peak beyond input and output", ylim=(0, None)
-        )
+        rows = long_context.get("lengths", {}).get("rows", [])
+        shown = {"microseconds_a_token": "us a token", "peak_bytes_a_token": "peak bytes a token"}
+        for what, (measure, title) in zip(axes[:2], shown.items(), strict=True):
+            for call in ("prefill", "training step"):
+                what.semilogx([r["tokens"] for r in rows], [r[call][measure] for r in rows], "o-", label=call)
+            what.set(xlabel="tokens", title=f"one side path, {title}", ylim=(0, None))
+            what.legend()
         along = long_context.get("drift", {}).get("along_the_way", [])
         labels = {"memory_error": "memory", "mean_error": "slot means", "written_error": "written back"}
         for name, label in labels.items():
@@ -155,8 +152,8 @@ def paper_tables(folder: Path) -> dict[str, str]:
     if cost := read_json(folder / "side_path_cost.json"):
         tables["growth"] = _growth(cost)
     long_context = read_json(folder / "long_context.json")
-    if "prefill" in long_context:
-        tables["long prefill"] = _long_prefill(long_context["prefill"]["rows"])
+    if "lengths" in long_context:
+        tables["side path lengths"] = _side_path_lengths(long_context["lengths"]["rows"])
     if "drift" in long_context:
         tables["drift"] = _drift(long_context["drift"]["along_the_way"])
     return tables

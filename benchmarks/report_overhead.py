@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-from answer_tables import answer, blocks_table, half_precision, limit_table
-from conditions import SHAPES
+from answer_tables import answer, blocks_table, half_precision, lengths_table, limit_table
 from overhead_lines import (
     NOT_MEASURED,
     Cell,
@@ -23,7 +21,7 @@ from overhead_lines import (
 )
 from pages import columns_table, filled, markdown, show
 from paper_tables import drawn, paper_tables, plot_side_path
-from runs import Row, read_json, read_lines
+from runs import Row, read_lines
 
 DOCS = Path(__file__).parent.parent / "docs"
 PAGE = DOCS / "performance.md"
@@ -44,10 +42,10 @@ TITLES = {
 }
 
 
-def timing_table(lines: list[Row], measure: str, group: str, compiled: bool = False, names: Sequence[str] = ()) -> str:
-    """Times and ratios of one kind of call; `names`: of the conditions to show, all by default."""
+def timing_table(lines: list[Row], measure: str, group: str, compiled: bool = False) -> str:
+    """Times and ratios of one kind of call."""
     found = [line for line in matching(lines, measure=measure, group=group, compile=compiled) if "ratios" in line]
-    shown = names or {"lora": [*TALAN, *KEPT], "dora": ["dora + talan", "dora again"]}[group]
+    shown = {"lora": [*TALAN, *KEPT], "dora": ["dora + talan", "dora again"]}[group]
     shown = [name for name in shown if any(name in line["ratios"] for line in found)]
     found = [line for line in found if any(name in line["ratios"] for name in shown)]
     if not found:
@@ -77,7 +75,7 @@ def memory_table(lines: list[Row]) -> str:
     """Peak and sum of the allocated bytes."""
     rows = []
     for line in lines:
-        memory = line.get("memory", {})
+        memory = line.get("memory", {}) if line["key"].get("group") != "lengths" else {}  # It has its own table.
         for name, other in (("talan", "lora"), ("dora + talan", "dora"), ("kept", "base")):
             if name in memory and other in memory:
                 ours, theirs = memory[name], memory[other]
@@ -103,7 +101,7 @@ def verdicts(lines: list[Row]) -> str:
 
     for line in lines:
         key, measure = line["key"], line["key"]["measure"]
-        if "ratios" not in line or key.get("group", "lora") != "lora":
+        if "ratios" not in line or key.get("group", "lora") not in ("lora", "blocks"):
             continue
         call = f"{measure}, T={key['tokens']}" if "tokens" in key else measure
         if measure == "decode":
@@ -145,21 +143,6 @@ def provenance(lines: list[Row]) -> str:
     return "\n".join(f"- {text}" for text in texts) + f"\n- digest of the package's sources: {counts}"
 
 
-def prefill_bounds(lines: list[Row], folder: Path) -> str:
-    """The most that a side path can add to longer prefills: its own time beside LoRA's of 512 tokens, scaled."""
-    grid = read_json(folder / "side_path_cost.json").get("grid", [])
-    widths = {"smollm2": 576, **{name: config.hidden_size for name, config in SHAPES.items()}}
-    rows = []
-    for line in matching(lines, measure="prefill", tokens=512, compile=False):
-        of_model = [point for point in grid if point["hidden_size"] == widths[line["key"]["model"]]]
-        for point in of_model if "lora" in line.get("times", {}) else []:
-            least = line["milliseconds"]["lora"] * point["tokens"] / 512
-            share = f"<= {1 + point['milliseconds'] / least:.4f}"
-            rows.append([where(line), point["tokens"], f"{point['milliseconds']:.1f}", f"{least:.0f}", share])
-    header = ["model", "T", "side path alone, ms", "LoRA at least, ms", "TALAN / LoRA"]
-    return markdown(header, rows) if rows else NOT_MEASURED
-
-
 def compile_facts(lines: list[Row]) -> str:
     """Graphs and graph breaks."""
     columns: dict[str, Cell] = {
@@ -175,7 +158,7 @@ def compile_facts(lines: list[Row]) -> str:
 
 def plot(lines: list[Row], file: Path) -> None:
     """Every ratio of TALAN to LoRA with its interval, beside the noise of the same run."""
-    timed = [line for line in lines if line["key"].get("group") != "blocks" and line["key"]["measure"] in TARGETS]
+    timed = [line for line in lines if line["key"].get("group") != "lengths" and line["key"]["measure"] in TARGETS]
     found = [line for line in timed if "talan" in line.get("ratios", {})]
     with drawn(file, figsize=(8.5, 0.8 + 0.26 * len(found))) as axes:
         labels = []
@@ -201,21 +184,13 @@ def all_tables(results: Path) -> dict[str, str]:
     return {
         "answer": answer(lines, results.parent),
         "blocks": blocks_table(lines, results.parent),
+        "lengths": lengths_table(lines),
         "half precision": half_precision(lines),
         "limit": limit_table(lines, results.parent),
         "targets": verdicts(lines),
-        "decode": timing_table(lines, "decode", "lora", names=TALAN),
-        "decode kept": timing_table(lines, "decode", "lora", names=KEPT),
-        "decode dora": timing_table(lines, "decode", "dora"),
-        "prefill": timing_table(lines, "prefill", "lora"),
-        "prefill bounds": prefill_bounds(lines, results.parent),
-        "prefill dora": timing_table(lines, "prefill", "dora"),
-        "train": timing_table(lines, "train", "lora"),
-        "train dora": timing_table(lines, "train", "dora"),
         "attach": attach_table(lines),
         "memory": memory_table(lines),
         "compiled decode": timing_table(lines, "decode", "lora", compiled=True),
-        "compiled prefill": timing_table(lines, "prefill", "lora", compiled=True),
         "compiled graphs": compile_facts(lines),
         "left out": left_out(lines),
         "provenance": provenance(lines),

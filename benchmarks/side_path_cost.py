@@ -1,4 +1,6 @@
-"""How the time of one side path by itself grows with tokens, slots, latent width and the width of the model.
+"""How the time of one side path by itself grows with slots, latent width and the width of the model.
+
+How it grows with the tokens, long_context.py measures.
 
 python benchmarks/side_path_cost.py
 """
@@ -21,15 +23,12 @@ from peft_talan.functional.parameters import SidePathOptions
 
 RESULTS = Path(__file__).parent / "results" / "side_path_cost.json"
 DEFAULT = {"hidden_size": 1024, "slots": 8, "width": 32}
-PREFILL, LONGEST = 2048, 32768
+PREFILL = 2048
 SWEEPS: dict[str, tuple[int, ...]] = {
-    "tokens": (512, 1024, 2048, 4096, 8192, LONGEST),
     "slots": (4, 8, 16, 32, 64),
     "width": (16, 32, 64, 128),
     "hidden_size": (576, 1024, 2048, 4096, 8192),
 }
-GRID = [(size, tokens) for size in (576, 1024, 2048) for tokens in (512, 2048, 8192)]
-"""Widths and lengths of bench_overhead.py's prefills."""
 
 
 def side_path_call(tokens: int, hidden_size: int, slots: int, width: int) -> Callable[[], object]:
@@ -45,23 +44,12 @@ def side_path_call(tokens: int, hidden_size: int, slots: int, width: int) -> Cal
     return run
 
 
-def times_of(shapes: list[dict[str, int]], rounds: int, warm_up: int) -> list[float]:
-    """Median milliseconds of each shape, all in turns."""
-    calls = {str(place): side_path_call(**shape) for place, shape in enumerate(shapes)}
-    return list(medians(in_turns(calls, rounds, warm_up, 20)).values())
-
-
 def sweep(what: str, tokens: int, rounds: int) -> list[dict[str, Any]]:
-    """Median milliseconds along one axis."""
-    times = times_of([{**DEFAULT, "tokens": tokens, what: value} for value in SWEEPS[what]], rounds, 3)
+    """Median milliseconds along one axis, all values in turns."""
+    shapes = [{**DEFAULT, "tokens": tokens, what: value} for value in SWEEPS[what]]
+    calls = {str(place): side_path_call(**shape) for place, shape in enumerate(shapes)}
+    times = medians(in_turns(calls, rounds, 3, 20)).values()
     return [{what: value, "milliseconds": time} for value, time in zip(SWEEPS[what], times, strict=True)]
-
-
-def grid(rounds: int) -> list[dict[str, Any]]:
-    """Median milliseconds at the points of `GRID`."""
-    shapes = [{"hidden_size": size, "tokens": tokens} for size, tokens in GRID]
-    times = times_of([{**DEFAULT, **shape} for shape in shapes], rounds, 2)
-    return [{**shape, "milliseconds": time} for shape, time in zip(shapes, times, strict=True)]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -74,8 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     torch.manual_seed(0)
     result: dict[str, Any] = {"machine": machine(), "code": code_version(), "default": DEFAULT, "prefill": PREFILL}
     result["passes"] = {what: sweep(what, PREFILL, options.rounds) for what in SWEEPS}
-    result["one_token"] = {what: sweep(what, 1, 20 * options.rounds) for what in SWEEPS if what != "tokens"}
-    result["grid"] = grid(max(options.rounds * 3 // 5, 1))
+    result["one_token"] = {what: sweep(what, 1, 20 * options.rounds) for what in SWEEPS}
     print(json.dumps(result, indent=2))
     write_json(options.output, result)
 

@@ -74,6 +74,7 @@ ATTRIBUTES: dict[str, str] = {
     "torch.distributed.fsdp._common_utils._fsdp_wrapped_module": "The same for FSDP.",
     "torch.distributed.algorithms._checkpoint.checkpoint_wrapper._checkpoint_wrapped_module": "The same for "
     "activation checkpointing.",
+    "transformers.modeling_utils._gradient_checkpointing_func": "Replaced on a block: its side paths are recomputed.",
     "transformers.core_model_loading._is_hf_initialized": "Read, and asked of us: which tensors a file has filled.",
     "transformers._device_mesh": "Read: the processes of tensor parallelism.",
 }

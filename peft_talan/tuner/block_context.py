@@ -110,6 +110,8 @@ class BlockContext:
         received = args[0] if args else kwargs.get(names[0])
         self._received = streams.shape_of_one(received.shape) if isinstance(received, torch.Tensor) else None
         self._training = block.training
+        # The side paths that run, each with its rows; None before the layer has told it.
+        self.running: dict[str, torch.Tensor | None] | None = None
         cache = find_cache(args, kwargs)
         if cache is None and hooks.passes_on_state and self._arguments.unknown_state == "state":
             cache = None if self._forward is None else self._forward.cache_of_state()

@@ -90,7 +90,9 @@ class TalanLayer(SidePathLayer, BaseTunerLayer):
         """
         if self._disable_adapters and self.merged:
             self.unmerge()  # As LoRA's layers do: they give the base weights back when they run disabled.
-        running = self._running(adapter_names, hidden_states)
+        if context.running is None:  # A recomputed call has the adapters of the first.
+            context.running = self._running(adapter_names, hidden_states)
+        running = context.running
         written = self.run(hidden_states, position, context, running)
         if position == "output" and context.cache is not None:
             mark_stale(context.cache, context.block_index, self.child_name, running)

@@ -13,6 +13,7 @@ from ..config import TalanConfig
 from ..functional.initialization import initial_parameters
 from ..functional.parameters import MIXER_PARAMETERS, SidePathOptions, SidePathParameters
 from .block_context import BlockContext, replace_recorded_state, replace_stream, stream_of
+from .checkpointed_block import CheckpointWithSidePaths, leaves_hooks_outside
 from .forward_context import DecoderHooks, argument_names
 from .residual_streams import ResidualStreams
 
@@ -176,31 +177,38 @@ class SidePathLayer(nn.Module):
         if self._decoder_hooks is not None:
             self._decoder_hooks.release()
             self._decoder_hooks = None
+        CheckpointWithSidePaths.remove(block)
         delattr(block, self.child_name)
 
     def _before_block(
         self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        if leaves_hooks_outside(block):
+            CheckpointWithSidePaths.install(block)
         if "input" not in self.talan_position.values():
             return None
         name = self._argument_names[0]
         hidden_states = args[0] if args else kwargs[name]
-        written = self._call(block, args, kwargs, hidden_states, "input")
+        written = self._call(block, hidden_states, "input", self.context(block, args, kwargs, "input"))
         replace_recorded_state(hidden_states, written)
         return ((written, *args[1:]), kwargs) if args else (args, {**kwargs, name: written})
 
     def _after_block(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        if leaves_hooks_outside(block):
+            return output  # It was written inside.
+        return self.write_at_output(block, output, self.context(block, args, kwargs, "output"))
+
+    def write_at_output(self, block: nn.Module, output: Any, context: BlockContext) -> Any:
+        """The block's output as the side paths at this end leave it."""
         hidden_states = stream_of(output)
-        written = self._call(block, args, kwargs, hidden_states, "output")
+        written = self._call(block, hidden_states, "output", context)
         return output if written is hidden_states else replace_stream(output, written)
 
-    def _call(
-        self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], hidden_states: Any, position: str
-    ) -> Any:
-        """Call this layer as the block's child: a sharding library may have wrapped it to gather its parameters."""
+    def context(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], position: str) -> BlockContext:
+        """What is known about one call of the block, before it has run or after."""
         if self._decoder_hooks is None:
             raise RuntimeError("the side path is not attached to a block; attach it first")
-        context = BlockContext(
+        return BlockContext(
             self._decoder_hooks,
             self.streams,
             block,
@@ -210,6 +218,9 @@ class SidePathLayer(nn.Module):
             kwargs,
             has_run=position == "output",
         )
+
+    def _call(self, block: nn.Module, hidden_states: Any, position: str, context: BlockContext) -> Any:
+        """Call this layer as the block's child: a sharding library may have wrapped it to gather its parameters."""
         stream = self.streams.read(hidden_states)
         written: torch.Tensor = getattr(block, self.child_name)(stream, position, context)
         return hidden_states if written is stream else self.streams.write(hidden_states, stream, written)

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks import continuous_batching_matrix, default_layers, gradient_scale
 from benchmarks.architectures import __main__ as architectures
@@ -20,7 +20,7 @@ from benchmarks.quality import arms, backbones, initial_scales, inside, strength
 from benchmarks.runs import finished, read_lines
 from peft_talan.demo import recall
 
-from ..small_models import CONFIGS, DEPTH
+from ..small_models import CONFIGS, DEPTH, VOCABULARY, WINDOW
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 SHAPE = "qwen3-0.6b"
@@ -139,16 +139,15 @@ def test_kernels_are_compared(script: Callable[[str], Any], tmp_path: Path, monk
 
 def test_the_side_path_alone(script: Callable[[str], Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cost, long_context, papers = script("side_path_cost"), script("long_context"), script("paper_tables")
-    for name in ("tokens", "slots", "width", "hidden_size"):
+    for name in cost.SWEEPS:
         monkeypatch.setitem(cost.SWEEPS, name, (8, 16))
     monkeypatch.setattr(cost, "PREFILL", 32)
-    monkeypatch.setattr(cost, "GRID", [(64, 32)])
     cost.main(["--rounds", "1", "--output", str(tmp_path / "side_path_cost.json")])
     output = ["--output", str(tmp_path / "long_context.json")]
-    long_context.main(["--lengths", "64", "128", "--measure", "prefill", *output])
+    long_context.main(["--lengths", "64", "128", "--measure", "lengths", "--rounds", "1", *output])
     long_context.main(["--decoded", "2000", "--measure", "drift", *output])
     tables = papers.paper_tables(tmp_path)
-    assert list(tables) == ["growth", "long prefill", "drift"]
+    assert list(tables) == ["growth", "side path lengths", "drift"]
     assert tables["drift"].splitlines()[-1].startswith("| 2000 | ")
 
 
@@ -302,3 +301,16 @@ def test_initial_scales_change_the_side_path_alone(backbone: str, tmp_path: Path
     factors = torch.ones(len(found["default"]), 1)
     factors[width : 2 * width], factors[2 * width :] = queries, slots
     assert torch.equal(found["init slots x3 queries x4"], factors * found["default"])
+
+
+def test_attention_in_windows_is_that_of_transformers(script: Callable[[str], Any]) -> None:
+    script("window_attention")
+    of_transformers, in_pieces = (
+        AutoModelForCausalLM.from_config(CONFIGS["mistral"], attn_implementation=name, dtype=torch.float64).eval()
+        for name in ("sdpa", "windows")
+    )
+    in_pieces.load_state_dict(of_transformers.state_dict())
+    ids = torch.randint(2, VOCABULARY, (2, 5 * WINDOW + 3), generator=torch.Generator().manual_seed(0))
+    options = {"max_new_tokens": 4, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
+    expected, found = (torch.stack(model.generate(ids, **options).logits) for model in (of_transformers, in_pieces))
+    torch.testing.assert_close(found, expected)

@@ -93,6 +93,55 @@ def test_gradient_checkpointing_changes_no_gradient(architecture: str, position:
     assert_equal(gradients(model), expected)
 
 
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_a_gradient_checkpoint_keeps_nothing_of_a_side_path(reentrant: bool) -> None:
+    """Else the memory of long texts would grow with the number of side paths."""
+    kept = []
+    for layers in ([-1], "all"):
+        model = make_model("qwen3", make_config(talan_layers=layers)).train()
+        model.enable_input_require_grads()
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+        sizes: dict[int, int] = {}
+
+        def pack(tensor: torch.Tensor, sizes: dict[int, int] = sizes) -> torch.Tensor:
+            storage = tensor.untyped_storage()
+            sizes[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            loss = loss_of(model)
+        kept.append(sum(sizes.values()))
+        loss.backward()
+    assert kept[0] == kept[1]
+
+
+@pytest.mark.parametrize("backend", [None, "eager"])
+def test_after_a_checkpointed_step_a_call_without_one_writes_once(backend: str | None) -> None:
+    model = make_model("qwen3").train()
+    tokens = make_tokens(tokens=20)
+    expected = model(tokens).logits.detach()
+    model.enable_input_require_grads()
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    loss_of(model).backward()
+    torch.testing.assert_close(model(tokens).logits, expected, **rounding())
+    with torch.no_grad():
+        torch.testing.assert_close(model(tokens).logits, expected, **rounding())
+    if backend is not None:
+        compiled = torch.compile(model, backend=backend)
+        torch.testing.assert_close(compiled(tokens).logits, expected, **rounding())
+
+
+def test_a_detached_side_path_leaves_the_block_its_own_checkpoint() -> None:
+    model = make_model("qwen3").train()
+    model.enable_input_require_grads()
+    model.gradient_checkpointing_enable()
+    blocks = model.base_model.model.model.layers
+    before = [block._gradient_checkpointing_func for block in blocks]
+    loss_of(model).backward()
+    model.unload()
+    assert [block._gradient_checkpointing_func for block in blocks] == before
+
+
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_two_forwards_before_one_backward(checkpointing: bool) -> None:
     model = make_model("qwen3").train()

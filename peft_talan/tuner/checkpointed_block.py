@@ -1,0 +1,69 @@
+"""Gradient checkpointing of a block with its side paths: what they save is computed again, as the block's own is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+CHECKPOINTS_FORWARD = "__call__" not in vars(GradientCheckpointingLayer)
+"""Whether transformers leaves a block's hooks outside of its checkpoint, as since 5.23; inside, nothing is missing."""
+
+
+def leaves_hooks_outside(block: nn.Module) -> bool:
+    """Whether a call of the block made now is recomputed in the backward pass, but not what its hooks do."""
+    return (
+        CHECKPOINTS_FORWARD
+        and block.training
+        and isinstance(block, GradientCheckpointingLayer)
+        and block.gradient_checkpointing
+        and torch.is_grad_enabled()
+        and not torch.compiler.is_compiling()
+    )
+
+
+class CheckpointWithSidePaths:
+    """A block's checkpointing function that takes what its side paths write at its output into the checkpoint.
+
+    Args:
+        checkpoint: The function that transformers gave the block.
+    """
+
+    def __init__(self, checkpoint: Callable[..., Any]) -> None:
+        self._checkpoint = checkpoint
+
+    @classmethod
+    def install(cls, block: nn.Module) -> None:
+        """Put itself in front of a block's function, which each `gradient_checkpointing_enable` sets anew."""
+        checkpoint: Any = block._gradient_checkpointing_func
+        if not isinstance(checkpoint, cls):
+            block._gradient_checkpointing_func = cls(checkpoint)  # type: ignore[assignment]
+
+    @classmethod
+    def remove(cls, block: nn.Module) -> None:
+        """Give a block its own function back."""
+        installed: Any = getattr(block, "_gradient_checkpointing_func", None)
+        if isinstance(installed, cls):
+            block._gradient_checkpointing_func = installed._checkpoint  # type: ignore[assignment]
+
+    def __call__(self, forward: partial[Any], *args: Any) -> Any:
+        """Run the block and its side paths; a recomputed call has the contexts of the first, with its adapters."""
+        block, kwargs = forward.args[0], forward.keywords
+        if not leaves_hooks_outside(block):
+            return self._checkpoint(forward, *args)  # The hooks write, as where nothing is checkpointed.
+        layers = [child for child in block.children() if hasattr(child, "write_at_output")]
+        contexts: dict[str, Any] = {}
+
+        def forward_with_side_paths(*args: Any) -> Any:
+            output = forward(*args)
+            for layer in layers:
+                if layer.child_name not in contexts:
+                    contexts[layer.child_name] = layer.context(block, args, kwargs, "output")
+                output = layer.write_at_output(block, output, contexts[layer.child_name])
+            return output
+
+        return self._checkpoint(forward_with_side_paths, *args)
