@@ -79,7 +79,7 @@ class ShrinkingWindow(TrainerCallback):
         start (int | None): The window at the first step. None: the longest row of the training data, whose column
             `input_ids` is read. Default None.
         end (int | None): The last window. None: the model's. Default None.
-        share (float): The share of all steps after which the window is `end`, in (0, 1]. Default 0.7.
+        share (float): The share of all steps after which the window is `end`, in (0, 1]. Default 0.5.
         jitter (tuple[float, float]): Each step's window is the schedule's times a number drawn from this range, but
             never below `end`. Default (0.6, 1.0).
         shape ("linear" | "exponential"): Whether each step takes away as many tokens or as large a share. Default
@@ -98,7 +98,7 @@ class ShrinkingWindow(TrainerCallback):
         self,
         start: int | None = None,
         end: int | None = None,
-        share: float = 0.7,
+        share: float = 0.5,
         jitter: tuple[float, float] = (0.6, 1.0),
         shape: str = "linear",
         seed: int = 0,
