@@ -16,7 +16,8 @@ from ..memory.cache import MemoryRequest, continue_or_start_memory, memories_of,
 from ..memory.interface import Memory, NoMemory
 from ..memory.token_layout import Positions, TokenLayout, token_layout
 from ..serving.paged_cache import find_paged_call
-from .forward_context import CallArguments, DecoderHooks, ForwardContext, find_cache, read_arguments
+from .call_arguments import CallArguments, find_cache, read_arguments
+from .forward_context import DecoderHooks, ForwardContext
 from .residual_streams import ResidualStreams
 
 BEFORE_ALL = 2**40
