@@ -24,7 +24,7 @@ from measure import in_turns, machine, medians, memory_of, operations_of
 from pages import markdown
 from runs import write_json
 
-from peft_talan.functional import fused, reference
+from peft_talan.functional import fused, reference, slot_reference
 from peft_talan.functional.parameters import SidePathOptions, SidePathParameters
 
 TOKENS, LONG_TOKENS = 2048, 32768
@@ -57,7 +57,7 @@ def remix_calls(
     """The forward pass without gradients, and the forward and backward pass, of one implementation."""
     parameters = mixer_parameters(mixer)
     values, queries = torch.randn(1, tokens, WIDTH), torch.randn(1, tokens, WIDTH)
-    weights = reference.slot_weights(torch.randn(1, tokens, SLOTS), None)
+    weights = slot_reference.slot_weights(torch.randn(1, tokens, SLOTS), None)
     inputs = [tensor.requires_grad_() for tensor in (values, queries, weights)]
     direction = torch.randn(1, tokens, WIDTH)
 

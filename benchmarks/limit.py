@@ -8,7 +8,6 @@ product of matrices and of a sum, measured in the same run. On an H200 it is on 
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -16,7 +15,7 @@ from typing import Any
 
 import torch
 from long_context import make_parameters, side_path_calls
-from measure import code_version, in_turns, machine, medians, operations_of
+from measure import code_version, in_turns, machine, medians, operations_of, prepare
 from roofline import SLOTS, WIDTH, side_path_operations, side_path_parameters
 from runs import write_json
 
@@ -70,13 +69,7 @@ def rates(rounds: int) -> dict[str, float]:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--rounds", type=int, default=30, help="turns of each call (default 30)")
-    parser.add_argument("--output", type=Path, default=RESULTS)
-    options = parser.parse_args(arguments)
-    torch.set_num_threads(options.threads)
-    torch.manual_seed(0)
+    options = prepare(__doc__, RESULTS, 30, arguments)
     timed = calls()
     times = medians(in_turns(timed, options.rounds, 3, calls_per_turn=10))
     result: dict[str, Any] = {

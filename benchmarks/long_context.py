@@ -22,7 +22,7 @@ import torch
 from measure import code_version, in_turns, machine, medians, memory_of
 from runs import Row, read_json, write_json
 
-from peft_talan.functional import fused, reference
+from peft_talan.functional import fused, reference, slot_reference
 from peft_talan.functional.parameters import SidePathOptions, SidePathParameters
 from peft_talan.memory.latent_memory import LatentMemory
 
@@ -108,7 +108,7 @@ def drift(tokens: int, seed: int) -> Row:
         values, _, logits = reference.read(
             hidden_states.view(1, count, -1).double(), exact_parameters.read, (WIDTH, WIDTH, SLOTS)
         )
-        weights = reference.slot_weights(logits, None)
+        weights = slot_reference.slot_weights(logits, None)
         padded = torch.nn.functional.pad(values, (0, 1), value=1.0)
         before_last = exact + weights[:, :-1].mT @ padded[:, :-1]
         exact = exact + weights.mT @ padded

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
 import gc
 import hashlib
 import math
 import platform
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +76,20 @@ def machine() -> dict[str, Any]:
         "transformers": transformers.__version__,
         "peft": peft.__version__,
     }
+
+
+def prepare(
+    description: str | None, results: Path, rounds: int, arguments: Sequence[str] | None = None
+) -> argparse.Namespace:
+    """The options of what is measured as a whole and stored in one file; threads and the seed are set."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--rounds", type=int, default=rounds, help=f"most turns of each call (default {rounds})")
+    parser.add_argument("--output", type=Path, default=results)
+    options = parser.parse_args(arguments)
+    torch.set_num_threads(options.threads)
+    torch.manual_seed(0)
+    return options
 
 
 def code_version() -> str:

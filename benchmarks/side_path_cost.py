@@ -7,7 +7,6 @@ python benchmarks/side_path_cost.py
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -15,7 +14,7 @@ from typing import Any
 
 import torch
 from long_context import make_parameters
-from measure import code_version, in_turns, machine, medians
+from measure import code_version, in_turns, machine, medians, prepare
 from runs import write_json
 
 from peft_talan.functional import fused
@@ -53,13 +52,7 @@ def sweep(what: str, tokens: int, rounds: int) -> list[dict[str, Any]]:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--rounds", type=int, default=20, help="most turns of a pass (default 20)")
-    parser.add_argument("--output", type=Path, default=RESULTS)
-    options = parser.parse_args(arguments)
-    torch.set_num_threads(options.threads)
-    torch.manual_seed(0)
+    options = prepare(__doc__, RESULTS, 20, arguments)
     result: dict[str, Any] = {"machine": machine(), "code": code_version(), "default": DEFAULT, "prefill": PREFILL}
     result["passes"] = {what: sweep(what, PREFILL, options.rounds) for what in SWEEPS}
     result["one_token"] = {what: sweep(what, 1, 20 * options.rounds) for what in SWEEPS}

@@ -85,7 +85,6 @@ UNDOCUMENTED: dict[str, str] = {
     "peft.utils.constants.DUMMY_TARGET_MODULES": "PEFT's name for an adapter whose LoRA weights match no module.",
     "peft.utils.integrations.init_empty_weights": "Creates an adapter on the meta device.",
     "peft.utils.transformers_weight_conversion.convert_peft_config_for_transformers": "Experts that are fused.",
-    "transformers.conversion_mapping.get_model_conversion_mapping": "Experts that transformers fuses.",
 }
 """Names without an underscore that no documentation page promises."""
 

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import torch
 
-from ..functional import reference
+from ..functional import reference, slot_reference
 from ..functional.parameters import SidePathOptions, SidePathParameters, full_precision
 from ..functional.writeback import gate_openings
 
@@ -66,8 +66,8 @@ def _slot_shares(
         weights = (queries if options.mixer == "delta" else queries @ parameters.mixer[0].to(queries.dtype)).abs()
         return weights / weights.sum(-1, keepdim=True).clamp_min(torch.finfo(weights.dtype).tiny)
     if options.mixer == "mlp":
-        memory = reference.remix_slots(memory, parameters.mixer)
-    return reference.attend_to_slots(memory, queries, parameters.mixer)
+        memory = slot_reference.remix_slots(memory, parameters.mixer)
+    return slot_reference.attend_to_slots(memory, queries, parameters.mixer)
 
 
 @torch.no_grad()

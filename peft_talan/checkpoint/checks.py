@@ -174,8 +174,8 @@ def check_places(model: nn.Module, adapter_name: str, tensors: Mapping[str, torc
         # Buffers, and names without the wrappers that modules have; it takes ten times as long.
         known = model.state_dict()
     prefix = "base_model.model."
-    placed = {}
-    for key, tensor in tensors.items():
+    placed = {key: tensor for key, tensor in tensors.items() if key in known}
+    for key, tensor in tensors.items() if len(placed) < len(tensors) else ():
         name = next((name for name in (key, key.removeprefix(prefix), prefix + key) if name in known), None)
         if name is not None:
             placed[name] = tensor

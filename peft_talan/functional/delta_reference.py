@@ -55,7 +55,7 @@ def compress(
     Args:
         values: v, [batch, tokens, width].
         weights: As `delta_weights` returns them.
-        segment_ids: As in `reference.compress`.
+        segment_ids: As in `slot_reference.compress`.
         state: The memory of earlier tokens, [batch, slots, width]; None: empty.
 
     Returns:

@@ -14,7 +14,7 @@ import torch
 from torch.autograd import forward_ad
 from torch.nn import functional as F
 
-from . import delta, reference
+from . import delta, reference, slot_reference
 from .chunked_autograd import ChunkwiseRemix
 from .delta import record_of
 from .parameters import (
@@ -65,7 +65,7 @@ def read_mean(
     if mixer == "linear":
         return torch.bmm(queries @ parameter, mean)
     if mixer == "mlp":
-        mean = reference.remix_slots(mean, parameters)
+        mean = slot_reference.remix_slots(mean, parameters)
     scores = torch.baddbmm(parameter, queries, mean.mT, alpha=1 / math.sqrt(queries.shape[-1]))
     return torch.bmm(scores.softmax(-1), mean)
 

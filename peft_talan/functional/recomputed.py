@@ -9,7 +9,7 @@ import torch
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from . import reference
+from . import reference, slot_reference
 from .parameters import RemixInputs, mean_of
 from .records import relative_segments
 
@@ -18,7 +18,7 @@ TILE_TOKENS, SHORTEST_TILE = 256, 64
 
 
 def mix_mlp(memory: torch.Tensor, queries: torch.Tensor, parameters: tuple[torch.Tensor, ...]) -> torch.Tensor:
-    """`reference.mix_mlp` in four large products, and without one small product per token for the read."""
+    """`slot_reference.mix_mlp` in four large products, and without one small product per token for the read."""
     # Copies, which lie aligned: by tensors that are mapped from a file, products would round as these lie in it.
     bias, slot_in, slot_out, channel_in, channel_out = (tensor.to(memory.dtype, copy=True) for tensor in parameters)
     memory = memory + (F.gelu(memory.mT @ slot_in.mT) @ slot_out.mT).mT
@@ -30,7 +30,7 @@ def mix_mlp(memory: torch.Tensor, queries: torch.Tensor, parameters: tuple[torch
 def remix_tile(*inputs: Any) -> tuple[torch.Tensor, torch.Tensor]:
     """`reference.remix` of some `RemixInputs`, few enough tokens for the memory of every one, and the fast `mlp`."""
     values, queries, weights, mixer, parameters, segment_ids, state = RemixInputs(*inputs)
-    memory, final_state = reference.compress(values, weights, segment_ids, state)
+    memory, final_state = slot_reference.compress(values, weights, segment_ids, state)
     rule = mix_mlp if mixer == "mlp" else reference.READ_RULES[mixer]
     return rule(mean_of(memory), queries, parameters), final_state
 

@@ -17,7 +17,8 @@ from ..memory.interface import Memory, NoMemory
 from ..memory.token_layout import Positions, TokenLayout, token_layout
 from ..memory.token_tree import TokenTree, TreeMemory
 from ..serving.paged_cache import find_paged_call
-from .forward_context import CallArguments, DecoderHooks, ForwardContext, find_cache, read_arguments
+from .call_arguments import CallArguments, find_cache, read_arguments
+from .forward_context import DecoderHooks, ForwardContext
 from .residual_streams import ResidualStreams
 
 BEFORE_ALL = 2**40

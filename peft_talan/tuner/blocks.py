@@ -8,7 +8,6 @@ import math
 from peft.utils import PeftType
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
-from transformers.conversion_mapping import get_model_conversion_mapping
 
 from ..axes import spacing_of
 from ..checkpoint.names import CHILD_NAME
@@ -248,7 +247,7 @@ def point_at_fused_experts(model: nn.Module, config: TalanConfig) -> None:
         return
     own_type, config.peft_type = config.peft_type, PeftType.LORA
     try:
-        conversions = get_model_conversion_mapping(model)
-        convert_peft_config_for_transformers(config, model=model, conversions=conversions)
+        # By the model's type alone: PEFT goes through the model for its conversions itself, for every type.
+        convert_peft_config_for_transformers(config, model=model, conversions=None)
     finally:
         config.peft_type = own_type

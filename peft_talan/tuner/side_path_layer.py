@@ -13,8 +13,9 @@ from ..config import TalanConfig
 from ..functional.initialization import initial_parameters
 from ..functional.parameters import MIXER_PARAMETERS, SidePathOptions, SidePathParameters
 from .block_context import BlockContext, replace_recorded_state, replace_stream, stream_of
+from .call_arguments import argument_names
 from .checkpointed_block import CheckpointWithSidePaths, leaves_hooks_outside
-from .forward_context import DecoderHooks, argument_names
+from .forward_context import DecoderHooks
 from .residual_streams import ResidualStreams
 
 TENSOR_NAMES: tuple[str, ...] = (

@@ -30,8 +30,8 @@ from transformers import (
 from peft_talan import TalanConfig, export_lora, set_talan_strength, set_trainable, talan_param_groups, warm_start
 from peft_talan.checkpoint.card import write_card
 
+from ..own_model import Block, own_model
 from ..small_models import DEPTH, make_base, make_config, make_lora_config, make_model, make_several, make_tokens
-from .own_model import Block, own_model
 
 PAGE = Path(__file__).parents[2] / "docs" / "reference" / "errors.md"
 WEIGHTS = "adapter_model.safetensors"

@@ -16,6 +16,7 @@ from transformers import DynamicCache, StaticCache
 
 from peft_talan import warm_start
 
+from ..own_model import Block, own_model
 from ..small_models import (
     last_state,
     logits,
@@ -27,7 +28,6 @@ from ..small_models import (
     make_tokens,
     rounding,
 )
-from .own_model import Block, own_model
 
 PAGE = Path(__file__).parents[2] / "docs" / "reference" / "limits.md"
 Trial = Callable[[Path], None]

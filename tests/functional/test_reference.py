@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from peft_talan.functional import fused, reference
+from peft_talan.functional import fused, reference, slot_reference
 from peft_talan.functional.parameters import (
     NORM_EPSILON,
     WRITEBACKS,
@@ -169,7 +169,7 @@ def test_the_equations_token_by_token(module: ModuleType, mixer: Any, writeback:
 
 def test_the_soft_cap_bounds_how_much_more_a_token_weighs() -> None:
     for soft_cap in (1.0, 5.0, 10.0):
-        weights = reference.slot_weights(torch.tensor([[[1e3, -1e3]]]), None, soft_cap)
+        weights = slot_reference.slot_weights(torch.tensor([[[1e3, -1e3]]]), None, soft_cap)
         torch.testing.assert_close(weights[0, 0].log(), torch.tensor([soft_cap, -soft_cap]))
 
 

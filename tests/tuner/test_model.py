@@ -12,8 +12,9 @@ from torch import nn
 from transformers import DynamicCache
 
 import peft_talan
-from peft_talan import TalanConfig, TalanLayer
+from peft_talan import TalanLayer
 
+from ..own_model import Block, OwnModel, adapt
 from ..small_models import (
     ARCHITECTURES,
     last_state,
@@ -138,54 +139,21 @@ def _all_blocks(model: PeftModel) -> list[nn.Module]:
     return list(next(m for m in model.modules() if isinstance(m, nn.ModuleList)))
 
 
-class PlainBlock(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.linear = nn.Linear(16, 16)
-
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return hidden_states + torch.tanh(self.linear(hidden_states))
-
-
-class PlainModel(nn.Module):
-    """A model that is not of transformers: no config, blocks that take hidden states alone."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.embedding = nn.Embedding(64, 16)
-        self.stages = nn.ModuleList(PlainBlock() for _ in range(3))
-
-    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        hidden_states = self.embedding(tokens)
-        for stage in self.stages:
-            hidden_states = stage(hidden_states)
-        return hidden_states
-
-
 def test_plain_module_with_named_blocks_and_width() -> None:
-    config = TalanConfig(
-        target_modules=["linear"],
-        talan_blocks="stages",
-        talan_hidden_size=16,
-        talan_layers=[1],
-        init_talan_weights=False,
-    )
     torch.manual_seed(0)
-    base = PlainModel()
+    base = OwnModel(Block)
     tokens = make_tokens()
     expected = base(tokens)
-    model = get_peft_model(base, config)
+    model = adapt(base, talan_layers=[1], init_talan_weights=False)
     assert not torch.allclose(model(tokens), expected)
     assert torch.equal(model.unload()(tokens), expected)
 
 
 def test_a_container_that_calls_its_children_is_refused_as_a_block() -> None:
-    base = PlainModel()
-    base.stages[1] = nn.Sequential(nn.Linear(16, 16))
-    with pytest.raises(ValueError, match=r"stages\.1.*Sequential"):
-        get_peft_model(
-            base, TalanConfig(target_modules=["linear"], talan_blocks="stages", talan_hidden_size=16, talan_layers=[1])
-        )
+    base = OwnModel(Block)
+    base.stack[1] = nn.Sequential(nn.Linear(16, 16))
+    with pytest.raises(ValueError, match=r"stack\.1.*Sequential"):
+        adapt(base, talan_layers=[1])
 
 
 @pytest.mark.parametrize("architecture_", ["qwen3", "gpt2"])

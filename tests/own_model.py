@@ -1,4 +1,4 @@
-"""A model that is not one of transformers', for the pages that say what it needs."""
+"""A model that is not one of transformers': no configuration, blocks that take hidden states alone."""
 
 from __future__ import annotations
 
@@ -33,6 +33,10 @@ class OwnModel(nn.Module):
         return hidden_states
 
 
-def own_model(block: Callable[[], nn.Module] = Block, **options: object) -> PeftModel:
+def adapt(base: OwnModel, **options: object) -> PeftModel:
     named = {"talan_blocks": "stack", "talan_hidden_size": 16, **options}
-    return get_peft_model(OwnModel(block), TalanConfig(r=4, target_modules=r".*proj", **named))
+    return get_peft_model(base, TalanConfig(r=4, target_modules=r".*proj", **named))
+
+
+def own_model(block: Callable[[], nn.Module] = Block, **options: object) -> PeftModel:
+    return adapt(OwnModel(block), **options)
