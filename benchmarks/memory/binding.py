@@ -13,6 +13,7 @@ twentieth step, go to `benchmarks/results/memory_binding.jsonl`.
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -218,37 +219,42 @@ def run(settings: Settings) -> Row:
 
 
 def table(rows: Sequence[Row]) -> str:
-    """All runs, with what differs between them, the loss along the way, and recall by distance."""
+    """A line for all runs that differ in nothing but the seed; loss along the way and recall, one number a seed."""
+    groups: dict[str, list[Row]] = {}
+    for row in rows:
+        groups.setdefault(json.dumps({**row["settings"], "seed": None}), []).append(row)
 
-    def of_settings(name: str) -> Callable[[Row], Any]:
-        return lambda row: row["settings"][name]
+    def of_settings(name: str) -> Callable[[list[Row]], Any]:
+        return lambda runs: runs[0]["settings"][name]
 
-    def asked_for(row: Row) -> str:
-        task, names = row["settings"]["task"], row["settings"]["names"]
-        return f"{names} names" if task == "pairs" else f"`{task}`"
+    def asked_for(runs: list[Row]) -> str:
+        settings = runs[0]["settings"]
+        what = f"{settings['names']} names" if settings["task"] == "pairs" else f"`{settings['task']}`"
+        return f"{what}, {settings['questions']}{' spread' if settings['spread'] else ''}"
 
-    def loss_after(share: float) -> Callable[[Row], str]:
-        return lambda row: f"{row['losses'][math.ceil(share * len(row['losses'])) - 1]:.2f}"
+    def training(runs: list[Row]) -> str:
+        settings = runs[0]["settings"]
+        rates = f"{settings['learning_rate']:g}, {settings['learning_rate'] * settings['side_path_scale']:g}"
+        return f"{settings['shortest']} to {settings['longest']} windows x {settings['steps']}, {rates}"
 
-    def right_at(windows: int) -> Callable[[Row], str]:
-        return lambda row: f"{100 * row['recall'][str(windows)]:.0f}%"
+    def loss_after(share: float) -> Callable[[list[Row]], str]:
+        return lambda runs: ", ".join(
+            f"{row['losses'][math.ceil(share * len(row['losses'])) - 1]:.2f}" for row in runs
+        )
+
+    def right_at(windows: int) -> Callable[[list[Row]], str]:
+        return lambda runs: ", ".join(f"{100 * row['recall'][str(windows)]:.0f}" for row in runs)
 
     return columns_table(
         {
             "arm": of_settings("arm"),
-            "task": lambda row: (
-                "count" if of_settings("task")(row) == "count" else f"{of_settings('names')(row)} names"
-            ),
-            "questions": lambda row: f"{row['settings']['questions']}{' spread' if row['settings']['spread'] else ''}",
-            "windows": lambda row: f"{row['settings']['shortest']} to {row['settings']['longest']}",
-            "steps": of_settings("steps"),
-            "learning rate": lambda row: f"{row['settings']['learning_rate']:g}",
-            "times, side path": lambda row: f"{row['settings']['side_path_scale']:g}",
-            "seed": of_settings("seed"),
-            **{f"loss after {100 * share:.0f}%": loss_after(share) for share in (0.25, 0.5, 0.75, 1.0)},
-            **{f"{windows} windows": right_at(windows) for windows in (2, 10, 32)},
+            "task, questions": asked_for,
+            "texts x steps, learning rates": training,
+            "seeds": lambda runs: ", ".join(str(row["settings"]["seed"]) for row in runs),
+            **{f"loss after {100 * share:.0f}%": loss_after(share) for share in (0.25, 0.5, 1.0)},
+            **{f"right at {windows}, %": right_at(windows) for windows in (1, 10, 32)},
         },
-        rows,
+        [sorted(runs, key=lambda row: row["settings"]["seed"]) for runs in groups.values()],
     )
 
 
