@@ -89,7 +89,7 @@ def port(folder: Path) -> Iterator[int]:
         yield port
 
 
-def make_trainer(folder: Path, port: int, out: Path, **options: Any) -> Any:
+def make_trainer(folder: Path, port: int, out: Path, token_budget: int | None = None, **options: Any) -> Any:
     arguments = AsyncGRPOConfig(
         out,
         **COMMON,
@@ -100,6 +100,7 @@ def make_trainer(folder: Path, port: int, out: Path, **options: Any) -> Any:
         max_staleness=0,
         learning_rate=0.02,
         dtype="float32",
+        token_budget=token_budget,
         vllm_server_base_url=f"http://127.0.0.1:{port}",
     )
     return AsyncGRPOTrainer(
@@ -154,7 +155,7 @@ def test_an_adapter_that_trl_would_merge_is_refused(
 ) -> None:
     """Before the first rollout; nothing is merged."""
     run_on_processors(monkeypatch)
-    trainer = make_trainer(folder, 9, tmp_path, weight_transfer=Sender())
+    trainer = make_trainer(folder, 9, tmp_path, token_budget=0, weight_transfer=Sender())
     with pytest.raises(ValueError, match=r"AsyncGRPOConfig: merged weights are without the side path"):
         trainer.train()
     assert not any(getattr(module, "merged", False) for module in trainer.model.modules())
@@ -164,7 +165,7 @@ def test_a_strength_that_vllm_does_not_know_is_refused(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run_on_processors(monkeypatch)
-    trainer = make_trainer(folder, 9, tmp_path, weight_transfer=Sender())
+    trainer = make_trainer(folder, 9, tmp_path, token_budget=0, weight_transfer=Sender())
     set_talan_strength(trainer.model, 0.5)
     with pytest.raises(ValueError, match=r"AsyncGRPOConfig: adapter 'default' has the strength 0.5"):
         trainer.train()
