@@ -122,6 +122,9 @@ def check_install(words: list[str]) -> None:
 def check(words: list[str]) -> None:
     """A command of a page names programs, options and files that exist."""
     program, *rest = words
+    if re.match("[A-Z_]+=", program):  # A variable of the environment.
+        check(rest)
+        return
     options = [word for word in rest if is_option(word)]
     if program == "make":
         targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
