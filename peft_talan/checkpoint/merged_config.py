@@ -89,10 +89,8 @@ def class_that_loads(config: Mapping[str, Any]) -> str:
 def say_what_loads(argument: str, name: str, config: Mapping[str, Any], options: Mapping[str, Any]) -> str:
     """The refusal of a merged model that was given for an adapter; `options` may hold a subfolder and a revision."""
     place = "".join(f", {option}={options[option]!r}" for option in ("subfolder", "revision") if options.get(option))
-    return (
-        f"{argument}={name!r}: it is a merged model, not an adapter; load it, with its side path, by "
-        f"{class_that_loads(config)}.from_pretrained({name!r}{place})"
-    )
+    call = f"{class_that_loads(config)}.from_pretrained({name!r}{place})"
+    return f"{argument}={name!r}: it is a merged model, not an adapter; load it, with its side path, by {call}"
 
 
 class MergedTensor(NamedTuple):
