@@ -90,4 +90,5 @@ def let_transformers_refuse_merged_models() -> None:
         with merged_models_refused("peft_model_id", peft_model_id, options):
             return load(self, peft_model_id, *args, **kwargs)
 
+    # As above.
     PeftAdapterMixin.load_adapter = load_adapter  # type: ignore[method-assign]

@@ -39,6 +39,7 @@ class CheckpointWithSidePaths:
     @classmethod
     def install(cls, block: nn.Module) -> None:
         """Put itself in front of a block's function, which each `gradient_checkpointing_enable` sets anew."""
+        # mypy takes what a module holds for tensors and modules.
         checkpoint: Any = block._gradient_checkpointing_func
         if not isinstance(checkpoint, cls):
             block._gradient_checkpointing_func = cls(checkpoint)  # type: ignore[assignment]
@@ -46,6 +47,7 @@ class CheckpointWithSidePaths:
     @classmethod
     def remove(cls, block: nn.Module) -> None:
         """Give a block its own function back."""
+        # As above.
         installed: Any = getattr(block, "_gradient_checkpointing_func", None)
         if isinstance(installed, cls):
             block._gradient_checkpointing_func = installed._checkpoint  # type: ignore[assignment]
