@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from conditions import NAMES
-from pages import columns_table, markdown
+from pages import markdown
 from runs import Row, read_json
 
 LAUNCH = 5e-6
@@ -94,11 +94,10 @@ def _growth(stored: Row) -> str:
 
 
 def _side_path_lengths(rows: list[Row]) -> str:
-    columns: dict[str, Callable[[Row], str]] = {"tokens": lambda row: row["tokens"]}
-    for call in ("prefill", "training step"):
-        for what, title in (("microseconds_a_token", "us a token"), ("peak_bytes_a_token", "peak bytes a token")):
-            columns[f"{call}, {title}"] = lambda row, call=call, what=what: f"{row[call][what]:.4g}"  # type: ignore[misc]
-    return columns_table(columns, rows)
+    measured = {"us a token": "microseconds_a_token", "peak bytes a token": "peak_bytes_a_token"}
+    columns = [(call, title) for call in ("prefill", "training step") for title in measured]
+    cells = [[row["tokens"], *(f"{row[call][measured[title]]:.4g}" for call, title in columns)] for row in rows]
+    return markdown(["tokens", *(f"{call}, {title}" for call, title in columns)], cells)
 
 
 def _drift(rows: list[Row]) -> str:

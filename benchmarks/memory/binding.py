@@ -178,13 +178,11 @@ def run(settings: Settings) -> Row:
         def loss_of(step: int) -> torch.Tensor:
             bar.update()
             done = step / settings.steps
-            facts = (
-                1
-                if done < settings.one_name
-                else 2
-                if done < settings.one_name + settings.two_names
-                else settings.names
-            )
+            facts = settings.names
+            if done < settings.one_name:
+                facts = 1
+            elif done < settings.one_name + settings.two_names:
+                facts = 2
             spread = settings.longest - settings.shortest + 1
             windows = settings.shortest + int(torch.randint(spread, (), generator=generator))
             size = (windows, settings.batch_size, settings.questions)

@@ -15,6 +15,7 @@ from torch import nn
 
 from ..tuner.attachment import attached_side_paths
 from ..tuner.layer import TalanLayer
+from ..tuner.measured_pass import run
 from ..tuner.strength import talan_strength
 from .streams import (
     Inputs,
@@ -22,7 +23,6 @@ from .streams import (
     evaluated,
     measure_layer,
     record_streams,
-    run,
     steered_blocks,
     without_adapters,
 )

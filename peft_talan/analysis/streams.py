@@ -15,6 +15,7 @@ from ..functional.parameters import working_dtype
 from ..tuner.attachment import attached_side_paths
 from ..tuner.block_context import stream_of
 from ..tuner.layer import TalanLayer
+from ..tuner.measured_pass import in_evaluation_mode, run
 
 Inputs = Mapping[str, torch.Tensor]
 Measured = TypeVar("Measured")
@@ -43,18 +44,15 @@ def evaluated(model: nn.Module) -> Iterator[None]:
 
     Raises `ValueError` if the adapters are disabled or merged.
     """
-    modes = [(module, module.training) for module in model.modules()]
     gradients = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     if any(layer.disable_adapters for layer in _switches(model)):
         raise ValueError("model: its adapters are disabled; enable them to measure what they do")
     if any(layer.merged for layer in _switches(model)):
         raise ValueError("model: an adapter's LoRA weights are merged, and can't be measured alone; unmerge it first")
-    model.eval()
     try:
-        yield
+        with in_evaluation_mode(model):
+            yield
     finally:
-        for module, mode in modes:
-            module.training = mode
         for parameter, gradient in gradients:
             parameter.requires_grad_(gradient)
 
@@ -73,11 +71,6 @@ def without_adapters(model: nn.Module) -> Iterator[None]:
     finally:
         for layer in _switches(model):
             layer.enable_adapters(True)
-
-
-def run(model: nn.Module, inputs: Inputs) -> None:
-    """Run the model without a cache; labels are left out."""
-    model(**{"use_cache": False, **{name: part for name, part in inputs.items() if name != "labels"}})
 
 
 @torch.no_grad()

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from .parameters import NORM_EPSILON, SidePathOptions, read_sizes, working_dtype
+from .fused import inverse_rms
+from .parameters import SidePathOptions, read_sizes, working_dtype
 
 HIDDEN_FACTOR = 2
 """How much wider than its input each hidden layer of the `mlp` mixer is."""
@@ -87,7 +88,7 @@ def second_moment(hidden_states: torch.Tensor) -> torch.Tensor:
         [hidden_size, hidden_size], at least float32.
     """
     rows = hidden_states.to(working_dtype(hidden_states.dtype))
-    rows = rows * torch.rsqrt(rows.square().mean(-1, keepdim=True) + NORM_EPSILON)
+    rows = rows * inverse_rms(rows)
     return rows.T @ rows
 
 

@@ -15,7 +15,7 @@ from ..functional.parameters import SidePathOptions
 from ..memory.cache import MemoryRequest, continue_or_start_memory, memories_of, tokens_before
 from ..memory.interface import Memory, NoMemory
 from ..memory.token_layout import Positions, TokenLayout, token_layout
-from ..memory.token_tree import TokenTree, TreeMemory
+from ..memory.token_tree import TreeMemory
 from ..serving.paged_cache import find_paged_call
 from .call_arguments import CallArguments, find_cache, read_arguments
 from .forward_context import DecoderHooks, ForwardContext
@@ -128,9 +128,9 @@ class BlockContext:
         return read_arguments(self._names, self._args, self._kwargs)
 
     @property
-    def _tree(self) -> TokenTree | None:
-        """How samples share the tokens of the row; None where they share none."""
-        return self._arguments.tree if self._forward is None else self._forward.arguments.tree
+    def _given(self) -> CallArguments:
+        """The arguments of the forward pass, or the block's own where it runs in none."""
+        return self._arguments if self._forward is None else self._forward.arguments
 
     def memory(
         self,
@@ -159,7 +159,7 @@ class BlockContext:
         """
         if self._paged is not None:
             return self._paged.memory(self.block_index, f"{child_name}.{adapter_name}")
-        if (tree := self._tree) is not None:
+        if (tree := self._given.tree) is not None:
             return TreeMemory(tree)
         if self.cache is None:
             return NoMemory()
@@ -213,10 +213,9 @@ class BlockContext:
         if self._paged is not None:
             return TokenLayout()
         check_same_shape(hidden_states, self._received)
-        if self._tree is not None:
+        forward, given = self._forward, self._given
+        if given.tree is not None:
             return TokenLayout()
-        forward = self._forward
-        given = self._arguments if forward is None else forward.arguments
         if forward is not None and self._hooks.plain_module:
             # The whole model may call by its own names what it gives to its blocks.
             pairs = zip(given, self._arguments, strict=True)

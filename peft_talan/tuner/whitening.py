@@ -12,6 +12,7 @@ from torch import nn
 from ..functional.initialization import second_moment, whitened
 from .attachment import attached_side_paths
 from .layer import TalanLayer
+from .measured_pass import in_evaluation_mode, run
 
 
 class _Moments:
@@ -76,15 +77,11 @@ def initialize_talan_weights(
     if any(weight.is_meta for weight in weights.values()):
         raise ValueError("model: some of its blocks are offloaded; start the side paths before that, or on one device")
     moments = _Moments(adapter_name)
-    modes = [(module, module.training) for module in model.modules()]
-    with ExitStack() as afterwards:
-        for module, mode in modes:
-            afterwards.callback(setattr, module, "training", mode)
+    with in_evaluation_mode(model), ExitStack() as hooks:
         for layer in layers:
-            afterwards.callback(layer.register_forward_pre_hook(moments.add).remove)
-        model.eval()
+            hooks.callback(layer.register_forward_pre_hook(moments.add).remove)
         for batch in dataloader:
-            model(**{"use_cache": False, **{name: part for name, part in batch.items() if name != "labels"}})
+            run(model, batch)
     if not all(moments.tokens.get(layer) for layer in layers):
         raise ValueError("dataloader: it gave no token; give some batches of the training data")
     for layer, weight in weights.items():
