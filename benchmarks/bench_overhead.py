@@ -41,8 +41,10 @@ from calls import (
 )
 from conditions import GROUPS, MATCHED, MODELS, SMALLER_GROUPS, load_base, make_conditions, trainable_shares
 from measure import (
+    CLOCKS,
     bytes_of,
     card_memory_of,
+    clock_name,
     code_version,
     in_turns,
     interval_text,
@@ -75,10 +77,11 @@ def probe(models: dict[str, nn.Module], group: str) -> dict[str, float]:
     """Seconds of a short prefill of the group's plain adapter, taken for all of its conditions."""
     name = group if group in models else next(iter(models))
     call = prefill_calls({name: models[name]}, PROBE_TOKENS)[name]
+    clock = CLOCKS[clock_name()]
     call()
-    start = time.perf_counter()
+    start = clock()
     call()
-    return dict.fromkeys(models, time.perf_counter() - start)
+    return dict.fromkeys(models, clock() - start)
 
 
 def chosen(
