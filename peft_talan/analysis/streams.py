@@ -13,9 +13,9 @@ from torch import nn
 
 from ..functional.parameters import working_dtype
 from ..tuner.attachment import attached_side_paths
-from ..tuner.block_context import stream_of
 from ..tuner.layer import TalanLayer
 from ..tuner.measured_pass import in_evaluation_mode, run
+from ..tuner.residual_streams import stream_of
 
 Inputs = Mapping[str, torch.Tensor]
 Measured = TypeVar("Measured")

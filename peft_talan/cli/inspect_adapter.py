@@ -35,8 +35,8 @@ def inspect(
     """
     try:
         description = describe(adapter, revision)
-    except MergedModel:
-        description = describe_merged(adapter, revision)
+    except MergedModel as merged:
+        description = describe_merged(adapter, merged.config, revision)
     if as_json:
         print_json(description)
         return
@@ -84,7 +84,11 @@ class MissingFile(Misuse):
 
 
 class MergedModel(Misuse):
-    """A merged model where an adapter is expected."""
+    """A merged model where an adapter is expected; it keeps the model's configuration."""
+
+    def __init__(self, message: str, config: Mapping[str, Any]) -> None:
+        super().__init__(message)
+        self.config = config
 
 
 def find_file(adapter: str, name: str, revision: str | None = None) -> Path:
@@ -124,7 +128,7 @@ def read_config(adapter: str, revision: str | None = None, kind: str | None = "T
             raise no_adapter from None
         if not merged_side_paths(config):
             raise no_adapter from None
-        raise MergedModel(say_what_loads("ADAPTER", adapter, config, {"revision": revision})) from None
+        raise MergedModel(say_what_loads("ADAPTER", adapter, config, {"revision": revision}), config) from None
     peft_type = config.get("peft_type") if isinstance(config, dict) else None
     if peft_type is None or kind not in (None, peft_type):
         raise Misuse(f"{adapter}: peft_type={peft_type!r} in {CONFIG_FILE}; this is not a {kind or 'PEFT'} adapter")
@@ -177,11 +181,11 @@ def _summary(heads: Sequence[TensorHead]) -> dict[str, Any]:
     }
 
 
-def describe_merged(model: str, revision: str | None = None) -> dict[str, Any]:
-    """Return what the files of a merged model say of its side paths, as JSON can hold it."""
+def describe_merged(model: str, config: Mapping[str, Any], revision: str | None = None) -> dict[str, Any]:
+    """Return what a merged model's configuration and files say of its side paths, as JSON can hold it."""
     from ..checkpoint.adapter_file import read_heads
 
-    side_paths = merged_side_paths(read_json(find_file(model, "config.json", revision)))
+    side_paths = merged_side_paths(config)
     try:
         index = read_json(find_file(model, "model.safetensors.index.json", revision))
         files = {file for name, file in index["weight_map"].items() if merged_tensor(name)}

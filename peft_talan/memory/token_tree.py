@@ -45,6 +45,10 @@ class TokenTree(NamedTuple):
             return None
         return cls(path_index, given["tree_cu_seqlens_q"], given["tree_cu_seqlens_k"])
 
+    def layout_of_paths(self) -> TokenLayout:
+        """Where each path starts, in hidden states that are laid out by `path_index`."""
+        return token_layout(None, Positions(cu_seq_lens=self.path_starts, rule=None), 1, len(self.path_index))
+
     def ends_of_paths(self, tokens: int) -> torch.Tensor:
         """Find the row's tokens on the paths of their own segments.
 
@@ -79,10 +83,9 @@ class TreeMemory:
         alpha: float = 1.0,
         training: bool = False,
     ) -> torch.Tensor:
-        """Run a side path on every path of the tree; see `Memory`."""
+        """Run a side path on every path of the tree; see `Memory`. The layout is that of `layout_of_paths`."""
         check_causal(options.scope)
         tree = TokenTree(*(part.to(hidden_states.device) for part in self.tree))
         paths = hidden_states.index_select(1, tree.path_index)
-        samples = token_layout(None, Positions(cu_seq_lens=tree.path_starts, rule=None), 1, paths.shape[1])
-        written = NoMemory().append(paths, parameters, options, samples, alpha=alpha, training=training)
+        written = NoMemory().append(paths, parameters, options, layout, alpha=alpha, training=training)
         return written.index_select(1, tree.ends_of_paths(hidden_states.shape[1]))

@@ -48,6 +48,19 @@ def attached_side_paths(model: nn.Module) -> Iterator[tuple[nn.Module, TalanLaye
             yield module, layer
 
 
+def fresh_side_paths(model: nn.Module, adapter_name: str) -> list[tuple[nn.Module, TalanLayer]]:
+    """The blocks with an adapter's side paths, which must not have been trained: their write-back is zero."""
+    found = [(block, layer) for block, layer in attached_side_paths(model) if adapter_name in layer.talan_options]
+    if not found:
+        raise ValueError(f"adapter_name={adapter_name!r}: the model has no TALAN adapter of this name")
+    if any(layer.parameters_of(adapter_name).write.any() for _, layer in found):
+        raise ValueError(
+            f"adapter_name={adapter_name!r}: its write-back isn't zero, so another read would change what it does; "
+            "give an adapter that is fresh"
+        )
+    return found
+
+
 def detach_side_paths(model: nn.Module) -> None:
     """Take every side path off its block."""
     for block, layer in attached_side_paths(model):

@@ -11,7 +11,7 @@ from torch import nn
 
 from ..config import TalanConfig
 from ..functional.initialization import keys_and_queries_of
-from .layer import TalanLayer
+from .attachment import fresh_side_paths
 
 
 @torch.no_grad()
@@ -23,12 +23,13 @@ def initialize_talan_keys(model: nn.Module, adapter_name: str = "default") -> No
     Rotary positions, biases and the norms of heads are left out.
 
     Args:
-        model: A model with a TALAN adapter of `talan_mixer="delta"` and `talan_position="input"`.
+        model: A model with a TALAN adapter of `talan_mixer="delta"` and `talan_position="input"`, whose side path has
+            not been trained.
         adapter_name: The adapter's name. Default `"default"`.
 
     Raises:
-        ValueError: There is no such adapter, or a block has no attention with `q_proj` and `k_proj` whose weights are
-            here. Nothing is changed.
+        ValueError: There is no such adapter, it has been trained, or a block has no attention with `q_proj` and
+            `k_proj` whose weights are here. Nothing is changed.
 
     Examples:
         >>> config = TalanConfig(talan_mixer="delta", talan_slots=16, talan_position="input", talan_layers="all")
@@ -46,9 +47,7 @@ def initialize_talan_keys(model: nn.Module, adapter_name: str = "default") -> No
         )
     found: list[tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]] = [
         (layer.parameters_of(adapter_name).read, keys_and_queries_of(*_projections(block, config.talan_slots)))
-        for block in model.modules()
-        for layer in block.children()
-        if isinstance(layer, TalanLayer) and adapter_name in layer.talan_options
+        for block, layer in fresh_side_paths(model, adapter_name)
     ]
     for read, (keys, queries) in found:
         read[-config.talan_slots :] = keys.to(read)

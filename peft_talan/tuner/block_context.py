@@ -9,7 +9,6 @@ from packaging.version import Version
 from torch import nn
 from transformers import __version__ as transformers_version
 from transformers.cache_utils import CacheLayerMixin
-from transformers.utils import output_capturing
 
 from ..functional.parameters import SidePathOptions
 from ..memory.cache import MemoryRequest, continue_or_start_memory, memories_of, tokens_before
@@ -19,7 +18,7 @@ from ..memory.token_tree import TreeMemory
 from ..serving.paged_cache import find_paged_call
 from .call_arguments import CallArguments, find_cache, read_arguments
 from .forward_context import DecoderHooks, ForwardContext
-from .residual_streams import ResidualStreams
+from .residual_streams import ResidualStreams, check_same_shape
 
 BEFORE_ALL = 2**40
 """In place of an unknown number of earlier tokens: more than any mask has columns, so the call's are its last ones."""
@@ -35,46 +34,6 @@ def withholds_cache(block: nn.Module) -> bool:
     """
     checkpoints = block.training and bool(getattr(block, "gradient_checkpointing", False))
     return checkpoints and (torch.is_grad_enabled() or not KEEPS_CACHE_WITHOUT_GRADIENTS)
-
-
-def replace_recorded_state(before: torch.Tensor, after: torch.Tensor) -> None:
-    """Let `output_hidden_states=True` show what a block receives if a side path wrote at its input.
-
-    transformers records a block's output before the next block's input is changed.
-    """
-    recorded = output_capturing._active_collector.get()
-    states = recorded.get("hidden_states") if recorded else None
-    if states and states[-1] is before:
-        states[-1] = after
-
-
-def replace_stream(output: Any, written: torch.Tensor) -> Any:
-    """Put the changed residual stream into a block's output."""
-    if isinstance(output, torch.Tensor):
-        return written
-    if isinstance(output, dict):
-        return type(output)(**{**output, next(iter(output)): written})
-    parts = (written, *output[1:])
-    return output._make(parts) if hasattr(output, "_make") else type(output)(parts)
-
-
-def stream_of(output: Any) -> Any:
-    """The first part of a block's output, of whatever type it is, which should be its hidden states."""
-    if isinstance(output, dict):
-        return next(iter(output.values()), None)
-    if isinstance(output, (list, tuple)):
-        return output[0] if output else None
-    return output
-
-
-def check_same_shape(stream: Any, expected: tuple[int, ...] | None) -> None:
-    """Refuse to write into what is not the residual stream that a block received, of the expected shape."""
-    if not isinstance(stream, torch.Tensor) or (expected is not None and stream.shape != expected):
-        got = f"shape {list(stream.shape)}" if isinstance(stream, torch.Tensor) else type(stream).__name__
-        raise TypeError(
-            f"talan_position='output': expected a block to return hidden states {list(expected or [])} first, "
-            f"got {got}; use talan_position='input', or choose other blocks by talan_blocks"
-        )
 
 
 class BlockContext:
@@ -214,8 +173,6 @@ class BlockContext:
             return TokenLayout()
         check_same_shape(hidden_states, self._received)
         forward, given = self._forward, self._given
-        if given.tree is not None:
-            return TokenLayout()
         if forward is not None and self._hooks.plain_module:
             # The whole model may call by its own names what it gives to its blocks.
             pairs = zip(given, self._arguments, strict=True)
@@ -241,6 +198,8 @@ class BlockContext:
         self, forward: ForwardContext, given: CallArguments, batch: int, tokens: int
     ) -> TokenLayout:
         """Read the decoder's arguments, and count the call's tokens."""
+        if given.tree is not None:
+            return given.tree.layout_of_paths()
         hooks, has_cache = self._hooks, find_cache(self._args, self._kwargs) is not None
         layout = token_layout(
             given.attention_mask,
@@ -284,6 +243,8 @@ class BlockContext:
     def _layout_of_block(self, batch: int, tokens: int) -> TokenLayout:
         """Read the block's own arguments, where no decoder's call is under way."""
         own, rule = self._arguments, self._hooks.rule
+        if own.tree is not None:
+            return own.tree.layout_of_paths()
         past = self._past(tokens)
         if self.cache is not None:
             # Tokens are counted once per forward pass, which these calls are not known to be part of.

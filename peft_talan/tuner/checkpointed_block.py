@@ -10,6 +10,8 @@ import torch
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from .residual_streams import recorded_states
+
 CHECKPOINTS_FORWARD = "__call__" not in vars(GradientCheckpointingLayer)
 """Whether transformers leaves a block's hooks outside of its checkpoint, as since 5.23; inside, nothing is missing."""
 
@@ -26,8 +28,16 @@ def leaves_hooks_outside(block: nn.Module) -> bool:
     )
 
 
+def writes_input_inside(block: nn.Module) -> bool:
+    """Whether side paths at the block's input are recomputed with it in a call made now.
+
+    What they write is recorded as a hidden state, which has no gradient inside of a reentrant checkpoint.
+    """
+    return leaves_hooks_outside(block) and recorded_states() is None
+
+
 class CheckpointWithSidePaths:
-    """A block's checkpointing function that takes what its side paths write at its output into the checkpoint.
+    """A block's checkpointing function that takes its side paths into the checkpoint.
 
     Args:
         checkpoint: The function that transformers gave the block.
@@ -54,18 +64,26 @@ class CheckpointWithSidePaths:
 
     def __call__(self, forward: partial[Any], *args: Any) -> Any:
         """Run the block and its side paths; a recomputed call has the contexts of the first, with its adapters."""
-        block, kwargs = forward.args[0], forward.keywords
+        block = forward.args[0]
         if not leaves_hooks_outside(block):
             return self._checkpoint(forward, *args)  # The hooks write, as where nothing is checkpointed.
         layers = [child for child in block.children() if hasattr(child, "write_at_output")]
-        contexts: dict[str, Any] = {}
+        # As the hooks: what was attached last is the first at the input and the last at the output.
+        at_input = [layer for layer in reversed(layers) if layer.acts_at_input] if writes_input_inside(block) else []
+        contexts: dict[tuple[str, str], Any] = {}
+
+        def context(layer: Any, position: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            if (layer.child_name, position) not in contexts:
+                contexts[layer.child_name, position] = layer.context(block, args, kwargs, position)
+            return contexts[layer.child_name, position]
 
         def forward_with_side_paths(*args: Any) -> Any:
-            output = forward(*args)
+            kwargs = forward.keywords
+            for layer in at_input:
+                args, kwargs = layer.write_at_input(block, args, kwargs, context(layer, "input", args, kwargs))
+            output = forward.func(block, *args, **kwargs)
             for layer in layers:
-                if layer.child_name not in contexts:
-                    contexts[layer.child_name] = layer.context(block, args, kwargs, "output")
-                output = layer.write_at_output(block, output, contexts[layer.child_name])
+                output = layer.write_at_output(block, output, context(layer, "output", args, kwargs))
             return output
 
         return self._checkpoint(forward_with_side_paths, *args)

@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers.utils import output_capturing
 
 from ..functional.parameters import working_dtype
 from .blocks import find_decoder, innermost_config, is_from_transformers
@@ -197,3 +198,48 @@ def _refusal(model: nn.Module, reason: str) -> ValueError:
         f"model={type(model).__name__}: its blocks {reason}, and a side path reads and writes hidden states "
         "of shape [batch, tokens, hidden_size]; use a plain LoraConfig"
     )
+
+
+def recorded_states() -> list[torch.Tensor] | None:
+    """The hidden states that `output_hidden_states=True` has recorded in the call under way; None without it."""
+    recorded = output_capturing._active_collector.get()
+    return recorded.get("hidden_states") if recorded else None
+
+
+def replace_recorded_state(before: torch.Tensor, after: torch.Tensor) -> None:
+    """Let `output_hidden_states=True` show what a block receives if a side path wrote at its input.
+
+    transformers records a block's output before the next block's input is changed.
+    """
+    states = recorded_states()
+    if states and states[-1] is before:
+        states[-1] = after
+
+
+def replace_stream(output: Any, written: torch.Tensor) -> Any:
+    """Put the changed residual stream into a block's output."""
+    if isinstance(output, torch.Tensor):
+        return written
+    if isinstance(output, dict):
+        return type(output)(**{**output, next(iter(output)): written})
+    parts = (written, *output[1:])
+    return output._make(parts) if hasattr(output, "_make") else type(output)(parts)
+
+
+def stream_of(output: Any) -> Any:
+    """The first part of a block's output, of whatever type it is, which should be its hidden states."""
+    if isinstance(output, dict):
+        return next(iter(output.values()), None)
+    if isinstance(output, (list, tuple)):
+        return output[0] if output else None
+    return output
+
+
+def check_same_shape(stream: Any, expected: tuple[int, ...] | None) -> None:
+    """Refuse to write into what is not the residual stream that a block received, of the expected shape."""
+    if not isinstance(stream, torch.Tensor) or (expected is not None and stream.shape != expected):
+        got = f"shape {list(stream.shape)}" if isinstance(stream, torch.Tensor) else type(stream).__name__
+        raise TypeError(
+            f"talan_position='output': expected a block to return hidden states {list(expected or [])} first, "
+            f"got {got}; use talan_position='input', or choose other blocks by talan_blocks"
+        )

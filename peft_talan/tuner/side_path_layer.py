@@ -12,11 +12,11 @@ from torch.utils.hooks import RemovableHandle
 from ..config import TalanConfig
 from ..functional.initialization import initial_parameters
 from ..functional.parameters import MIXER_PARAMETERS, SidePathOptions, SidePathParameters
-from .block_context import BlockContext, replace_recorded_state, replace_stream, stream_of
+from .block_context import BlockContext
 from .call_arguments import argument_names
-from .checkpointed_block import CheckpointWithSidePaths, leaves_hooks_outside
+from .checkpointed_block import CheckpointWithSidePaths, leaves_hooks_outside, writes_input_inside
 from .forward_context import DecoderHooks
-from .residual_streams import ResidualStreams
+from .residual_streams import ResidualStreams, replace_recorded_state, replace_stream, stream_of
 
 TENSOR_NAMES: tuple[str, ...] = (
     "read",
@@ -186,11 +186,22 @@ class SidePathLayer(nn.Module):
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         if leaves_hooks_outside(block):
             CheckpointWithSidePaths.install(block)
-        if "input" not in self.talan_position.values():
+        if not self.acts_at_input or writes_input_inside(block):
             return None
+        return self.write_at_input(block, args, kwargs, self.context(block, args, kwargs, "input"))
+
+    @property
+    def acts_at_input(self) -> bool:
+        """Whether any of the side paths reads and writes what the block receives."""
+        return "input" in self.talan_position.values()
+
+    def write_at_input(
+        self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], context: BlockContext
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The block's arguments as the side paths at this end leave them."""
         name = self._argument_names[0]
         hidden_states = args[0] if args else kwargs[name]
-        written = self._call(block, hidden_states, "input", self.context(block, args, kwargs, "input"))
+        written = self._call(block, hidden_states, "input", context)
         replace_recorded_state(hidden_states, written)
         return ((written, *args[1:]), kwargs) if args else (args, {**kwargs, name: written})
 

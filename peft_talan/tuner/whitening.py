@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from ..functional.initialization import second_moment, whitened
-from .attachment import attached_side_paths
+from .attachment import fresh_side_paths
 from .layer import TalanLayer
 from .measured_pass import in_evaluation_mode, run
 
@@ -65,14 +65,7 @@ def initialize_talan_weights(
     """
     if not shrinkage > 0:
         raise ValueError(f"shrinkage={shrinkage!r}: give a positive number")
-    layers = [layer for _, layer in attached_side_paths(model) if adapter_name in layer.talan_options]
-    if not layers:
-        raise ValueError(f"adapter_name={adapter_name!r}: the model has no TALAN adapter of this name")
-    if any(layer.parameters_of(adapter_name).write.any() for layer in layers):
-        raise ValueError(
-            f"adapter_name={adapter_name!r}: its write-back isn't zero, so another read would change what it does; "
-            "give an adapter that is fresh"
-        )
+    layers = [layer for _, layer in fresh_side_paths(model, adapter_name)]
     weights = {layer: getattr(layer, f"{layer.tensor_prefix}read")[adapter_name].values for layer in layers}
     if any(weight.is_meta for weight in weights.values()):
         raise ValueError("model: some of its blocks are offloaded; start the side paths before that, or on one device")

@@ -11,7 +11,7 @@ from peft_talan import TalanLayer, initialize_talan_keys
 
 from ..small_models import make_base, make_config, make_model, make_tokens
 
-DELTA = {"talan_mixer": "delta", "talan_position": "input"}
+DELTA = {"talan_mixer": "delta", "talan_position": "input", "init_talan_weights": True}
 SLOTS, WIDTH = 16, 5
 """As many as the small models' keys have channels: nothing of the scores is cut off."""
 
@@ -56,7 +56,7 @@ def test_keys_and_queries_score_tokens_as_the_blocks_attention_does(architecture
 
 @torch.no_grad()
 def test_fewer_slots_take_the_strongest_directions_and_the_model_is_still_the_base_model() -> None:
-    config = make_config(**DELTA, talan_slots=2, init_lora_weights=True, init_talan_weights=True)
+    config = make_config(**DELTA, talan_slots=2, init_lora_weights=True)
     model = make_model("llama", config)
     more = make_model("llama", make_config(**{**DELTA, "talan_slots": SLOTS}))
     initialize_talan_keys(model)
@@ -73,6 +73,7 @@ def test_fewer_slots_take_the_strongest_directions_and_the_model_is_still_the_ba
         ("llama", {"talan_mixer": "attention"}, "default", "talan_mixer='attention' has no keys"),
         ("llama", {"talan_position": "output"}, "default", "talan_position='output'"),
         ("llama", {}, "other", "adapter_name='other'"),
+        ("llama", {"init_talan_weights": False}, "default", "adapter_name='default': its write-back isn't zero"),
         ("llama", {"talan_slots": SLOTS + 1}, "default", f"talan_slots={SLOTS + 1}: the block's keys have {SLOTS}"),
         ("gpt2", {"target_modules": ["c_attn"]}, "default", "model: GPT2Block has no attention"),
     ],

@@ -94,11 +94,12 @@ def test_gradient_checkpointing_changes_no_gradient(architecture: str, position:
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
-def test_a_gradient_checkpoint_keeps_nothing_of_a_side_path(reentrant: bool) -> None:
+@pytest.mark.parametrize("position", ["input", "output"])
+def test_a_gradient_checkpoint_keeps_nothing_of_a_side_path(position: str, reentrant: bool) -> None:
     """Else the memory of long texts would grow with the number of side paths."""
     kept = []
     for layers in ([-1], "all"):
-        model = make_model("qwen3", make_config(talan_layers=layers)).train()
+        model = make_model("qwen3", make_config(talan_layers=layers, talan_position=position)).train()
         model.enable_input_require_grads()
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
         sizes: dict[int, int] = {}
@@ -113,6 +114,23 @@ def test_a_gradient_checkpoint_keeps_nothing_of_a_side_path(reentrant: bool) -> 
         kept.append(sum(sizes.values()))
         loss.backward()
     assert kept[0] == kept[1]
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_recorded_hidden_states_have_their_gradients_from_checkpoints(reentrant: bool) -> None:
+    model = make_model("qwen3", make_config(talan_position="input", talan_layers="all")).train()
+    model.enable_input_require_grads()
+
+    def step() -> tuple[list[torch.Tensor], dict[str, torch.Tensor]]:
+        states = model(make_tokens(tokens=20), output_hidden_states=True).hidden_states
+        sum(state.square().mean() for state in states).backward()
+        return [state.detach() for state in states], gradients(model)
+
+    expected_states, expected = step()
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+    states, found = step()
+    assert all(torch.equal(one, other) for one, other in zip(states, expected_states, strict=True))
+    assert_equal(found, expected)
 
 
 @pytest.mark.parametrize("backend", [None, "eager"])
