@@ -203,7 +203,8 @@ def _refusal(model: nn.Module, reason: str) -> ValueError:
 def recorded_states() -> list[torch.Tensor] | None:
     """The hidden states that `output_hidden_states=True` has recorded in the call under way; None without it."""
     recorded = output_capturing._active_collector.get()
-    return recorded.get("hidden_states") if recorded else None
+    states: list[torch.Tensor] | None = recorded.get("hidden_states") if recorded else None
+    return states
 
 
 def replace_recorded_state(before: torch.Tensor, after: torch.Tensor) -> None:
