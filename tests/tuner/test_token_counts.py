@@ -81,7 +81,7 @@ def test_a_model_whose_memory_is_no_sum_is_refused() -> None:
     with pytest.raises(ValueError, match="no side path"), talan_token_counts(make_base("qwen3"), counts):
         pass
     delta = make_model("qwen3", make_config(talan_mixer="delta"))
-    with pytest.raises(ValueError, match="talan_mixer='delta'.*'default'"), talan_token_counts(delta, counts):
+    with pytest.raises(ValueError, match=r"talan_mixer='delta'.*'default'"), talan_token_counts(delta, counts):
         pass
 
 
