@@ -39,7 +39,8 @@ def talan_token_counts(model: nn.Module, counts: torch.Tensor) -> Iterator[None]
         >>> with talan_token_counts(model, counts):
         ...     loss = model(input_ids=input_ids, labels=labels, use_cache=False).loss
     """
-    if not isinstance(counts, torch.Tensor) or counts.dim() != 2 or not bool(((counts >= 1) & counts.isfinite()).all()):
+    fits = isinstance(counts, torch.Tensor) and counts.dim() == 2
+    if not fits or not bool(((counts >= 1) & counts.isfinite()).all()):
         raise ValueError("counts: give a tensor [batch, tokens] of finite numbers, 1 or more")
     layers = [layer for _, layer in attached_side_paths(model)]
     if not layers:
@@ -47,8 +48,8 @@ def talan_token_counts(model: nn.Module, counts: torch.Tensor) -> Iterator[None]
     delta = {name for layer in layers for name, options in layer.talan_options.items() if options.mixer == "delta"}
     if delta:
         raise ValueError(
-            f"talan_mixer='delta' of adapter {sorted(delta)[0]!r}: its memory is no sum of tokens, so none of them can "
-            "stand for many; use another mixer, or longer texts"
+            f"talan_mixer='delta' of adapter {min(delta)!r}: its memory is no sum of tokens, so none can stand "
+            "for many; use another mixer, or longer texts"
         )
     all_hooks = {id(hooks): hooks for layer in layers if (hooks := layer._decoder_hooks) is not None}.values()
     for hooks in all_hooks:
