@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from .tuner.model import TalanModel
     from .tuner.registry import register_talan
     from .tuner.strength import set_talan_strength, talan_strength
+    from .tuner.token_counts import talan_token_counts
     from .tuner.trainability import set_trainable, talan_param_groups
     from .tuner.whitening import initialize_talan_weights
 
@@ -36,6 +37,7 @@ __all__ = [
     "set_trainable",
     "talan_param_groups",
     "talan_strength",
+    "talan_token_counts",
     "warm_start",
 ]
 
@@ -51,6 +53,7 @@ _MODULES = {
     "set_trainable": "tuner.trainability",
     "talan_param_groups": "tuner.trainability",
     "talan_strength": "tuner.strength",
+    "talan_token_counts": "tuner.token_counts",
     "warm_start": "checkpoint.lora",
 }
 """Where each name that is imported on its first use is defined."""

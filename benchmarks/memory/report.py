@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from peft_talan import TalanConfig
 from peft_talan.demo.recall import CHANCE
 from peft_talan.demo.recall_run import draw_recall
 from peft_talan.sft.intervals import Interval
@@ -156,6 +157,9 @@ def generation_table(rows: Sequence[Row]) -> str:
         {
             "arm": lambda row: row["arm"],
             "trained on, windows x steps": lambda row: f"1-{row['longest_trained']} x {row['settings']['steps']}",
+            "simulated tokens": lambda row: f"{row['settings'].get('simulated') or 0:,}",
+            "cap": lambda row: f"{row['settings'].get('soft_cap', TalanConfig.talan_soft_cap):g}",
+            "seed": lambda row: row["settings"]["seed"],
             "tokens": lambda row: f"{row['tokens']:,}",
             "texts": lambda row: row["settings"]["rows"],
             "right [95% interval]": lambda row: f"{Interval(*row['recall']).text(0, 100.0)}%",

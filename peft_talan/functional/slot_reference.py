@@ -15,7 +15,8 @@ def slot_weights(logits: torch.Tensor, valid: torch.Tensor | None, soft_cap: flo
 
     Args:
         logits: a, [batch, tokens, slots].
-        valid: [batch, tokens], bool; False keeps a token (padding) out of the memory. None: all are real.
+        valid: [batch, tokens], bool; False keeps a token (padding) out of the memory. Numbers: how many tokens each
+            stands for. None: all are real, and stand for one.
         soft_cap: c. Default 5.
 
     Returns:

@@ -62,7 +62,7 @@ class NoMemory:
             parameters,
             options,
             alpha=alpha,
-            valid=layout.valid,
+            valid=layout.entering,
             segment_ids=layout.segment_ids,
             training=training,
         ).hidden_states

@@ -66,7 +66,7 @@ class LatentMemory:
         training: bool = False,
     ) -> torch.Tensor:
         """Run a side path on the tokens that come next and add them to the memory; see `interface.Memory`."""
-        valid, segment_ids = layout.valid, layout.segment_ids
+        valid, segment_ids = layout.entering, layout.segment_ids
         one = hidden_states.shape[1] == 1 and segment_ids is None and not (training and options.dropout)
         in_place = one and not torch.compiler.is_compiling()
         buffers = self._buffers_for(hidden_states, options.mixer) if in_place else None

@@ -24,12 +24,21 @@ class TokenLayout(NamedTuple):
         segment_ids: [batch, tokens], int, not falling, where 0 continues what came before the call; None: all 0.
         attended_past: [batch, past], bool: which earlier tokens this call's mask lets through. None: not known.
         attended: [batch]: the number of real tokens up to the call's last one, by its mask. None: not known.
+        counts: [batch, tokens]: how many tokens each stands for in a memory. None: for one.
     """
 
     valid: torch.Tensor | None = None
     segment_ids: torch.Tensor | None = None
     attended_past: torch.Tensor | None = None
     attended: torch.Tensor | None = None
+    counts: torch.Tensor | None = None
+
+    @property
+    def entering(self) -> torch.Tensor | None:
+        """How many times each token enters a memory, [batch, tokens]: `valid`, times `counts` where there are any."""
+        if self.counts is None or self.valid is None:
+            return self.valid if self.counts is None else self.counts
+        return self.counts * self.valid
 
     def to(self, device: torch.device) -> TokenLayout:
         """The same layout on a device."""

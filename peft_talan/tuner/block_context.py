@@ -170,9 +170,11 @@ class BlockContext:
                 carries a state from call to call that is not a transformers cache.
         """
         if self._paged is not None:
-            return TokenLayout()
+            return self._counted(TokenLayout(), None)
         check_same_shape(hidden_states, self._received)
         forward, given = self._forward, self._given
+        if given.tree is not None:
+            self._counted(TokenLayout(), None)  # refuses counts
         if forward is not None and self._hooks.plain_module:
             # The whole model may call by its own names what it gives to its blocks.
             pairs = zip(given, self._arguments, strict=True)
@@ -187,12 +189,27 @@ class BlockContext:
             )
         batch, tokens, _ = shape
         if forward is None:
-            return self._remembered(batch, tokens) or self._layout_of_block(batch, tokens)
+            layout = self._remembered(batch, tokens)
+            return layout or self._counted(self._layout_of_block(batch, tokens), (batch, tokens))
         if forward.layout is None:
-            forward.layout = self._layout_of_decoder(forward, given, batch, tokens)
+            forward.layout = self._counted(self._layout_of_decoder(forward, given, batch, tokens), (batch, tokens))
         if self._training and not torch.compiler.is_compiling():
             self._hooks.remember(forward.layout, self._args, self._kwargs)
         return forward.layout
+
+    def _counted(self, layout: TokenLayout, shape: tuple[int, int] | None) -> TokenLayout:
+        """The layout with the counts that were set for calls of this shape; None: of calls that can have none."""
+        counts = self._hooks.token_counts
+        if counts is None:
+            return layout
+        if shape is None:
+            raise ValueError("token_counts: not for a server's requests, nor for rows that are packed as a tree")
+        if counts.shape != shape:
+            raise ValueError(
+                f"token_counts of shape {list(counts.shape)}: the call has [batch, tokens] = {list(shape)}; give each "
+                "of its tokens a count, and those of a call alone"
+            )
+        return layout._replace(counts=counts)
 
     def _layout_of_decoder(
         self, forward: ForwardContext, given: CallArguments, batch: int, tokens: int

@@ -85,6 +85,8 @@ class DecoderHooks:
         attention = str(getattr(config, "_attn_implementation", None))
         self.plain_module = not isinstance(decoder, PreTrainedModel)
         self.rule = "real" if self.plain_module else "zeros" if "flash" in attention else "steps"
+        # How many tokens each of a call stands for; set at run time (peft_talan.tuner.token_counts).
+        self.token_counts: torch.Tensor | None = None
         # Whether the residual stream is known to be [batch, tokens, hidden_size]: transformers' own models were tried.
         self.batch_first = is_from_transformers(decoder)
         # The masks of their blocks may show only a window or a chunk of the past.

@@ -160,6 +160,33 @@ def test_chunks_through_a_bounded_cache_answer_as_one_forward_does() -> None:
     assert min(sizes[0].values()) > 0
 
 
+@pytest.mark.parametrize("windows", [1, 8])
+def test_a_simulated_text_counts_what_attention_does_not_reach_from_the_key(windows: int) -> None:
+    lengths, places = torch.tensor([30.0, 1e5]), set()
+    for seed in range(8):
+        generator = torch.Generator().manual_seed(seed)
+        tokens, answers, counts = generation.make_counted_texts(windows, lengths, generator)
+        assert tokens.shape == counts.shape
+        counted = (counts[1] > 1).nonzero().flatten()
+        assert counts[1, counted].sum() == pytest.approx(1e5)
+        key = (tokens[1] == answers[1]).nonzero().flatten()[-1] - 1
+        assert tokens[1, key] == recall.MARK
+        assert counted[-1] < key or counted[0] > key + 1 + recall.REACH
+        assert counts[1, -1] == 1
+        places.add(bool(counted[-1] < key))
+    assert places == ({True} if windows == 1 else {False, True})
+
+
+def test_simulated_lengths_are_trained_on_and_stored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(one_run.BASE_STEPS, ("window", "key"), 2)
+    file = tmp_path / "generation.jsonl"
+    arguments = ["--arms", "TALAN, all blocks", "--tokens", "48", "--rows", "2", "--steps", "2", "--soft-cap", "7"]
+    generation.main([*arguments, "--simulated", "1000", "--results", str(file)])
+    row = json.loads(file.read_text())
+    assert (row["settings"]["soft_cap"], row["settings"]["simulated"], len(row["losses"])) == (7.0, 1000, 1)
+    assert "| 1,000 | 7 | 0 |" in report.generation_table([row])
+
+
 def test_a_llamas_weights_with_a_window(tmp_path: Path) -> None:
     base = make_base("llama", torch.float32)
     assert isinstance(base, LlamaForCausalLM)
