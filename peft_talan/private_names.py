@@ -92,6 +92,7 @@ VLLM: dict[str, str] = {
     "vllm.engine.arg_utils.EngineArgs.create_engine_config": "Replaced: see PLACES.",
     "vllm.engine.arg_utils.EngineArgs.from_cli_args": "Replaced: see PLACES.",
     "vllm.compilation.breakable_cudagraph.eager_break_during_capture": "Called: the operator runs outside of graphs.",
+    "vllm.config.CUDAGraphMode": "Read and set: no CUDA graph has a side path inside.",
     "vllm.forward_context.ForwardContext": "Read: what attention is told of a batch; carries the pages.",
     "vllm.forward_context.get_forward_context": "Called: by the operator.",
     "vllm.logger.init_logger": "Called: where vLLM logs.",

@@ -101,28 +101,53 @@ def test_embeddings(folder: Path, model: Any) -> None:
             torch.testing.assert_close(found, F.normalize(torch.stack(states), dim=-1))
 
 
-@torch.no_grad()
-def test_classes_and_scores(tmp_path: Path) -> None:
-    """A pooling runner whose head is trained with the adapter, and merged."""
-    prompts = engines.make_prompts()[1:4]
+def save_classifier(folder: Path, labels: int) -> Any:
+    """Write a classifier whose head is trained with the adapter, and merged; gives transformers' model of it."""
     config = copy.deepcopy(engines.CONFIGS["qwen3"])
-    config.num_labels = 3
+    config.num_labels, config.vocab_size = labels, len(make_tokenizer())
     with torch.random.fork_rng():
         torch.manual_seed(0)
         base = AutoModelForSequenceClassification.from_config(config, dtype=torch.float32)
     adapted = engines.adapt(base, "default", task_type="SEQ_CLS", talan_alpha=2.0)
-    adapted.merge_and_unload().save_pretrained(tmp_path)
-    make_tokenizer().save_pretrained(tmp_path)
-    classifier = AutoModelForSequenceClassification.from_pretrained(tmp_path, dtype=torch.float32).eval()
-    expected = torch.cat([classifier(torch.tensor([prompt])).logits for prompt in prompts]).softmax(-1)
+    adapted.merge_and_unload().save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    return AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+@torch.no_grad()
+def logits_of(classifier: Any, prompts: list[list[int]]) -> torch.Tensor:
+    return torch.cat([classifier(torch.tensor([prompt])).logits for prompt in prompts])
+
+
+CLASSIFY = {"runner": "pooling", "convert": "classify", "max_num_batched_tokens": 64, "skip_tokenizer_init": False}
+
+
+def test_classes(tmp_path: Path) -> None:
+    """A pooling runner with a head."""
+    prompts = engines.make_prompts()[1:4]
+    classifier = save_classifier(tmp_path, 3)
+    expected = logits_of(classifier, prompts).softmax(-1)
     set_talan_strength(classifier, 0.0)
-    without = torch.cat([classifier(torch.tensor([prompt])).logits for prompt in prompts]).softmax(-1)
-    assert (expected - without).abs().max() > 0.01
-    options = {"runner": "pooling", "convert": "classify", "max_num_batched_tokens": 64, "skip_tokenizer_init": False}
-    with engines.engine(tmp_path, enforce_eager=True, **options) as served:
+    assert (expected - logits_of(classifier, prompts).softmax(-1)).abs().max() > 0.01
+    with engines.engine(tmp_path, enforce_eager=True, **CLASSIFY) as served:
         for _ in range(2):
             outputs = served.classify([{"prompt_token_ids": prompt} for prompt in prompts], use_tqdm=False)
             torch.testing.assert_close(torch.tensor([output.outputs.probs for output in outputs]), expected)
+
+
+def test_scores_of_pairs(tmp_path: Path) -> None:
+    """Classes of one label; vLLM joins the two texts of a pair."""
+    query = "Which of these two texts is about the sea? "
+    texts = ["Waves break on the shore, and the tide comes in twice a day.", "Bread is baked from flour."]
+    prompts = [make_tokenizer()(query + text)["input_ids"] for text in texts]
+    classifier = save_classifier(tmp_path, 1)
+    expected = logits_of(classifier, prompts).sigmoid().squeeze(-1)
+    set_talan_strength(classifier, 0.0)
+    assert (expected - logits_of(classifier, prompts).sigmoid().squeeze(-1)).abs().max() > 0.01
+    with engines.engine(tmp_path, enforce_eager=True, **CLASSIFY) as served:
+        for _ in range(2):
+            outputs = served.score(query, texts, use_tqdm=False)
+            torch.testing.assert_close(torch.tensor([output.outputs.score for output in outputs]), expected)
 
 
 def lose_weights(worker: Any) -> None:

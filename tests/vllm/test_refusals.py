@@ -74,6 +74,22 @@ def test_executors_that_do_not_call_a_worker_step_by_step(folder: Path) -> None:
         check_engine(config)
 
 
+@pytest.mark.parametrize(
+    ("given", "left"),
+    [("FULL_AND_PIECEWISE", "PIECEWISE"), ("FULL_DECODE_ONLY", "NONE"), ("FULL", "NONE"), ("PIECEWISE", "PIECEWISE")],
+)
+def test_no_cuda_graph_has_a_side_path_inside(given: str, left: str, folder: Path) -> None:
+    from vllm.config import CUDAGraphMode
+
+    from peft_talan.serving.vllm.checks import configure as configure_engine
+
+    config = configure(folder)
+    # As it is on a GPU: on processors, vLLM has set it to none by now.
+    config.compilation_config.cudagraph_mode = CUDAGraphMode[given]
+    configure_engine(config)
+    assert config.compilation_config.cudagraph_mode is CUDAGraphMode[left]
+
+
 def test_a_bidirectional_memory(folder: Path, tmp_path: Path) -> None:
     for file in folder.iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())

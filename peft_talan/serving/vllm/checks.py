@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from vllm.config import CUDAGraphMode
+from vllm.logger import init_logger
 from vllm.platforms import current_platform
 
 from ...axes import check_causal
@@ -12,6 +14,8 @@ from ...checkpoint.merged_config import MergedSidePath, merged_side_paths
 from ...tuner.merged import config_of
 from .adapter_kinds import ROOM, make_room, named_adapters
 from .strength import server_strength
+
+logger = init_logger("vllm.peft_talan")
 
 SCHEDULERS = {
     False: "peft_talan.serving.vllm.scheduling.PageScheduler",
@@ -57,12 +61,30 @@ def configure(vllm_config: Any) -> None:
     elif not merged_side_paths(vllm_config.model_config.hf_config.to_dict()):
         return  # the adapters that were named are plain ones
     check_engine(vllm_config)
+    _capture_no_side_path(vllm_config.compilation_config)
     scheduling, load, model = vllm_config.scheduler_config, vllm_config.load_config, vllm_config.model_config
     scheduling.scheduler_cls = SCHEDULERS[bool(scheduling.async_scheduling)]
     vllm_config.parallel_config.worker_cls = WORKER
     load.load_format = LOAD_PREFIX + load.load_format.removeprefix(LOAD_PREFIX)
     if model.runner_type != "pooling":
         model.logits_processors = [*(model.logits_processors or ()), STRENGTH_CHECK]
+
+
+def _capture_no_side_path(compilation: Any) -> None:
+    """Leave out CUDA graphs of whole steps: side paths would run inside of them, which was not shown to be exact."""
+    mode = compilation.cudagraph_mode
+    if not mode.has_full_cudagraphs():
+        return
+    if mode.has_piecewise_cudagraphs():
+        compilation.cudagraph_mode = CUDAGraphMode.PIECEWISE
+    else:
+        compilation.cudagraph_mode = CUDAGraphMode.NONE
+        compilation.max_cudagraph_capture_size, compilation.cudagraph_capture_sizes = 0, []
+    logger.warning(
+        "cudagraph_mode=%s: TALAN side paths were not run inside of CUDA graphs; it is %s now",
+        mode.name,
+        compilation.cudagraph_mode.name,
+    )
 
 
 def check_configured(vllm_config: Any) -> None:
