@@ -1,7 +1,7 @@
 """Facts in words, a small RULER and bAbI inside a text, by what reads them and with how many bytes.
 
     python -m benchmarks.memory.comparison                                # the arms that need no training
-    python -m benchmarks.memory.comparison --rows-to data.jsonl --tasks "4 facts" --lengths 40 170 --rows 800
+    python -m benchmarks.memory.comparison --rows-to data.jsonl --tasks "4 facts" --lengths 64 170 --rows 800
     peft-talan train --model MODEL --data data.jsonl --window 32 --output adapter
     python -m benchmarks.memory.comparison --adapter adapter --trained-on "4 facts" --training "200 steps of 4 rows"
     python -m benchmarks.memory.comparison_report --page docs/evidence.md
