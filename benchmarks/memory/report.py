@@ -39,15 +39,18 @@ COMPARED = 10
 ByDistance = dict[int, Interval]
 
 
+def share_of(shares: Sequence[float], rows: int) -> Interval:
+    """The mean of the seeds' shares; the interval is at least as wide as Wilson's of all texts, for seeds alike."""
+    seeds, texts = Interval.of_mean(shares), Interval.of_share(round(rows * sum(shares)), rows * len(shares))
+    return Interval(seeds.mean, max(0.0, min(seeds.low, texts.low)), min(1.0, max(seeds.high, texts.high)))
+
+
 def curve(runs: Rows, measure: str = "recall") -> ByDistance:
-    """Recall by distance; the interval is at least as wide as Wilson's of all texts, for seeds that are all alike."""
+    """Recall by distance."""
     found = {}
     for windows in sorted({int(windows) for row in runs.values() for windows in row[measure]}):
         shares = [row[measure][str(windows)] for row in runs.values() if str(windows) in row[measure]]
-        rows = next(iter(runs.values()))["settings"]["rows"]
-        seeds, texts = Interval.of_mean(shares), Interval.of_share(round(rows * sum(shares)), rows * len(shares))
-        low, high = min(seeds.low, texts.low), max(seeds.high, texts.high)
-        found[windows] = Interval(seeds.mean, max(0.0, low), min(1.0, high))
+        found[windows] = share_of(shares, next(iter(runs.values()))["settings"]["rows"])
     return found
 
 
