@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from .tuner.attention_keys import initialize_talan_keys
     from .tuner.layer import TalanLayer
     from .tuner.model import TalanModel
+    from .tuner.recall_start import initialize_talan_recall
     from .tuner.registry import register_talan
     from .tuner.strength import set_talan_strength, talan_strength
     from .tuner.token_counts import talan_token_counts
@@ -31,6 +32,7 @@ __all__ = [
     "__version__",
     "export_lora",
     "initialize_talan_keys",
+    "initialize_talan_recall",
     "initialize_talan_weights",
     "register_talan",
     "set_talan_strength",
@@ -47,6 +49,7 @@ _MODULES = {
     "TalanModel": "tuner.model",
     "export_lora": "checkpoint.lora",
     "initialize_talan_keys": "tuner.attention_keys",
+    "initialize_talan_recall": "tuner.recall_start",
     "initialize_talan_weights": "tuner.whitening",
     "register_talan": "tuner.registry",
     "set_talan_strength": "tuner.strength",

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from os import PathLike, fspath
+from types import MappingProxyType
 from typing import Any, Literal, get_args
 
 Position = Literal["output", "input"]
@@ -27,6 +28,16 @@ SMALLEST_SOFT_CAP, LARGEST_SOFT_CAP = 1.0, 10.0
 
 LARGEST_FACTOR = 1e6
 """Of a perturbation or its gradient: what is far larger ends in infinities."""
+
+RECALL_AXES: Mapping[str, Any] = MappingProxyType(
+    {
+        # Where a pretrained model's attention copies from far back, and few enough to cost little.
+        "talan_layers": [0.55, 0.65, 0.75, 0.85, 0.95],
+        "talan_mixer": "linear",
+        "talan_writeback": "relative",
+    }
+)
+"""The axes for recall from beyond a window; `tuner.recall_start.initialize_talan_recall` needs such a mixer."""
 
 
 @dataclass

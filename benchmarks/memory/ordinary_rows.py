@@ -29,6 +29,7 @@ from peft import LoraConfig
 from transformers import AutoModelForCausalLM, TrainerCallback
 
 from peft_talan import TalanConfig
+from peft_talan.axes import RECALL_AXES
 from peft_talan.demo.base_model import default_model_folder
 from peft_talan.sft.data import Rows
 from peft_talan.sft.models import load_adapter, load_tokenizer
@@ -134,7 +135,7 @@ def train_here(settings: Settings, folder: str, made: list[dict[str, Any]], outp
     """Train with the parts that the command is made of, and with other settings of theirs."""
     model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     adapter = {"r": settings.rank, "lora_alpha": 2 * settings.rank, "target_modules": "all-linear"}
-    axes = {"talan_layers": "all", "talan_writeback": "relative", **(settings.axes or {})}
+    axes = {**RECALL_AXES, **(settings.axes or {})}
     config = LoraConfig(task_type="CAUSAL_LM", **adapter)
     if settings.arm == "TALAN":
         config = TalanConfig(task_type="CAUSAL_LM", **adapter, **axes)

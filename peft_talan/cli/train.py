@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 from typer import Option
 
-from ..axes import SidePathAxes
+from ..axes import RECALL_AXES, SidePathAxes
 from ..sft.data import Rows
 from .console import INTERRUPTED, AsJson, Misuse, check_output, need, note, print_json, stdout_kept_clean
 from .options import Sources, TrainingOptions, with_groups
@@ -83,7 +83,7 @@ class RecallOptions:
             min=2,
             help="Keys that a token sees in each block: gives the model a sliding window, and learns to recall what "
             "lies further back. Unless they are given, --learning-rate is then 0.0003, --side-path-lr-scale 1, "
-            "--talan-layers all, and --talan-writeback relative",
+            "--talan-layers 0.55,0.65,0.75,0.85,0.95, --talan-mixer linear, and --talan-writeback relative",
             show_default="the model's own",
         ),
     ] = None
@@ -95,8 +95,7 @@ class RecallOptions:
         for options, name, value in (
             (training, "learning_rate", 3e-4),
             (training, "side_path_lr_scale", 1.0),
-            (axes, "talan_layers", "all"),
-            (axes, "talan_writeback", "relative"),
+            *((axes, name, value) for name, value in RECALL_AXES.items()),
         ):
             source = context.get_parameter_source(name)
             if source is None or source.name == "DEFAULT":

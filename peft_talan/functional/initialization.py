@@ -110,6 +110,60 @@ def whitened(weight: torch.Tensor, moment: torch.Tensor, shrinkage: float) -> to
     return rows / ((rows @ moment) * rows).sum(1, keepdim=True).sqrt()
 
 
+def telling_row(found: torch.Tensor, mean: torch.Tensor, moment: torch.Tensor, shrinkage: float) -> torch.Tensor:
+    """Make the row of `W_read` that best tells some tokens from all others: 0 for the mean of all, 1 for theirs.
+
+    The ridge regression of which tokens they are on x, `(Cov[x] + shrinkage I)^-1 (E[x | found] - E[x])`, made blind
+    to what all tokens share.
+
+    Args:
+        found: E[x | found], [hidden_size].
+        mean: E[x], [hidden_size].
+        moment: E[x x^T], [hidden_size, hidden_size].
+        shrinkage: What is added to each direction's variance.
+
+    Returns:
+        [hidden_size].
+    """
+    eye = torch.eye(len(mean), dtype=moment.dtype, device=moment.device)
+    row = torch.linalg.solve(moment - torch.outer(mean, mean) + shrinkage * eye, found - mean)
+    shared = torch.linalg.solve(moment + shrinkage * eye, mean)
+    row = row - (row @ mean) / (shared @ mean) * shared
+    return row / (row @ (found - mean))
+
+
+def copying_rows(
+    left: torch.Tensor, right: torch.Tensor, mean: torch.Tensor, moment: torch.Tensor, width: int, shrinkage: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Make values and a `W_write` whose product is nearest to a map, for tokens of a given second moment.
+
+    Of `left right L`, `L L^T = E[x x^T] + shrinkage I`, they are the leading singular vectors; what all tokens share
+    is not copied.
+
+    Args:
+        left: [hidden_size, K].
+        right: [K, hidden_size]; the map is `left right`.
+        mean: E[x], [hidden_size].
+        moment: E[x x^T], [hidden_size, hidden_size].
+        width: d, the latent width.
+        shrinkage: What is added to each direction's mean square.
+
+    Returns:
+        The rows of z, [width, hidden_size], and W_write, [hidden_size, width].
+    """
+    root = torch.linalg.cholesky(moment + shrinkage * torch.eye(len(moment), dtype=moment.dtype, device=moment.device))
+    # As two thin factors: of hidden_size x hidden_size numbers, a decomposition takes minutes.
+    outputs, output_factor = torch.linalg.qr(left)
+    inputs, input_factor = torch.linalg.qr((right @ root).T)
+    of_outputs, values, of_inputs = torch.linalg.svd(output_factor @ input_factor.T)
+    kept = min(width, len(values))
+    rows = torch.linalg.solve_triangular(root, of_inputs[:kept] @ inputs.T, upper=False, left=False)
+    rows = rows - torch.outer(rows @ mean, mean) / (mean @ mean)
+    read, write = rows.new_zeros(width, rows.shape[1]), rows.new_zeros(rows.shape[1], width)
+    read[:kept], write[:, :kept] = rows, outputs @ of_outputs[:, :kept] * values[:kept]
+    return read, write
+
+
 def keys_and_queries_of(
     query_weight: torch.Tensor, key_weight: torch.Tensor, head_dim: int, slots: int
 ) -> tuple[torch.Tensor, torch.Tensor]:

@@ -6,7 +6,6 @@ asked for moves out of it little by little, and the side paths learn to carry it
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 from random import Random
 from typing import Any
@@ -15,6 +14,7 @@ from weakref import WeakKeyDictionary
 from torch import nn
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from ..tuner.sliding_window import set_window, windows_of
 from .data import DataError, Rows
 
 _CHANGED: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
@@ -47,22 +47,6 @@ def last_answers(rows: Rows) -> Rows:
     return replace(rows, rows=split)
 
 
-def _windows(model: nn.Module) -> Iterator[Any]:
-    """Everything in a model that holds the window of every block: configurations, and modules with a copy."""
-    seen: set[int] = set()
-    for module in model.modules():
-        for holder in (getattr(module, "config", None), module):
-            if isinstance(getattr(holder, "sliding_window", None), int) and id(holder) not in seen:
-                seen.add(id(holder))
-                yield holder
-
-
-def _set_window(model: nn.Module, window: int) -> None:
-    """Give every block of a model a window."""
-    for holder in _windows(model):
-        holder.sliding_window = window
-
-
 def _base(model: nn.Module) -> nn.Module:
     """The model inside of an adapter's and a process group's wrappers; the next training may put others around it."""
     return next((module for module in model.modules() if isinstance(module, PreTrainedModel)), model)
@@ -79,7 +63,7 @@ class ShrinkingWindow(TrainerCallback):
         start (int | None): The window at the first step. None: the longest row of the training data, whose column
             `input_ids` is read. Default None.
         end (int | None): The last window. None: the model's. Default None.
-        share (float): The share of all steps after which the window is `end`, in (0, 1]. Default 0.5.
+        share (float): The share of all steps after which the window is `end`, in (0, 1]. Default 0.3.
         jitter (tuple[float, float]): Each step's window is the schedule's times a number drawn from this range, but
             never below `end`. Default (0.6, 1.0).
         shape ("linear" | "exponential"): Whether each step takes away as many tokens or as large a share. Default
@@ -98,7 +82,7 @@ class ShrinkingWindow(TrainerCallback):
         self,
         start: int | None = None,
         end: int | None = None,
-        share: float = 0.5,
+        share: float = 0.3,
         jitter: tuple[float, float] = (0.6, 1.0),
         shape: str = "linear",
         seed: int = 0,
@@ -146,8 +130,8 @@ class ShrinkingWindow(TrainerCallback):
         model = kwargs["model"]
         interrupted = _CHANGED.pop(_base(model), None)
         if interrupted is not None:
-            _set_window(model, interrupted)
-        own = {holder.sliding_window for holder in _windows(model)}
+            set_window(model, interrupted)
+        own = {holder.sliding_window for holder in windows_of(model)}
         if len(own) != 1:
             raise ValueError(
                 f"model: it must have one sliding window in all blocks, and has {sorted(own) or 'none'}; use "
@@ -164,13 +148,13 @@ class ShrinkingWindow(TrainerCallback):
         """Set the step's window."""
         self.latest = self.window_at(state.global_step, state.max_steps)
         _CHANGED[_base(kwargs["model"])] = self.own
-        _set_window(kwargs["model"], self.latest)
+        set_window(kwargs["model"], self.latest)
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Give the model its own window back."""
-        _set_window(kwargs["model"], _CHANGED.pop(_base(kwargs["model"])))
+        set_window(kwargs["model"], _CHANGED.pop(_base(kwargs["model"])))
 
     def on_log(
         self,

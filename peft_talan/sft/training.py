@@ -10,7 +10,7 @@ from typing import Any, cast
 
 import torch
 from datasets import Dataset
-from peft import PeftConfig
+from peft import PeftConfig, PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback
 from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
@@ -20,13 +20,15 @@ from trl.trainer.sft_trainer import SFTTrainer
 
 from ..axes import refusal
 from ..checkpoint.saved_files import remove_saved_files
+from ..config import TalanConfig
+from ..tuner.recall_start import initialize_talan_recall
 from ..tuner.trainability import talan_param_groups
 from ..tuner.whitening import initialize_talan_weights
 from .callbacks import SavePromptForm
 from .data import DataError, Rows
 from .prompts import PromptForm, encode
 
-WHITENED_BATCHES = 16
+START_BATCHES = 16
 """How many batches side paths start from; some thousand tokens are enough."""
 
 
@@ -100,9 +102,19 @@ def set_side_path_rate(trainer: Trainer, scale: float) -> None:
 
 
 def start_from_data(trainer: Trainer) -> None:
-    """Whiten what the side paths of a trainer's fresh adapter read, by the first batches that it would train on."""
-    batches = islice(trainer.get_train_dataloader(), WHITENED_BATCHES)
-    initialize_talan_weights(cast(PreTrainedModel, trainer.model), batches)
+    """Start the side paths of a trainer's fresh adapter from the first batches that it would train on.
+
+    As a memory of what their answers depend on, where they have answers and the mixer can be given what it reads;
+    else what they read is whitened.
+    """
+    model = cast(PeftModel, trainer.model)
+    batches = list(islice(trainer.get_train_dataloader(), START_BATCHES))
+    config = model.peft_config[model.active_adapter]
+    has_answers = any(bool((batch["labels"] == -100).any(1).all()) for batch in batches)
+    if has_answers and cast(TalanConfig, config).talan_mixer == "linear":
+        initialize_talan_recall(model, batches)
+    else:
+        initialize_talan_weights(model, batches)
 
 
 def make_trainer(

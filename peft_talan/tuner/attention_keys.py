@@ -63,7 +63,7 @@ def _projections(block: nn.Module, slots: int) -> tuple[torch.Tensor, torch.Tens
         raise ValueError(
             f"model: {type(block).__name__} has no attention with q_proj, k_proj and head_dim; leave its keys as drawn"
         )
-    weights = [_weight_of(projection) for projection in (attention.q_proj, attention.k_proj)]
+    weights = [weight_of(projection) for projection in (attention.q_proj, attention.k_proj)]
     if any(weight.is_meta or weight.dim() != 2 for weight in weights) or weights[0].shape[0] != heads * head_dim:
         raise ValueError(
             f"model: the projections of {type(attention).__name__} have shapes {[tuple(w.shape) for w in weights]}, "
@@ -72,18 +72,18 @@ def _projections(block: nn.Module, slots: int) -> tuple[torch.Tensor, torch.Tens
         )
     if slots > min(weights[1].shape):
         raise ValueError(f"talan_slots={slots!r}: the block's keys have {min(weights[1].shape)} channels; use no more")
-    scale = _norm_scale(getattr(block, "input_layernorm", None), weights[0])
+    scale = norm_scale(getattr(block, "input_layernorm", None), weights[0])
     query_weight, key_weight = (weight.to(scale.dtype) * scale for weight in weights)
     return query_weight, key_weight, head_dim, slots
 
 
-def _weight_of(projection: nn.Module) -> torch.Tensor:
+def weight_of(projection: nn.Module) -> torch.Tensor:
     """The base weight of a projection, without LoRA and not quantized."""
     base = projection.get_base_layer() if isinstance(projection, BaseTunerLayer) else projection
     return dequantize_module_weight(base).detach()
 
 
-def _norm_scale(norm: nn.Module | None, weight: torch.Tensor) -> torch.Tensor:
+def norm_scale(norm: nn.Module | None, weight: torch.Tensor) -> torch.Tensor:
     """By what a norm multiplies each channel, which its own weight does not tell: Gemma's is 1 + weight."""
     signs = torch.ones(weight.shape[1], device=weight.device, dtype=torch.promote_types(weight.dtype, torch.float32))
     if norm is None:

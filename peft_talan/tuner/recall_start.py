@@ -1,0 +1,370 @@
+"""Starts a fresh adapter's side paths as a memory of what attention would read beyond the window."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers import PreTrainedModel
+
+from ..config import TalanConfig
+from ..functional.fused import inverse_rms
+from ..functional.initialization import copying_rows, telling_row, whitened
+from .attachment import attached_side_paths
+from .attention_keys import norm_scale, weight_of
+from .blocks import find_blocks
+from .layer import TalanLayer
+from .measured_pass import in_evaluation_mode
+from .sliding_window import set_window, windows_of
+
+WEIGHT_OF_FOUND = 6.0
+"""The slot logit of a token that an answer depends on, above the mean of all tokens."""
+SPREAD_OF_OTHERS = 2.5
+"""The largest standard deviation of a slot's logits."""
+STRENGTHS = (0.0, 1.0, 2.0, 3.0, 4.0, 6.0, 8.0)
+"""By what the writes are multiplied."""
+CHOOSING = 4
+"""How many batches choose the strength."""
+
+
+@dataclass
+class _Answers:
+    """The tokens of a batch that are trained on and depend on what lies beyond the window, in the answers' order."""
+
+    inputs: dict[str, Any]
+    valid: torch.Tensor
+    """[batch, tokens], bool; without each row's first token, which attention uses as a sink."""
+    places: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = field(default_factory=list)
+    """For the first, second, ... token of an answer: rows, the tokens that predict it, and its ids, [answers] each."""
+
+    @classmethod
+    def of(cls, batch: Mapping[str, Any], window: int, device: torch.device) -> _Answers:
+        """Find them; of a row the last answer counts, without the token that ends it."""
+        if batch.get("labels") is None or batch.get("position_ids") is not None:
+            raise ValueError("dataloader: its batches need 'labels', and rows that aren't packed; give such batches")
+        inputs = {name: part.to(device) for name, part in batch.items() if isinstance(part, torch.Tensor)}
+        labels = inputs.pop("labels")
+        mask = inputs.get("attention_mask")
+        valid = torch.ones_like(labels, dtype=torch.bool) if mask is None else mask.bool().clone()
+        first = valid.long().argmax(1)
+        valid[torch.arange(len(valid), device=device), first] = False
+        found = cls(inputs, valid)
+        answers = []
+        for row in (labels != -100).tolist():
+            last = len(row) - 1 - row[::-1].index(True) if True in row else -1
+            begin = last
+            while begin > 0 and row[begin - 1]:
+                begin -= 1
+            answers.append(range(begin, max(last, begin + 1)) if last > 0 else range(0))
+        for ordinal in range(max(map(len, answers), default=0)):
+            chosen = [
+                (row, tokens[ordinal])
+                for row, tokens in enumerate(answers)
+                if ordinal < len(tokens) and tokens[ordinal] - 1 - window > int(first[row])
+            ]
+            rows, at = torch.tensor(chosen, device=device, dtype=torch.long).reshape(-1, 2).T
+            found.places.append((rows, at - 1, labels[rows, at]))
+        return found
+
+    def losses(self, model: nn.Module, slots: int, **options: Any) -> tuple[list[torch.Tensor], Any]:
+        """The summed cross-entropy of each place in the answers, and the model's output."""
+        needed = [at for _, at, _ in self.places[:slots]]
+        kept = torch.unique(torch.cat(needed)) if needed else torch.zeros(0, dtype=torch.long)
+        output = model(**self.inputs, use_cache=False, logits_to_keep=kept, **options)
+        return [
+            F.cross_entropy(output.logits[rows, torch.searchsorted(kept, at)].float(), ids, reduction="sum")
+            for rows, at, ids in self.places[:slots]
+        ], output
+
+
+@dataclass
+class _Sums:
+    """What is summed up for one side path."""
+
+    moment: Any = 0.0
+    """x x^T over all tokens."""
+    total: Any = 0.0
+    """x over all tokens."""
+    tokens: int = 0
+    scale: float = 0.0
+    """The root mean square of the residual stream where answers are predicted."""
+    found: dict[int, torch.Tensor] = field(default_factory=dict)
+    """Of each place in the answers: x of the tokens that it depends on."""
+    content: Any = 0.0
+    """x x^T of the same tokens, of all places."""
+    asking: dict[int, torch.Tensor] = field(default_factory=dict)
+    """Of each place in the answers: x of the tokens that predict it."""
+    answers: dict[int, int] = field(default_factory=dict)
+    reading: Any = 0.0
+    """[heads]: how much each head of the attention that follows looks at what an answer depends on."""
+
+
+def initialize_talan_recall(
+    model: nn.Module,
+    dataloader: Iterable[Mapping[str, Any]],
+    adapter_name: str = "default",
+    shrinkage: float = 0.1,
+) -> None:
+    """Start a fresh adapter's side paths as a memory of what answers depend on beyond the window.
+
+    With its window taken away, the model shows by its gradients which tokens an answer depends on, and by its
+    attention which heads read them. Slot m starts by weighing the tokens that the m-th token of an answer depends on,
+    and is asked where that token is predicted, both by ridge regression on x; what a slot holds and what is written is
+    what those heads would have copied, `sum_h p_h W_O W_V` of heads that look with weight p_h, to rank d. Of some
+    strengths of the writes, the first four batches choose the one of the lowest loss with the window. Slots that are
+    left start whitened as by `initialize_talan_weights`. The adapter's output changes. This is this package's own
+    addition.
+
+    Call it before training, and before the model is wrapped for several processes. Some dozens of rows are enough;
+    the attention of one batch without its window must fit into memory.
+
+    Args:
+        model: A model with a sliding window in every block, and a fresh TALAN adapter of `talan_mixer="linear"`.
+        dataloader: Batches with `input_ids`, `labels` and, where rows are padded, `attention_mask`. Of a row the last
+            answer is used. They are gone through twice.
+        adapter_name: The adapter's name. Default `"default"`.
+        shrinkage: What is added to each direction's variance. Default 0.1.
+
+    Raises:
+        ValueError: There is no such TALAN adapter, it has been trained, the model has no window or no attention whose
+            projections are known, or no answer has a token beyond the window; nothing has changed then.
+
+    Examples:
+        >>> initialize_talan_recall(trainer.model, list(itertools.islice(trainer.get_train_dataloader(), 16)))
+    """
+    base = next((module for module in model.modules() if isinstance(module, PreTrainedModel)), None)
+    layers = [(block, layer) for block, layer in attached_side_paths(model) if adapter_name in layer.talan_options]
+    config = getattr(model, "peft_config", {}).get(adapter_name)
+    if base is None or not layers or not isinstance(config, TalanConfig):
+        raise ValueError(f"adapter_name={adapter_name!r}: the model has no TALAN adapter of this name")
+    if config.talan_mixer != "linear":
+        raise ValueError(f"talan_mixer={config.talan_mixer!r}: its reads can't be given; use 'linear'")
+    if not shrinkage > 0:
+        raise ValueError(f"shrinkage={shrinkage!r}: give a positive number")
+    if any(layer.parameters_of(adapter_name).write.any() for _, layer in layers):
+        raise ValueError(f"adapter_name={adapter_name!r}: its write-back isn't zero; give an adapter that is fresh")
+    windows = {holder.sliding_window for holder in windows_of(base)}
+    if len(windows) != 1:
+        raise ValueError(
+            f"model: it must have one sliding window in all blocks, and has {sorted(windows) or 'none'}; use "
+            "peft_talan.sft.window.with_sliding_window(model, window) before it gets the adapter"
+        )
+    window = windows.pop()
+    blocks = list(find_blocks(base, config)[1])
+    attentions = {layer: _attention_read(layer, blocks, adapter_name) for _, layer in layers}
+    batches = [_Answers.of(batch, window, base.device) for batch in dataloader]
+    slots = min(config.talan_slots, config.talan_dim)
+    with in_evaluation_mode(model):
+        with _without_window(base, window):
+            sums = _collect(base, model, attentions, adapter_name, batches, slots, window)
+        started = {
+            layer: _start(config, sums[layer], attentions[layer], slots, shrinkage)
+            for layer in attentions
+            if sums[layer].tokens
+        }
+        if not any(sums[layer].answers for layer in started):
+            raise ValueError(
+                f"dataloader: no answer has a token further back than the window of {window}; give rows that are "
+                "longer, or use initialize_talan_weights"
+            )
+        _install(model, started, adapter_name, batches, slots)
+
+
+@contextmanager
+def _without_window(base: PreTrainedModel, window: int) -> Iterator[None]:
+    """Let every token see all tokens before it, by the attention that tells its weights."""
+    implementation = base.config._attn_implementation
+    base.set_attn_implementation("eager")
+    set_window(base, 2**30)
+    try:
+        yield
+    finally:
+        set_window(base, window)
+        base.set_attn_implementation(implementation)
+
+
+@dataclass
+class _Attention:
+    """The attention that reads what a side path reads: of the block itself at its input, of the next at its output."""
+
+    index: int
+    values: torch.Tensor
+    """[key_heads * head_dim, hidden_size], for x."""
+    output: torch.Tensor
+    """[hidden_size, heads * head_dim]."""
+    head_dim: int
+
+    def factors(self, reading: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """`sum_h p_h W_O W_V` of the heads h as two thin factors."""
+        heads = self.output.unflatten(1, (-1, self.head_dim)) * reading[:, None]
+        # The heads that share values add up.
+        shared = heads.unflatten(1, (self.values.shape[0] // self.head_dim, -1)).sum(2)
+        return shared.flatten(1, 2), self.values
+
+
+def _attention_read(layer: TalanLayer, blocks: list[nn.Module], adapter_name: str) -> _Attention | None:
+    """The attention behind a side path; None behind the last block."""
+    index = layer.block_index + (layer.talan_position[adapter_name] == "output")
+    if index == len(blocks):
+        return None
+    block = blocks[index]
+    attention: Any = next((m for m in block.modules() if hasattr(m, "o_proj") and hasattr(m, "head_dim")), None)
+    fused = getattr(attention, "qkv_proj", None)
+    projection = fused if fused is not None else getattr(attention, "v_proj", None)
+    if projection is None:
+        raise ValueError(
+            f"model: {type(block).__name__} has no attention with v_proj, o_proj and head_dim; use "
+            "initialize_talan_weights"
+        )
+    values, output = (weight_of(module) for module in (projection, attention.o_proj))
+    if values.is_meta or output.is_meta:
+        raise ValueError("model: some of its blocks are offloaded; start the side paths before that, or on one device")
+    if fused is not None:
+        values = values[-((values.shape[0] - output.shape[1]) // 2) :]
+    scale = norm_scale(getattr(block, "input_layernorm", None), values)
+    return _Attention(index, values.to(scale.dtype) * scale, output.to(scale.dtype), attention.head_dim)
+
+
+def _collect(
+    base: PreTrainedModel,
+    model: nn.Module,
+    attentions: Mapping[TalanLayer, _Attention | None],
+    adapter_name: str,
+    batches: list[_Answers],
+    slots: int,
+    window: int,
+) -> dict[TalanLayer, _Sums]:
+    """Sum up what `_Sums` holds over the batches."""
+    sums = {layer: _Sums() for layer in attentions}
+    streams: dict[TalanLayer, torch.Tensor] = {}
+
+    def keep(layer: nn.Module, args: tuple[Any, ...]) -> None:
+        hidden_states, position = args[:2]
+        if isinstance(layer, TalanLayer) and layer.talan_position[adapter_name] == position:
+            streams[layer] = hidden_states
+
+    with ExitStack() as hooks, torch.enable_grad():
+        # Gradients reach every stream, also where nothing before it is trained.
+        embeddings: Any = base.get_input_embeddings()
+        hooks.callback(embeddings.register_forward_hook(lambda *call: call[2].requires_grad_()).remove)
+        for layer in sums:
+            hooks.callback(layer.register_forward_pre_hook(keep).remove)
+        for batch in batches:
+            losses, output = batch.losses(model, slots, output_attentions=True)
+            read = {layer: (stream.detach(), _normalized(stream)) for layer, stream in streams.items()}
+            for layer, (_, x) in read.items():
+                rows = x[batch.valid]
+                sums[layer].moment = sums[layer].moment + rows.T @ rows
+                sums[layer].total = sums[layer].total + rows.sum(0)
+                sums[layer].tokens += len(rows)
+            for ordinal, (loss, (rows, at, _)) in enumerate(zip(losses, batch.places[:slots], strict=True)):
+                if not len(rows):
+                    continue
+                gradients = torch.autograd.grad(loss, list(streams.values()), retain_graph=True, allow_unused=True)
+                far = batch.valid[rows] & (torch.arange(batch.valid.shape[1], device=at.device) < at[:, None] - window)
+                for (layer, (stream, x)), gradient in zip(read.items(), gradients, strict=True):
+                    if gradient is not None:
+                        reader = attentions[layer]
+                        weights = None if reader is None else output.attentions[reader.index][rows, :, at].detach()
+                        _add_answers(sums[layer], ordinal, stream[rows], x[rows], gradient[rows], far, at, weights)
+            streams.clear()
+    return sums
+
+
+def _normalized(stream: torch.Tensor) -> torch.Tensor:
+    stream = stream.detach().float()
+    return stream * inverse_rms(stream)
+
+
+def _add_answers(
+    sums: _Sums,
+    ordinal: int,
+    stream: torch.Tensor,
+    x: torch.Tensor,
+    gradient: torch.Tensor,
+    far: torch.Tensor,
+    at: torch.Tensor,
+    attention: torch.Tensor | None,
+) -> None:
+    """Add what the answers of one place depend on, by the size of the loss's gradient with respect to x."""
+    scale = stream.float().square().mean(-1).sqrt()
+    share = gradient.float().norm(dim=-1) * scale * far
+    total = share.sum(1)
+    answers = (total > 0).nonzero()[:, 0]
+    if not len(answers):
+        return
+    share, x, at, scale = share[answers] / total[answers, None], x[answers], at[answers], scale[answers]
+    each = torch.arange(len(answers), device=x.device)
+    sums.content = sums.content + torch.einsum("ati,atj->ij", share[:, :, None] * x, x)
+    sums.found[ordinal] = sums.found.get(ordinal, 0) + (share[:, :, None] * x).sum((0, 1))
+    sums.asking[ordinal] = sums.asking.get(ordinal, 0) + x[each, at].sum(0)
+    sums.answers[ordinal] = sums.answers.get(ordinal, 0) + len(answers)
+    sums.scale += float(scale[each, at].sum())
+    if attention is not None:
+        looked = (attention[answers].float() * share[:, None]).sum(-1)
+        sums.reading = sums.reading + (looked / share.square().sum(-1, keepdim=True)).sum(0)
+
+
+def _start(
+    config: TalanConfig, sums: _Sums, attention: _Attention | None, slots: int, shrinkage: float
+) -> tuple[dict[int, torch.Tensor], torch.Tensor | None, torch.Tensor]:
+    """Rows of `W_read` by their index, `W_write` of strength 1, and the moment that whitens the other rows."""
+    mean, moment = sums.total / sums.tokens, sums.moment / sums.tokens
+    rows: dict[int, torch.Tensor] = {}
+    for ordinal in range(slots):
+        rows[config.talan_dim + ordinal] = torch.zeros_like(mean)
+        if ordinal not in sums.answers:
+            continue
+        number = sums.answers[ordinal]
+        slot = telling_row(sums.found[ordinal] / number, mean, moment, shrinkage)
+        spread = float((slot @ moment @ slot).sqrt())
+        rows[2 * config.talan_dim + ordinal] = slot * min(WEIGHT_OF_FOUND, SPREAD_OF_OTHERS / spread)
+        rows[config.talan_dim + ordinal] = telling_row(sums.asking[ordinal] / number, mean, moment, shrinkage)
+    if attention is None or not sums.answers:
+        return rows, None, moment
+    number = sum(sums.answers.values())
+    left, right = attention.factors(sums.reading / number)
+    read, write = copying_rows(left.float(), right.float(), mean, sums.content / number, config.talan_dim, shrinkage)
+    if config.talan_writeback == "relative":
+        write = write * number / sums.scale
+    rows.update(enumerate(read))
+    return rows, write, moment
+
+
+@torch.no_grad()
+def _install(
+    model: nn.Module,
+    started: Mapping[TalanLayer, tuple[dict[int, torch.Tensor], torch.Tensor | None, torch.Tensor]],
+    adapter_name: str,
+    batches: list[_Answers],
+    slots: int,
+) -> None:
+    """Copy what the side paths start from into their tensors, and choose the strength of the writes."""
+
+    def tensor(layer: TalanLayer, name: str) -> torch.Tensor:
+        values: torch.Tensor = getattr(layer, f"{layer.tensor_prefix}{name}")[adapter_name].values
+        return values
+
+    for layer, (rows, _, moment) in started.items():
+        read = tensor(layer, "read")
+        read.copy_(whitened(read, moment, 0.1))
+        for index, row in rows.items():
+            read[index] = row.to(read)
+        readout = tensor(layer, "slot_readout").zero_()
+        readout[:slots] = torch.eye(slots, readout.shape[1]).to(readout)
+
+    def loss_at(strength: float) -> float:
+        for layer, (_, write, _) in started.items():
+            if write is not None:
+                tensor(layer, "write").copy_(write * strength)
+        return sum(float(loss) for batch in batches[:CHOOSING] for loss in batch.losses(model, slots)[0])
+
+    best = min((loss_at(strength), strength) for strength in STRENGTHS)[1]
+    for layer, (_, write, _) in started.items():
+        if write is not None:
+            tensor(layer, "write").copy_(write * best)

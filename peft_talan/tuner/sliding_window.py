@@ -1,0 +1,24 @@
+"""The sliding window of a model's blocks, which is changed while it is trained or measured."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from torch import nn
+
+
+def windows_of(model: nn.Module) -> Iterator[Any]:
+    """Everything in a model that holds the window of every block: configurations, and modules with a copy."""
+    seen: set[int] = set()
+    for module in model.modules():
+        for holder in (getattr(module, "config", None), module):
+            if isinstance(getattr(holder, "sliding_window", None), int) and id(holder) not in seen:
+                seen.add(id(holder))
+                yield holder
+
+
+def set_window(model: nn.Module, window: int) -> None:
+    """Give every block of a model a window."""
+    for holder in windows_of(model):
+        holder.sliding_window = window
