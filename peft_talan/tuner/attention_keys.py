@@ -5,13 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils.integrations import dequantize_module_weight
 from torch import nn
 
 from ..config import TalanConfig
 from ..functional.initialization import keys_and_queries_of
 from .attachment import fresh_side_paths
+from .attention_weights import norm_scale, weight_of
 
 
 @torch.no_grad()
@@ -75,20 +74,3 @@ def _projections(block: nn.Module, slots: int) -> tuple[torch.Tensor, torch.Tens
     scale = norm_scale(getattr(block, "input_layernorm", None), weights[0])
     query_weight, key_weight = (weight.to(scale.dtype) * scale for weight in weights)
     return query_weight, key_weight, head_dim, slots
-
-
-def weight_of(projection: nn.Module) -> torch.Tensor:
-    """The base weight of a projection, without LoRA and not quantized."""
-    base = projection.get_base_layer() if isinstance(projection, BaseTunerLayer) else projection
-    return dequantize_module_weight(base).detach()
-
-
-def norm_scale(norm: nn.Module | None, weight: torch.Tensor) -> torch.Tensor:
-    """By what a norm multiplies each channel, which its own weight does not tell: Gemma's is 1 + weight."""
-    signs = torch.ones(weight.shape[1], device=weight.device, dtype=torch.promote_types(weight.dtype, torch.float32))
-    if norm is None:
-        return signs
-    # Of mean 0 and mean square 1, for LayerNorm and RMSNorm; the difference leaves a bias out.
-    signs[::2] = -1.0
-    taken = signs.to(next(norm.parameters(), weight).dtype)
-    return signs * (norm(taken) - norm(-taken)).to(signs.dtype) / 2

@@ -9,14 +9,14 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from ..config import TalanConfig
 from ..functional.fused import inverse_rms
 from ..functional.initialization import copying_rows, telling_row, whitened
-from .attachment import attached_side_paths
-from .attention_keys import norm_scale, weight_of
+from .answers import Answers
+from .attachment import fresh_side_paths
+from .attention_weights import AttentionCopy, attention_behind
 from .blocks import find_blocks
 from .layer import TalanLayer
 from .measured_pass import in_evaluation_mode
@@ -30,56 +30,6 @@ STRENGTHS = (0.0, 1.0, 2.0, 3.0, 4.0, 6.0, 8.0)
 """By what the writes are multiplied."""
 CHOOSING = 4
 """How many batches choose the strength."""
-
-
-@dataclass
-class _Answers:
-    """The tokens of a batch that are trained on and depend on what lies beyond the window, in the answers' order."""
-
-    inputs: dict[str, Any]
-    valid: torch.Tensor
-    """[batch, tokens], bool; without each row's first token, which attention uses as a sink."""
-    places: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = field(default_factory=list)
-    """For the first, second, ... token of an answer: rows, the tokens that predict it, and its ids, [answers] each."""
-
-    @classmethod
-    def of(cls, batch: Mapping[str, Any], window: int, device: torch.device) -> _Answers:
-        """Find them; of a row the last answer counts, without the token that ends it."""
-        if batch.get("labels") is None or batch.get("position_ids") is not None:
-            raise ValueError("dataloader: its batches need 'labels', and rows that aren't packed; give such batches")
-        inputs = {name: part.to(device) for name, part in batch.items() if isinstance(part, torch.Tensor)}
-        labels = inputs.pop("labels")
-        mask = inputs.get("attention_mask")
-        valid = torch.ones_like(labels, dtype=torch.bool) if mask is None else mask.bool().clone()
-        first = valid.long().argmax(1)
-        valid[torch.arange(len(valid), device=device), first] = False
-        found = cls(inputs, valid)
-        answers = []
-        for row in (labels != -100).tolist():
-            last = len(row) - 1 - row[::-1].index(True) if True in row else -1
-            begin = last
-            while begin > 0 and row[begin - 1]:
-                begin -= 1
-            answers.append(range(begin, max(last, begin + 1)) if last > 0 else range(0))
-        for ordinal in range(max(map(len, answers), default=0)):
-            chosen = [
-                (row, tokens[ordinal])
-                for row, tokens in enumerate(answers)
-                if ordinal < len(tokens) and tokens[ordinal] - 1 - window > int(first[row])
-            ]
-            rows, at = torch.tensor(chosen, device=device, dtype=torch.long).reshape(-1, 2).T
-            found.places.append((rows, at - 1, labels[rows, at]))
-        return found
-
-    def losses(self, model: nn.Module, slots: int, **options: Any) -> tuple[list[torch.Tensor], Any]:
-        """The summed cross-entropy of each place in the answers, and the model's output."""
-        needed = [at for _, at, _ in self.places[:slots]]
-        kept = torch.unique(torch.cat(needed)) if needed else torch.zeros(0, dtype=torch.long)
-        output = model(**self.inputs, use_cache=False, logits_to_keep=kept, **options)
-        return [
-            F.cross_entropy(output.logits[rows, torch.searchsorted(kept, at)].float(), ids, reduction="sum")
-            for rows, at, ids in self.places[:slots]
-        ], output
 
 
 @dataclass
@@ -126,7 +76,7 @@ def initialize_talan_recall(
     Args:
         model: A model with a sliding window in every block, and a fresh TALAN adapter of `talan_mixer="linear"`.
         dataloader: Batches with `input_ids`, `labels` and, where rows are padded, `attention_mask`. Of a row the last
-            answer is used. They are gone through twice.
+            answer is used. The batches are held until it is done.
         adapter_name: The adapter's name. Default `"default"`.
         shrinkage: What is added to each direction's variance. Default 0.1.
 
@@ -138,16 +88,14 @@ def initialize_talan_recall(
         >>> initialize_talan_recall(trainer.model, list(itertools.islice(trainer.get_train_dataloader(), 16)))
     """
     base = next((module for module in model.modules() if isinstance(module, PreTrainedModel)), None)
-    layers = [(block, layer) for block, layer in attached_side_paths(model) if adapter_name in layer.talan_options]
+    layers = [layer for _, layer in fresh_side_paths(model, adapter_name)]
     config = getattr(model, "peft_config", {}).get(adapter_name)
-    if base is None or not layers or not isinstance(config, TalanConfig):
-        raise ValueError(f"adapter_name={adapter_name!r}: the model has no TALAN adapter of this name")
+    if base is None or not isinstance(config, TalanConfig):
+        raise ValueError("model: give what get_peft_model returned for a transformers model")
     if config.talan_mixer != "linear":
         raise ValueError(f"talan_mixer={config.talan_mixer!r}: its reads can't be given; use 'linear'")
     if not shrinkage > 0:
         raise ValueError(f"shrinkage={shrinkage!r}: give a positive number")
-    if any(layer.parameters_of(adapter_name).write.any() for _, layer in layers):
-        raise ValueError(f"adapter_name={adapter_name!r}: its write-back isn't zero; give an adapter that is fresh")
     windows = {holder.sliding_window for holder in windows_of(base)}
     if len(windows) != 1:
         raise ValueError(
@@ -156,8 +104,8 @@ def initialize_talan_recall(
         )
     window = windows.pop()
     blocks = list(find_blocks(base, config)[1])
-    attentions = {layer: _attention_read(layer, blocks, adapter_name) for _, layer in layers}
-    batches = [_Answers.of(batch, window, base.device) for batch in dataloader]
+    attentions = {layer: attention_behind(layer, blocks, adapter_name) for layer in layers}
+    batches = [Answers.of(batch, window, base.device) for batch in dataloader]
     slots = min(config.talan_slots, config.talan_dim)
     with in_evaluation_mode(model):
         with _without_window(base, window):
@@ -188,54 +136,12 @@ def _without_window(base: PreTrainedModel, window: int) -> Iterator[None]:
         base.set_attn_implementation(implementation)
 
 
-@dataclass
-class _Attention:
-    """The attention that reads what a side path reads: of the block itself at its input, of the next at its output."""
-
-    index: int
-    values: torch.Tensor
-    """[key_heads * head_dim, hidden_size], for x."""
-    output: torch.Tensor
-    """[hidden_size, heads * head_dim]."""
-    head_dim: int
-
-    def factors(self, reading: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """`sum_h p_h W_O W_V` of the heads h as two thin factors."""
-        heads = self.output.unflatten(1, (-1, self.head_dim)) * reading[:, None]
-        # The heads that share values add up.
-        shared = heads.unflatten(1, (self.values.shape[0] // self.head_dim, -1)).sum(2)
-        return shared.flatten(1, 2), self.values
-
-
-def _attention_read(layer: TalanLayer, blocks: list[nn.Module], adapter_name: str) -> _Attention | None:
-    """The attention behind a side path; None behind the last block."""
-    index = layer.block_index + (layer.talan_position[adapter_name] == "output")
-    if index == len(blocks):
-        return None
-    block = blocks[index]
-    attention: Any = next((m for m in block.modules() if hasattr(m, "o_proj") and hasattr(m, "head_dim")), None)
-    fused = getattr(attention, "qkv_proj", None)
-    projection = fused if fused is not None else getattr(attention, "v_proj", None)
-    if projection is None:
-        raise ValueError(
-            f"model: {type(block).__name__} has no attention with v_proj, o_proj and head_dim; use "
-            "initialize_talan_weights"
-        )
-    values, output = (weight_of(module) for module in (projection, attention.o_proj))
-    if values.is_meta or output.is_meta:
-        raise ValueError("model: some of its blocks are offloaded; start the side paths before that, or on one device")
-    if fused is not None:
-        values = values[-((values.shape[0] - output.shape[1]) // 2) :]
-    scale = norm_scale(getattr(block, "input_layernorm", None), values)
-    return _Attention(index, values.to(scale.dtype) * scale, output.to(scale.dtype), attention.head_dim)
-
-
 def _collect(
     base: PreTrainedModel,
     model: nn.Module,
-    attentions: Mapping[TalanLayer, _Attention | None],
+    attentions: Mapping[TalanLayer, AttentionCopy | None],
     adapter_name: str,
-    batches: list[_Answers],
+    batches: list[Answers],
     slots: int,
     window: int,
 ) -> dict[TalanLayer, _Sums]:
@@ -311,7 +217,7 @@ def _add_answers(
 
 
 def _start(
-    config: TalanConfig, sums: _Sums, attention: _Attention | None, slots: int, shrinkage: float
+    config: TalanConfig, sums: _Sums, attention: AttentionCopy | None, slots: int, shrinkage: float
 ) -> tuple[dict[int, torch.Tensor], torch.Tensor | None, torch.Tensor]:
     """Rows of `W_read` by their index, `W_write` of strength 1, and the moment that whitens the other rows."""
     mean, moment = sums.total / sums.tokens, sums.moment / sums.tokens
@@ -341,7 +247,7 @@ def _install(
     model: nn.Module,
     started: Mapping[TalanLayer, tuple[dict[int, torch.Tensor], torch.Tensor | None, torch.Tensor]],
     adapter_name: str,
-    batches: list[_Answers],
+    batches: list[Answers],
     slots: int,
 ) -> None:
     """Copy what the side paths start from into their tensors, and choose the strength of the writes."""

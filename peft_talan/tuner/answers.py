@@ -1,0 +1,61 @@
+"""The answers of a batch that depend on what lies beyond a window, and their losses."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+
+@dataclass
+class Answers:
+    """The tokens of a batch that are trained on and depend on what lies beyond the window, in the answers' order."""
+
+    inputs: dict[str, Any]
+    valid: torch.Tensor
+    """[batch, tokens], bool; without each row's first token, which attention uses as a sink."""
+    places: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = field(default_factory=list)
+    """For the first, second, ... token of an answer: rows, the tokens that predict it, and its ids, [answers] each."""
+
+    @classmethod
+    def of(cls, batch: Mapping[str, Any], window: int, device: torch.device) -> Answers:
+        """Find them; of a row the last answer counts, without the token that ends it."""
+        if batch.get("labels") is None or batch.get("position_ids") is not None:
+            raise ValueError("dataloader: its batches need 'labels', and rows that aren't packed; give such batches")
+        inputs = {name: part.to(device) for name, part in batch.items() if isinstance(part, torch.Tensor)}
+        labels = inputs.pop("labels")
+        mask = inputs.get("attention_mask")
+        valid = torch.ones_like(labels, dtype=torch.bool) if mask is None else mask.bool().clone()
+        first = valid.long().argmax(1)
+        valid[torch.arange(len(valid), device=device), first] = False
+        found = cls(inputs, valid)
+        answers = []
+        for row in (labels != -100).tolist():
+            last = len(row) - 1 - row[::-1].index(True) if True in row else -1
+            begin = last
+            while begin > 0 and row[begin - 1]:
+                begin -= 1
+            answers.append(range(begin, max(last, begin + 1)) if last > 0 else range(0))
+        for ordinal in range(max(map(len, answers), default=0)):
+            chosen = [
+                (row, tokens[ordinal])
+                for row, tokens in enumerate(answers)
+                if ordinal < len(tokens) and tokens[ordinal] - 1 - window > int(first[row])
+            ]
+            rows, at = torch.tensor(chosen, device=device, dtype=torch.long).reshape(-1, 2).T
+            found.places.append((rows, at - 1, labels[rows, at]))
+        return found
+
+    def losses(self, model: nn.Module, slots: int, **options: Any) -> tuple[list[torch.Tensor], Any]:
+        """The summed cross-entropy of each place in the answers, and the model's output."""
+        needed = [at for _, at, _ in self.places[:slots]]
+        kept = torch.unique(torch.cat(needed)) if needed else torch.zeros(0, dtype=torch.long)
+        output = model(**self.inputs, use_cache=False, logits_to_keep=kept, **options)
+        return [
+            F.cross_entropy(output.logits[rows, torch.searchsorted(kept, at)].float(), ids, reduction="sum")
+            for rows, at, ids in self.places[:slots]
+        ], output
