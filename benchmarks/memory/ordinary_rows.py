@@ -21,6 +21,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -28,14 +29,14 @@ import torch
 from peft import LoraConfig
 from transformers import AutoModelForCausalLM, TrainerCallback
 
-from peft_talan import TalanConfig
+from peft_talan import TalanConfig, initialize_talan_weights
 from peft_talan.axes import RECALL_AXES
 from peft_talan.demo.base_model import default_model_folder
 from peft_talan.sft.data import Rows
 from peft_talan.sft.models import load_adapter, load_tokenizer
 from peft_talan.sft.recall import ShrinkingWindow
 from peft_talan.sft.scores import default_text, score_rows, text_loss
-from peft_talan.sft.training import make_trainer, start_from_data
+from peft_talan.sft.training import START_BATCHES, make_trainer, start_from_data
 from peft_talan.sft.window import with_sliding_window
 
 from ..measure import code_version, machine
@@ -67,8 +68,8 @@ class Settings(RunSettings):
         shrinking: The options of `ShrinkingWindow`; None: the window doesn't shrink.
         learning_rate: The highest.
         side_path_lr_scale: The side path's learning rate divided by it.
-        from_data: Whether the side paths start from the data, as those of the command do; runs that were stored before
-            there was such a start don't have the field.
+        start: Of the side paths: that of the command, a `memory` where it can be; from `data`; or `random`. Runs that
+            were stored before there was a memory don't have the field, and had side paths in all blocks.
         scheduler: Of the learning rate.
         decay_steps: Of the scheduler, where it takes them.
         rank: Of the low-rank adapter; its alpha is twice the rank.
@@ -91,7 +92,7 @@ class Settings(RunSettings):
     shrinking: dict[str, Any] | None = None
     learning_rate: float = 3e-4
     side_path_lr_scale: float = 1.0
-    from_data: bool = True
+    start: str = "memory"
     scheduler: str = "linear"
     decay_steps: int | None = None
     rank: int = 16
@@ -113,7 +114,7 @@ class Printed(TrainerCallback):
 
 def train_by_command(settings: Settings, folder: str, made: list[dict[str, Any]], output: Path) -> Trained:
     """Train as a user does; the options are those of the command, and its own choices are left to it."""
-    others = settings.shrinking is not None or settings.decay_steps is not None or not settings.from_data
+    others = settings.shrinking is not None or settings.decay_steps is not None or settings.start != "memory"
     if settings.arm != "TALAN" or others:
         raise ValueError("by_command: the command trains TALAN, with its own start, window that shrinks and schedule")
     data = output / "data.jsonl"
@@ -161,8 +162,10 @@ def train_here(settings: Settings, folder: str, made: list[dict[str, Any]], outp
         logging_steps=1,
         save_strategy="no",
     )
-    if settings.arm == "TALAN" and settings.from_data:
+    if settings.arm == "TALAN" and settings.start == "memory":
         start_from_data(trainer)
+    elif settings.arm == "TALAN" and settings.start == "data":
+        initialize_talan_weights(trainer.model, islice(trainer.get_train_dataloader(), START_BATCHES))
     # The loss and the gradients of padded rows, without the time that padding takes.
     trainer.data_collator.padding_free = True
     trainer.train()
@@ -213,6 +216,23 @@ def describe(row: Row) -> str:
     return f"{settings['arm']} {settings['seed']}: {row['right']} {row['right_by_kind']} {row['last_loss']:.3f}"
 
 
+def start_of(settings: dict[str, Any]) -> str:
+    """What the side paths started from, in words."""
+    if settings["arm"] != "TALAN":
+        return "none"
+    older = "data" if settings.get("from_data") else "random"
+    return {"memory": "a memory", "data": "the data", "random": "random"}[settings.get("start", older)]
+
+
+def layers_of(settings: dict[str, Any]) -> str:
+    """The blocks with side paths."""
+    if settings["arm"] != "TALAN":
+        return "none"
+    own = RECALL_AXES["talan_layers"] if "start" in settings else "all"
+    layers = (settings["axes"] or {}).get("talan_layers", own)
+    return layers if isinstance(layers, str) else f"{len(layers)} blocks"
+
+
 def table(rows: Sequence[Row]) -> str:
     """All runs, with what differs between them, the right answers by length, and the loss on plain text."""
 
@@ -227,8 +247,8 @@ def table(rows: Sequence[Row]) -> str:
             "facts": of_settings("facts"),
             "rows": of_settings("form"),
             "arm": of_settings("arm"),
-            "side paths in": lambda row: (row["settings"]["axes"] or {}).get("talan_layers", "all"),
-            "start": lambda row: "the data" if row["settings"].get("from_data") else "random",
+            "side paths in": lambda row: layers_of(row["settings"]),
+            "start": lambda row: start_of(row["settings"]),
             "trained by": lambda row: "the command" if row["settings"]["by_command"] else "its parts",
             "steps": of_settings("steps"),
             "seed": of_settings("seed"),

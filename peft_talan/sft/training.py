@@ -21,6 +21,7 @@ from trl.trainer.sft_trainer import SFTTrainer
 from ..axes import refusal
 from ..checkpoint.saved_files import remove_saved_files
 from ..config import TalanConfig
+from ..tuner.answers import reach_beyond
 from ..tuner.recall_start import initialize_talan_recall
 from ..tuner.trainability import talan_param_groups
 from ..tuner.whitening import initialize_talan_weights
@@ -104,14 +105,14 @@ def set_side_path_rate(trainer: Trainer, scale: float) -> None:
 def start_from_data(trainer: Trainer) -> None:
     """Start the side paths of a trainer's fresh adapter from the first batches that it would train on.
 
-    As a memory of what their answers depend on, where they have answers and the mixer can be given what it reads;
-    else what they read is whitened.
+    As a memory of what their answers depend on beyond the window, where there is such an answer and the mixer can be
+    given what it reads; else what they read is whitened.
     """
     model = cast(PeftModel, trainer.model)
     batches = list(islice(trainer.get_train_dataloader(), START_BATCHES))
-    config = model.peft_config[model.active_adapter]
-    has_answers = any(bool((batch["labels"] == -100).any(1).all()) for batch in batches)
-    if has_answers and cast(TalanConfig, config).talan_mixer == "linear":
+    config = cast(TalanConfig, model.peft_config[model.active_adapter])
+    window = getattr(model.get_base_model().config, "sliding_window", None)
+    if config.talan_mixer == "linear" and window is not None and reach_beyond(batches, window, config.talan_slots):
         initialize_talan_recall(model, batches)
     else:
         initialize_talan_weights(model, batches)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -59,3 +59,9 @@ class Answers:
             F.cross_entropy(output.logits[rows, torch.searchsorted(kept, at)].float(), ids, reduction="sum")
             for rows, at, ids in self.places[:slots]
         ], output
+
+
+def reach_beyond(batches: Iterable[Mapping[str, Any]], window: int, slots: int) -> bool:
+    """Whether one of the first tokens of an answer, as many as there are slots, has a token beyond the window."""
+    found = (Answers.of(batch, window, batch["input_ids"].device) for batch in batches)
+    return any(len(rows) > 0 for batch in found for rows, _, _ in batch.places[:slots])

@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, get_scheduler
 from transformers.trainer_utils import SchedulerType
 
 from peft_talan import TalanConfig
+from peft_talan.axes import RECALL_AXES
 from peft_talan.cli import main
 from peft_talan.cli.console import INTERRUPTED, MISUSED
 from peft_talan.cli.train import SCHEDULES
@@ -279,7 +280,7 @@ def test_train_with_a_window_saves_the_base_model_with_it_and_goes_on_from_a_che
     assert json.loads(answers(run))["steps"] == 4
     config = PeftConfig.from_pretrained(output)
     assert isinstance(config, TalanConfig)
-    assert config.talan_layers == "all"
+    assert config.talan_layers == RECALL_AXES["talan_layers"]
     assert config.base_model_name_or_path == str(output / "base_model")
     base = AutoModelForCausalLM.from_pretrained(output / "base_model")
     assert base.config.sliding_window == 8
@@ -315,7 +316,7 @@ def test_train_with_a_window_learns_the_last_answer_of_a_conversation(
 @pytest.mark.parametrize(
     ("given", "rates", "layers", "writeback"),
     [
-        ([], {3e-4}, "all", "relative"),
+        ([], {3e-4}, RECALL_AXES["talan_layers"], "relative"),
         # Those without a window: given ones hold, whatever they are.
         (
             ["--learning-rate", "2e-4", "--side-path-lr-scale", "5", "--talan-layers", "1"],
