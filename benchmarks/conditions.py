@@ -14,6 +14,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, PreTrainedConfig, Qwen3Config
 
 from peft_talan import TalanConfig
+from peft_talan.axes import RECALL_AXES
 from peft_talan.demo.base_model import default_model_folder
 
 QWEN3 = {
@@ -94,6 +95,7 @@ ADAPTERS: dict[str, Callable[[], LoraConfig]] = {
     "talan, 8 blocks": lambda: TalanConfig(**LOW_RANK, talan_layers=EIGHT_BLOCKS),
     "talan, all blocks": lambda: TalanConfig(**LOW_RANK, talan_layers="all"),
     **{f"talan, {layers}": partial(TalanConfig, **LOW_RANK, talan_layers=layers) for layers in SPREAD},
+    "talan, recall": lambda: TalanConfig(**LOW_RANK, **RECALL_AXES),
     "lora again": lambda: LoraConfig(**LOW_RANK),
     "dora": lambda: LoraConfig(**LOW_RANK, use_dora=True),
     "dora + talan": lambda: TalanConfig(**LOW_RANK, use_dora=True),
@@ -106,6 +108,7 @@ MATCHED = {
     "talan, 8 blocks": "lora",
     "talan, all blocks": "lora",
     **{f"talan, {layers}": "lora" for layers in SPREAD},
+    "talan, recall": "lora",
     "lora again": "lora",
     "dora + talan": "dora",
     "dora again": "dora",
@@ -118,6 +121,7 @@ GROUPS = {
     "lora": ["base", "lora", "talan", "talan, 8 blocks", "talan, all blocks", "lora again", "merged", "kept"],
     "dora": ["dora", "dora + talan", "dora again"],
     "blocks": ["lora", "talan", *(f"talan, {layers}" for layers in SPREAD), "talan, all blocks", "lora again"],
+    "recall": ["lora", "talan, recall", "lora again"],
     "lengths": ["lora", "talan", "talan, every_4", "talan, all blocks", "lora again"],
 }
 """Conditions that take turns with each other. DoRA's calls are many times longer, so it has turns of its own."""
@@ -126,6 +130,7 @@ SMALLER_GROUPS = {
     "lora": [["base", "lora", "talan", "lora again", "kept"], ["lora", "talan", "lora again"], ["lora", "talan"]],
     "dora": [["dora", "dora + talan"]],
     "blocks": [["lora", "talan", "talan, every_4", "lora again"]],
+    "recall": [],
     "lengths": [],
 }
 """What is measured where time or memory is too short for the group, best first."""
