@@ -14,7 +14,7 @@ from weakref import WeakKeyDictionary
 from torch import nn
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from ..tuner.sliding_window import set_window, windows_of
+from ..tuner.sliding_window import own_window, set_window
 from .data import DataError, Rows
 
 _CHANGED: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
@@ -131,13 +131,7 @@ class ShrinkingWindow(TrainerCallback):
         interrupted = _CHANGED.pop(_base(model), None)
         if interrupted is not None:
             set_window(model, interrupted)
-        own = {holder.sliding_window for holder in windows_of(model)}
-        if len(own) != 1:
-            raise ValueError(
-                f"model: it must have one sliding window in all blocks, and has {sorted(own) or 'none'}; use "
-                "peft_talan.sft.window.with_sliding_window(model, window) before the trainer"
-            )
-        self.own = own.pop()
+        self.own = own_window(model)
         self.end = self.end or self.own
         if self.start is None:
             self.start = max(self.end, _longest(kwargs.get("train_dataloader")))

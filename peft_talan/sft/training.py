@@ -22,7 +22,8 @@ from ..axes import refusal
 from ..checkpoint.saved_files import remove_saved_files
 from ..config import TalanConfig
 from ..tuner.answers import reach_beyond
-from ..tuner.recall_start import initialize_talan_recall
+from ..tuner.recall_start import answered_slots, initialize_talan_recall
+from ..tuner.sliding_window import own_window
 from ..tuner.trainability import talan_param_groups
 from ..tuner.whitening import initialize_talan_weights
 from .callbacks import SavePromptForm
@@ -109,13 +110,13 @@ def start_from_data(trainer: Trainer) -> None:
     given what it reads; else what they read is whitened.
     """
     model = cast(PeftModel, trainer.model)
+    name = model.active_adapter
+    config = cast(TalanConfig, model.peft_config[name])
     batches = list(islice(trainer.get_train_dataloader(), START_BATCHES))
-    config = cast(TalanConfig, model.peft_config[model.active_adapter])
-    window = getattr(model.get_base_model().config, "sliding_window", None)
-    if config.talan_mixer == "linear" and window is not None and reach_beyond(batches, window, config.talan_slots):
-        initialize_talan_recall(model, batches)
+    if config.talan_mixer == "linear" and reach_beyond(batches, own_window(model), answered_slots(config)):
+        initialize_talan_recall(model, batches, name)
     else:
-        initialize_talan_weights(model, batches)
+        initialize_talan_weights(model, batches, name)
 
 
 def make_trainer(

@@ -22,10 +22,12 @@ class Answers:
     """For the first, second, ... token of an answer: rows, the tokens that predict it, and its ids, [answers] each."""
 
     @classmethod
-    def of(cls, batch: Mapping[str, Any], window: int, device: torch.device) -> Answers:
-        """Find them; of a row the last answer counts, without the token that ends it."""
-        if batch.get("labels") is None or batch.get("position_ids") is not None:
-            raise ValueError("dataloader: its batches need 'labels', and rows that aren't packed; give such batches")
+    def of(cls, batch: Mapping[str, Any], window: int, slots: int, device: torch.device) -> Answers:
+        """Find them, one for each slot at most; of a row the last answer counts, without the token that ends it."""
+        if batch.get("labels") is None:
+            raise ValueError("dataloader: its batches have no 'labels'; give them, or use initialize_talan_weights")
+        if batch.get("position_ids") is not None:
+            raise ValueError("dataloader: its rows are packed; give rows that aren't, or use initialize_talan_weights")
         inputs = {name: part.to(device) for name, part in batch.items() if isinstance(part, torch.Tensor)}
         labels = inputs.pop("labels")
         mask = inputs.get("attention_mask")
@@ -40,7 +42,7 @@ class Answers:
             while begin > 0 and row[begin - 1]:
                 begin -= 1
             answers.append(range(begin, max(last, begin + 1)) if last > 0 else range(0))
-        for ordinal in range(max(map(len, answers), default=0)):
+        for ordinal in range(min(slots, max(map(len, answers), default=0))):
             chosen = [
                 (row, tokens[ordinal])
                 for row, tokens in enumerate(answers)
@@ -50,18 +52,25 @@ class Answers:
             found.places.append((rows, at - 1, labels[rows, at]))
         return found
 
-    def losses(self, model: nn.Module, slots: int, **options: Any) -> tuple[list[torch.Tensor], Any]:
+    @property
+    def any(self) -> bool:
+        """Whether there is one."""
+        return any(len(rows) > 0 for rows, _, _ in self.places)
+
+    def losses(self, model: nn.Module, **options: Any) -> tuple[list[torch.Tensor], Any]:
         """The summed cross-entropy of each place in the answers, and the model's output."""
-        needed = [at for _, at, _ in self.places[:slots]]
+        needed = [at for _, at, _ in self.places]
         kept = torch.unique(torch.cat(needed)) if needed else torch.zeros(0, dtype=torch.long)
         output = model(**self.inputs, use_cache=False, logits_to_keep=kept, **options)
         return [
             F.cross_entropy(output.logits[rows, torch.searchsorted(kept, at)].float(), ids, reduction="sum")
-            for rows, at, ids in self.places[:slots]
+            for rows, at, ids in self.places
         ], output
 
 
 def reach_beyond(batches: Iterable[Mapping[str, Any]], window: int, slots: int) -> bool:
-    """Whether one of the first tokens of an answer, as many as there are slots, has a token beyond the window."""
-    found = (Answers.of(batch, window, batch["input_ids"].device) for batch in batches)
-    return any(len(rows) > 0 for batch in found for rows, _, _ in batch.places[:slots])
+    """Whether an answer of rows that aren't packed has a token beyond the window, by its first tokens."""
+    return any(
+        batch.get("position_ids") is None and Answers.of(batch, window, slots, batch["input_ids"].device).any
+        for batch in batches
+    )

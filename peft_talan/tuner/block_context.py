@@ -170,11 +170,12 @@ class BlockContext:
                 carries a state from call to call that is not a transformers cache.
         """
         if self._paged is not None:
-            return self._counted(TokenLayout(), None)
+            self._refuse_counts()
+            return TokenLayout()
         check_same_shape(hidden_states, self._received)
         forward, given = self._forward, self._given
         if given.tree is not None:
-            self._counted(TokenLayout(), None)  # refuses counts
+            self._refuse_counts()
         if forward is not None and self._hooks.plain_module:
             # The whole model may call by its own names what it gives to its blocks.
             pairs = zip(given, self._arguments, strict=True)
@@ -197,13 +198,15 @@ class BlockContext:
             self._hooks.remember(forward.layout, self._args, self._kwargs)
         return forward.layout
 
-    def _counted(self, layout: TokenLayout, shape: tuple[int, int] | None) -> TokenLayout:
-        """The layout with the counts that were set for calls of this shape; None: of calls that can have none."""
+    def _refuse_counts(self) -> None:
+        if self._hooks.token_counts is not None:
+            raise ValueError("token_counts: not for a server's requests, nor for rows that are packed as a tree")
+
+    def _counted(self, layout: TokenLayout, shape: tuple[int, int]) -> TokenLayout:
+        """The layout with the counts that were set for calls of this shape."""
         counts = self._hooks.token_counts
         if counts is None:
             return layout
-        if shape is None:
-            raise ValueError("token_counts: not for a server's requests, nor for rows that are packed as a tree")
         if counts.shape != shape:
             raise ValueError(
                 f"token_counts of shape {list(counts.shape)}: the call has [batch, tokens] = {list(shape)}; give each "

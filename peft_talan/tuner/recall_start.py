@@ -20,7 +20,7 @@ from .attention_weights import AttentionCopy, attention_behind
 from .blocks import find_blocks
 from .layer import TalanLayer
 from .measured_pass import in_evaluation_mode
-from .sliding_window import set_window, windows_of
+from .sliding_window import own_window, set_window
 
 WEIGHT_OF_FOUND = 6.0
 """The slot logit of a token that an answer depends on, above the mean of all tokens."""
@@ -28,7 +28,7 @@ SPREAD_OF_OTHERS = 2.5
 """The largest standard deviation of a slot's logits."""
 STRENGTHS = (0.0, 1.0, 2.0, 3.0, 4.0, 6.0, 8.0)
 """By what the writes are multiplied."""
-CHOOSING = 4
+CHOOSING_BATCHES = 4
 """How many batches choose the strength."""
 
 
@@ -54,6 +54,11 @@ class _Sums:
     """[heads]: how much each head of the attention that follows looks at what an answer depends on."""
 
 
+def answered_slots(config: TalanConfig) -> int:
+    """How many slots start with what a place in the answers depends on."""
+    return min(config.talan_slots, config.talan_dim)
+
+
 def initialize_talan_recall(
     model: nn.Module,
     dataloader: Iterable[Mapping[str, Any]],
@@ -66,9 +71,9 @@ def initialize_talan_recall(
     attention which heads read them. Slot m starts by weighing the tokens that the m-th token of an answer depends on,
     and is asked where that token is predicted, both by ridge regression on x; what a slot holds and what is written is
     what those heads would have copied, `sum_h p_h W_O W_V` of heads that look with weight p_h, to rank d. Of some
-    strengths of the writes, the first four batches choose the one of the lowest loss with the window. Slots that are
-    left start whitened as by `initialize_talan_weights`. The adapter's output changes. This is this package's own
-    addition.
+    strengths of the writes, the first four batches with answers choose the one of the lowest loss with the window.
+    Slots that are left start whitened as by `initialize_talan_weights`. The adapter's output changes. This is this
+    package's own addition.
 
     Call it before training, and before the model is wrapped for several processes. Some dozens of rows are enough;
     the attention of one batch without its window must fit into memory.
@@ -96,20 +101,16 @@ def initialize_talan_recall(
         raise ValueError(f"talan_mixer={config.talan_mixer!r}: its reads can't be given; use 'linear'")
     if not shrinkage > 0:
         raise ValueError(f"shrinkage={shrinkage!r}: give a positive number")
-    windows = {holder.sliding_window for holder in windows_of(base)}
-    if len(windows) != 1:
-        raise ValueError(
-            f"model: it must have one sliding window in all blocks, and has {sorted(windows) or 'none'}; use "
-            "peft_talan.sft.window.with_sliding_window(model, window) before it gets the adapter"
-        )
-    window = windows.pop()
+    if any(adapter_name not in layer.active_adapters or layer.disable_adapters for layer in layers):
+        raise ValueError(f"adapter_name={adapter_name!r}: it isn't active; call set_adapter first")
+    window = own_window(base)
     blocks = list(find_blocks(base, config)[1])
     attentions = {layer: attention_behind(layer, blocks, adapter_name) for layer in layers}
-    batches = [Answers.of(batch, window, base.device) for batch in dataloader]
-    slots = min(config.talan_slots, config.talan_dim)
+    slots = answered_slots(config)
+    batches = [Answers.of(batch, window, slots, base.device) for batch in dataloader]
     with in_evaluation_mode(model):
         with _without_window(base, window):
-            sums = _collect(base, model, attentions, adapter_name, batches, slots, window)
+            sums = _collect(base, model, attentions, adapter_name, batches, window)
         started = {
             layer: _start(config, sums[layer], attentions[layer], slots, shrinkage)
             for layer in attentions
@@ -120,7 +121,7 @@ def initialize_talan_recall(
                 f"dataloader: no answer has a token further back than the window of {window}; give rows that are "
                 "longer, or use initialize_talan_weights"
             )
-        _install(model, started, adapter_name, batches, slots)
+        _install(model, started, adapter_name, batches, slots, shrinkage)
 
 
 @contextmanager
@@ -142,7 +143,6 @@ def _collect(
     attentions: Mapping[TalanLayer, AttentionCopy | None],
     adapter_name: str,
     batches: list[Answers],
-    slots: int,
     window: int,
 ) -> dict[TalanLayer, _Sums]:
     """Sum up what `_Sums` holds over the batches."""
@@ -161,18 +161,20 @@ def _collect(
         for layer in sums:
             hooks.callback(layer.register_forward_pre_hook(keep).remove)
         for batch in batches:
-            losses, output = batch.losses(model, slots, output_attentions=True)
+            losses, output = batch.losses(model, output_attentions=True)
             read = {layer: (stream.detach(), _normalized(stream)) for layer, stream in streams.items()}
             for layer, (_, x) in read.items():
                 rows = x[batch.valid]
                 sums[layer].moment = sums[layer].moment + rows.T @ rows
                 sums[layer].total = sums[layer].total + rows.sum(0)
                 sums[layer].tokens += len(rows)
-            for ordinal, (loss, (rows, at, _)) in enumerate(zip(losses, batch.places[:slots], strict=True)):
+            for ordinal, (loss, (rows, at, _)) in enumerate(zip(losses, batch.places, strict=True)):
                 if not len(rows):
                     continue
                 gradients = torch.autograd.grad(loss, list(streams.values()), retain_graph=True, allow_unused=True)
-                far = batch.valid[rows] & (torch.arange(batch.valid.shape[1], device=at.device) < at[:, None] - window)
+                far = batch.valid[rows] & (
+                    torch.arange(batch.valid.shape[1], device=at.device) <= at[:, None] - window
+                )
                 for (layer, (stream, x)), gradient in zip(read.items(), gradients, strict=True):
                     if gradient is not None:
                         reader = attentions[layer]
@@ -249,6 +251,7 @@ def _install(
     adapter_name: str,
     batches: list[Answers],
     slots: int,
+    shrinkage: float,
 ) -> None:
     """Copy what the side paths start from into their tensors, and choose the strength of the writes."""
 
@@ -258,17 +261,19 @@ def _install(
 
     for layer, (rows, _, moment) in started.items():
         read = tensor(layer, "read")
-        read.copy_(whitened(read, moment, 0.1))
+        read.copy_(whitened(read, moment, shrinkage))
         for index, row in rows.items():
             read[index] = row.to(read)
         readout = tensor(layer, "slot_readout").zero_()
         readout[:slots] = torch.eye(slots, readout.shape[1]).to(readout)
 
+    choosing = [batch for batch in batches if batch.any][:CHOOSING_BATCHES]
+
     def loss_at(strength: float) -> float:
         for layer, (_, write, _) in started.items():
             if write is not None:
                 tensor(layer, "write").copy_(write * strength)
-        return sum(float(loss) for batch in batches[:CHOOSING] for loss in batch.losses(model, slots)[0])
+        return sum(float(loss) for batch in choosing for loss in batch.losses(model)[0])
 
     best = min((loss_at(strength), strength) for strength in STRENGTHS)[1]
     for layer, (_, write, _) in started.items():

