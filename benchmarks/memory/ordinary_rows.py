@@ -162,6 +162,8 @@ def train_here(settings: Settings, folder: str, made: list[dict[str, Any]], outp
         logging_steps=1,
         save_strategy="no",
     )
+    if settings.start not in ("memory", "data", "random"):
+        raise ValueError(f"start={settings.start!r}: choose 'memory', 'data' or 'random'")
     if settings.arm == "TALAN" and settings.start == "memory":
         start_from_data(trainer)
     elif settings.arm == "TALAN" and settings.start == "data":

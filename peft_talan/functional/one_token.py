@@ -242,7 +242,7 @@ def one_token(
         options: The side path's axes; the scope must be causal.
         buffers: Of the state, which the tokens are added to.
         alpha: The strength of the perturbation. Default 1.
-        valid: [batch, 1], bool; False marks padding. None: no token is padding.
+        valid: [batch, 1], bool, or numbers of tokens; False marks padding. None: no token is padding.
 
     Returns:
         h', [batch, 1, hidden_size].

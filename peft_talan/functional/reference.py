@@ -58,7 +58,8 @@ def enter(
 
     Args:
         logits: a, [batch, tokens, channels].
-        valid: [batch, tokens], bool; False keeps a token (padding) out of the memory. None: all are real.
+        valid: [batch, tokens], bool; False keeps a token (padding) out of the memory. Numbers: how many tokens each
+            counts for. None: all are real.
         options: The side path's axes: `mixer` and `soft_cap`.
         parameters: The mixer's tensors.
 
@@ -181,7 +182,7 @@ def side_path(
         parameters: The side path's tensors.
         options: The side path's axes.
         alpha: The strength of the perturbation, or that of each token's, [..., tokens, 1]. Default 1.
-        valid: [batch, tokens], bool; None: no padding.
+        valid: [batch, tokens], bool, or numbers of tokens; None: no padding.
         segment_ids: [batch, tokens], int; None: one segment.
         state: The memory of earlier tokens, [batch, *state_shape]; None: empty.
         training: Whether dropout is active. Default False.

@@ -72,18 +72,19 @@ class CheckpointWithSidePaths:
         at_input = [layer for layer in reversed(layers) if layer.acts_at_input] if writes_input_inside(block) else []
         contexts: dict[tuple[str, str], Any] = {}
 
-        def context(layer: Any, position: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        def context(layer: Any, position: str, given: tuple[Any, ...]) -> Any:
+            # Of what the block was given, and not of what was written: the contexts live until the backward pass.
             if (layer.child_name, position) not in contexts:
-                contexts[layer.child_name, position] = layer.context(block, args, kwargs, position)
+                contexts[layer.child_name, position] = layer.context(block, given, forward.keywords, position)
             return contexts[layer.child_name, position]
 
-        def forward_with_side_paths(*args: Any) -> Any:
-            kwargs = forward.keywords
+        def forward_with_side_paths(*given: Any) -> Any:
+            args, kwargs = given, forward.keywords
             for layer in at_input:
-                args, kwargs = layer.write_at_input(block, args, kwargs, context(layer, "input", args, kwargs))
+                args, kwargs = layer.write_at_input(block, args, kwargs, context(layer, "input", given))
             output = forward.func(block, *args, **kwargs)
             for layer in layers:
-                output = layer.write_at_output(block, output, context(layer, "output", args, kwargs))
+                output = layer.write_at_output(block, output, context(layer, "output", given))
             return output
 
         return self._checkpoint(forward_with_side_paths, *args)

@@ -52,10 +52,11 @@ def talan_token_counts(model: nn.Module, counts: torch.Tensor) -> Iterator[None]
             "for many; use another mixer, or longer texts"
         )
     all_hooks = {id(hooks): hooks for layer in layers if (hooks := layer._decoder_hooks) is not None}.values()
+    before = [hooks.token_counts for hooks in all_hooks]
     for hooks in all_hooks:
         hooks.token_counts = counts.float()
     try:
         yield
     finally:
-        for hooks in all_hooks:
-            hooks.token_counts = None
+        for hooks, counts_before in zip(all_hooks, before, strict=True):
+            hooks.token_counts = counts_before

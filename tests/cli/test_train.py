@@ -325,6 +325,7 @@ def test_train_with_a_window_learns_the_last_answer_of_a_conversation(
             "relative",
         ),
         (["--talan-layers", "every_2", "--talan-writeback", "add"], {3e-4}, "every_2", "add"),
+        (["--packing"], {3e-4}, RECALL_AXES["talan_layers"], "relative"),
     ],
 )
 def test_a_window_has_defaults_of_its_own(
@@ -338,3 +339,4 @@ def test_a_window_has_defaults_of_its_own(
     config = PeftConfig.from_pretrained(tmp_path / "out")
     assert isinstance(config, TalanConfig)
     assert (config.talan_layers, config.talan_writeback) == (layers, writeback)
+    assert config.talan_mixer == RECALL_AXES["talan_mixer"]
