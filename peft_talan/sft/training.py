@@ -20,10 +20,7 @@ from trl.trainer.sft_trainer import SFTTrainer
 
 from ..axes import refusal
 from ..checkpoint.saved_files import remove_saved_files
-from ..config import TalanConfig
-from ..tuner.answers import reach_beyond
-from ..tuner.recall_start import answered_slots, initialize_talan_recall
-from ..tuner.sliding_window import own_window
+from ..tuner.recall_start import can_start_for_recall, initialize_talan_recall
 from ..tuner.trainability import talan_param_groups
 from ..tuner.whitening import initialize_talan_weights
 from .callbacks import SavePromptForm
@@ -106,14 +103,12 @@ def set_side_path_rate(trainer: Trainer, scale: float) -> None:
 def start_from_data(trainer: Trainer) -> None:
     """Start the side paths of a trainer's fresh adapter from the first batches that it would train on.
 
-    As a memory of what their answers depend on beyond the window, where there is such an answer and the mixer can be
-    given what it reads; else what they read is whitened.
+    As a memory of what their answers depend on beyond the window, where that can be; else what they read is whitened.
     """
     model = cast(PeftModel, trainer.model)
     name = model.active_adapter
-    config = cast(TalanConfig, model.peft_config[name])
     batches = list(islice(trainer.get_train_dataloader(), START_BATCHES))
-    if config.talan_mixer == "linear" and reach_beyond(batches, own_window(model), answered_slots(config)):
+    if can_start_for_recall(model, batches, name):
         initialize_talan_recall(model, batches, name)
     else:
         initialize_talan_weights(model, batches, name)

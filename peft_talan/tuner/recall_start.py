@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from ..config import TalanConfig
 from ..functional.fused import inverse_rms
 from ..functional.initialization import copying_rows, telling_row, whitened
-from .answers import Answers
+from .answers import Answers, reach_beyond
 from .attachment import fresh_side_paths
 from .attention_weights import AttentionCopy, attention_behind
 from .blocks import find_blocks
@@ -54,7 +54,24 @@ class _Sums:
     """[heads]: how much each head of the attention that follows looks at what an answer depends on."""
 
 
-def answered_slots(config: TalanConfig) -> int:
+def can_start_for_recall(model: nn.Module, dataloader: Iterable[Mapping[str, Any]], adapter_name: str) -> bool:
+    """Whether `initialize_talan_recall` has something to start from.
+
+    That is: a mixer whose reads can be given, a side path before some block's attention, and an answer that has a
+    token beyond the window, in rows that aren't packed.
+    """
+    config = getattr(model, "peft_config", {})[adapter_name]
+    layers = [layer for _, layer in fresh_side_paths(model, adapter_name)]
+    if config.talan_mixer != "linear" or not any(_has_attention_behind(layer, adapter_name) for layer in layers):
+        return False
+    return reach_beyond(dataloader, own_window(model), _answered_slots(config))
+
+
+def _has_attention_behind(layer: TalanLayer, adapter_name: str) -> bool:
+    return layer.talan_position[adapter_name] == "input" or layer.block_index < layer.depth - 1
+
+
+def _answered_slots(config: TalanConfig) -> int:
     """How many slots start with what a place in the answers depends on."""
     return min(config.talan_slots, config.talan_dim)
 
@@ -103,10 +120,12 @@ def initialize_talan_recall(
         raise ValueError(f"shrinkage={shrinkage!r}: give a positive number")
     if any(adapter_name not in layer.active_adapters or layer.disable_adapters for layer in layers):
         raise ValueError(f"adapter_name={adapter_name!r}: it isn't active; call set_adapter first")
+    if not any(_has_attention_behind(layer, adapter_name) for layer in layers):
+        raise ValueError("talan_layers: no attention reads what the side path writes; give an earlier block")
     window = own_window(base)
     blocks = list(find_blocks(base, config)[1])
     attentions = {layer: attention_behind(layer, blocks, adapter_name) for layer in layers}
-    slots = answered_slots(config)
+    slots = _answered_slots(config)
     batches = [Answers.of(batch, window, slots, base.device) for batch in dataloader]
     with in_evaluation_mode(model):
         with _without_window(base, window):

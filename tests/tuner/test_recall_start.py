@@ -133,6 +133,7 @@ def test_it_is_saved_as_it_started(tmp_path: Any) -> None:
         ({}, {"adapter_name": "other"}, "adapter_name='other'"),
         ({}, {"shrinkage": 0.0}, "shrinkage=0.0"),
         ({"talan_mixer": "attention"}, {}, "talan_mixer='attention'"),
+        ({"talan_layers": [-1]}, {}, "no attention reads what the side path writes"),
         ({"init_talan_weights": False}, {}, "give an adapter that is fresh"),
         ({}, {"dataloader": [{"input_ids": make_tokens()}]}, "its batches have no 'labels'"),
         ({}, {"dataloader": [{**rows(), "position_ids": torch.arange(24)[None]}]}, "its rows are packed"),
