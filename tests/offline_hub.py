@@ -70,6 +70,13 @@ def make_hub_cache(home: Path) -> None:
     (repository / "refs" / "main").write_text(COMMIT)
 
 
+def write_far_answers(file: Path, count: int = 16) -> None:
+    """Write a JSONL file of `prompt` and `completion` whose answers stand far back in the prompts."""
+    text = "All of this was said before. " * 20
+    rows = [{"prompt": f"It is {n}.\n{text}\nIt is", "completion": f" {n}"} for n in range(count)]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
 def write_conversations(file: Path, count: int = 16) -> None:
     """Write a JSONL file of `messages`."""
     lines = []

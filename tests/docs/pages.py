@@ -16,7 +16,7 @@ from pathlib import Path
 from sybil import Example, Sybil
 from sybil.parsers.markdown import CodeBlockParser, PythonCodeBlockParser, SkipParser
 
-from ..offline_hub import write_conversations
+from ..offline_hub import write_conversations, write_far_answers
 from .shell import run_block
 
 
@@ -47,7 +47,8 @@ def main() -> None:
         working = folder / f"{number}_{page.stem}"
         working.mkdir(parents=True)
         os.chdir(working)
-        write_conversations(Path("data.jsonl"))
+        write = write_far_answers if page.stem == "recall" else write_conversations
+        write(Path("data.jsonl"))
         print(f"## {page}", flush=True)
         results[str(page)] = run_page(page)
         # After every page: a run that is cut off still tells.
