@@ -15,9 +15,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from peft_talan.sft.prompts import encode
-
-from .row_maker import KINDS, NAMES, NUMBERS, PLACES, RowMaker
+from .row_maker import KINDS, NAMES, NUMBERS, PLACES, RowMaker, fitting
 
 FILLER = "The river runs to the sea. A cloud hangs over the hill. Nobody is on the road. The night is long and quiet. "
 CODE = "The code of the {} is #{}."
@@ -145,6 +143,8 @@ def two_supporting_facts(draw: random.Random, tokens: int) -> Asked:
 
 WINDOWS, FROM_128 = (32, 128, 320, 1024), (128, 256, 512, 1024)
 ORDINARY = "ordinary row"
+RULER = ("needle", "4 keys", "variables", "frequent word")
+BABI = ("one supporting fact", "two supporting facts")
 MAKERS: dict[str, Callable[[random.Random, int], Asked]] = {
     ORDINARY: ordinary,
     "1 fact": partial(facts, 1),
@@ -164,13 +164,10 @@ LENGTHS: dict[str, tuple[int, ...]] = {
     "4 facts": WINDOWS[1:],
     "8 facts": WINDOWS[1:],
     "16 facts": WINDOWS[2:],
-    **dict.fromkeys(("needle", "4 keys", "variables", "frequent word"), FROM_128),
-    **dict.fromkeys(("one supporting fact", "two supporting facts"), FROM_128),
+    **dict.fromkeys((*RULER, *BABI), FROM_128),
 }
 """Of each task, the lengths that are scored, tokens."""
 FACTS = tuple(name for name in LENGTHS if "fact" in name and "supporting" not in name)
-RULER = ("needle", "4 keys", "variables", "frequent word")
-BABI = ("one supporting fact", "two supporting facts")
 
 
 class TaskRows:
@@ -194,8 +191,8 @@ class TaskRows:
             around = text[start : start + tokens]
         else:
             around = list(self.tokenizer(asked.words, add_special_tokens=False)["input_ids"])
-        length = min(tokens, len(around))
-        while True:
+
+        def row_of(length: int) -> dict[str, Any]:
             pieces, last = [], 0
             for sentence, place in zip(asked.sentences, asked.places, strict=True):
                 end = round(place * length)
@@ -203,13 +200,10 @@ class TaskRows:
                 last = end
             pieces.append(self.tokenizer.decode(around[last:length]))
             story = "\n".join(piece for piece in pieces if piece)
-            row = {"prompt": story + asked.question, "completion": asked.answer}
-            excess = sum(map(len, encode(self.tokenizer, row))) - tokens
-            if excess <= 0:
-                return row
-            length -= excess
-            if length < 0:
-                raise ValueError(f"tokens={tokens}: too few for the sentences of {task!r} and the question")
+            return {"prompt": story + asked.question, "completion": asked.answer}
+
+        what = f"the sentences of {task!r} and the question"
+        return fitting(row_of, self.tokenizer, min(tokens, len(around)), tokens, what)
 
     def rows(self, task: str, count: int, shortest: int, longest: int, seed: int) -> list[dict[str, Any]]:
         """Rows whose lengths are drawn."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any
@@ -48,6 +49,19 @@ FACTS = {
 """The kinds that a run's rows are of, in turn."""
 
 
+def fitting(
+    row_of: Callable[[int], dict[str, Any]], tokenizer: PreTrainedTokenizerBase, length: int, tokens: int, what: str
+) -> dict[str, Any]:
+    """The row with as much text around what is asked for, of `length` tokens at most, as `tokens` have room for."""
+    while length >= 0:
+        row = row_of(length)
+        excess = sum(map(len, encode(tokenizer, row))) - tokens
+        if excess <= 0:
+            return row
+        length -= excess
+    raise ValueError(f"tokens={tokens}: too few for {what}")
+
+
 class RowMaker:
     """Makes rows of a wanted length.
 
@@ -72,21 +86,16 @@ class RowMaker:
         fact, question, asked, answers = self.kinds[kind]
         answer, text = draw.choice(answers.split()), draw.choice(self.texts)
         start = draw.randrange(len(text) - tokens)
-        length = tokens
-        while True:
+
+        def row_of(length: int) -> dict[str, Any]:
             story = fact.format(answer) + self.tokenizer.decode(text[start : start + length])
             if self.form == "messages":
                 said = {"role": "assistant", "content": answer}
-                row: dict[str, Any] = {"prompt": [{"role": "user", "content": story + asked}], "completion": [said]}
-            else:
-                completion = answer if question.endswith("#") else f" {answer}"
-                row = {"prompt": story + question, "completion": completion}
-            excess = sum(map(len, encode(self.tokenizer, row))) - tokens
-            if excess <= 0:
-                return row
-            length -= excess
-            if length < 0:
-                raise ValueError(f"tokens={tokens}: too few for the fact and its question")
+                return {"prompt": [{"role": "user", "content": story + asked}], "completion": [said]}
+            completion = answer if question.endswith("#") else f" {answer}"
+            return {"prompt": story + question, "completion": completion}
+
+        return fitting(row_of, self.tokenizer, tokens, tokens, "the fact and its question")
 
     def rows(self, count: int, shortest: int, longest: int, seed: int) -> list[dict[str, Any]]:
         """Rows whose lengths are drawn, of all kinds in turn."""

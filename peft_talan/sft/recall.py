@@ -12,9 +12,9 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 from torch import nn
-from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from ..tuner.sliding_window import own_window, set_window
+from ..tuner.sliding_window import own_window, pretrained_model, set_window
 from .data import DataError, Rows
 
 _CHANGED: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
@@ -49,7 +49,7 @@ def last_answers(rows: Rows) -> Rows:
 
 def _base(model: nn.Module) -> nn.Module:
     """The model inside of an adapter's and a process group's wrappers; the next training may put others around it."""
-    return next((module for module in model.modules() if isinstance(module, PreTrainedModel)), model)
+    return pretrained_model(model) or model
 
 
 class ShrinkingWindow(TrainerCallback):

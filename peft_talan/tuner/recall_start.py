@@ -14,13 +14,14 @@ from transformers import PreTrainedModel
 from ..config import TalanConfig
 from ..functional.fused import inverse_rms
 from ..functional.initialization import copying_rows, telling_row, whitened
+from ..functional.parameters import working_dtype
 from .answers import Answers, reach_beyond
 from .attachment import fresh_side_paths
 from .attention_weights import AttentionCopy, attention_behind
 from .blocks import find_blocks
 from .layer import TalanLayer
 from .measured_pass import in_evaluation_mode
-from .sliding_window import own_window, set_window
+from .sliding_window import own_window, pretrained_model, set_window
 
 WEIGHT_OF_FOUND = 6.0
 """The slot logit of a token that an answer depends on, above the mean of all tokens."""
@@ -109,7 +110,7 @@ def initialize_talan_recall(
     Examples:
         >>> initialize_talan_recall(trainer.model, list(itertools.islice(trainer.get_train_dataloader(), 16)))
     """
-    base = next((module for module in model.modules() if isinstance(module, PreTrainedModel)), None)
+    base = pretrained_model(model)
     layers = [layer for _, layer in fresh_side_paths(model, adapter_name)]
     config = getattr(model, "peft_config", {}).get(adapter_name)
     if base is None or not isinstance(config, TalanConfig):
@@ -204,7 +205,7 @@ def _collect(
 
 
 def _normalized(stream: torch.Tensor) -> torch.Tensor:
-    stream = stream.detach().float()
+    stream = stream.detach().to(working_dtype(stream.dtype))
     return stream * inverse_rms(stream)
 
 
@@ -219,8 +220,8 @@ def _add_answers(
     attention: torch.Tensor | None,
 ) -> None:
     """Add what the answers of one place depend on, by the size of the loss's gradient with respect to x."""
-    scale = stream.float().square().mean(-1).sqrt()
-    share = gradient.float().norm(dim=-1) * scale * far
+    scale = stream.to(x.dtype).square().mean(-1).sqrt()
+    share = gradient.to(x.dtype).norm(dim=-1) * scale * far
     total = share.sum(1)
     answers = (total > 0).nonzero()[:, 0]
     if not len(answers):
@@ -233,7 +234,7 @@ def _add_answers(
     sums.answers[ordinal] = sums.answers.get(ordinal, 0) + len(answers)
     sums.scale += float(scale[each, at].sum())
     if attention is not None:
-        looked = (attention[answers].float() * share[:, None]).sum(-1)
+        looked = (attention[answers].to(x.dtype) * share[:, None]).sum(-1)
         sums.reading = sums.reading + (looked / share.square().sum(-1, keepdim=True)).sum(0)
 
 
@@ -256,7 +257,7 @@ def _start(
         return rows, None, moment
     number = sum(sums.answers.values())
     left, right = attention.factors(sums.reading / number)
-    read, write = copying_rows(left.float(), right.float(), mean, sums.content / number, config.talan_dim, shrinkage)
+    read, write = copying_rows(left.to(mean), right.to(mean), mean, sums.content / number, config.talan_dim, shrinkage)
     if config.talan_writeback == "relative":
         write = write * number / sums.scale
     rows.update(enumerate(read))
@@ -273,28 +274,23 @@ def _install(
     shrinkage: float,
 ) -> None:
     """Copy what the side paths start from into their tensors, and choose the strength of the writes."""
-
-    def tensor(layer: TalanLayer, name: str) -> torch.Tensor:
-        values: torch.Tensor = getattr(layer, f"{layer.tensor_prefix}{name}")[adapter_name].values
-        return values
-
+    parameters = {layer: layer.parameters_of(adapter_name) for layer in started}
     for layer, (rows, _, moment) in started.items():
-        read = tensor(layer, "read")
+        read, (readout, *_) = parameters[layer].read, parameters[layer].mixer
         read.copy_(whitened(read, moment, shrinkage))
         for index, row in rows.items():
             read[index] = row.to(read)
-        readout = tensor(layer, "slot_readout").zero_()
-        readout[:slots] = torch.eye(slots, readout.shape[1]).to(readout)
+        readout.zero_()[:slots] = torch.eye(slots, readout.shape[1]).to(readout)
 
     choosing = [batch for batch in batches if batch.any][:CHOOSING_BATCHES]
 
-    def loss_at(strength: float) -> float:
+    def set_strength(strength: float) -> None:
         for layer, (_, write, _) in started.items():
             if write is not None:
-                tensor(layer, "write").copy_(write * strength)
+                parameters[layer].write.copy_(write * strength)
+
+    def loss_at(strength: float) -> float:
+        set_strength(strength)
         return sum(float(loss) for batch in choosing for loss in batch.losses(model)[0])
 
-    best = min((loss_at(strength), strength) for strength in STRENGTHS)[1]
-    for layer, (_, write, _) in started.items():
-        if write is not None:
-            tensor(layer, "write").copy_(write * best)
+    set_strength(min((loss_at(strength), strength) for strength in STRENGTHS)[1])

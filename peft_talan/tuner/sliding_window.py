@@ -6,6 +6,12 @@ from collections.abc import Iterator
 from typing import Any
 
 from torch import nn
+from transformers import PreTrainedModel
+
+
+def pretrained_model(model: nn.Module) -> PreTrainedModel | None:
+    """The model inside of an adapter's and a process group's wrappers."""
+    return next((module for module in model.modules() if isinstance(module, PreTrainedModel)), None)
 
 
 def windows_of(model: nn.Module) -> Iterator[Any]:
