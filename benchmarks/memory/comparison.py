@@ -77,7 +77,7 @@ class Settings(RunSettings):
 def load(model: str, arm: str, adapter: str | None, window: int, dtype: str) -> Arm:
     """The arm of the cell before, or another one."""
     if adapter is not None:
-        return load_trained(adapter, window, dtype)
+        return load_trained(model, adapter, window, dtype)
     return load_untrained(model, arm, window, dtype)
 
 
@@ -123,7 +123,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=None, help="a folder or a hub id; default: SmolLM2-135M-Instruct")
     parser.add_argument("--arms", nargs="+", choices=UNTRAINED, default=list(UNTRAINED))
-    parser.add_argument("--adapter", default=None, help="a folder; it is scored in place of the arms")
+    parser.add_argument("--adapter", default=None, help="a folder; it is scored in place of the arms, on --model")
     parser.add_argument("--trained-on", nargs="+", choices=list(LENGTHS), default=[], help="the adapter's tasks")
     parser.add_argument("--training", default="", help="how the adapter was trained, in words")
     parser.add_argument("--seed", type=int, default=0, help="of the adapter's training")

@@ -3,7 +3,8 @@
     python -m benchmarks.memory.comparison_report                          # prints the tables
     python -m benchmarks.memory.comparison_report --page docs/evidence.md  # into the page, and the picture beside it
 
-What was not measured is left empty. Adapters that were trained alike are seeds of one arm.
+What was not measured is left empty. Adapters that were trained alike are seeds of one arm. A report is about one model in
+one precision, with one window, and as many rows in every cell; all other cells are left out.
 """
 
 from __future__ import annotations
@@ -19,12 +20,13 @@ from peft_talan.sft.display import make_figure
 from peft_talan.sft.intervals import Interval
 
 from ..pages import markdown, show
-from ..runs import Row, finished
+from ..runs import Row, by_seed, finished, matching
 from .comparison import PLAIN_TEXT, RESULTS, TEXT_WINDOWS
 from .recall_tasks import BABI, FACTS, ORDINARY, RULER
 from .report import share_of
 
-DRAWN_TOKENS, DRAWN = 128, ("1 fact", "4 facts", "8 facts")
+DRAWN_TOKENS, DRAWN = 128, (ORDINARY, "1 fact", "4 facts", "8 facts")
+MODEL, WINDOW, ROWS, DTYPE = "SmolLM2-135M-Instruct", 32, 32, "bfloat16"
 MEGABYTE = 2**20
 TRAINED = "*"
 """Marks the cells of the tasks that an adapter was trained on."""
@@ -42,8 +44,19 @@ def by_arm(rows: Iterable[Row]) -> Arms:
     return found
 
 
+def comparable(
+    rows: Iterable[Row], model: str = MODEL, window: int = WINDOW, rows_a_cell: int = ROWS, dtype: str = DTYPE
+) -> list[Row]:
+    """The cells that a report is about; plain text is read with several windows, and has no rows."""
+    def belongs(settings: dict[str, Any]) -> bool:
+        return settings["task"] == PLAIN_TEXT or (settings["window"], settings["rows"]) == (window, rows_a_cell)
+
+    return [row for row in matching(rows, model=model, dtype=dtype) if belongs(row["settings"])]
+
+
 def cells_of(rows: Iterable[Row], task: str, tokens: int) -> list[Row]:
-    return [row for row in rows if (row["settings"]["task"], row["settings"]["tokens"]) == (task, tokens)]
+    """The cells of an arm's seeds."""
+    return list(by_seed(matching(rows, task=task, tokens=tokens)).values())
 
 
 def right(cells: Sequence[Row]) -> Interval:
@@ -85,7 +98,7 @@ def text_table(rows: Sequence[Row]) -> str:
         line: list[Any] = [name]
         for window in TEXT_WINDOWS:
             # Full attention has no window: what was measured once holds for all.
-            cells = [row for row in of_arm if row["keys_seen"] in (None, window)]
+            cells = list(by_seed(row for row in of_arm if row["keys_seen"] in (None, window)).values())
             if cells:
                 loss = sum(cell["text_loss"] for cell in cells) / len(cells)
                 size = sum(cells[0]["bytes_a_row"].values()) / MEGABYTE
@@ -113,16 +126,18 @@ def draw_facts(rows: Sequence[Row], file: Path) -> None:
         row for row in rows if row["settings"]["task"] in DRAWN and row["settings"]["tokens"] == DRAWN_TOKENS
     )
     for panel, task in zip(panels, DRAWN, strict=True):
+        trained = False
         for number, (name, of_arm) in enumerate(arms.items()):
             cells = cells_of(of_arm, task, DRAWN_TOKENS)
             if not cells:
                 continue
+            trained = trained or task in cells[0]["settings"]["trained_on"]
             share, size = right(cells), sum(cells[0]["bytes_a_row"].values()) / MEGABYTE
             reach = [[100 * (share.mean - share.low)], [100 * (share.high - share.mean)]]
             marker, seen = MARKERS[number % len(MARKERS)], cells[0]["keys_seen"]
             label = f"{name}: {size:.2f} MiB" + (f", {seen} keys" if seen else "")
             panel.errorbar([size], [100 * share.mean], reach, fmt=marker, capsize=3, color=f"C{number}", label=label)
-        panel.set_title(task)
+        panel.set_title(f"{task} (trained on)" if trained else task)
         panel.set_xscale("log", base=2)
         panel.set_xlabel("state of a text, MiB")
         panel.set_ylim(-4, 104)
@@ -140,8 +155,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--page", type=Path, default=None, help="a page with marks like <!-- table NAME -->")
+    parser.add_argument("--model", default=MODEL, help="the model's name in the results")
+    parser.add_argument("--window", type=int, default=WINDOW)
+    parser.add_argument("--rows", type=int, default=ROWS, help="held-out rows of each cell")
+    parser.add_argument("--dtype", default=DTYPE)
     options = parser.parse_args(arguments)
-    rows = list(finished(options.results).values())
+    stored = finished(options.results).values()
+    rows = comparable(stored, options.model, options.window, options.rows, options.dtype)
     show(tables_of(rows), options.page)
     if options.page is not None:
         draw_facts(rows, options.page.parent / "images" / "memory_comparison.png")

@@ -17,13 +17,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, StaticCache
 from transformers.masking_utils import create_causal_mask, or_masks, sliding_window_overlay
 
 from peft_talan import TalanConfig
+from peft_talan.axes import RECALL_AXES
 from peft_talan.sft.models import base_model_of, load_model, load_tokenizer
 from peft_talan.sft.window import with_sliding_window
 
 from ..training import adapted
 from .generation import cache_bytes
 
-FULL, WINDOW, SINKS, EQUAL = "full attention", "window", "window and sinks", "wider window, as many bytes"
+FULL, WINDOW, SINKS, EQUAL = "full attention", "window", "window and sinks", "wider window, TALAN's bytes"
 LORA, TALAN = "LoRA", "TALAN"
 WIDER = {f"window, {times} times as wide": times for times in (2, 4, 8)}
 UNTRAINED = (FULL, WINDOW, SINKS, EQUAL, *WIDER)
@@ -80,8 +81,8 @@ def add_sinks(model: PreTrainedModel, window: int, sinks: int) -> PreTrainedMode
 
 
 def memory_tokens(base: Any) -> int:
-    """How many tokens' keys and values have as many bytes as the memories in all blocks; rounded up."""
-    config = TalanConfig(task_type="CAUSAL_LM", r=0, talan_layers="all", talan_writeback="relative")
+    """How many tokens' keys and values have as many bytes as the memories of recall's side paths; rounded up."""
+    config = TalanConfig(task_type="CAUSAL_LM", r=0, **RECALL_AXES)
     with adapted(base, config) as model:
         memories = static_cache_bytes(model, 2)["memories"]
     one_token = static_cache_bytes(base, 3)["keys_and_values"] - static_cache_bytes(base, 2)["keys_and_values"]
@@ -99,11 +100,16 @@ def load_untrained(name: str, arm: str, window: int, dtype: str) -> Arm:
     return Arm(with_sliding_window(base, keys), load_tokenizer(name), keys)
 
 
-def load_trained(folder: str, window: int, dtype: str) -> Arm:
-    """An adapter on its base model, which has a window already, or is given another one."""
-    base = with_sliding_window(load_model(base_model_of(folder), dtype=dtype, device="cpu"), window)
+def load_trained(name: str, folder: str, window: int, dtype: str) -> Arm:
+    """An adapter on the model that the other arms have, with a window; refused if it was trained on other weights."""
+    base = with_sliding_window(load_model(name, dtype=dtype, device="cpu"), window)
+    own = base_model_of(folder)
+    if Path(own).is_dir():
+        theirs, ours = (part.get_input_embeddings().weight for part in (load_model(own, dtype, "cpu"), base))
+        if not torch.equal(theirs, ours):
+            raise ValueError(f"--model {name}: {folder} was trained on other weights, of {own}; give that model")
     model: Any = PeftModel.from_pretrained(base, folder).eval()
-    return Arm(model, load_tokenizer(base_model_of(folder)), window)
+    return Arm(model, load_tokenizer(name), window)
 
 
 def arm_of(folder: str) -> str:
