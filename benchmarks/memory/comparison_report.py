@@ -3,8 +3,8 @@
     python -m benchmarks.memory.comparison_report                          # prints the tables
     python -m benchmarks.memory.comparison_report --page docs/evidence.md  # into the page, and the picture beside it
 
-What was not measured is left empty. Adapters that were trained alike are seeds of one arm. A report is about one model in
-one precision, with one window, and as many rows in every cell; all other cells are left out.
+What was not measured is left empty. Adapters that were trained alike are seeds of one arm. A report is about one
+model in one precision, with one window, and as many rows in every cell; all other cells are left out.
 """
 
 from __future__ import annotations

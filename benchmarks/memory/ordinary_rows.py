@@ -46,6 +46,8 @@ from .row_maker import RowMaker
 
 RESULTS = Path(__file__).parents[1] / "results" / "memory_ordinary_rows.jsonl"
 ARMS = ("TALAN", "LoRA")
+FORMER_LAYERS = (0.55, 0.65, 0.75, 0.85, 0.95)
+"""Those of the stored runs that have a `start` and no `axes` of their own."""
 
 Trained = tuple[Any, list[dict[str, Any]]]
 """The model in evaluation mode, and the log of its training."""
@@ -205,6 +207,7 @@ def run(settings: Settings, folder: str) -> Row:
         "losses": [round(loss, 3) for loss in losses],
         "windows": [entry.get("window", settings.window) for entry in history],
         # An adapter that was loaded is frozen: counted by name.
+        "axes": axes_of(model),
         "trainable": sum(p.numel() for name, p in model.named_parameters() if "lora_" in name),
         "seconds": round(seconds, 1),
         "code": code_version(),
@@ -226,12 +229,20 @@ def start_of(settings: dict[str, Any]) -> str:
     return {"memory": "a memory", "data": "the data", "random": "random"}[settings.get("start", older)]
 
 
-def layers_of(settings: dict[str, Any]) -> str:
+def axes_of(model: Any) -> dict[str, Any]:
+    """The axes of an adapter's side paths that a window has defaults for; none of LoRA."""
+    config = model.peft_config["default"]
+    return {name: getattr(config, name) for name in RECALL_AXES} if isinstance(config, TalanConfig) else {}
+
+
+def layers_of(row: Row) -> str:
     """The blocks with side paths."""
+    settings = row["settings"]
     if settings["arm"] != "TALAN":
         return "none"
-    own = RECALL_AXES["talan_layers"] if "start" in settings else "all"
-    layers = (settings["axes"] or {}).get("talan_layers", own)
+    former = FORMER_LAYERS if "start" in settings else "all"
+    axes = row.get("axes") or {"talan_layers": former, **(settings["axes"] or {})}
+    layers = axes["talan_layers"]
     return layers if isinstance(layers, str) else f"{len(layers)} blocks"
 
 
@@ -242,14 +253,17 @@ def table(rows: Sequence[Row]) -> str:
         return lambda row: row["settings"][name]
 
     def right_at(windows: int) -> Callable[[Row], str]:
-        return lambda row: f"{row['right'].get(str(windows), '?')} of {row['settings']['rows']}"
+        """Empty where no rows of that length were scored, as conversations don't fit into a window of 32 tokens."""
+        return lambda row: (
+            f"{row['right'][str(windows)]} of {row['settings']['rows']}" if str(windows) in row["right"] else ""
+        )
 
     return columns_table(
         {
             "facts": of_settings("facts"),
             "rows": of_settings("form"),
             "arm": of_settings("arm"),
-            "side paths in": lambda row: layers_of(row["settings"]),
+            "side paths in": layers_of,
             "start": lambda row: start_of(row["settings"]),
             "trained by": lambda row: "the command" if row["settings"]["by_command"] else "its parts",
             "steps": of_settings("steps"),

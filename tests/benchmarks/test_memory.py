@@ -20,6 +20,7 @@ from benchmarks.memory import binding, generation, one_run, ordinary_rows, real_
 from benchmarks.memory.row_maker import KINDS, RowMaker
 from benchmarks.quality.tasks import plain_text
 from benchmarks.runs import read_lines
+from peft_talan.axes import RECALL_AXES
 from peft_talan.demo import recall
 from peft_talan.sft.prompts import encode
 
@@ -306,6 +307,8 @@ def test_ordinary_rows_are_trained_on_and_scored(asked_llama: str, tmp_path: Pat
     lora, here, command = study.finished(tmp_path / "rows.jsonl").values()
     assert all(set(row["right"]) == {"2", "3"} for row in (lora, here, command))
     assert lora["trainable"] < here["trainable"] == command["trainable"]
+    # What was trained is stored, whatever the defaults become.
+    assert (lora["axes"], here["axes"], command["axes"]) == ({}, RECALL_AXES, RECALL_AXES)
     # The command does what the parts do, and what is saved says the same when it is loaded.
     assert command["windows"] == here["windows"]
     assert command["windows"][0] > 70
