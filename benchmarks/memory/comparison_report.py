@@ -48,6 +48,7 @@ def comparable(
     rows: Iterable[Row], model: str = MODEL, window: int = WINDOW, rows_a_cell: int = ROWS, dtype: str = DTYPE
 ) -> list[Row]:
     """The cells that a report is about; plain text is read with several windows, and has no rows."""
+
     def belongs(settings: dict[str, Any]) -> bool:
         return settings["task"] == PLAIN_TEXT or (settings["window"], settings["rows"]) == (window, rows_a_cell)
 

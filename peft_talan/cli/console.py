@@ -31,6 +31,12 @@ class Misuse(typer.TyperException):
     exit_code = MISUSED
 
 
+def is_given(context: typer.Context, name: str) -> bool:
+    """Whether an option was given, whatever its value."""
+    source = context.get_parameter_source(name)
+    return source is not None and source.name != "DEFAULT"
+
+
 def need(extra: str, *packages: str) -> None:
     """Refuse to go on without packages of one of this package's extras; none is imported."""
     for package in packages:

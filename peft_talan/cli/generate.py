@@ -7,15 +7,24 @@ import math
 import sys
 from typing import Annotated
 
+import typer
 from typer import Argument, Option
 
 from . import models
-from .console import Misuse, note, stdout_kept_clean
+from .console import Misuse, is_given, note, print_json, stdout_kept_clean
+from .sources import check_source
+
+OF_PROMPTS = {"system": "--system", "chat": "--chat/--plain", "temperature": "--temperature", "seed": "--seed"}
+"""Options that have nothing to say about rows."""
 
 
 def generate(
     adapter: Annotated[str, Argument(help="Folder or hub id of an adapter of any PEFT method")],
     prompts: Annotated[list[str] | None, Argument(help="The prompts", show_default="the lines of stdin")] = None,
+    data: Annotated[
+        str | None,
+        Option("--data", help="Rows as for training, whose right answers are counted, in place of prompts"),
+    ] = None,
     model: models.BaseModel = None,
     system: Annotated[
         str | None, Option(help="System message of the chat template", show_default="as in training")
@@ -34,15 +43,27 @@ def generate(
     seed: Annotated[int, Option(help="Of sampling")] = 0,
     dtype: models.Dtype = "auto",
     device: models.Device = None,
-    as_json: Annotated[bool, Option("--json", help="One JSON object per line: prompt and completion")] = False,
+    as_json: Annotated[
+        bool, Option("--json", help="One JSON object per line: prompt and completion; of --data one list of counts")
+    ] = False,
+    *,
+    context: typer.Context,
 ) -> None:
     """Generate text with an adapter: one answer per prompt, on stdout.
 
     An adapter that `peft-talan train` made gets prompts in the form that it was trained on.
+
+    With --data it counts how many rows of 'prompt' and 'completion', or of 'messages', are answered right, by
+    length: with the adapter, by its base model, and by that without its window, if it has one.
     """
-    if not prompts and not sys.stdin.isatty():
+    if data is not None:
+        wrong = [option for name, option in OF_PROMPTS.items() if is_given(context, name)]
+        if prompts or wrong:
+            raise Misuse(f"--data: {' and '.join(wrong) or 'prompts'} can't be given with it; leave out one of both")
+        check_source("--data", data, "dataset")
+    elif not prompts and not sys.stdin.isatty():
         prompts = [line.rstrip("\r\n") for line in sys.stdin if line.strip()]
-    if not prompts:
+    if not prompts and data is None:
         raise Misuse("no prompt; give one in quotes, or lines on stdin")
     if not math.isfinite(strength):
         raise Misuse(f"--strength {strength}: give a finite number such as 0.5")
@@ -52,6 +73,9 @@ def generate(
     models.check_place(dtype, device)
     if strength != 1.0 and kind not in ("TALAN", models.MERGED):
         raise Misuse(f"--strength {strength}: {adapter} is of type {kind} and has no side path")
+    if data is not None:
+        _count_right(data, adapter, model, strength, dtype, device, as_json)
+        return
     with stdout_kept_clean():
         from dataclasses import replace
 
@@ -77,7 +101,28 @@ def generate(
         if strength != 1.0:
             set_talan_strength(adapted, strength)
         set_seed(seed)
-    for prompt in prompts:
+    for prompt in prompts or ():
         with stdout_kept_clean():
             completion = answer(adapted, tokenizer, prompt, form, max_new_tokens, temperature)
         print(json.dumps({"prompt": prompt, "completion": completion}, ensure_ascii=False) if as_json else completion)
+
+
+def _count_right(
+    data: str, adapter: str, model: str | None, strength: float, dtype: str, device: str | None, as_json: bool
+) -> None:
+    with stdout_kept_clean():
+        from ..sft.data import read_rows
+        from ..sft.display import make_console
+        from ..sft.far_answers import count_right, right_answers_table
+        from ..sft.models import load_adapter
+        from ..tuner.strength import set_talan_strength
+
+        rows = read_rows(data)
+        adapted, tokenizer = load_adapter(adapter, model, dtype, device)
+        if strength != 1.0:
+            set_talan_strength(adapted, strength)
+        found = count_right(adapted, tokenizer, rows)
+    if as_json:
+        print_json([vars(part) for part in found])
+    else:
+        make_console().print(right_answers_table(found))

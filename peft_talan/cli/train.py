@@ -12,7 +12,7 @@ from typer import Option
 
 from ..axes import RECALL_AXES, SidePathAxes
 from ..sft.data import Rows
-from .console import INTERRUPTED, AsJson, Misuse, check_output, need, note, print_json, stdout_kept_clean
+from .console import INTERRUPTED, AsJson, Misuse, check_output, is_given, need, note, print_json, stdout_kept_clean
 from .options import Sources, TrainingOptions, with_groups
 
 TRACKERS = ("none", "tensorboard", "wandb", "trackio")
@@ -97,8 +97,7 @@ class RecallOptions:
             (training, "side_path_lr_scale", 1.0),
             *((axes, name, value) for name, value in RECALL_AXES.items()),
         ):
-            source = context.get_parameter_source(name)
-            if source is None or source.name == "DEFAULT":
+            if not is_given(context, name):
                 setattr(options, name, value)
 
 
@@ -177,9 +176,18 @@ def train(
     else:
         if "eval_loss" in result:
             note(f"loss {result['loss']:.4f}, on held-out rows {result['eval_loss']:.4f}")
+        if "right_answers" in result:
+            _show_right_answers(result["right_answers"])
         print(output)
     if not result["finished"]:
         raise typer.Exit(INTERRUPTED)
+
+
+def _show_right_answers(counts: list[dict[str, Any]]) -> None:
+    from ..sft.display import make_console
+    from ..sft.far_answers import RightAnswers, right_answers_table
+
+    make_console(stderr=True).print(right_answers_table([RightAnswers(**part) for part in counts]))
 
 
 def check_trackers(names: list[str]) -> None:
@@ -218,11 +226,13 @@ def _train(
     from ..config import TalanConfig
     from ..sft import training
     from ..sft.callbacks import StopOnInterrupt, TrainingProgress
+    from ..sft.far_answers import count_right, describe_far_answers, describe_reading
     from ..sft.models import load_tokenizer
     from ..sft.recall import ShrinkingWindow, last_answers
     from ..sft.window import BASE_MODEL, save_with_window
 
-    if window is not None and not arguments["assistant_only_loss"]:
+    asks = window is not None and not arguments["assistant_only_loss"]
+    if asks:
         rows, held_out = last_answers(rows), held_out and last_answers(held_out)
     config = TalanConfig(task_type="CAUSAL_LM", **adapter)
     tokenizer = load_tokenizer(model)
@@ -231,6 +241,8 @@ def _train(
     for line in training.describe_lengths(tokenizer, rows, arguments["max_length"]):
         note(line)
     if checkpoint is None:
+        for line in describe_far_answers(tokenizer, rows, window) if window is not None and asks else ():
+            note(line)
         training.remove_checkpoints(output)
     stop = StopOnInterrupt(note)
     callbacks: list[Any] = [TrainingProgress(), stop]
@@ -241,11 +253,15 @@ def _train(
         model, tokenizer, rows, config, output, eval_rows=held_out, callbacks=callbacks, **arguments
     )
     if window is not None and checkpoint is None:
-        training.start_from_data(trainer)
+        if asks and rows.form != "text":
+            note(describe_reading(trainer.model, tokenizer, rows, arguments["max_length"]))
+        training.start_from_data(trainer, note)
     outcome = trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     result = {"output": str(output), "steps": outcome.global_step, "loss": outcome.training_loss}
     if stop.requested and outcome.global_step < trainer.state.max_steps:
         return {**result, "finished": False, "checkpoint": str(last_checkpoint(output))}
     training.save(trainer, rows, output)
+    if asks and held_out is not None and held_out.form != "text":
+        result["right_answers"] = [vars(part) for part in count_right(trainer.model, tokenizer, held_out)]
     evaluated = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
     return {**result, "finished": True, **({"eval_loss": evaluated[-1]} if evaluated else {})}

@@ -61,10 +61,10 @@ def pad_batch(rows: Sequence[Encoded], tokenizer: PreTrainedTokenizerBase) -> di
     }
 
 
-def _scored_part(encoded: Encoded, end: int | None, max_length: int) -> Encoded:
-    """Cut a row at its largest length, and after the end of its answer, where generation stops, too."""
+def _scored_part(encoded: Encoded, end: int | None, max_length: int, ends: bool) -> Encoded:
+    """Cut a row at its largest length, and after or before the end of its answer, where generation stops, too."""
     prompt, completion = encoded
-    completion = completion[: completion.index(end) + 1] if end in completion else completion
+    completion = completion[: completion.index(end) + ends] if end in completion else completion
     return Encoded(prompt, completion[: max(0, max_length - len(prompt))])
 
 
@@ -76,18 +76,19 @@ def score_rows(
     *,
     batch_size: int = 16,
     max_length: int = 1024,
+    ends: bool = True,
 ) -> Scores:
     """Score a model on held-out rows, in one forward pass each.
 
     Greedy decoding generates exactly the completion if each of its tokens is the most likely one after the right ones
-    before it: no token has to be generated.
+    before it: no token has to be generated. `ends`: the end-of-sequence token after an answer is one of them.
     """
     scores = Scores([], [], [])
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     can_select = "logits_to_keep" in inspect.signature(base.forward).parameters
     for start in range(0, len(rows), batch_size):
         part = [encode(tokenizer, row) for row in rows[start : start + batch_size]]
-        encoded = [_scored_part(row, tokenizer.eos_token_id, max_length) for row in part]
+        encoded = [_scored_part(row, tokenizer.eos_token_id, max_length, ends) for row in part]
         batch = {name: tensor.to(model.device) for name, tensor in pad_batch(encoded, tokenizer).items()}
         labels = batch.pop("labels")[:, 1:]
         selection: dict[str, int] = {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import time
 from collections.abc import Callable, Sequence
 from itertools import islice
 from pathlib import Path
@@ -100,18 +101,27 @@ def set_side_path_rate(trainer: Trainer, scale: float) -> None:
     trainer.optimizer_cls_and_kwargs = (optimizer, {**options, "params": groups})
 
 
-def start_from_data(trainer: Trainer) -> None:
+def start_from_data(trainer: Trainer, report: Callable[[str], None] = lambda line: None) -> None:
     """Start the side paths of a trainer's fresh adapter from the first batches that it would train on.
 
     As a memory of what their answers depend on beyond the window, where that can be; else what they read is whitened.
+    `report` is told before it begins, as it takes minutes, and afterwards what was done.
     """
     model = cast(PeftModel, trainer.model)
     name = model.active_adapter
     batches = list(islice(trainer.get_train_dataloader(), START_BATCHES))
+    rows = sum(len(batch["input_ids"]) for batch in batches)
+    began = time.monotonic()
     if can_start_for_recall(model, batches, name):
+        report(f"side paths start as a memory, from {rows} rows that are read without the window; it can take minutes")
         initialize_talan_recall(model, batches, name)
     else:
+        report(
+            f"side paths start whitened, from {rows} rows; they start as a memory with talan_mixer='linear', from "
+            "rows that aren't packed and have an answer to what stands further back than the window"
+        )
         initialize_talan_weights(model, batches, name)
+    report(f"side paths have started, after {time.monotonic() - began:.0f} s")
 
 
 def make_trainer(
