@@ -87,7 +87,10 @@ def _readers(model: Any) -> dict[str, Callable[[], AbstractContextManager[Any]]]
         with model.disable_adapter(), without_window(model):
             yield
 
-    with_adapter = {ADAPTER: nullcontext, BASE: model.disable_adapter}
+    with_adapter: dict[str, Callable[[], AbstractContextManager[Any]]] = {
+        ADAPTER: nullcontext,
+        BASE: model.disable_adapter,
+    }
     return with_adapter if _window_of(model) is None else {**with_adapter, FULL: full}
 
 
