@@ -22,7 +22,7 @@ from peft_talan.sft.intervals import Interval
 from ..pages import markdown, show
 from ..runs import Row, by_seed, finished, matching
 from .comparison import PLAIN_TEXT, RESULTS, TEXT_WINDOWS
-from .recall_tasks import BABI, FACTS, ORDINARY, RULER
+from .recall_tasks import BABI, FACTS, ORDINARY, ORDINARY_LATER, RULER
 from .report import share_of
 
 DRAWN_TOKENS, DRAWN = 128, (ORDINARY, "1 fact", "4 facts", "8 facts")
@@ -113,7 +113,7 @@ def text_table(rows: Sequence[Row]) -> str:
 def tables_of(rows: Sequence[Row]) -> dict[str, str]:
     """Every table by its name on the page."""
     return {
-        "memory comparison facts": recall_table(rows, [*FACTS, ORDINARY]),
+        "memory comparison facts": recall_table(rows, [*FACTS, ORDINARY, ORDINARY_LATER]),
         "memory comparison tasks": recall_table(rows, [*RULER, *BABI]),
         "memory comparison text": text_table(rows),
     }

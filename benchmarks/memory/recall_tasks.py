@@ -59,11 +59,12 @@ def facts(count: int, draw: random.Random, tokens: int) -> Asked:
     return Asked(sentences, [0.0] * count, f"\nThe home of {people[asked]} is", f" {places[asked]}")
 
 
-def ordinary(draw: random.Random, tokens: int) -> Asked:
-    """A row as `ordinary_rows` trains on: one fact of one of three kinds."""
+def ordinary(latest: float, draw: random.Random, tokens: int) -> Asked:
+    """A row as `ordinary_rows` trains on, one fact of one of three kinds; at the start, or up to a share of the text."""
     fact, question, _, answers = draw.choice(KINDS)
     answer = draw.choice(answers.split())
-    return Asked([fact.format(answer).strip()], [0.0], question, answer if question.endswith("#") else f" {answer}")
+    place = latest * draw.random() if latest else 0.0
+    return Asked([fact.format(answer).strip()], [place], question, answer if question.endswith("#") else f" {answer}")
 
 
 def needles(count: int, draw: random.Random, tokens: int) -> Asked:
@@ -142,11 +143,12 @@ def two_supporting_facts(draw: random.Random, tokens: int) -> Asked:
 
 
 WINDOWS, FROM_128 = (32, 128, 320, 1024), (128, 256, 512, 1024)
-ORDINARY = "ordinary row"
+ORDINARY, ORDINARY_LATER = "ordinary row", "ordinary row, later"
 RULER = ("needle", "4 keys", "variables", "frequent word")
 BABI = ("one supporting fact", "two supporting facts")
 MAKERS: dict[str, Callable[[random.Random, int], Asked]] = {
-    ORDINARY: ordinary,
+    ORDINARY: partial(ordinary, 0.0),
+    ORDINARY_LATER: partial(ordinary, 0.5),
     "1 fact": partial(facts, 1),
     **{f"{count} facts": partial(facts, count) for count in (2, 4, 8, 16)},
     "needle": partial(needles, 1),
@@ -158,6 +160,7 @@ MAKERS: dict[str, Callable[[random.Random, int], Asked]] = {
 }
 LENGTHS: dict[str, tuple[int, ...]] = {
     ORDINARY: WINDOWS,
+    ORDINARY_LATER: WINDOWS[1:],
     "1 fact": WINDOWS,
     "2 facts": WINDOWS,
     # In shorter texts there is no room for so many.
