@@ -70,9 +70,9 @@ def make_hub_cache(home: Path) -> None:
     (repository / "refs" / "main").write_text(COMMIT)
 
 
-def write_far_answers(file: Path, count: int = 16) -> None:
+def write_far_answers(file: Path, count: int = 64) -> None:
     """Write a JSONL file of `prompt` and `completion` whose answers stand far back in the prompts."""
-    text = "All of this was said before. " * 20
+    text = "All of this was said before. " * 8
     rows = [{"prompt": f"It is {n}.\n{text}\nIt is", "completion": f" {n}"} for n in range(count)]
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
 

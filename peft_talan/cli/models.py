@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 from typer import Argument, Option
@@ -11,6 +12,8 @@ from .inspect_adapter import MergedModel, read_config
 from .sources import check_source
 
 MERGED = "merged model"
+BESIDE = "base_model"
+"""Where `train --window` saves the base model, in the adapter's folder; `sft.window` takes seconds to import."""
 DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
 
 Adapter = Annotated[str, Argument(help="The adapter's folder or hub id")]
@@ -35,10 +38,14 @@ def check_adapter(adapter: str, model: str | None, kind: str | None = None, *, m
         raise
     if model is not None:
         check_source("--model", model, "model")
-    elif not config.get("base_model_name_or_path"):
+    elif not (base := str(config.get("base_model_name_or_path") or "")):
         raise Misuse(f"{adapter}: the adapter does not say which base model it was trained on; give --model")
+    elif not Path(base).exists() and (beside := Path(adapter, BESIDE)).is_dir():
+        raise Misuse(
+            f"{adapter}: its base model {base} is there no more; if the folder was moved, give --model {beside}"
+        )
     else:
-        check_source(f"{adapter}: its base model", str(config["base_model_name_or_path"]), "model")
+        check_source(f"{adapter}: its base model", base, "model")
     return str(config["peft_type"])
 
 

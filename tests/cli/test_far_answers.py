@@ -49,7 +49,7 @@ def write(file: Path, rows: list[dict[str, Any]]) -> Path:
 
 @pytest.mark.parametrize("talks", [False, True])
 def test_what_was_learned_is_counted_by_train_and_by_generate(
-    talks: bool, saved: Path, tmp_path: Path, answers: Answers, capsys: pytest.CaptureFixture[str]
+    talks: bool, saved: Path, tmp_path: Path, answers: Answers, fails: Fails, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Two rows, learned by heart."""
     rows = [far_row(3, 20, talks), far_row(7, 90, talks)]
@@ -82,6 +82,11 @@ def test_what_was_learned_is_counted_by_train_and_by_generate(
     other = write(tmp_path / "other.jsonl", [far_row(8, 20, talks)])
     (part,) = json.loads(answers(["generate", output, "--data", other, "--json"]))
     assert part["right"]["adapter"] == 0
+    # A folder that was moved tells where its base model is.
+    moved = output.rename(tmp_path / "moved")
+    told = fails(["generate", moved, "--data", data])
+    assert f"its base model {output / 'base_model'} is there no more; if the folder was moved" in told
+    assert json.loads(answers(["generate", moved, "--data", data, "--model", moved / "base_model", "--json"])) == found
 
 
 def test_the_base_model_is_counted_with_its_window_and_without_as_it_generates(saved: Path) -> None:

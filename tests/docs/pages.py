@@ -47,8 +47,11 @@ def main() -> None:
         working = folder / f"{number}_{page.stem}"
         working.mkdir(parents=True)
         os.chdir(working)
-        write = write_far_answers if page.stem == "recall" else write_conversations
-        write(Path("data.jsonl"))
+        if page.stem == "recall":
+            write_far_answers(Path("data.jsonl"))
+            write_far_answers(Path("held-out.jsonl"), 4)
+        else:
+            write_conversations(Path("data.jsonl"))
         print(f"## {page}", flush=True)
         results[str(page)] = run_page(page)
         # After every page: a run that is cut off still tells.
