@@ -206,6 +206,14 @@ def test_rows_to_train_on_are_of_other_parts_of_the_texts(folder: str, tmp_path:
     assert sorted(row["prompt"].count("The home of ") - 1 for row in rows) == [1] * 4 + [2] * 3
     tokenizer = AutoTokenizer.from_pretrained(folder)
     assert all(180 <= sum(map(len, encode(tokenizer, row))) <= 300 for row in rows)
+    trained, held_out = (
+        [tokenizer.decode(text) for text in TaskRows(tokenizer, held_out=part).texts] for part in (False, True)
+    )
+    for row in rows:
+        *_, piece, _ = row["prompt"].splitlines()
+        assert len(piece) > 80
+        assert any(piece in text for text in trained)
+        assert not any(piece in text for text in held_out)
 
 
 def test_the_page_shows_the_stored_comparison() -> None:

@@ -8,6 +8,8 @@ import pytest
 import torch
 from trl.experimental.async_grpo.packing import TREE_ATTENTION, TreeRow
 
+from peft_talan import talan_token_counts
+
 from ..small_models import make_config, make_model, make_tokens
 from .on_processors import run_on_processors
 from .test_trl import assert_same
@@ -69,6 +71,20 @@ def test_samples_are_as_if_alone(kind: str, checkpointing: bool, monkeypatch: py
     found_gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     # Norms compute in float32, and tokens that samples share get the sum of their gradients.
     assert_same((0.0, found_gradients), (0.0, gradients))
+
+
+def test_counted_tokens_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of tokens that samples share, nothing tells how often each sample counts them."""
+    run_on_processors(monkeypatch)
+    model = make_model("qwen3")
+    model.set_attn_implementation(TREE_ATTENTION)
+    packed, _ = pack(samples())
+    tokens = packed["input_ids"][None]
+    tree = {name: packed[name] for name in ("tree_kv_index", "tree_cu_seqlens_q", "tree_cu_seqlens_k")}
+    longest = dict(zip(("tree_max_seqlen_q", "tree_max_seqlen_k"), packed["tree_max_seqlens"].tolist(), strict=True))
+    refused = pytest.raises(ValueError, match="token_counts: not for .* rows that are packed as a tree")
+    with refused, talan_token_counts(model, torch.ones(tokens.shape)):
+        model(tokens, position_ids=packed["position_ids"][None], use_cache=False, **tree, **longest)
 
 
 def test_a_bidirectional_memory_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

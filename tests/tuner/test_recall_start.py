@@ -106,6 +106,48 @@ def test_the_answers_are_no_less_likely_and_the_model_is_left_as_it_was(architec
     assert answers_loss(model.eval(), batch) <= loss * (1 + 1e-12)
 
 
+@pytest.mark.parametrize("adapter", [torch.bfloat16, torch.float32])
+def test_it_starts_in_half_precision_as_in_single(adapter: torch.dtype) -> None:
+    half, single = windowed().to(torch.bfloat16), windowed()
+    single.load_state_dict(half.state_dict())
+    for name, parameter in half.named_parameters():
+        if "lora_" in name:
+            parameter.data = parameter.data.to(adapter)
+    batch, before = rows(), state(half)
+    loss = answers_loss(half, batch)
+    initialize_talan_recall(half, [batch])
+    initialize_talan_recall(single, [batch])
+    assert answers_loss(half, batch) <= loss
+    started, found = state(single), state(half)
+    changed = [name for name, tensor in found.items() if not torch.equal(tensor, before[name])]
+    assert any("lora_talan_read" in name for name in changed)
+    assert all(found[name].dtype == adapter for name in changed)
+    for name in changed:
+        if "lora_talan_read" in name:
+            error = (found[name] - started[name]).norm() / started[name].norm()
+            assert error < 8 * torch.finfo(torch.bfloat16).eps
+
+
+def test_a_second_adapter_starts_beside_a_trained_one() -> None:
+    model, batch = windowed(), rows()
+    initialize_talan_recall(model, [batch])
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    first, before = logits(model), state(model)
+    model.add_adapter("second", make_config(init_talan_weights=True, init_lora_weights=True, **AXES))
+    model.to(torch.float64).set_adapter("second")
+    loss = answers_loss(model, batch)
+    initialize_talan_recall(model, [batch], "second")
+    assert answers_loss(model, batch) <= loss * (1 + 1e-12)
+    after = state(model)
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+    writes = [tensor for name, tensor in after.items() if "lora_talan_write" in name and "second" in name]
+    assert writes and any(tensor.any() for tensor in writes)
+    model.set_adapter("default")
+    assert torch.equal(logits(model), first)
+
+
 @pytest.mark.parametrize("sides", [(0, 5), (5, 0)])
 def test_padding_batches_and_rows_without_answers_change_nothing(sides: tuple[int, int]) -> None:
     # In float64, transformers' eager attention gives NaN for tokens of left padding.

@@ -91,3 +91,41 @@ def test_counts_of_other_tokens_are_refused_and_forgotten() -> None:
     with pytest.raises(ValueError, match=r"\[2, 20\].*\[2, 21\]"), talan_token_counts(model, torch.ones(2, 20)):
         model(tokens, use_cache=False)
     assert torch.equal(logits(model), before)
+
+
+@torch.no_grad()
+def test_packed_samples_count_as_single_ones() -> None:
+    model, lengths = make_model("qwen3"), (7, 1, 12)
+    rows = [make_tokens(batch=1, tokens=length, seed=length) for length in lengths]
+    drawn = [1.0 + 9 * torch.rand(1, length, generator=torch.Generator().manual_seed(length)) for length in lengths]
+    positions = torch.cat([torch.arange(length) for length in lengths])[None]
+    with talan_token_counts(model, torch.cat(drawn, 1)):
+        found = model(torch.cat(rows, 1), position_ids=positions, use_cache=False).logits.split(lengths, 1)
+    for piece, row, counts in zip(found, rows, drawn, strict=True):
+        with talan_token_counts(model, counts):
+            expected = model(row, use_cache=False).logits
+        torch.testing.assert_close(piece, expected, **rounding())
+        if row.shape[1] > 1:
+            assert not torch.allclose(piece, model(row, use_cache=False).logits, **rounding())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_counts_that_half_precision_cannot_hold_are_not_rounded(dtype: torch.dtype) -> None:
+    tokens = make_tokens()
+    counts = torch.ones(tokens.shape)
+    counts[:, :3] = torch.tensor([70_001.0, 100_003.0, 120_007.0])  # float16 ends at 65,504
+    half = make_model("qwen3", dtype=dtype)
+    exact = make_model("qwen3", dtype=torch.float32)
+    exact.load_state_dict(half.state_dict())
+
+    def both() -> list[torch.Tensor]:
+        return [model(tokens, use_cache=False).logits.float() for model in (half, exact)]
+
+    once, once_exactly = both()
+    with talan_token_counts(half, counts), talan_token_counts(exact, counts):
+        found, expected = both()
+    error = (found - expected).norm()
+    assert error < 2 * (once - once_exactly).norm()
+    # The counts do more than the rounding.
+    assert (expected - once_exactly).norm() > 2 * error
