@@ -25,7 +25,7 @@ from .comparison import PLAIN_TEXT, RESULTS, TEXT_WINDOWS
 from .recall_tasks import BABI, FACTS, ORDINARY, ORDINARY_LATER, RULER
 from .report import share_of
 
-DRAWN_TOKENS, DRAWN = 128, (ORDINARY, "1 fact", "4 facts", "8 facts")
+DRAWN_TOKENS, DRAWN = 320, (ORDINARY, "1 fact", "4 facts", "8 facts")
 MODEL, WINDOW, ROWS, DTYPE = "SmolLM2-135M-Instruct", 32, 32, "bfloat16"
 MEGABYTE = 2**20
 TRAINED = "*"
@@ -138,7 +138,7 @@ def draw_facts(rows: Sequence[Row], file: Path) -> None:
             marker, seen = MARKERS[number % len(MARKERS)], cells[0]["keys_seen"]
             label = f"{name}: {size:.2f} MiB" + (f", {seen} keys" if seen else "")
             panel.errorbar([size], [100 * share.mean], reach, fmt=marker, capsize=3, color=f"C{number}", label=label)
-        panel.set_title(f"{task} (trained on)" if trained else task)
+        panel.set_title(f"{task} (trained)" if trained else task)
         panel.set_xscale("log", base=2)
         panel.set_xlabel("state of a text, MiB")
         panel.set_ylim(-4, 104)

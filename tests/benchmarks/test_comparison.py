@@ -13,10 +13,11 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks.memory import comparison, comparison_report
-from benchmarks.memory.context_arms import UNTRAINED, add_sinks, load_untrained, static_cache_bytes
+from benchmarks.memory.context_arms import EQUAL, UNTRAINED, add_sinks, load_untrained, static_cache_bytes
 from benchmarks.memory.recall_tasks import MAKERS, TaskRows
 from benchmarks.runs import finished
 from peft_talan import TalanConfig
+from peft_talan.axes import RECALL_AXES
 from peft_talan.sft.models import load_model
 from peft_talan.sft.prompts import encode
 from peft_talan.sft.window import with_sliding_window
@@ -136,9 +137,9 @@ def test_a_window_with_sinks(folder: str) -> None:
 
 def test_the_wider_window_has_as_many_bytes_as_the_memory(folder: str) -> None:
     base = load_model(folder, "float32", "cpu")
-    config = TalanConfig(task_type="CAUSAL_LM", r=2, target_modules="all-linear", talan_layers="all")
+    config = TalanConfig(task_type="CAUSAL_LM", r=2, target_modules="all-linear", **RECALL_AXES)
     window = load_untrained(folder, "window", 8, "float32").state_bytes(40)
-    wider = load_untrained(folder, "wider window, as many bytes", 8, "float32").state_bytes(40)
+    wider = load_untrained(folder, EQUAL, 8, "float32").state_bytes(40)
     full = load_untrained(folder, "full attention", 8, "float32").state_bytes(40)
     one_token = full["keys_and_values"] // 40
     assert window == {"keys_and_values": 8 * one_token, "memories": 0}
@@ -187,13 +188,33 @@ def test_all_arms_are_scored_and_shown(folder: str, adapters: list[Path], tmp_pa
     texts = [row for row in rows if row["settings"]["task"] == comparison.PLAIN_TEXT]
     assert len(texts) == 1 + len(comparison.TEXT_WINDOWS) * (1 + len(adapters))
     page.write_text("".join(f"<!-- table {name} -->\n<!-- end -->\n" for name in comparison_report.tables_of(rows)))
-    comparison_report.main(["--results", str(results), "--page", str(page)])
+    # Cells with other windows, of other precision, of other models or of more rows are in no table.
+    others = {"window": 16, "dtype": "bfloat16", "model": "other", "rows": 3}
+    with results.open("a") as file:
+        for number, (name, value) in enumerate(others.items()):
+            cell = cells[0]
+            wrong = {**cell, "key": str(number), "right": 1, "settings": {**cell["settings"], name: value}}
+            file.write(json.dumps(wrong) + "\n")
+    about = ["--model", Path(folder).name, "--rows", "2", "--window", "8", "--dtype", "float32"]
+    comparison_report.main(["--results", str(results), "--page", str(page), *about])
+    assert all(table in page.read_text() for table in comparison_report.tables_of(rows).values())
     shown = page.read_text()
     assert shown.count("%*") == len(adapters)
     assert all(f"| {arm}" in shown for arm in (*UNTRAINED, "LoRA, 1 step", "TALAN, 1 step"))
     for table in comparison_report.tables_of(rows).values():
         assert len({line.count("|") for line in table.splitlines()}) == 1
     assert (tmp_path / "images" / "memory_comparison.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_an_adapter_of_other_weights_is_refused(adapters: list[Path], tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    save_tiny_model(other, depth=2)
+    model = AutoModelForCausalLM.from_pretrained(other)
+    torch.nn.init.normal_(model.get_input_embeddings().weight)
+    model.save_pretrained(other)
+    words = ["--model", str(other), "--adapter", str(adapters[0]), "--results", str(tmp_path / "results.jsonl")]
+    with pytest.raises(ValueError, match=r"LoraConfig was trained on other weights, of .*base_model; give that model"):
+        comparison.main([*words, "--tasks", "1 fact", "--lengths", "128", "--rows", "1"])
 
 
 def test_rows_to_train_on_are_of_other_parts_of_the_texts(folder: str, tmp_path: Path) -> None:
@@ -217,6 +238,6 @@ def test_rows_to_train_on_are_of_other_parts_of_the_texts(folder: str, tmp_path:
 
 
 def test_the_page_shows_the_stored_comparison() -> None:
-    text = PAGE.read_text(encoding="utf-8")
-    for name, table in comparison_report.tables_of(list(finished(comparison.RESULTS).values())).items():
+    text, stored = PAGE.read_text(encoding="utf-8"), list(finished(comparison.RESULTS).values())
+    for name, table in comparison_report.tables_of(comparison_report.comparable(stored)).items():
         assert table in text, f"{name}: run python -m benchmarks.memory.comparison_report --page docs/evidence.md"

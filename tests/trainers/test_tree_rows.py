@@ -82,7 +82,7 @@ def test_counted_tokens_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     tokens = packed["input_ids"][None]
     tree = {name: packed[name] for name in ("tree_kv_index", "tree_cu_seqlens_q", "tree_cu_seqlens_k")}
     longest = dict(zip(("tree_max_seqlen_q", "tree_max_seqlen_k"), packed["tree_max_seqlens"].tolist(), strict=True))
-    refused = pytest.raises(ValueError, match="token_counts: not for .* rows that are packed as a tree")
+    refused = pytest.raises(ValueError, match=r"token_counts: not for .* rows that are packed as a tree")
     with refused, talan_token_counts(model, torch.ones(tokens.shape)):
         model(tokens, position_ids=packed["position_ids"][None], use_cache=False, **tree, **longest)
 
