@@ -119,30 +119,28 @@ def test_after_a_crop_the_tokens_that_went_may_be_masked_otherwise() -> None:
     torch.testing.assert_close(logits[:, 0], model(tokens, use_cache=False).logits[:, -1], **rounding())
 
 
+def operations_of_a_mask(model: PeftModel, tokens: torch.Tensor, mask: torch.Tensor) -> int:
+    """How many more operations a decoded token takes with a mask than without."""
+    operations = []
+    for with_mask in (True, False):
+        cache = make_cache(model, "dynamic")
+        for start, end in ((0, LENGTH), (LENGTH, LENGTH + 1), (LENGTH + 1, LENGTH + 2)):
+            given = {"attention_mask": mask[:, :end]} if with_mask else {}
+            positions = torch.arange(start, end).unsqueeze(0)
+            with OperationCounter() as counter:
+                model(tokens[:, start:end], position_ids=positions, past_key_values=cache, **given)
+        operations.append(counter.operations)
+    return operations[0] - operations[1]
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("batch", [1, 3])
 def test_a_mask_that_grows_by_ones_costs_two_operations_a_token(batch: int) -> None:
     """However many side paths there are: one comparison tells all of them that nothing is masked anew."""
-    model, counts = make_model("qwen3", make_config(talan_layers="all")), []
-    tokens = make_tokens(batch, tokens=LENGTH + 4)
-    for with_mask in (False, True):
-        cache, mask = make_cache(model, "dynamic"), torch.ones(batch, LENGTH + 4, dtype=torch.long)
-        mask[0, :2] = 0
-        for start, end in ((0, LENGTH), *((end - 1, end) for end in range(LENGTH + 1, LENGTH + 5))):
-            # The base model's own operations do not count: it would make a larger mask of this one.
-            given = {"attention_mask": mask[:, :end]} if with_mask else {}
-            with OperationCounter() as counter:
-                model(
-                    tokens[:, start:end], past_key_values=cache, position_ids=torch.arange(start, end)[None], **given
-                )
-        counts.append(counter.operations)
+    model, tokens = make_model("qwen3", make_config(talan_layers="all")), make_tokens(batch, tokens=LENGTH + 2)
+    mask = torch.ones(batch, LENGTH + 2, dtype=torch.long)
+    mask[0, :2] = 0
+    # The base model makes a mask of its own of what it is given.
     with model.disable_adapter():
-        own = []
-        for with_mask in (False, True):
-            cache = make_cache(model, "dynamic")
-            model(tokens[:, :-1], past_key_values=cache)
-            given = {"attention_mask": mask} if with_mask else {}
-            with OperationCounter() as counter:
-                model(tokens[:, -1:], past_key_values=cache, position_ids=torch.tensor([[LENGTH + 3]]), **given)
-            own.append(counter.operations)
-    assert counts[1] - counts[0] == own[1] - own[0] + 2
+        own = operations_of_a_mask(model, tokens, mask)
+    assert operations_of_a_mask(model, tokens, mask) == own + 2
