@@ -119,8 +119,10 @@ def memories_of(cache: Cache) -> CacheMemories:
         windows = [layer.sliding_window for layer in cache.layers if hasattr(layer, "sliding_window")]
         if any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in cache.layers):
             windows.append(0)
+        # Lists: `torch.compile` can't trace `min` and `max` of a generator.
+        lengths = [layer.max_cache_len for layer in cache.layers if isinstance(layer, StaticLayer)]
         carried = CacheMemories(
-            max((layer.max_cache_len for layer in cache.layers if isinstance(layer, StaticLayer)), default=None),
+            max(lengths, default=None),
             window=min(windows, default=None),
             records_all=any(getattr(layer, "record_past", False) for layer in cache.layers),
         )
