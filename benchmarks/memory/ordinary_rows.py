@@ -230,7 +230,7 @@ def layers_of(settings: dict[str, Any]) -> str:
     """The blocks with side paths."""
     if settings["arm"] != "TALAN":
         return "none"
-    own = RECALL_AXES["talan_layers"] if "start" in settings else "all"
+    own = "5 blocks" if "start" in settings else "all"
     layers = (settings["axes"] or {}).get("talan_layers", own)
     return layers if isinstance(layers, str) else f"{len(layers)} blocks"
 
