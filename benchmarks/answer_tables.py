@@ -10,6 +10,8 @@ from pages import markdown
 from runs import Row, read_json, read_lines
 from runs import matching as runs_with
 
+from peft_talan.axes import RECALL_DEPTHS
+
 CALLS = {
     "prefill, 128 tokens": {"measure": "prefill", "tokens": 128},
     "decoded token, context 128": {"measure": "decode", "batch": 1, "context": 128},
@@ -89,7 +91,13 @@ def _recall_row(lines: list[Row], folder: Path) -> list[str]:
         shares[RECALL] / shares["lora"],
     )
     times = [_time(timed.get(call), RECALL) for call in CALLS]
-    return [RECALL_VALUE, "5", *times, *(f"{ratio:.3f}" for ratio in exact), right_at_ten_windows(folder)]
+    return [
+        RECALL_VALUE,
+        str(len(RECALL_DEPTHS)),
+        *times,
+        *(f"{ratio:.3f}" for ratio in exact),
+        right_at_ten_windows(folder),
+    ]
 
 
 HEADS = [
