@@ -7,9 +7,10 @@ from pathlib import Path
 from conditions import SPREAD
 from overhead_lines import NOT_MEASURED, matching, ratio_text, where
 from pages import markdown
-from runs import Row, read_json
+from runs import Row, read_json, read_lines
+from runs import matching as runs_with
 
-from peft_talan.demo.recall import LONG_CONTEXT
+from peft_talan.axes import RECALL_DEPTHS
 
 CALLS = {
     "prefill, 128 tokens": {"measure": "prefill", "tokens": 128},
@@ -19,6 +20,8 @@ CALLS = {
 CONDITIONS = {"None": "talan", **{layers: f"talan, {layers}" for layers in SPREAD}, "all": "talan, all blocks"}
 """Values of `talan_layers`, and the conditions that have them."""
 TRAINING, NOISE = [*CALLS][-1], "lora again"
+RECALL, RECALL_VALUE = "talan, recall", "`'recall'`, with `linear` and `relative`"
+"""The condition of the configuration for recall, and how the tables call it."""
 
 
 def number_of_blocks(layers: str, depth: int) -> int:
@@ -28,9 +31,9 @@ def number_of_blocks(layers: str, depth: int) -> int:
     return depth // int(layers.removeprefix("every_"))
 
 
-def _timed(lines: list[Row]) -> dict[str, Row]:
-    """The last line of each call that was measured with the choices of blocks side by side."""
-    of_model = matching(lines, model="smollm2", dtype="float32", compile=False, group="blocks")
+def _timed(lines: list[Row], group: str = "blocks") -> dict[str, Row]:
+    """The last line of each call that was measured with the conditions of a group side by side."""
+    of_model = matching(lines, model="smollm2", dtype="float32", compile=False, group=group)
     found = {name: [line for line in matching(of_model, **key) if "ratios" in line] for name, key in CALLS.items()}
     return {name: lines_of_call[-1] for name, lines_of_call in found.items() if lines_of_call}
 
@@ -60,8 +63,41 @@ def _rows(lines: list[Row], folder: Path, choices: list[str]) -> list[list[str]]
         peak = f"{memory[name]['peak'] / memory['lora']['peak']:.3f}" if name in memory else "not measured"
         operations = f"{(counts['talan'] + (blocks - 1) * further) / counts['lora']:.3f}"
         rows.append([f"`{layers!r}`".replace("'None'", "None"), str(blocks), *times, peak, operations])
-        rows[-1].append(f"{1 + blocks * share:.3f}")
+        rows[-1] += [f"{1 + blocks * share:.3f}", "-"]
     return rows
+
+
+def right_at_ten_windows(folder: Path) -> str:
+    """The right answers of the runs of `peft-talan train --window` on mixed facts, with the start for recall."""
+    stored = read_lines(folder / "memory_ordinary_rows.jsonl")
+    told = {"facts": "mixed", "form": "prompt-completion", "arm": "TALAN", "start": "memory", "by_command": True}
+    found = runs_with(stored, **told)
+    right = [row["right"]["10"] for row in found]
+    return f"{min(right)} to {max(right)} of {found[0]['settings']['rows']} ({len(found)} seeds)"
+
+
+def _recall_row(lines: list[Row], folder: Path) -> list[str]:
+    """What the configuration for recall costs beside LoRA, in turns of its own."""
+    timed = _timed(lines, "recall")
+    shares = matching(lines, measure="parameters", model="smollm2")[-1]["shares"]
+    memory = timed[TRAINING]["memory"]
+    # At any context; every 64th token makes a record besides, so the fewest are what a token takes.
+    decoded = [
+        line["operations"] for line in matching(lines, group="recall", measure="decode") if "operations" in line
+    ]
+    exact = (
+        memory[RECALL]["peak"] / memory["lora"]["peak"],
+        min(counts[RECALL]["dispatched"] / counts["lora"]["dispatched"] for counts in decoded),
+        shares[RECALL] / shares["lora"],
+    )
+    times = [_time(timed.get(call), RECALL) for call in CALLS]
+    return [
+        RECALL_VALUE,
+        str(len(RECALL_DEPTHS)),
+        *times,
+        *(f"{ratio:.3f}" for ratio in exact),
+        right_at_ten_windows(folder),
+    ]
 
 
 HEADS = [
@@ -71,6 +107,7 @@ HEADS = [
     "training step: peak memory",
     "decoded token: operations",
     "trainable parameters",
+    "right answers at ten windows",
 ]
 
 
@@ -79,8 +116,12 @@ def blocks_table(lines: list[Row], folder: Path) -> str:
     timed = _timed(lines)
     if not timed:
         return NOT_MEASURED
-    noise = ["LoRA again (noise)", "0", *(_time(timed.get(call), NOISE) for call in CALLS), "-", "-", "-"]
-    return markdown(HEADS, [*_rows(lines, folder, list(CONDITIONS)), noise])
+    noise, beside_recall = (
+        [f"LoRA again (noise){of}", "0", *(_time(of_group.get(call), NOISE) for call in CALLS), *"----"]
+        for of, of_group in (("", timed), (", beside `'recall'`", _timed(lines, "recall")))
+    )
+    recall = _recall_row(lines, folder)
+    return markdown(HEADS, [*_rows(lines, folder, list(CONDITIONS)), noise, recall, beside_recall])
 
 
 def answer(lines: list[Row], folder: Path) -> str:
@@ -88,8 +129,6 @@ def answer(lines: list[Row], folder: Path) -> str:
     timed = _timed(lines)
     if not timed:
         return NOT_MEASURED
-    long_context = str(LONG_CONTEXT["talan_layers"])
-    chosen = {"default": "None", "long context": long_context}
     ratios = [line["ratios"][CONDITIONS["None"]] for line in timed.values()]
     noise = [line["ratios"][NOISE] for line in timed.values()]
     names = [call.partition(",")[0] for call in timed]
@@ -99,11 +138,12 @@ def answer(lines: list[Row], folder: Path) -> str:
     ]
     said = " and ".join(filter(None, [", ".join(takes[:-1]), takes[-1]]))
     apart = any(ratio["low"] > other["high"] for ratio, other in zip(ratios, noise, strict=True))
-    columns = [row[2:] for row in _rows(lines, folder, [*chosen.values()])]
+    columns = [row[2:] for row in (*_rows(lines, folder, ["None"]), _recall_row(lines, folder))]
     rows = [list(row) for row in zip(HEADS[2:], *columns, strict=True)]
-    heads = [f"{name}: `talan_layers={layers!r}`".replace("'None'", "None") for name, layers in chosen.items()]
+    heads = ["default: `talan_layers=None`", "long context: `talan_layers='recall'`"]
     line = next(iter(timed.values()))
-    codes = ", ".join(f"`{code}`" for code in sorted({line["code"] for line in timed.values()}))
+    used = (*timed.values(), *_timed(lines, "recall").values())
+    codes = ", ".join(f"`{code}`" for code in sorted({line["code"] for line in used}))
     return (
         f"**With the default side path, {said} times as long as with LoRA alone"
         + f"{'' if apart else ', no more than a second LoRA beside it varies'}.**\n\n"

@@ -193,9 +193,9 @@ def make_conditions(base: nn.Module, names: list[str], adapters: str = "float32"
 
 
 def trainable_shares(base: nn.Module) -> dict[str, float]:
-    """Trainable parameters as shares of the backbone's: of LoRA, of LoRA with TALAN, and of the side path alone."""
+    """Trainable parameters as shares of the backbone's: of LoRA, of LoRA with side paths, of the default alone."""
     backbone = sum(parameter.numel() for parameter in base.parameters())
     shares = {}
-    for name in ("lora", "talan", "talan, 8 blocks"):
+    for name in ("lora", "talan", "talan, 8 blocks", "talan, recall"):
         shares[name] = make_conditions(base, [name])[name].get_nb_trainable_parameters()[0] / backbone
     return {**shares, "side path": shares["talan"] - shares["lora"]}

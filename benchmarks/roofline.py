@@ -107,7 +107,8 @@ def operations_of_shallow(config: PreTrainedConfig, blocks: int) -> dict[str, di
         trains = name.endswith("training")
         for condition, model in models.items():
             model.train(trains and condition in trained)
-        call()
+        for _ in range(2):  # The first call reads the whole mask, the second makes room for what follows.
+            call()
         counts[name] = operations_of(call)
     return counts
 

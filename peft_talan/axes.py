@@ -29,13 +29,14 @@ SMALLEST_SOFT_CAP, LARGEST_SOFT_CAP = 1.0, 10.0
 LARGEST_FACTOR = 1e6
 """Of a perturbation or its gradient: what is far larger ends in infinities."""
 
-RECALL_AXES: Mapping[str, Any] = MappingProxyType(
-    {
-        # Where a pretrained model's attention copies from far back, and few enough to cost little.
-        "talan_layers": [0.55, 0.65, 0.75, 0.85, 0.95],
-        "talan_mixer": "linear",
-        "talan_writeback": "relative",
-    }
+RECALL_DEPTHS: tuple[float, ...] = (0.55, 0.65, 0.75, 0.85, 0.95)
+"""Where `talan_layers="recall"` puts side paths, as fractions of the depth; saved adapters depend on it.
+
+A pretrained model's attention copies from far back there, and they are few enough to cost little.
+"""
+
+RECALL_AXES: Mapping[str, str] = MappingProxyType(
+    {"talan_layers": "recall", "talan_mixer": "linear", "talan_writeback": "relative"}
 )
 """The axes for recall from beyond a window; `tuner.recall_start.initialize_talan_recall` needs such a mixer."""
 
@@ -46,7 +47,9 @@ class SidePathAxes:
 
     talan_layers: Any = field(
         default=None,
-        metadata={"help": "Decoder blocks with a side path: indices, fractions of the depth, 'all', 'every_4', None."},
+        metadata={
+            "help": "Decoder blocks with a side path: indices, fractions of the depth, 'all', 'every_4', 'recall'."
+        },
     )
     talan_position: Position = field(
         default="output", metadata={"help": "At which end of the block: output or input."}
@@ -156,12 +159,24 @@ def spacing_of(layers: object) -> int | None:
     return None if found is None else int(found[1])
 
 
+def is_layers_name(layers: object) -> bool:
+    """Whether a `talan_layers` is one of its names: `"all"`, `"recall"` or `"every_4"`.
+
+    Args:
+        layers: The field's value.
+
+    Returns:
+        Whether it is.
+    """
+    return isinstance(layers, str) and (layers in ("all", "recall") or spacing_of(layers) is not None)
+
+
 def _check_layers(layers: object) -> None:
     remedy = (
         "give block indices like [10, -1], fractions of the depth like [0.33, 0.66], 'all', 'every_4' (the 4th block, "
-        "the 8th ...), or None for the default"
+        "the 8th ...), 'recall' (five blocks in the upper half), or None for the default"
     )
-    if layers is None or layers == "all" or spacing_of(layers) is not None:
+    if layers is None or is_layers_name(layers):
         return
     if not isinstance(layers, list) or not layers:
         raise refusal("talan_layers", layers, remedy)

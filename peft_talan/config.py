@@ -70,9 +70,10 @@ class TalanConfig(SidePathAxes, LoraConfig):
     `r=0`, or `target_modules=[]`, leaves the LoRA weights out: the side path alone.
 
     Args:
-        talan_layers (None | "all" | "every_N" | Sequence[int] | Sequence[float]): The decoder blocks with a side path:
-            indices (negative ones count from the end), fractions of the depth in [0, 1], or the last of each N blocks
-            (`"every_4"`: indices 3, 7, 11 ...). None: the measured default. Default None.
+        talan_layers (None | "all" | "recall" | "every_N" | Sequence[int] | Sequence[float]): The decoder blocks with a
+            side path: indices (negative ones count from the end), fractions of the depth in [0, 1], the last of each
+            N blocks (`"every_4"`: indices 3, 7, 11 ...), or five in the upper half (`"recall"`: 0.55, 0.65, 0.75, 0.85
+            and 0.95 of the depth). None: the measured default. Default None.
         talan_position ("output" | "input"): At which end of the block the side path reads and writes. Default
             `"output"`.
         talan_slots (int): M, the number of memory slots. Default 8.

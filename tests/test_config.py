@@ -151,6 +151,7 @@ def test_layers_that_the_model_does_not_have(layers: object, message: str) -> No
         ("every_2", [1, 3]),
         ("every_3", [2]),
         ("every_4", [3]),
+        ("recall", [2, 3]),
     ],
 )
 def test_layers_in_all_their_forms(layers: object, expected: list[int]) -> None:

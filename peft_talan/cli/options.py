@@ -10,7 +10,7 @@ from typing import Annotated, Any, get_args, get_type_hints
 
 from typer import Option
 
-from ..axes import SidePathAxes, check_axes, spacing_of
+from ..axes import SidePathAxes, check_axes, is_layers_name
 from ..sft.data import Rows, read_rows
 from .console import Misuse, note
 from .sources import check_source
@@ -106,16 +106,16 @@ class TrainingOptions:
 
 
 def parse_layers(text: str) -> str | list[int] | list[float]:
-    """Read `all`, `every_4`, indices such as `10,-1` or fractions of the depth such as `0.33,0.66`."""
-    if text == "all" or spacing_of(text) is not None:
+    """Read a name such as `all`, indices such as `10,-1` or fractions of the depth such as `0.33,0.66`."""
+    if is_layers_name(text):
         return text
     parts = [part.strip() for part in text.split(",")]
     try:
         return [float(part) for part in parts] if any("." in part for part in parts) else [int(part) for part in parts]
     except ValueError:
         raise Misuse(
-            f"--talan-layers {text!r}: give 'all', 'every_4', block indices like 10,-1 or fractions of the depth like "
-            "0.33,0.66"
+            f"--talan-layers {text!r}: give 'all', 'every_4', 'recall', block indices like 10,-1 or fractions of the "
+            "depth like 0.33,0.66"
         ) from None
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
+from types import MappingProxyType
 from typing import Annotated, Any
 
 import typer
@@ -73,6 +75,14 @@ class RunOptions:
             raise Misuse(f"--lr-scheduler-type {self.lr_scheduler_type}: {remedy}")
 
 
+RECALL_TRAINING: Mapping[str, float] = MappingProxyType({"learning_rate": 3e-4, "side_path_lr_scale": 1.0})
+"""Options of the training with `--window`, beside the axes."""
+
+_RECALL_TEXT = ", ".join(
+    f"--{name.replace('_', '-')} is {value}" for name, value in {**RECALL_TRAINING, **RECALL_AXES}.items()
+)
+
+
 @dataclass
 class RecallOptions:
     """Training for recall from beyond a window."""
@@ -82,8 +92,7 @@ class RecallOptions:
         Option(
             min=2,
             help="Keys that a token sees in each block: gives the model a sliding window, and learns to recall what "
-            "lies further back. Unless they are given, --learning-rate is then 0.0003, --side-path-lr-scale 1, "
-            "--talan-layers 0.55,0.65,0.75,0.85,0.95, --talan-mixer linear, and --talan-writeback relative",
+            f"lies further back. Unless they are given, {_RECALL_TEXT}",
             show_default="the model's own",
         ),
     ] = None
@@ -93,8 +102,7 @@ class RecallOptions:
         if self.window is None:
             return
         for options, name, value in (
-            (training, "learning_rate", 3e-4),
-            (training, "side_path_lr_scale", 1.0),
+            *((training, name, value) for name, value in RECALL_TRAINING.items()),
             *((axes, name, value) for name, value in RECALL_AXES.items()),
         ):
             if not is_given(context, name):

@@ -61,7 +61,7 @@ class TokenBuffers:
         self.dtype, self.capacity, self.pending = dtype, capacity, 0
         # Until `in_working_dtype` and `matrices` are first called.
         self._copies: list[torch.Tensor] = []
-        self._read = self._write = self.norm_floor = state.new_empty(0)
+        self._read = self._write = self.slot_readout = self.norm_floor = state.new_empty(0)
         self._places: list[Any] = self._make_places(state)
         self.rebind(state)
 
@@ -108,11 +108,13 @@ class TokenBuffers:
 
     def matrices(self, parameters: SidePathParameters) -> tuple[torch.Tensor, torch.Tensor]:
         """The transposes of `W_read` and `W_write`, in the buffers' dtype: [1, inputs, outputs]."""
-        read, write = parameters.read, parameters.write
+        read, write, mixer = parameters.read, parameters.write, parameters.mixer[0]
         # Views see what an optimizer or a load writes into the tensors, but not that other memory takes their place.
         moved = self._read.data_ptr() != read.data_ptr() or self._write.data_ptr() != write.data_ptr()
-        if moved or read.is_meta:
+        if moved or self.slot_readout.data_ptr() != mixer.data_ptr() or read.is_meta:
             self._read, self._write = (matrix.T.unsqueeze(0) for matrix in (read, write))
+            # B of `linear`, for a product per row; others have a vector here.
+            self.slot_readout = mixer.expand(len(self.readable), *mixer.shape) if mixer.dim() == 2 else mixer
             self.norm_floor = self.readable.new_tensor(math.sqrt(NORM_EPSILON * read.shape[1]))
         return self._read, self._write
 
@@ -135,9 +137,11 @@ class TokenBuffers:
         self.total.addcmul_(place.weights_column, place.values)
         # `mean_of`, without its views; no D is 0, see `rebind`.
         mean = torch.div(self.total, self.denominator.add_(place.weights_column), out=self.readable)
-        if options.mixer != "attention":
+        if options.mixer == "mlp":
             return read_mean(mean, place.queries, options.mixer, parameters)
         # `read_mean`, without its views.
+        if options.mixer == "linear":
+            return torch.bmm(torch.bmm(place.queries, self.slot_readout), mean)
         scale = 1 / math.sqrt(mean.shape[-1])
         scores = torch.baddbmm(parameters[0], place.queries, self.mean_transposed, alpha=scale)
         return torch.bmm(scores.softmax(-1), mean)
@@ -260,7 +264,8 @@ def one_token(
         readout = buffers.remix(place, options, parameters.mixer, valid)
         if options.writeback in ("add", "relative"):
             if options.writeback == "relative":
-                readout = readout * _swap(length / math.sqrt(rows.shape[-1]))
+                # The root mean square of h is its length divided by sqrt(H).
+                readout, alpha = readout * _swap(length), alpha / math.sqrt(rows.shape[-1])
             # As `write_back`, by the transposed matrix that is there already.
             written = _swap(torch.baddbmm(rows, _swap(readout), write, alpha=alpha))
             return written if written.dtype is hidden_states.dtype else written.to(hidden_states.dtype)

@@ -119,8 +119,10 @@ def memories_of(cache: Cache) -> CacheMemories:
         windows = [layer.sliding_window for layer in cache.layers if hasattr(layer, "sliding_window")]
         if any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in cache.layers):
             windows.append(0)
+        # Lists: `torch.compile` can't trace `min` and `max` of a generator.
+        lengths = [layer.max_cache_len for layer in cache.layers if isinstance(layer, StaticLayer)]
         carried = CacheMemories(
-            static=any(isinstance(layer, StaticLayer) for layer in cache.layers),
+            max(lengths, default=None),
             window=min(windows, default=None),
             records_all=any(getattr(layer, "record_past", False) for layer in cache.layers),
         )
@@ -156,7 +158,7 @@ def continue_or_start_memory(cache: Cache, request: MemoryRequest) -> LatentMemo
     if request.scope != "causal" and not (isinstance(past, int) and past == 0):
         check_causal(request.scope, name)
     if request.attended_past is not None:
-        memory.forget_masked(request.attended_past, carried.num_real_before)
+        memory.forget_masked(request.attended_past, carried.entered_before)
     memory.limit_records(max_recorded)
     memory.restrict_to_rows(request.rows)
     return memory

@@ -170,11 +170,11 @@ class LatentMemory:
         if rows is not None:
             self.rows = rows if self.rows is None else self.rows & rows
 
-    def forget_masked(self, attended: torch.Tensor, num_real: torch.Tensor | int | None) -> None:
+    def forget_masked(self, attended: torch.Tensor, entered: torch.Tensor | None) -> None:
         """Remove the tokens that a later mask takes away; see `RecentTokens.mask`."""
         self._record_pending()
         if self.state is not None:
-            self.state = self.recent.mask(attended, num_real, self.state)
+            self.state = self.recent.mask(attended, entered, self.state)
 
     def every_row(self) -> torch.Tensor:
         """The indices of all rows."""
@@ -197,24 +197,12 @@ class LatentMemory:
         if self.state is not None:
             self.recent.check_crop(tokens)
 
-    def crop(self, tokens: int) -> torch.Tensor | None:
-        """Forget the last tokens.
-
-        Args:
-            tokens: The number of tokens to forget.
-
-        Returns:
-            How many of them were no padding, [batch]; None: not known.
-
-        Raises:
-            ValueError: They are not recorded.
-        """
+    def crop(self, tokens: int) -> None:
+        """Forget the last tokens; `ValueError` where they are not recorded."""
         self.check_crop(tokens)
-        if tokens == 0 or self.state is None:
-            return None
-        self.state, num_real = self.recent.crop(tokens, self.state)
-        self.length -= tokens
-        return num_real
+        if tokens and self.state is not None:
+            self.state = self.recent.crop(tokens, self.state)
+            self.length -= tokens
 
     def reset(self) -> None:
         """Empty the memory; a static one keeps its storage."""

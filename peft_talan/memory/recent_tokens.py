@@ -88,7 +88,7 @@ class RecentTokens:
                 f"empty cache; where it is a dynamic one, {ASK_FOR_RECORDS}"
             )
 
-    def crop(self, tokens: int, state: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    def crop(self, tokens: int, state: torch.Tensor) -> torch.Tensor | None:
         """Forget the last tokens, which `check_crop` has found.
 
         Args:
@@ -96,21 +96,18 @@ class RecentTokens:
             state: The memory's state after the last token.
 
         Returns:
-            The state without the tokens, and how many of them were no padding, [batch]; None for the latter where
-            several samples were packed.
+            The state without the tokens.
         """
-        whole = join_records(self.records)
-        num_real = None if whole.segment_ids is not None else whole.valid[:, whole.tokens - tokens :].sum(-1)
         self.records, left = crop_records(self.records, tokens, state, self.state_before)
         # A copy: decoded tokens are added to the memory's state in place.
-        return (left.clone() if left is not None and left is self.state_before else left), num_real
+        return left.clone() if left is not None and left is self.state_before else left
 
-    def mask(self, attended: torch.Tensor, num_real: torch.Tensor | int | None, state: torch.Tensor) -> torch.Tensor:
+    def mask(self, attended: torch.Tensor, entered: torch.Tensor | None, state: torch.Tensor) -> torch.Tensor:
         """Remove the tokens that a later mask takes away, such as the padding after a row that ended early.
 
         Args:
             attended: Which tokens the mask lets through, [batch, tokens so far], bool.
-            num_real: How many tokens of each row are in the memory, without padding, [batch]; None: not known.
+            entered: Which tokens are in the memory, [batch, tokens so far], bool; None: not known.
             state: The memory's state after the last token.
 
         Returns:
@@ -129,9 +126,9 @@ class RecentTokens:
             "attention_mask: it unmasks earlier tokens that were padding when they were read, so the latent memory "
             "has not seen them; start from an empty cache",
         )
-        if older.shape[1] and num_real is not None:
+        if older.shape[1] and entered is not None:
             refuse_unless(
-                older.sum(-1) == num_real - record.valid.sum(-1),
+                older == entered[:, : older.shape[1]],
                 "attention_mask: it masks earlier tokens that are in the latent memory of this cache, or unmasks some "
                 f"that are not, and they are further back than the last {record.tokens} tokens, which are recorded; "
                 f"start from an empty cache, or {ASK_FOR_RECORDS}",

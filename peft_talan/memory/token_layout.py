@@ -23,7 +23,8 @@ class TokenLayout(NamedTuple):
         valid: [batch, tokens], bool; False marks padding. None: every token is real.
         segment_ids: [batch, tokens], int, not falling, where 0 continues what came before the call; None: all 0.
         attended_past: [batch, past], bool: which earlier tokens this call's mask lets through. None: not known.
-        attended: [batch]: the number of real tokens up to the call's last one, by its mask. None: not known.
+        attended: [batch, columns], bool: which tokens up to the call's last one its mask lets through; behind a past
+            that is an int, past + tokens columns. None: not known.
         counts: [batch, tokens]: how many tokens each stands for in a memory. None: for one.
     """
 
@@ -117,17 +118,10 @@ def token_layout(
     if valid.shape != (batch, tokens):
         valid = valid.expand(batch, tokens)
     starts = _either(starts, _starts_by_positions(positions, valid, has_cache, starts_here, batch, tokens))
-    attended_past = attended = None
-    if not isinstance(past, int):
-        seen = torch.arange(flat.shape[1], device=flat.device) < past.to(flat.device) + tokens
-        attended = (flat & seen).sum(-1)
-    elif past and flat.shape[1] == past + tokens:
-        attended = flat.sum(-1)
-        attended_past = flat[:, :past].expand(batch, past) if tokens > 1 else None
-    if starts is not None:
-        attended = None
-    elif attended is not None and attended.shape != (batch,):
-        attended = attended.expand(batch)
+    attended_past = None
+    if isinstance(past, int) and past and flat.shape[1] == past + tokens and tokens > 1:
+        attended_past = flat[:, :past].expand(batch, past)
+    attended = _up_to_call(flat, batch, tokens, past) if starts is None else None
     return TokenLayout(valid, _segments(starts, valid), attended_past, attended)
 
 
@@ -172,6 +166,15 @@ def _columns_of_call(mask: torch.Tensor, tokens: int, past: int | torch.Tensor) 
     if tokens == 1:
         return mask.index_select(-1, past.to(mask.device).clamp(max=most).view(1))
     return mask.index_select(-1, torch.arange(tokens, device=mask.device) + past.to(mask.device).clamp(max=most))
+
+
+def _up_to_call(visible: torch.Tensor, batch: int, tokens: int, past: int | torch.Tensor) -> torch.Tensor | None:
+    """What the last token of a call sees, [batch, columns], none after it; None where some are missing."""
+    if not isinstance(past, int):
+        visible = visible & (torch.arange(visible.shape[1], device=visible.device) < past.to(visible.device) + tokens)
+    elif not past or visible.shape[1] != past + tokens:
+        return None
+    return visible if len(visible) == batch else visible.expand(batch, -1)
 
 
 def _either(first: torch.Tensor | None, second: torch.Tensor | None) -> torch.Tensor | None:
@@ -240,7 +243,7 @@ def _layout_of_square(
     visible = visible[:, 0] if visible.shape[1] == 1 else visible.any(1)
     if tokens == 1:
         valid = _columns_of_call(visible, 1, past).view(-1, 1)
-        return TokenLayout(valid.expand(batch, 1), None, None, visible.sum(-1).view(-1).expand(batch))
+        return TokenLayout(valid.expand(batch, 1), None, None, _up_to_call(visible[:, 0], batch, 1, past))
     keys = visible.shape[-1]
     if keys < tokens:
         raise ValueError(
@@ -284,7 +287,7 @@ def _layout_of_square(
         valid.expand(batch, tokens),
         starts.cumsum(1).expand(batch, tokens),
         None,
-        at_or_before[:, -1].sum(-1).expand(batch) if whole else None,
+        _up_to_call(at_or_before[:, -1], batch, tokens, past) if whole else None,
     )
 
 

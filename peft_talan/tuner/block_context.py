@@ -220,6 +220,11 @@ class BlockContext:
         """Read the decoder's arguments, and count the call's tokens."""
         if given.tree is not None:
             return given.tree.layout_of_paths()
+        memories = None if self.cache is None else memories_of(self.cache)
+        if memories is not None:
+            forward.cache = self.cache
+            if tokens == 1 and memories.goes_on_with(given.attention_mask, forward.past):
+                return TokenLayout()
         hooks, has_cache = self._hooks, find_cache(self._args, self._kwargs) is not None
         layout = token_layout(
             given.attention_mask,
@@ -232,10 +237,8 @@ class BlockContext:
         )
         if hooks.windowed and getattr(given.attention_mask, "ndim", 0) != 2:
             layout = layout._replace(attended=None)
-        if self.cache is not None:
-            forward.cache = self.cache
-            if forward.past is not None:
-                memories_of(self.cache).count(forward.past, batch, tokens, layout)
+        if memories is not None and forward.past is not None:
+            memories.count(forward.past, batch, tokens, layout)
         return layout.copy() if self._training and not torch.compiler.is_compiling() else layout
 
     def _check_order(self, shape: tuple[int, ...], given: tuple[int, int | None] | None) -> None:
@@ -269,7 +272,7 @@ class BlockContext:
         if self.cache is not None:
             # Tokens are counted once per forward pass, which these calls are not known to be part of.
             memories = memories_of(self.cache)
-            memories.num_real_is_exact, memories.num_real_before = False, None
+            memories.entered_is_known, memories.entered_before = False, None
         return token_layout(
             own.attention_mask,
             # transformers has made a mask of positions that separate samples, except for flash attention.

@@ -9,7 +9,7 @@ from peft.utils import PeftType
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from ..axes import spacing_of
+from ..axes import RECALL_DEPTHS, spacing_of
 from ..checkpoint.names import CHILD_NAME
 from ..config import DEFAULT_DEPTHS, TalanConfig
 from ..functional.initialization import parameter_shapes
@@ -168,8 +168,8 @@ def resolve_layers(config: TalanConfig, depth: int) -> list[int]:
             )
         # As the models that have full attention in every n-th block: the last one of each n.
         return list(range(spacing - 1, depth, spacing))
-    if layers is None:
-        layers = list(DEFAULT_DEPTHS)
+    if layers is None or layers == "recall":
+        layers = DEFAULT_DEPTHS if layers is None else RECALL_DEPTHS
     if isinstance(layers[0], float):
         return sorted({min(int(fraction * depth), depth - 1) for fraction in layers})
     indices = []

@@ -414,18 +414,26 @@ def test_the_host_waits_no_more_with_a_bidirectional_memory() -> None:
 
 @torch.no_grad()
 @pytest.mark.parametrize("kind", ["dynamic", "static"])
-@pytest.mark.parametrize("masked", [False, True])
-def test_the_host_waits_no_more_in_prefill_and_decoding(model: PeftModel, kind: str, masked: bool) -> None:
+@pytest.mark.parametrize("masked", ["not", "flat", "square"])
+def test_the_host_waits_no_more_in_prefill_and_decoding(model: PeftModel, kind: str, masked: str) -> None:
     tokens, counts = make_tokens(), []
+    pieces = ((0, 9), (9, 17), (17, 18), (18, 19))
     for one in (model, make_model("qwen3", make_lora_config())):
         cache = make_cache(model, kind)
 
         def calls(one: PeftModel = one, cache: Cache = cache) -> None:
-            for start, end in ((0, 9), (9, 17), (17, 18), (18, 19)):
-                mask = {"attention_mask": MASK[:, :end]} if masked else {}
+            for start, end in pieces:
+                mask = {"attention_mask": MASK[:, :end]} if masked != "not" else {}
+                if masked == "square":
+                    keys = end if kind == "dynamic" else cache.get_mask_sizes(end - start, 0)[0]
+                    causal = torch.arange(keys) <= torch.arange(start, end)[:, None]
+                    padded = torch.nn.functional.pad(MASK[:, :end].bool(), (0, keys - end))
+                    mask = {"attention_mask": (causal & padded[:, None])[:, None]}
                 one(tokens[:, start:end], past_key_values=cache, use_cache=True, **mask)
 
         counts.append(synchronisations(calls))
         cache.reset()
         counts.append(synchronisations(calls))
-    assert counts[:2] == counts[2:]
+    # On a processor, where nobody waits for it, one comparison reads a flat mask; not on other devices.
+    compared = sum(end - start == 1 for start, end in pieces) if (masked, kind) == ("flat", "dynamic") else 0
+    assert counts[:2] == [count + compared for count in counts[2:]]
