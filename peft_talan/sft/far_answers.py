@@ -13,7 +13,7 @@ from rich.table import Table
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from ..tuner.sliding_window import own_window, set_window
+from ..tuner.sliding_window import own_window, without_window
 from .data import DataError, Rows
 from .display import make_table
 from .prompts import Encoded, encode
@@ -26,7 +26,6 @@ LONG_ANSWER = 8
 UNIT = 128
 """Where the first length ends, tokens, for a model without a window."""
 BATCH_TOKENS = 4096
-EVERYTHING = 2**30
 MODEL, ADAPTER, BASE, FULL = "model", "adapter", "base model", "base model without window"
 
 
@@ -48,17 +47,6 @@ class RightAnswers:
     windows: int | None
     rows: int
     right: dict[str, int]
-
-
-@contextmanager
-def without_window(model: nn.Module) -> Iterator[None]:
-    """Let every token see all tokens before it."""
-    window = own_window(model)
-    set_window(model, EVERYTHING)
-    try:
-        yield
-    finally:
-        set_window(model, window)
 
 
 def _window_of(model: nn.Module) -> int | None:

@@ -21,7 +21,7 @@ from .attention_weights import AttentionCopy, attention_behind
 from .blocks import find_blocks
 from .layer import TalanLayer
 from .measured_pass import in_evaluation_mode
-from .sliding_window import own_window, pretrained_model, set_window
+from .sliding_window import own_window, pretrained_model, without_window
 
 WEIGHT_OF_FOUND = 6.0
 """The slot logit of a token that an answer depends on, above the mean of all tokens."""
@@ -129,7 +129,7 @@ def initialize_talan_recall(
     slots = _answered_slots(config)
     batches = [Answers.of(batch, window, slots, base.device) for batch in dataloader]
     with in_evaluation_mode(model):
-        with _without_window(base, window):
+        with without_window(base), _telling_weights(base):
             sums = _collect(base, model, attentions, adapter_name, batches, window)
         started = {
             layer: _start(config, sums[layer], attentions[layer], slots, shrinkage)
@@ -145,15 +145,13 @@ def initialize_talan_recall(
 
 
 @contextmanager
-def _without_window(base: PreTrainedModel, window: int) -> Iterator[None]:
-    """Let every token see all tokens before it, by the attention that tells its weights."""
+def _telling_weights(base: PreTrainedModel) -> Iterator[None]:
+    """Use the attention that returns its weights."""
     implementation = base.config._attn_implementation
     base.set_attn_implementation("eager")
-    set_window(base, 2**30)
     try:
         yield
     finally:
-        set_window(base, window)
         base.set_attn_implementation(implementation)
 
 

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
+
+EVERYTHING = 2**30
+"""A window that no text fills."""
 
 
 def pretrained_model(model: nn.Module) -> PreTrainedModel | None:
@@ -42,3 +46,14 @@ def own_window(model: nn.Module) -> int:
             "peft_talan.sft.window.with_sliding_window(model, window) before the trainer"
         )
     return int(windows.pop())
+
+
+@contextmanager
+def without_window(model: nn.Module) -> Iterator[None]:
+    """Let every token of a model with one window see all tokens before it."""
+    window = own_window(model)
+    set_window(model, EVERYTHING)
+    try:
+        yield
+    finally:
+        set_window(model, window)
