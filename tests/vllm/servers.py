@@ -48,18 +48,22 @@ def serving(model: Path, words: list[Any], printed: Path, python: str = sys.exec
                 os.killpg(process.pid, signal.SIGKILL)
 
 
-def post(port: int, path: str, body: dict[str, Any] | None) -> tuple[int, str]:
+def post(port: int, path: str, body: dict[str, Any] | None, engine: int | None = None) -> tuple[int, str]:
+    """Send a request, be it to one of several engines, and get its status and its answer."""
     connection = HTTPConnection("127.0.0.1", port, timeout=600)
     words = None if body is None else json.dumps(body)
-    connection.request("GET" if body is None else "POST", path, words, {"Content-Type": "application/json"})
+    headers = {"Content-Type": "application/json"}
+    if engine is not None:
+        headers["X-data-parallel-rank"] = str(engine)
+    connection.request("GET" if body is None else "POST", path, words, headers)
     response = connection.getresponse()
     return response.status, response.read().decode()
 
 
-def complete(port: int, adapter: str, prompts: list[list[int]]) -> list[list[int]]:
+def complete(port: int, adapter: str, prompts: list[list[int]], engine: int | None = None) -> list[list[int]]:
     body = {"model": adapter, "prompt": prompts, "temperature": 0, "max_tokens": engines.NEW_TOKENS}
     body |= {"return_token_ids": True, "ignore_eos": True, "stop_token_ids": [2]}
-    status, text = post(port, "/v1/completions", body)
+    status, text = post(port, "/v1/completions", body, engine)
     assert status == 200, text
     choices = sorted(json.loads(text)["choices"], key=lambda choice: choice["index"])
     return [choice["token_ids"] for choice in choices]
