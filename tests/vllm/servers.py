@@ -17,6 +17,8 @@ from typing import Any
 
 from . import engines
 
+WITH_ADAPTERS = ["--enable-lora", "--max-lora-rank", 8]
+
 
 @contextmanager
 def serving(model: Path, words: list[Any], printed: Path, python: str = sys.executable, **more: str) -> Iterator[int]:
@@ -26,7 +28,7 @@ def serving(model: Path, words: list[Any], printed: Path, python: str = sys.exec
         port: int = free.getsockname()[1]
     options = ["--model", model, "--port", port, "--dtype", "float32", "--max-model-len", 256, "--enforce-eager"]
     options += ["--block-size", engines.PAGE, "--num-gpu-blocks-override", 64, "--max-num-seqs", 8]
-    options += ["--gpu-memory-utilization", 0.15, "--enable-lora", "--max-lora-rank", 8, *words]
+    options += ["--gpu-memory-utilization", 0.15, *words]
     command = [python, "-m", "vllm.entrypoints.openai.api_server", *map(str, options)]
     environment = {**os.environ, **engines.ENVIRONMENT, "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1", **more}
     environment["VLLM_ENABLE_V1_MULTIPROCESSING"] = "1"

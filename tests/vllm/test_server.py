@@ -10,7 +10,7 @@ import pytest
 from ..offline_hub import make_tokenizer
 from . import engines
 from .adapters import PLAIN, Family
-from .servers import complete, post, serving
+from .servers import WITH_ADAPTERS, complete, post, serving
 
 pytest.importorskip("vllm", reason="vLLM is installed in an environment of its own: make test-vllm")
 
@@ -22,7 +22,7 @@ def port(family: Family, tmp_path_factory: pytest.TempPathFactory) -> Iterator[i
     make_tokenizer().save_pretrained(family.base)
     modules = [f"{name}={family.folder / name}" for name in ("first", PLAIN)]
     printed = tmp_path_factory.mktemp("server") / "printed"
-    words = ["--data-parallel-size", ENGINES, "--max-loras", 3, "--lora-modules", *modules]
+    words = [*WITH_ADAPTERS, "--data-parallel-size", ENGINES, "--max-loras", 3, "--lora-modules", *modules]
     with serving(family.base, words, printed) as port:
         yield port
 
