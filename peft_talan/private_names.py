@@ -123,6 +123,7 @@ VLLM: dict[str, str] = {
     "vllm.v1.core.sched.async_scheduler.AsyncScheduler": "Extended: the option `scheduler_cls`.",
     "vllm.v1.core.sched.scheduler.Scheduler.add_request": "Overridden: requests' strengths.",
     "vllm.v1.core.sched.scheduler.Scheduler.finish_requests": "Called: ends a refused request.",
+    "vllm.v1.core.sched.scheduler.Scheduler.schedule": "Overridden: workers hear which adapters requests need.",
     "vllm.v1.core.sched.scheduler.Scheduler.update_from_output": "Overridden: the error of a refused request.",
     "vllm.v1.engine.EngineCoreOutput": "Created: that error.",
     "vllm.v1.engine.EngineCoreOutputs": "Created: that error.",
@@ -133,13 +134,13 @@ VLLM: dict[str, str] = {
     "vllm.v1.worker.worker_base.WorkerBase.add_lora": "Overridden: an adapter is loaded by the number of its content.",
     "vllm.v1.worker.worker_base.WorkerBase.execute_model": "Overridden: strengths are known before a step.",
     "vllm.v1.worker.worker_base.WorkerBase.load_model": "Overridden: finds the side paths.",
-    "vllm.v1.worker.worker_base.WorkerBase.remove_lora": "Overridden: an adapter is dropped here, too.",
 }
 """Names of vLLM 0.32.0, which promises none of them to plug-ins. Only the two of PLACES are replaced."""
 
 VLLM_ATTRIBUTES: dict[str, str] = {
     "vllm.lora.model_manager.lora_manager": "Read: a model's manager of slots.",
     "vllm.lora.worker_manager._lora_model_cls": "Set: what reads adapters, see PLACES.",
+    "vllm.v1.core.sched.scheduler.requests": "Read: which adapters requests need.",
 }
 """Attributes that only instances have, with vLLM's module that sets them."""
 

@@ -5,9 +5,9 @@ weights alone. One server runs the first folder and two run the second; they are
 suspended, so the ratio of the last two says how much of a difference is chance. With `--adapters`, one server has four
 TALAN adapters and four LoRA adapters by request, and the two others have eight LoRA adapters. Beside tokens per second
 stands the time that processors spent on each token, which other programs on the machine change less. Then clients are
-killed in the middle of answers, beside clients whose answers must stay; many requests are sent while the server's
-memory is watched, and one more adapter comes and goes; and at last the first two servers get a prompt that is longer
-than all pages.
+killed in the middle of answers, beside clients whose answers must stay; the first two servers get many requests while
+their memory is watched and, where they have adapters, one of these comes and goes under new names; a prompt that is
+longer than all pages; and at last only such an adapter that comes and goes.
 
     python -m benchmarks.serving --server transformers
     .venv-vllm/bin/python -m benchmarks.serving --server vllm
@@ -20,29 +20,52 @@ vLLM lives in an environment of its own (`make test-vllm` makes it); the folders
 from __future__ import annotations
 
 import argparse
-import functools
 import json
 import os
 import platform
 import statistics
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from ..pages import show
 from ..runs import Row, append_line
-from .clients import COUNTED, disturb, measure_load, send_too_long, soak, visit
-from .models import TOPICS, Answers, ask_about, check_apart, expected_answers, write_adapters, write_folders
-from .servers import SERVERS, Served, all_serving, alone
-from .table import PAGE_WITH_TABLE, RESULTS, ratios, tables
+from .clients import COUNTED, MEASURED, come_and_go, disturb, measure_load, send_too_long, soak
+from .models import TOPICS, Answers, Question, ask_about, check_apart, expected_answers, write_adapters, write_folders
+from .servers import SERVERS, Served, Server, all_serving, alone
+from .table import PAGE_WITH_TABLE, RESULTS, tables
 
 
-def measure(
-    options: argparse.Namespace, served: dict[str, Served], visitor: Served | None, about: dict[str, Any]
-) -> None:
+def take_turns(
+    servers: Sequence[Server],
+    questions: dict[str, list[Question]],
+    clients: int,
+    tokens: int,
+    expected: Answers,
+    turns: int,
+) -> Iterator[Row]:
+    """Measure the servers in turns, the others suspended; a row for each, with what was measured by turn."""
+    rows: dict[str, list[Row]] = {server.name: [] for server in servers}
+    for turn in range(turns):
+        for place in range(len(servers)):
+            # No server is always the first of a turn.
+            server = servers[(place + turn) % len(servers)]
+            with alone(server, servers):
+                found = measure_load(server, questions[server.kind], clients, tokens, expected)
+            rows[server.name].append(found)
+    for name, found_by_turn in rows.items():
+        sums = {field: sum(row[field] for row in found_by_turn) for field in COUNTED}
+        by_turn = {field: [round(row[field], 6) for row in found_by_turn] for field in MEASURED}
+        middle = statistics.median(by_turn["tokens_per_second"])
+        row = {"served": name, "clients": clients, "turns": turns, **sums}
+        yield {**row, "tokens_per_second": middle, "by turn": by_turn}
+
+
+def measure(options: argparse.Namespace, served: dict[str, Served], about: dict[str, Any]) -> None:
     """Run the load, print each part of it and store it."""
 
     def report(row: Row) -> None:
-        row = {**about, **row}
+        row = {**about, "machine": machine(), **row}
         print(json.dumps(row), flush=True)
         append_line(options.out, row)
 
@@ -56,40 +79,35 @@ def measure(
     for name, one in served.items():
         expected |= expected_answers(one, set(questions[name]) - set(expected), tokens)
     check_apart(expected)
-    of_visitor = expected_answers(visitor, ask_about(visitor, 2), tokens) if visitor is not None else {}
-    with all_serving(options.server, running, options.threads) as servers:
-        for server in servers:  # The first answer waits for what is made when it is first used.
-            with alone(server, servers):
-                measure_load(server, questions[server.kind], len(TOPICS), 2)
-        for clients in options.clients if options.turns else ():
-            rows: list[Row] = []
-            for turn in range(options.turns):
-                for place in range(len(servers)):
-                    # No server is always the first of a turn.
-                    server = servers[(place + turn) % len(servers)]
-                    with alone(server, servers):
-                        found = measure_load(server, questions[server.kind], clients, tokens, expected)
-                    rows.append({"served": server.name, **found})
-            for name in (server.name for server in servers):
-                sums = {field: sum(row[field] for row in rows if row["served"] == name) for field in COUNTED}
-                of_name = [row["tokens_per_second"] for row in rows if row["served"] == name]
-                row = {"served": name, "clients": clients, **sums, "tokens_per_second": statistics.median(of_name)}
-                if name != "lora":
-                    row |= {"speed": ratios(rows, name, "tokens_per_second")}
-                    row |= {"processor time": ratios(rows, name, "processor_seconds_per_token")}
-                report({"turns": options.turns, **row})
-        first = {"served": "talan", "clients": most}
-        report({**first, **disturb(servers[0], questions["talan"], most, tokens, expected)})
-        if options.soak:
-            meanwhile = None
-            if visitor is not None:
-                (folder,) = visitor.adapters.values()
-                meanwhile = functools.partial(visit, servers[0], folder=folder, tokens=4, expected=of_visitor)
-            many = (questions["talan"] * (options.soak // options.requests + 1))[: options.soak]
-            report({**first, **soak(servers[0], many, most, 4, expected, meanwhile)})
-        for server in servers[:2]:
-            row = send_too_long(server, questions[server.kind], most, tokens, expected)
-            report({"served": server.name, "clients": most, **row})
+    for start in range(options.starts):
+        with all_serving(options.server, running, options.threads) as servers:
+            for server in servers:  # The first answer waits for what is made when it is first used.
+                with alone(server, servers):
+                    measure_load(server, questions[server.kind], len(TOPICS), 2)
+            for clients in options.clients if options.turns else ():
+                for row in take_turns(servers, questions, clients, tokens, expected, options.turns):
+                    report(row)
+            if start < options.starts - 1:
+                continue
+            first = {"served": "talan", "clients": most}
+            report({**first, **disturb(servers[0], questions["talan"], most, tokens, expected)})
+            for server in servers[:2] if options.soak else ():
+                many = questions[server.kind] * (options.soak // options.requests + 1)
+                with alone(server, servers):
+                    row = soak(server, many[: options.soak], most, 4, expected)
+                report({"served": server.name, "clients": most, **row})
+            for server in servers[:2]:
+                row = send_too_long(server, questions[server.kind], most, tokens, expected)
+                report({"served": server.name, "clients": most, **row})
+            for server in servers[:2] if options.adapters and options.visits else ():
+                with alone(server, servers):
+                    row = come_and_go(server, options.visits, 4, expected)
+                report({"served": server.name, "clients": 1, **row})
+
+
+def machine() -> str:
+    """What the measurements depend on, the programs beside them included."""
+    return f"{platform.machine()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.0f}"
 
 
 def main() -> None:
@@ -102,8 +120,10 @@ def main() -> None:
     parser.add_argument("--clients", type=int, nargs="+", default=[1, 4, 16])
     parser.add_argument("--requests", type=int, default=64, help="of each server, in each turn")
     parser.add_argument("--turns", type=int, default=5, help="0: only the first server, and no speed")
+    parser.add_argument("--starts", type=int, default=1, help="of the servers: two that are equal differ, too")
     parser.add_argument("--tokens", type=int, default=48, help="new tokens per request, at most")
     parser.add_argument("--soak", type=int, default=1000, help="requests during which the memory is watched")
+    parser.add_argument("--visits", type=int, default=40, help="of an adapter that is loaded and unloaded, at the end")
     parser.add_argument("--threads", type=int, default=1, help="of each server")
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--table", action="store_true", help="put what is stored into the page, and run nothing")
@@ -115,9 +135,8 @@ def main() -> None:
         parser.error("--adapters: transformers' server has no adapters by request; give --server vllm")
     server = f"{options.server}, adapters" if options.adapters else options.server
     about = {"server": server, "threads": options.threads, "tokens": options.tokens}
-    about["machine"] = f"{platform.machine()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.0f}"
-    served, visitor = write_adapters(options.folder) if options.adapters else (write_folders(options.folder), None)
-    measure(options, served, visitor, about)
+    served = write_adapters(options.folder) if options.adapters else write_folders(options.folder)
+    measure(options, served, about)
 
 
 if __name__ == "__main__":

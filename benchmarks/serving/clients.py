@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from http.client import HTTPConnection
 from typing import Any
 
@@ -14,6 +13,8 @@ from .models import Answers, Question
 from .servers import PAGE, PAGES, Server
 
 COUNTED = ("requests", "lost", "wrong")
+MEASURED = ("tokens_per_second", "processor_seconds_per_token")
+"""The second is of the server's processes, and other programs on the machine change it less."""
 
 
 def post(server: Server, path: str, body: dict[str, Any], kill_after: int | None = None) -> tuple[int, Any]:
@@ -56,7 +57,7 @@ def measure_load(
     new_tokens = sum(answer["usage"]["completion_tokens"] for answer in whole)
     counted = {"requests": len(questions), "lost": len(questions) - len(whole)}
     if new_tokens:
-        counted |= {"tokens_per_second": new_tokens / seconds, "processor_seconds_per_token": spent / new_tokens}
+        counted |= dict(zip(MEASURED, (new_tokens / seconds, spent / new_tokens), strict=True))
     if expected is not None:
         texts = [answer["choices"][0]["message"]["content"] if status == 200 else None for status, answer in answers]
         right = [
@@ -93,37 +94,42 @@ def send_too_long(
     return {**counted, "too_long": facts}
 
 
-def visit(server: Server, name: str, folder: str, tokens: int, expected: Answers) -> int:
-    """Load an adapter, ask it what is expected of it, and unload it; how many of the answers are wrong."""
-    statuses = [post(server, "/v1/load_lora_adapter", {"lora_name": name, "lora_path": folder})[0]]
-    renamed = {Question(name, question.topic): text for question, text in expected.items()}
+def visit(server: Server, guest: str, tokens: int, expected: Answers) -> int:
+    """Load an adapter of the server under a new name, ask it, and unload it; how many of the answers are wrong."""
+    name, folder = next(iter(server.served.adapters.items()))
+    statuses = [post(server, "/v1/load_lora_adapter", {"lora_name": guest, "lora_path": folder})[0]]
+    renamed = {Question(guest, topic): text for (model, topic), text in expected.items() if model == name}
     counted = measure_load(server, [*renamed], 1, tokens, renamed, cut=True)
-    statuses.append(post(server, "/v1/unload_lora_adapter", {"lora_name": name})[0])
+    statuses.append(post(server, "/v1/unload_lora_adapter", {"lora_name": guest})[0])
     if statuses != [200, 200]:
-        raise RuntimeError(f"{server.name}: loading and unloading {name} gave {statuses}")
+        raise RuntimeError(f"{server.name}: loading and unloading {name} as {guest} gave {statuses}")
     wrong: int = counted["wrong"]
     return wrong
 
 
 def soak(
-    server: Server,
-    questions: Sequence[Question],
-    clients: int,
-    tokens: int,
-    expected: Answers,
-    meanwhile: Callable[[str], int] | None = None,
+    server: Server, questions: Sequence[Question], clients: int, tokens: int, expected: Answers
 ) -> dict[str, Any]:
     """The memory of a server in MiB, before and after each tenth of many questions, and how many answers are wrong.
 
-    Beside each tenth one more client does what `meanwhile` says, for which it gets a name of its own.
+    Where it has adapters, one of them visits beside each tenth, under a name of its own.
     """
-    piece, wrong = max(len(questions) // 10, 1), [0, 0]
+    piece, wrong, has_guests = max(len(questions) // 10, 1), [0, 0], bool(server.served.adapters)
     used = [round(server.memory())]
     for done in range(0, len(questions), piece):
         with ThreadPoolExecutor(1) as pool:
-            other = pool.submit(partial(meanwhile, f"visitor-{done}") if meanwhile else int)
+            other = pool.submit(visit, server, f"visitor-{done}", tokens, expected) if has_guests else None
             counted = measure_load(server, questions[done : done + piece], clients, tokens, expected, cut=True)
-            wrong = [wrong[0] + counted["wrong"], wrong[1] + other.result()]
+            wrong = [wrong[0] + counted["wrong"], wrong[1] + (other.result() if other else 0)]
         used.append(round(server.memory()))
     found = {"requests": len(questions), "wrong": wrong[0], "MiB": used}
-    return found | ({"visits": len(used) - 1, "wrong in visits": wrong[1]} if meanwhile else {})
+    return found | ({"visits": len(used) - 1, "wrong in visits": wrong[1]} if has_guests else {})
+
+
+def come_and_go(server: Server, visits: int, tokens: int, expected: Answers) -> dict[str, Any]:
+    """The memory of a server in MiB, before and after each visit of one of its adapters."""
+    used, wrong = [round(server.memory())], 0
+    for number in range(visits):
+        wrong += visit(server, f"guest-{number}", tokens, expected)
+        used.append(round(server.memory()))
+    return {"visits alone": visits, "wrong in visits": wrong, "MiB": used}

@@ -83,8 +83,8 @@ def write_folders(parent: Path) -> dict[str, Served]:
     return served
 
 
-def write_adapters(parent: Path) -> tuple[dict[str, Served], Served]:
-    """Write adapters, done once: half of them with a side path and all without, and one more that comes and goes."""
+def write_adapters(parent: Path) -> dict[str, Served]:
+    """Write adapters, done once: half of them with a side path, and all without."""
     from peft import LoraConfig
 
     from peft_talan import TalanConfig
@@ -93,7 +93,7 @@ def write_adapters(parent: Path) -> tuple[dict[str, Served], Served]:
     half, base = ADAPTERS // 2, default_model_folder()
     # By its number an adapter has the LoRA weights of the same number's without a side path.
     seeds = {f"talan-{number}": number for number in range(half)}
-    seeds |= {f"lora-{number}": number for number in range(ADAPTERS)} | {"visitor": ADAPTERS}
+    seeds |= {f"lora-{number}": number for number in range(ADAPTERS)}
     folders = {name: str(parent / name) for name in seeds}
     for name, folder in folders.items():
         if not Path(folder, "adapter_config.json").exists():
@@ -104,7 +104,7 @@ def write_adapters(parent: Path) -> tuple[dict[str, Served], Served]:
     plain = {name: folder for name, folder in folders.items() if name.startswith("lora")}
     mixed = {name: folder for name, folder in folders.items() if name.startswith("talan")}
     mixed |= dict([*plain.items()][half:])
-    return {"talan": Served(base, mixed), "lora": Served(base, plain)}, Served(base, {"visitor": folders["visitor"]})
+    return {"talan": Served(base, mixed), "lora": Served(base, plain)}
 
 
 def expected_answers(served: Served, questions: Iterable[Question], tokens: int) -> Answers:

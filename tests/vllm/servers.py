@@ -17,6 +17,8 @@ from typing import Any
 
 from . import engines
 
+WITH_ADAPTERS = ["--enable-lora", "--max-lora-rank", 8]
+
 
 @contextmanager
 def serving(model: Path, words: list[Any], printed: Path, python: str = sys.executable, **more: str) -> Iterator[int]:
@@ -26,7 +28,7 @@ def serving(model: Path, words: list[Any], printed: Path, python: str = sys.exec
         port: int = free.getsockname()[1]
     options = ["--model", model, "--port", port, "--dtype", "float32", "--max-model-len", 256, "--enforce-eager"]
     options += ["--block-size", engines.PAGE, "--num-gpu-blocks-override", 64, "--max-num-seqs", 8]
-    options += ["--gpu-memory-utilization", 0.15, "--enable-lora", "--max-lora-rank", 8, *words]
+    options += ["--gpu-memory-utilization", 0.15, *words]
     command = [python, "-m", "vllm.entrypoints.openai.api_server", *map(str, options)]
     environment = {**os.environ, **engines.ENVIRONMENT, "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1", **more}
     environment["VLLM_ENABLE_V1_MULTIPROCESSING"] = "1"
@@ -48,18 +50,22 @@ def serving(model: Path, words: list[Any], printed: Path, python: str = sys.exec
                 os.killpg(process.pid, signal.SIGKILL)
 
 
-def post(port: int, path: str, body: dict[str, Any] | None) -> tuple[int, str]:
+def post(port: int, path: str, body: dict[str, Any] | None, engine: int | None = None) -> tuple[int, str]:
+    """Send a request, be it to one of several engines, and get its status and its answer."""
     connection = HTTPConnection("127.0.0.1", port, timeout=600)
     words = None if body is None else json.dumps(body)
-    connection.request("GET" if body is None else "POST", path, words, {"Content-Type": "application/json"})
+    headers = {"Content-Type": "application/json"}
+    if engine is not None:
+        headers["X-data-parallel-rank"] = str(engine)
+    connection.request("GET" if body is None else "POST", path, words, headers)
     response = connection.getresponse()
     return response.status, response.read().decode()
 
 
-def complete(port: int, adapter: str, prompts: list[list[int]]) -> list[list[int]]:
+def complete(port: int, adapter: str, prompts: list[list[int]], engine: int | None = None) -> list[list[int]]:
     body = {"model": adapter, "prompt": prompts, "temperature": 0, "max_tokens": engines.NEW_TOKENS}
     body |= {"return_token_ids": True, "ignore_eos": True, "stop_token_ids": [2]}
-    status, text = post(port, "/v1/completions", body)
+    status, text = post(port, "/v1/completions", body, engine)
     assert status == 200, text
     choices = sorted(json.loads(text)["choices"], key=lambda choice: choice["index"])
     return [choice["token_ids"] for choice in choices]

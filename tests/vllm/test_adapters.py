@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import shutil
 from pathlib import Path
@@ -106,6 +107,46 @@ def test_new_tensors_in_the_same_folder(family: Family, tmp_path: Path) -> None:
         assert engines.ask(served, prompts, adapters=new)[0] == engines.generate(
             family.base, prompts, adapter=tmp_path
         )
+
+
+def test_a_file_that_is_written_into(family: Family, tmp_path: Path) -> None:
+    """An adapter that is loaded and has no slot stays what it was."""
+    folders = [tmp_path / "old", tmp_path / "new"]
+    for seed, folder in enumerate(folders):
+        # vLLM leaves weights as they are in the file where LoRA's scaling is 1.
+        adapted = engines.adapt(engines.make_base(engines.CONFIGS["qwen3"]), "default", seed + 7, lora_alpha=4)
+        adapted.save_pretrained(folder)
+    changed, other = [("changed", 9, str(folders[0]))], [family.request("second")]
+    prompt = family.prompts[2:3]
+    before, after = (engines.generate(family.base, prompt, adapter=folder) for folder in folders)
+    assert before != after
+    with engines.engine(family.base, enforce_eager=True, **family.options(max_loras=1, max_cpu_loras=2)) as served:
+        assert engines.ask(served, prompt, adapters=changed)[0] == before
+        old, new = (folder / "adapter_model.safetensors" for folder in folders)
+        old.write_bytes(new.read_bytes())
+        assert engines.ask(served, prompt, adapters=other)[0] == family.answers["second"][2:3]
+        assert engines.ask(served, prompt, adapters=changed)[0] == before
+
+
+def test_dropped_adapters_are_gone(family: Family) -> None:
+    """In memory are those that vLLM holds; until the next step also the last step's, and as many dropped ones."""
+    from vllm.lora.lora_model import LoRAModel
+
+    def count() -> int:
+        gc.collect()
+        return sum(isinstance(one, LoRAModel) for one in gc.get_objects())
+
+    folder, prompt, held = str(family.folder / "first"), family.prompts[:1], 2
+    with engines.engine(family.base, enforce_eager=True, **family.options(max_loras=1, max_cpu_loras=held)) as served:
+        for number in range(1, 4 * held):
+            answers, _ = engines.ask(served, prompt, adapters=[(f"visitor-{number}", number, folder)])
+            assert answers == family.answers["first"][:1]
+            assert count() <= held
+        for number in range(4 * held, 8 * held):
+            served.llm_engine.add_lora(request(f"visitor-{number}", number, family.folder / "first"))
+            assert count() <= 2 * held + 1
+        engines.ask(served, prompt, adapters=[(f"visitor-{number}", number, folder)])
+        assert count() == held
 
 
 def request(name: str, number: int, folder: Path, **options: Any) -> Any:

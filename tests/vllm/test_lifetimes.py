@@ -169,3 +169,21 @@ def test_sleep_at_level_2(family: Family) -> None:
         served.wake_up()
         served.collective_rpc("reload_weights")
         family.check(served, family.names)
+
+
+def test_requests_that_start_again(family: Family) -> None:
+    """From their first token, in the middle of their answers: all pages are taken away."""
+    from vllm.lora.request import LoRARequest
+
+    names = [family.names[number % len(family.names)] for number in range(len(family.prompts))]
+    adapters = [LoRARequest(*request) for request in map(family.request, names) if request is not None]
+    prompts: list[Any] = [{"prompt_token_ids": prompt} for prompt in family.prompts]
+    with engines.engine(family.base, enforce_eager=True, **family.options()) as served:
+        served.enqueue(prompts, engines.greedy(), lora_request=adapters, use_tqdm=False)
+        for _ in range(2):
+            assert not any(output.finished for output in served.llm_engine.step())
+        assert served.reset_prefix_cache(reset_running_requests=True)
+        outputs = served.wait_for_completion(use_tqdm=False)
+        assert engines.preemptions(served) == len(prompts)
+    answers = [list(output.outputs[0].token_ids) for output in outputs]
+    assert answers == [family.answers[name][number] for number, name in enumerate(names)]

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 from peft.utils import load_peft_weights
@@ -27,14 +28,15 @@ class AdapterReader:
         layers: The layers that take side paths, by their names in vLLM's model.
         depth: The number of the model's blocks.
         hidden_size: H, the width of the residual stream.
-        slots: vLLM's manager of loaded adapters. Twice as many as it holds are kept after it has dropped them: their
-            folders may have changed while requests need them.
+        slots: vLLM's manager of loaded adapters.
     """
 
     def __init__(self, layers: Mapping[str, AdapterSidePaths], depth: int, hidden_size: int, slots: Any) -> None:
         self.layers = {(layer.kind, layer.block_index): (name, layer) for name, layer in layers.items()}
         self.depth, self.hidden_size, self.slots = depth, hidden_size, slots
         self.contents: dict[int, bytes] = {}
+        self._known: WeakValueDictionary[int, LoRAModel] = WeakValueDictionary()
+        self._needed: dict[int, LoRAModel] = {}
         self._recent: dict[int, LoRAModel] = {}
 
     def from_local_checkpoint(
@@ -49,8 +51,10 @@ class AdapterReader:
     ) -> LoRAModel:
         """Read an adapter; see `LoRAModel.from_local_checkpoint`."""
         content = content_of(lora_dir)
-        if self._is_other(lora_model_id, content) and lora_model_id in self._recent:
-            return self._recent[lora_model_id]
+        known = self._known.get(lora_model_id)
+        self._keep_until_the_next_step()
+        if known is not None and self._is_other(lora_model_id, content):
+            return known
         self.check_content(lora_dir, lora_model_id, content)
         side_path = self._read_side_path(lora_dir)
         if side_path:
@@ -63,13 +67,10 @@ class AdapterReader:
             skip_prefixes=skip_prefixes,
             **options,
         )
+        _leave_the_file(lora)
         lora.loras.update(side_path)
         self.contents[lora_model_id] = content
-        self.forget(lora_model_id)
-        self._recent[lora_model_id] = lora
-        loaded = self.slots.list_adapters()
-        for number in [number for number in self._recent if number not in loaded][: -2 * self.slots.capacity]:
-            self.forget(number)
+        self._known[lora_model_id] = lora
         return lora
 
     def _is_other(self, number: int, content: bytes) -> bool:
@@ -77,9 +78,25 @@ class AdapterReader:
             self.contents.get(number, content) != content
         )
 
-    def forget(self, number: int) -> None:
-        """Keep an adapter no longer: it was removed, or is loaded again."""
-        self._recent.pop(number, None)
+    def keep(self, numbers: Iterable[int]) -> None:
+        """Keep the adapters that unfinished requests name, be it that vLLM drops them, and no others.
+
+        Their folders may have changed since. A step begins with this.
+
+        Args:
+            numbers: The adapters' numbers.
+        """
+        self._needed = {number: self._known[number] for number in numbers if number in self._known}
+        self._recent.clear()
+
+    def _keep_until_the_next_step(self) -> None:
+        """Keep what vLLM may drop for the adapter that is read now: a request may have come since the last step."""
+        loaded = [number for number in self.slots.list_adapters() if number in self._known]
+        self._recent.update({number: self._known[number] for number in loaded if number not in self._recent})
+        dropped = [number for number in self._recent if number not in loaded]
+        # Together with the one that vLLM drops now there are as many as it holds.
+        for number in dropped[: max(len(dropped) + 1 - self.slots.capacity, 0)]:
+            del self._recent[number]
 
     def check_content(self, folder: str, number: int, content: bytes) -> None:
         """Refuse another content under a number: pages of the first one may be in the cache.
@@ -120,3 +137,11 @@ class AdapterReader:
             flat = torch.cat([part.flatten().float() for part in parts])
             found[name] = LoRALayerWeights(name, 1, 1, flat, numbers.clone())
         return found
+
+
+def _leave_the_file(lora: LoRAModel) -> None:
+    """Copy an adapter's tensors: vLLM maps the file, and who writes into it would change an adapter that is loaded."""
+    for weights in (*lora.loras.values(), *lora.modules_to_save.values()):
+        for name, value in vars(weights).items():
+            if isinstance(value, torch.Tensor):
+                setattr(weights, name, value.clone())

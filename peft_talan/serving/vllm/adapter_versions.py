@@ -12,6 +12,9 @@ from vllm.lora.utils import get_adapter_absolute_path
 FIRST_VERSION = 2**30
 """Numbers of adapters from here on stand for contents; vLLM counts its own from 1, and has 31 bits."""
 
+NEEDED_ADAPTERS = "needed_adapters"
+"""What the scheduler adds to a step's `SchedulerOutput`: the numbers of the adapters that unfinished requests name."""
+
 
 def content_of(folder: str) -> bytes:
     """Of all that an adapter's answers depend on."""

@@ -15,7 +15,7 @@ from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs
 from vllm.v1.request import RequestStatus
 
-from .adapter_versions import version_of
+from .adapter_versions import NEEDED_ADAPTERS, version_of
 from .strength import SESSION_REFUSAL, STRENGTH_OPTION, keep_prefixes_apart, request_strength
 
 
@@ -78,6 +78,13 @@ class PageScheduler(Scheduler):
             request.lora_request = version_of(request.lora_request)
         keep_prefixes_apart(request)
         super().add_request(request)
+
+    def schedule(self, *args: Any, **kwargs: Any) -> Any:
+        """Plan a step, as vLLM does; workers hear which adapters requests need, those among them that wait."""
+        scheduled = super().schedule(*args, **kwargs)
+        adapters = [request.lora_request for request in self.requests.values()]
+        setattr(scheduled, NEEDED_ADAPTERS, {adapter.lora_int_id for adapter in adapters if adapter is not None})
+        return scheduled
 
     def update_from_output(self, *args: Any, **kwargs: Any) -> dict[int, EngineCoreOutputs]:
         """End the step, as vLLM does, and refused requests: their output is an error, whose `stop_reason` says why."""

@@ -9,7 +9,7 @@ from vllm.utils.import_utils import resolve_obj_by_qualname
 
 from .adapter_files import AdapterReader
 from .adapter_layer import AdapterSidePaths
-from .adapter_versions import content_of, version_of
+from .adapter_versions import NEEDED_ADAPTERS, content_of, version_of
 from .checks import platform_worker
 from .loader import layers_of
 
@@ -39,8 +39,10 @@ class SidePathWorker(resolve_obj_by_qualname(platform_worker())):  # type: ignor
             layer.set_mapping(beside.punica_wrapper)
 
     def execute_model(self, scheduler_output: Any) -> Any:
-        """Run a step, as vLLM does, once the strengths of its requests are known."""
+        """Run a step, as vLLM does, once the strengths of its requests, and the adapters they need, are known."""
         self.page_strengths.follow(scheduler_output)
+        if self.vllm_config.lora_config is not None:
+            self.reader.keep(getattr(scheduler_output, NEEDED_ADAPTERS))
         return super().execute_model(scheduler_output)
 
     def add_lora(self, lora_request: Any) -> bool:
@@ -51,13 +53,6 @@ class SidePathWorker(resolve_obj_by_qualname(platform_worker())):  # type: ignor
             self.reader.check_content(folder, version.lora_int_id, content_of(folder))
         loaded: bool = super().add_lora(version)
         return loaded
-
-    def remove_lora(self, lora_id: int) -> bool:
-        """Drop an adapter, as vLLM does."""
-        if self.vllm_config.lora_config is not None:
-            self.reader.forget(lora_id)
-        removed: bool = super().remove_lora(lora_id)
-        return removed
 
     def sleep(self, level: int = 1) -> None:
         """Go to sleep, as vLLM does; at level 2 slots lose their LoRA weights, and are filled again when needed."""
