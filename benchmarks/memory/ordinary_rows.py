@@ -70,6 +70,7 @@ class Settings(RunSettings):
         shrinking: The options of `ShrinkingWindow`; None: the window doesn't shrink.
         learning_rate: The highest.
         side_path_lr_scale: The side path's learning rate divided by it.
+        prompt_loss_weight: Of the prompts' tokens in the loss. Runs that were stored before don't have the field, and 0.
         start: Of the side paths: that of the command, a `memory` where it can be; from `data`; or `random`. Runs that
             were stored before there was a memory don't have the field, and had side paths in all blocks.
         scheduler: Of the learning rate.
@@ -94,6 +95,7 @@ class Settings(RunSettings):
     shrinking: dict[str, Any] | None = None
     learning_rate: float = 3e-4
     side_path_lr_scale: float = 1.0
+    prompt_loss_weight: float = 0.2
     start: str = "memory"
     scheduler: str = "linear"
     decay_steps: int | None = None
@@ -124,6 +126,7 @@ def train_by_command(settings: Settings, folder: str, made: list[dict[str, Any]]
     words = ["--model", folder, "--data", str(data), "--output", str(output / "adapter"), "--window", settings.window]
     words += ["--steps", settings.steps, "--batch-size", settings.batch_size, "--seed", settings.seed]
     words += ["--learning-rate", settings.learning_rate, "--rank", settings.rank, "--logging-steps", 1]
+    words += ["--prompt-loss-weight", settings.prompt_loss_weight]
     words += ["--lr-scheduler-type", settings.scheduler, "--save-steps", settings.steps]
     words += ["--bf16" if settings.bf16 else "--no-bf16"]
     for name, value in (settings.axes or {}).items():
@@ -153,6 +156,7 @@ def train_here(settings: Settings, folder: str, made: list[dict[str, Any]], outp
         output,
         callbacks=callbacks,
         side_path_lr_scale=settings.side_path_lr_scale,
+        prompt_loss_weight=settings.prompt_loss_weight,
         max_steps=settings.steps,
         per_device_train_batch_size=settings.batch_size,
         learning_rate=settings.learning_rate,
@@ -265,6 +269,7 @@ def table(rows: Sequence[Row]) -> str:
             "arm": of_settings("arm"),
             "side paths in": layers_of,
             "start": lambda row: start_of(row["settings"]),
+            "weight of prompts": lambda row: f"{row['settings'].get('prompt_loss_weight', 0):g}",
             "trained by": lambda row: "the command" if row["settings"]["by_command"] else "its parts",
             "steps": of_settings("steps"),
             "seed": of_settings("seed"),

@@ -14,7 +14,13 @@ from . import models
 from .console import Misuse, is_given, note, print_json, stdout_kept_clean
 from .sources import check_source
 
-OF_PROMPTS = {"system": "--system", "chat": "--chat/--plain", "temperature": "--temperature", "seed": "--seed"}
+OF_PROMPTS = {
+    "system": "--system",
+    "chat": "--chat/--plain",
+    "max_new_tokens": "--max-new-tokens",
+    "temperature": "--temperature",
+    "seed": "--seed",
+}
 """Options that have nothing to say about rows."""
 
 

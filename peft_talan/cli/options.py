@@ -90,6 +90,10 @@ class TrainingOptions:
     side_path_lr_scale: Annotated[
         float, Option(help="The side path's learning rate divided by that of the LoRA weights")
     ] = 5.0
+    prompt_loss_weight: Annotated[
+        float,
+        Option(help="Of the mean loss of the prompts' tokens, beside the completions'; 0: none"),
+    ] = 0.0
     max_length: Annotated[int, Option(min=1, help="Where longer examples are cut, in tokens")] = 1024
     bf16: Annotated[bool | None, Option(help="Train in bfloat16", show_default="on a GPU that has it")] = None
     gradient_checkpointing: Annotated[
@@ -103,6 +107,8 @@ class TrainingOptions:
                 raise Misuse(f"{option} {value}: give a positive number")
         if not 0 <= self.side_path_lr_scale < float("inf"):
             raise Misuse(f"--side-path-lr-scale {self.side_path_lr_scale}: give a number of at least 0, such as 5")
+        if not 0 <= self.prompt_loss_weight < float("inf"):
+            raise Misuse(f"--prompt-loss-weight {self.prompt_loss_weight}: give a number of at least 0, such as 0.2")
 
 
 def parse_layers(text: str) -> str | list[int] | list[float]:

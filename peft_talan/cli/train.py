@@ -75,7 +75,9 @@ class RunOptions:
             raise Misuse(f"--lr-scheduler-type {self.lr_scheduler_type}: {remedy}")
 
 
-RECALL_TRAINING: Mapping[str, float] = MappingProxyType({"learning_rate": 3e-4, "side_path_lr_scale": 1.0})
+RECALL_TRAINING: Mapping[str, float] = MappingProxyType(
+    {"learning_rate": 3e-4, "side_path_lr_scale": 1.0, "prompt_loss_weight": 0.2}
+)
 """Options of the training with `--window`, beside the axes."""
 
 _RECALL_TEXT = ", ".join(

@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 from peft import PeftModel
@@ -13,6 +14,7 @@ from rich.table import Table
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from ..tuner.measured_pass import in_evaluation_mode
 from ..tuner.sliding_window import own_window, without_window
 from .data import DataError, Rows
 from .display import make_table
@@ -113,16 +115,15 @@ def count_right(model: Any, tokenizer: PreTrainedTokenizerBase, rows: Rows) -> l
         while longest < length:
             longest *= 2
         by_length.setdefault(longest, []).append(row)
-    trained, found = model.training, []
-    model.eval()
-    for longest, part in sorted(by_length.items()):
-        right = {}
-        for reader, reading in _readers(model).items():
-            with reading():
-                right[reader] = _right(model, tokenizer, part, longest, ends=reader in (MODEL, ADAPTER))
-        shortest = 1 if longest == unit else longest // 2 + 1
-        found.append(RightAnswers(shortest, longest, window and longest // window, len(part), right))
-    model.train(trained)
+    found = []
+    with in_evaluation_mode(model):
+        for longest, part in sorted(by_length.items()):
+            right = {}
+            for reader, reading in _readers(model).items():
+                with reading():
+                    right[reader] = _right(model, tokenizer, part, longest, ends=reader in (MODEL, ADAPTER))
+            shortest = 1 if longest == unit else longest // 2 + 1
+            found.append(RightAnswers(shortest, longest, window and longest // window, len(part), right))
     return found
 
 
@@ -142,14 +143,14 @@ def right_answers_table(found: Sequence[RightAnswers]) -> Table:
 
 
 def describe_reading(model: Any, tokenizer: PreTrainedTokenizerBase, rows: Rows, max_length: int) -> str:
-    """Tell how many of the first rows, cut at a length, a model answers right without its window."""
-    answered = _answered(rows).rows[:READ_ROWS]
-    longest = min(max_length, max(sum(map(len, encode(tokenizer, row))) for row in answered))
-    trained = model.training
-    model.eval()
-    with without_window(model):
-        right = _right(model, tokenizer, answered, longest, ends=False)
-    model.train(trained)
+    """Tell how many of the first rows of at most a length a model answers right without its window."""
+    fitting = ((row, sum(map(len, encode(tokenizer, row)))) for row in _answered(rows).rows)
+    read = list(islice((both for both in fitting if both[1] <= max_length), READ_ROWS))
+    if not read:
+        return f"no row has at most {max_length} tokens: whether the model can answer without its window isn't known"
+    answered = [row for row, _ in read]
+    with in_evaluation_mode(model), without_window(model):
+        right = _right(model, tokenizer, answered, max(length for _, length in read), ends=False)
     line = f"without its window the model answers {right} of {len(answered)} rows right"
     if 2 * right >= len(answered):
         return line

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 import time
 from collections.abc import Callable, Sequence
@@ -12,6 +13,7 @@ from typing import Any, cast
 import torch
 from datasets import Dataset
 from peft import PeftConfig, PeftModel
+from torch.nn import functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback
 from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
@@ -124,6 +126,63 @@ def start_from_data(trainer: Trainer, report: Callable[[str], None] = lambda lin
     report(f"side paths have started, after {time.monotonic() - began:.0f} s")
 
 
+class PromptLossTrainer(SFTTrainer):
+    """Trains on the tokens of prompts, too, with a weight.
+
+    `loss = mean over the completions' tokens + prompt_loss_weight * mean over the prompts' tokens`, so that the few
+    tokens of an answer keep their weight and the model stays used to the text. Evaluations have the first part alone.
+
+    Args:
+        *args: As those of `SFTTrainer`.
+        prompt_loss_weight (float): The weight, at least 0. Default 0, which is `SFTTrainer`.
+        **kwargs: As those of `SFTTrainer`.
+
+    Raises:
+        ValueError: The weight can't be used; or, in training, rows are split over several devices by their tokens.
+
+    Examples:
+        >>> trainer = PromptLossTrainer(model, arguments, train_dataset=rows, prompt_loss_weight=0.2)
+    """
+
+    def __init__(self, *args: Any, prompt_loss_weight: float = 0.0, **kwargs: Any) -> None:
+        if not 0 <= prompt_loss_weight < math.inf:
+            raise ValueError(f"prompt_loss_weight={prompt_loss_weight!r}: give a number of at least 0, such as 0.2")
+        super().__init__(*args, **kwargs)
+        self.prompt_loss_weight = prompt_loss_weight
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """The loss of a batch."""
+        if not self.prompt_loss_weight or not model.training:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        if "labels" not in inputs:
+            raise ValueError("prompt_loss_weight: its batches have no 'labels', as with context parallelism; give 0")
+        answers = inputs["labels"] != -100
+        real = inputs.get("attention_mask", torch.ones_like(answers)).bool()
+        # The first token of a sample follows on no other one.
+        follows = real[:, 1:] & real[:, :-1] & (inputs.get("position_ids", torch.ones_like(real)) != 0)[:, 1:]
+        answered, prompted = answers[:, 1:], follows & ~answers[:, 1:]
+        labels = torch.where(answers | F.pad(prompted, (1, 0)), inputs["input_ids"], -100)
+        items = answered.sum() if num_items_in_batch is None else num_items_in_batch
+        weight = self.prompt_loss_weight * items / prompted.sum().clamp(min=1)
+        if num_items_in_batch is not None:
+            # What is divided by the tokens of all batches of a step is a mean over this one.
+            weight = weight / self.current_gradient_accumulation_steps
+            if self.args.average_tokens_across_devices:
+                weight = weight / self.accelerator.num_processes
+
+        def weighted(**arguments: Any) -> Any:
+            outputs = model(**{**arguments, "labels": labels})
+            outputs.log_probs = outputs.log_probs * (answered + weight * prompted)
+            # What is logged of a batch is of the completions, as without a weight.
+            outputs.label_mask, outputs.is_top1 = outputs.label_mask & answered, outputs.is_top1 & answered
+            outputs.entropy = outputs.entropy * answered
+            return outputs
+
+        return super().compute_loss(weighted, inputs, return_outputs, num_items_in_batch)
+
+
 def make_trainer(
     model: Any,
     tokenizer: PreTrainedTokenizerBase,
@@ -134,6 +193,7 @@ def make_trainer(
     eval_rows: Rows | None = None,
     callbacks: Sequence[TrainerCallback] = (),
     side_path_lr_scale: float = 1.0,
+    prompt_loss_weight: float = 0.0,
     **arguments: Any,
 ) -> SFTTrainer:
     """Make a trainer whose adapter can be continued, and prompted later as it was trained."""
@@ -147,8 +207,9 @@ def make_trainer(
         "disable_tqdm": True,
     }
     given = {name: value for name, value in arguments.items() if value is not None}
-    trainer = SFTTrainer(
+    trainer = PromptLossTrainer(
         model=model,
+        prompt_loss_weight=prompt_loss_weight,
         args=SFTConfig(output_dir=str(output), **{**defaults, **given}),
         train_dataset=Dataset.from_list(rows.rows),
         eval_dataset=None if eval_rows is None else Dataset.from_list(eval_rows.rows),

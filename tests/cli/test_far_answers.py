@@ -142,6 +142,7 @@ def test_counting_refuses_what_rows_leave_no_room_for(saved: Path, tmp_path: Pat
     command = ["generate", saved / "adapter", "--data", data]
     assert "--data: prompts can't be given with it" in fails([*command, "a prompt"])
     assert "--data: --temperature and --seed can't" in fails([*command, "--seed", "1", "--temperature", "0.5"])
+    assert "--data: --max-new-tokens can't" in fails([*command, "--max-new-tokens", "5"])
     assert "no such file" in fails(["generate", saved / "adapter", "--data", "/no/where.jsonl"])
     plain = write(tmp_path / "plain.jsonl", [{"text": "a"}])
     with pytest.raises(DataError, match=r"plain\.jsonl: rows of 'text' have no answers; give 'prompt'"):

@@ -166,6 +166,7 @@ def test_resume_needs_a_checkpoint(saved: Path, tmp_path: Path, fails: Fails) ->
         (["--learning-rate", "-1"], "--learning-rate -1.0"),
         (["--side-path-lr-scale", "-1"], "--side-path-lr-scale -1.0"),
         (["--side-path-lr-scale", "nan"], "--side-path-lr-scale nan"),
+        (["--prompt-loss-weight", "-1"], "--prompt-loss-weight -1.0"),
         (["--lr-scheduler-type", "greedy"], "--lr-scheduler-type greedy: give --eval-data or --eval-rows"),
         (
             ["--lr-scheduler-type", "cosine_with_min_lr"],
@@ -340,3 +341,17 @@ def test_a_window_has_defaults_of_its_own(
     assert isinstance(config, TalanConfig)
     assert (config.talan_layers, config.talan_writeback) == (layers, writeback)
     assert config.talan_mixer == RECALL_AXES["talan_mixer"]
+
+
+def test_a_window_trains_on_prompts_with_a_small_weight(saved: Path, tmp_path: Path, answers: Answers) -> None:
+    write_sums(tmp_path / "data.jsonl")
+    words = ["--model", saved / "model", "--data", tmp_path / "data.jsonl", *SMALL, "--steps", "1", "--window", "8"]
+    for name, given in (
+        ("own", []),
+        ("same", ["--prompt-loss-weight", "0.2"]),
+        ("none", ["--prompt-loss-weight", "0"]),
+    ):
+        answers(["train", *words, "--output", tmp_path / name, *given])
+    own, same, none = (adapter_tensors(tmp_path / name) for name in ("own", "same", "none"))
+    assert all(torch.equal(tensor, same[name]) for name, tensor in own.items())
+    assert any(not torch.equal(tensor, none[name]) for name, tensor in own.items())

@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerFast, TrainerCallback
 from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
 
 from peft_talan import talan_param_groups
+from peft_talan.sft.training import PromptLossTrainer
 
 from ..small_models import VOCABULARY, make_base, make_config, make_model
 
@@ -85,15 +86,23 @@ class KeptGradients(TrainerCallback):
 
 
 def sft_step(
-    folder: Path, kind: str, layout: dict[str, Any], architecture: str = "qwen3", **options: Any
+    folder: Path,
+    kind: str,
+    layout: dict[str, Any],
+    architecture: str = "qwen3",
+    prompt_loss_weight: float | None = None,
+    **options: Any,
 ) -> tuple[float, dict[str, torch.Tensor]]:
     """The loss and the gradients of one step of all samples, in float64."""
     rows, of_kind = DATA[kind]
+    weight = {} if prompt_loss_weight is None else {"prompt_loss_weight": prompt_loss_weight}
+    trainer_of: Any = SFTTrainer if prompt_loss_weight is None else PromptLossTrainer
     kept = KeptGradients()
     arguments = SFTConfig(folder, **{**COMMON, "max_steps": 1, "max_grad_norm": 0.0, **of_kind, **layout, **options})
-    trainer = SFTTrainer(
+    trainer = trainer_of(
         make_base(architecture),
         arguments,
+        **weight,
         train_dataset=Dataset.from_list(rows),
         processing_class=make_chat_tokenizer(),
         peft_config=make_config(),
@@ -105,9 +114,11 @@ def sft_step(
     return trainer.state.log_history[0]["loss"], kept.gradients
 
 
-def assert_same(found: tuple[float, dict[str, torch.Tensor]], expected: tuple[float, dict[str, torch.Tensor]]) -> None:
+def assert_same(
+    found: tuple[float, dict[str, torch.Tensor]], expected: tuple[float, dict[str, torch.Tensor]], roundings: int = 8
+) -> None:
     # TRL computes log-probabilities and their gradients in float32, whatever the model's dtype.
-    tolerance = 8 * torch.finfo(torch.float32).eps
+    tolerance = roundings * torch.finfo(torch.float32).eps
     assert found[0] == pytest.approx(expected[0], rel=tolerance)
     assert found[1].keys() == expected[1].keys()
     assert any(".talan." in name for name in found[1])
@@ -157,6 +168,28 @@ def test_loss_is_that_of_the_tokens_it_should_count(kind: str, tmp_path: Path) -
     loss.backward()
     gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     assert_same(sft_step(tmp_path, kind, TOGETHER), (float(loss), gradients))
+
+
+@pytest.mark.parametrize("layout", [*LAYOUTS, "alone"])
+def test_prompts_count_with_their_weight(layout: str, tmp_path: Path) -> None:
+    tokenizer, model = make_chat_tokenizer(), make_model("qwen3")
+    told, asked = [], []
+    for question, answer in PAIRS:
+        prompt, completion = tokenizer(question)["input_ids"], tokenizer(f"{answer} <eos>")["input_ids"]
+        tokens = torch.tensor([*prompt, *completion])
+        losses = F.cross_entropy(model(tokens[None]).logits[0, :-1], tokens[1:], reduction="none")
+        asked.append(losses[: len(prompt) - 1])
+        told.append(losses[len(prompt) - 1 :])
+    # Each batch of a step has a mean of its own.
+    batches = asked if layout == "alone" else [torch.cat(asked)]
+    prompts = sum(batch.mean() for batch in batches if len(batch)) / len(batches)
+    loss = torch.cat(told).mean() + 0.5 * prompts
+    loss.backward()
+    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    options = ALONE if layout == "alone" else LAYOUTS[layout]
+    found = sft_step(tmp_path, "completion", options, prompt_loss_weight=0.5)
+    # A slot's bias gets a small difference of what many more tokens give.
+    assert_same(found, (float(loss), gradients), roundings=16)
 
 
 PREFERENCES = [
