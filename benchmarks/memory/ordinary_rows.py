@@ -70,7 +70,7 @@ class Settings(RunSettings):
         shrinking: The options of `ShrinkingWindow`; None: the window doesn't shrink.
         learning_rate: The highest.
         side_path_lr_scale: The side path's learning rate divided by it.
-        prompt_loss_weight: Of the prompts' tokens in the loss. Runs that were stored before don't have the field, and 0.
+        prompt_loss_weight: Of the prompts' tokens in the loss. Earlier runs don't have the field, and 0.
         start: Of the side paths: that of the command, a `memory` where it can be; from `data`; or `random`. Runs that
             were stored before there was a memory don't have the field, and had side paths in all blocks.
         scheduler: Of the learning rate.

@@ -185,7 +185,7 @@ def train(
         note(f"stopped at step {result['steps']}; the same command with --resume goes on from {result['checkpoint']}")
     else:
         if "eval_loss" in result:
-            note(f"loss {result['loss']:.4f}, on held-out rows {result['eval_loss']:.4f}")
+            note(f"mean loss of all steps {result['loss']:.4f}, on held-out rows {result['eval_loss']:.4f}")
         if "right_answers" in result:
             _show_right_answers(result["right_answers"])
         print(output)

@@ -130,7 +130,8 @@ class PromptLossTrainer(SFTTrainer):
     """Trains on the tokens of prompts, too, with a weight.
 
     `loss = mean over the completions' tokens + prompt_loss_weight * mean over the prompts' tokens`, so that the few
-    tokens of an answer keep their weight and the model stays used to the text. Evaluations have the first part alone.
+    tokens of an answer keep their weight and the model stays used to the text. Evaluations have the first part alone,
+    which is logged as `completion_loss` beside `loss`, of the process that logs.
 
     Args:
         *args: As those of `SFTTrainer`.
@@ -149,6 +150,7 @@ class PromptLossTrainer(SFTTrainer):
             raise ValueError(f"prompt_loss_weight={prompt_loss_weight!r}: give a number of at least 0, such as 0.2")
         super().__init__(*args, **kwargs)
         self.prompt_loss_weight = prompt_loss_weight
+        self._completions: list[tuple[torch.Tensor, torch.Tensor]] = []
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -174,6 +176,7 @@ class PromptLossTrainer(SFTTrainer):
 
         def weighted(**arguments: Any) -> Any:
             outputs = model(**{**arguments, "labels": labels})
+            self._completions.append((-(outputs.log_probs.detach() * answered).sum(), answered.sum()))
             outputs.log_probs = outputs.log_probs * (answered + weight * prompted)
             # What is logged of a batch is of the completions, as without a weight.
             outputs.label_mask, outputs.is_top1 = outputs.label_mask & answered, outputs.is_top1 & answered
@@ -181,6 +184,14 @@ class PromptLossTrainer(SFTTrainer):
             return outputs
 
         return super().compute_loss(weighted, inputs, return_outputs, num_items_in_batch)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log the completions' part of the loss, too."""
+        if "loss" in logs and self._completions:
+            losses, tokens = (torch.stack(parts).sum() for parts in zip(*self._completions, strict=True))
+            logs["completion_loss"] = float(losses / tokens.clamp(min=1))
+            self._completions.clear()
+        super().log(logs, start_time)
 
 
 def make_trainer(

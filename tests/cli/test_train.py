@@ -345,13 +345,28 @@ def test_a_window_has_defaults_of_its_own(
 
 def test_a_window_trains_on_prompts_with_a_small_weight(saved: Path, tmp_path: Path, answers: Answers) -> None:
     write_sums(tmp_path / "data.jsonl")
-    words = ["--model", saved / "model", "--data", tmp_path / "data.jsonl", *SMALL, "--steps", "1", "--window", "8"]
+    words = [
+        "--model",
+        saved / "model",
+        "--data",
+        tmp_path / "data.jsonl",
+        *SMALL,
+        "--steps",
+        "2",
+        "--save-steps",
+        "2",
+    ]
+    first = {}
     for name, given in (
         ("own", []),
         ("same", ["--prompt-loss-weight", "0.2"]),
         ("none", ["--prompt-loss-weight", "0"]),
     ):
-        answers(["train", *words, "--output", tmp_path / name, *given])
+        answers(["train", *words, "--window", "8", "--output", tmp_path / name, *given])
+        state = json.loads((tmp_path / name / "checkpoint-2" / "trainer_state.json").read_text())
+        first[name] = state["log_history"][0]
     own, same, none = (adapter_tensors(tmp_path / name) for name in ("own", "same", "none"))
     assert all(torch.equal(tensor, same[name]) for name, tensor in own.items())
     assert any(not torch.equal(tensor, none[name]) for name, tensor in own.items())
+    assert first["own"]["completion_loss"] == pytest.approx(first["none"]["loss"], rel=1e-5)
+    assert first["own"]["loss"] > first["own"]["completion_loss"]
