@@ -160,7 +160,7 @@ class CacheMemories:
                 self.forgotten = _static(torch.zeros_like(entered))
             elif self.forgotten.shape[1] < entered.shape[1]:
                 self.forgotten = F.pad(self.forgotten, (0, entered.shape[1] - self.forgotten.shape[1]))
-            self.forgotten.logical_or_((entered & ~goes_on).index_copy(1, own, dropped))
+            self.forgotten.copy_((self.forgotten | (entered & ~goes_on)).index_copy(1, own, dropped))
         entered.copy_(now)
 
     def _check_unmasked(self, entered: torch.Tensor, past: int | torch.Tensor) -> None:
@@ -179,7 +179,7 @@ class CacheMemories:
     def _check_removed(self, attended: torch.Tensor, before: torch.Tensor) -> None:
         """Refuse a mask of the earlier tokens that shows other ones, or hides some that a memory has not recorded."""
         # A list: `torch.compile` can't trace `min` of a generator. Stale memories are refused later.
-        recorded = min([memory.recorded() for memory in self if not memory.stale], default=before.shape[1])
+        recorded = min([before.shape[1], *[memory.recorded() for memory in self if not memory.stale]])
         fixed = before.shape[1] - recorded
         may_differ = torch.arange(before.shape[1], device=before.device) >= fixed
         _refuse_other_mask((attended == before) | (before & may_differ), f"; {ASK_FOR_RECORDS}")

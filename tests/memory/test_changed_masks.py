@@ -202,6 +202,28 @@ def test_after_a_crop_the_tokens_that_went_may_be_masked_otherwise() -> None:
     torch.testing.assert_close(logits[:, 0], model(tokens, use_cache=False).logits[:, -1], **rounding())
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("crop", [2, 5])
+def test_after_a_crop_of_packed_samples_the_mask_shows_the_last_one_that_is_left(crop: int) -> None:
+    model, start, left = make_model("qwen3"), 4, LENGTH - crop
+    tokens, cache = make_tokens(batch=1, tokens=LENGTH), make_cache(model, "dynamic")
+    square = causal(mask_without(LENGTH, None), LENGTH, cache)
+    square[..., start:, :start] = False
+    call(model, tokens, cache, square)
+    cache.crop(-crop)
+    mask = mask_without(left + 1, None)
+    if left > start:
+        with pytest.raises(ValueError, match="attention_mask: it masks"):
+            call(model, tokens[:, : left + 1], copy.deepcopy(cache), mask)
+        mask[0, :start] = 0
+    first = start if left > start else 0
+    logits = call(model, tokens[:, : left + 1], cache, mask)
+    alone = tokens[:, first : left + 1]
+    positions = torch.arange(first, left + 1)[None]
+    expected = model(alone, position_ids=positions, use_cache=False).logits[:, -1]
+    torch.testing.assert_close(logits[:, 0], expected, **rounding())
+
+
 def operations_of_a_mask(model: PeftModel, tokens: torch.Tensor, mask: torch.Tensor) -> int:
     """How many more operations a decoded token takes with a mask than without."""
     operations = []
