@@ -158,7 +158,7 @@ def continue_or_start_memory(cache: Cache, request: MemoryRequest) -> LatentMemo
     if request.scope != "causal" and not (isinstance(past, int) and past == 0):
         check_causal(request.scope, name)
     if request.attended_past is not None:
-        memory.forget_masked(request.attended_past, carried.entered_before)
+        memory.forget_masked(request.attended_past)
     memory.limit_records(max_recorded)
     memory.restrict_to_rows(request.rows)
     return memory

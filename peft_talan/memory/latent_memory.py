@@ -170,11 +170,16 @@ class LatentMemory:
         if rows is not None:
             self.rows = rows if self.rows is None else self.rows & rows
 
-    def forget_masked(self, attended: torch.Tensor, entered: torch.Tensor | None) -> None:
+    def recorded(self) -> int:
+        """How many of the last tokens are recorded, so that they can be taken out again."""
+        self._record_pending()
+        return self.recent.count
+
+    def forget_masked(self, attended: torch.Tensor) -> None:
         """Remove the tokens that a later mask takes away; see `RecentTokens.mask`."""
         self._record_pending()
         if self.state is not None:
-            self.state = self.recent.mask(attended, entered, self.state)
+            self.state = self.recent.mask(attended, self.state)
 
     def every_row(self) -> torch.Tensor:
         """The indices of all rows."""

@@ -102,37 +102,30 @@ class RecentTokens:
         # A copy: decoded tokens are added to the memory's state in place.
         return left.clone() if left is not None and left is self.state_before else left
 
-    def mask(self, attended: torch.Tensor, entered: torch.Tensor | None, state: torch.Tensor) -> torch.Tensor:
+    def mask(self, attended: torch.Tensor, state: torch.Tensor) -> torch.Tensor:
         """Remove the tokens that a later mask takes away, such as the padding after a row that ended early.
 
         Args:
-            attended: Which tokens the mask lets through, [batch, tokens so far], bool.
-            entered: Which tokens are in the memory, [batch, tokens so far], bool; None: not known.
+            attended: Which tokens the mask lets through, [batch, tokens so far], bool; `CacheMemories` has checked
+                those that are not recorded.
             state: The memory's state after the last token.
 
         Returns:
             The state without the tokens.
 
         Raises:
-            ValueError: The mask lets padding through that the memory did not take in, or takes away tokens that are
-                not recorded any more.
+            ValueError: The mask lets padding through that the memory did not take in.
         """
         if not self.records:
             return state
         record = join_records(self.records)
-        older, recent = attended.tensor_split([attended.shape[1] - record.tokens], dim=1)
+        recent = attended[:, attended.shape[1] - record.tokens :]
+        # Where a block is called by itself, nothing else has checked it.
         refuse_unless(
             record.valid | ~recent,
             "attention_mask: it unmasks earlier tokens that were padding when they were read, so the latent memory "
             "has not seen them; start from an empty cache",
         )
-        if older.shape[1] and entered is not None:
-            refuse_unless(
-                older == entered[:, : older.shape[1]],
-                "attention_mask: it masks earlier tokens that are in the latent memory of this cache, or unmasks some "
-                f"that are not, and they are further back than the last {record.tokens} tokens, which are recorded; "
-                f"start from an empty cache, or {ASK_FOR_RECORDS}",
-            )
         self.records = [record.without(record.valid & ~recent)]
         return self.records[0].state_after(self._state_before_like(state))
 

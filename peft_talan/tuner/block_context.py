@@ -217,7 +217,7 @@ class BlockContext:
     def _layout_of_decoder(
         self, forward: ForwardContext, given: CallArguments, batch: int, tokens: int
     ) -> TokenLayout:
-        """Read the decoder's arguments, and count the call's tokens."""
+        """Read the decoder's arguments, and note which of the call's tokens enter the cache's memories."""
         if given.tree is not None:
             return given.tree.layout_of_paths()
         memories = None if self.cache is None else memories_of(self.cache)
@@ -238,7 +238,7 @@ class BlockContext:
         if hooks.windowed and getattr(given.attention_mask, "ndim", 0) != 2:
             layout = layout._replace(attended=None)
         if memories is not None and forward.past is not None:
-            memories.count(forward.past, batch, tokens, layout)
+            memories.enter(forward.past, batch, tokens, layout)
         return layout.copy() if self._training and not torch.compiler.is_compiling() else layout
 
     def _check_order(self, shape: tuple[int, ...], given: tuple[int, int | None] | None) -> None:
@@ -270,9 +270,8 @@ class BlockContext:
             return own.tree.layout_of_paths()
         past = self._past(tokens)
         if self.cache is not None:
-            # Tokens are counted once per forward pass, which these calls are not known to be part of.
-            memories = memories_of(self.cache)
-            memories.entered_is_known, memories.entered_before = False, None
+            # Tokens are noted once per forward pass, which these calls are not known to be part of.
+            memories_of(self.cache).entered_is_known = False
         return token_layout(
             own.attention_mask,
             # transformers has made a mask of positions that separate samples, except for flash attention.

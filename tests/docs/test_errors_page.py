@@ -137,6 +137,14 @@ def cropped_too_far(_: Path) -> object:
 
 
 @torch.no_grad()
+def no_later_mask(_: Path) -> object:
+    model, mask = make_model("qwen3"), torch.ones(2, 21)
+    mask[0, :4] = 0
+    cache = model(make_tokens(tokens=21), attention_mask=mask, use_cache=True).past_key_values
+    return model(make_tokens(tokens=1), past_key_values=cache)
+
+
+@torch.no_grad()
 def later_mask(_: Path) -> object:
     model = make_model("qwen3")
     cache = model(make_tokens(tokens=21), use_cache=True).past_key_values
@@ -248,6 +256,7 @@ PROVOCATIONS: dict[str, Provocation] = {
     "the batch has … rows": rows_taken_by_hand,
     "tokens=…: the latent memory can forget": cropped_too_far,
     "attention_mask: it masks earlier tokens": later_mask,
+    "attention_mask=None": no_later_mask,
     "…: it is not a transformers Cache": with_a_state_of_its_own,
     "…, which do not show whether": lambda _: own_model()(torch.zeros(5, 5, dtype=torch.long)),
     "talan_memory_scope=…… can't generate": lambda _: served(bidirectional()),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from itertools import product
 
 import pytest
@@ -79,13 +80,95 @@ def test_another_mask_of_tokens_that_are_not_recorded_any_more_is_refused(after:
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("kind", ["after a crop", "recording asked for late"])
+def test_a_mask_that_hides_a_token_is_refused_where_nothing_is_recorded(kind: str) -> None:
+    model = make_model("qwen3" if kind == "after a crop" else "mistral")
+    length = RECORDED_TOKENS + LENGTH if kind == "after a crop" else 40
+    tokens, cache = make_tokens(batch=1, tokens=length), make_cache(model, "dynamic")
+    call(model, tokens, cache, None)
+    if kind == "after a crop":
+        cache.crop(-RECORDED_TOKENS)
+    else:
+        cache.activate_past_recording()
+    past = cache.get_seq_length()
+    with pytest.raises(ValueError, match="attention_mask: it masks"):
+        call(model, make_tokens(batch=1, tokens=past + 2), cache, mask_without(past + 2, past - 3))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("square", [False, True])
+@pytest.mark.parametrize("cache_kind", ["dynamic", "static"])
+def test_a_refused_mask_is_refused_again_and_leaves_the_cache_as_it_was(cache_kind: str, square: bool) -> None:
+    model = make_model("qwen3", make_config(talan_layers=[0], talan_position="input"))
+    length = RECORDED_TOKENS + 20
+    tokens, cache = make_tokens(batch=1, tokens=length + 2), make_cache(model, cache_kind, length + 4)
+
+    def go_on(tokens_more: int, hidden: int | None) -> torch.Tensor:
+        mask = mask_without(length + tokens_more, hidden)
+        given = causal(mask, length + tokens_more - int(cache.get_seq_length()), cache) if square else mask
+        return call(model, tokens[:, : length + tokens_more], cache, given)
+
+    go_on(0, hidden=1)
+    for hidden in (3, 3, None):
+        with pytest.raises(ValueError, match="attention_mask: it masks"):
+            go_on(2, hidden)
+    logits = torch.cat([go_on(1, hidden=1), go_on(2, hidden=1)], dim=1)
+    whole = {"attention_mask": mask_without(length + 2, 1), "position_ids": torch.arange(length + 2)[None]}
+    torch.testing.assert_close(logits, model(tokens, use_cache=False, **whole).logits[:, -2:], **rounding())
+
+
+@torch.no_grad()
+def test_a_token_that_was_taken_out_in_a_call_with_sample_numbers_stays_out() -> None:
+    model, hidden = make_model("qwen3"), LENGTH - 1
+    tokens, cache = make_tokens(batch=1, tokens=LENGTH + 3), make_cache(model, "dynamic")
+    call(model, tokens[:, :LENGTH], cache, None)
+    given = {"position_ids": torch.arange(LENGTH, LENGTH + 2)[None], "seq_idx": torch.zeros(1, 2, dtype=torch.int)}
+    mask = mask_without(LENGTH + 2, hidden)
+    model(tokens[:, LENGTH : LENGTH + 2], attention_mask=mask, past_key_values=cache, **given)
+    with pytest.raises(ValueError, match="attention_mask: it masks"):
+        call(model, tokens, copy.deepcopy(cache), mask_without(LENGTH + 3, None))
+    mask = mask_without(LENGTH + 3, hidden)
+    logits = call(model, tokens, cache, mask)
+    whole = model(tokens, attention_mask=mask, position_ids=torch.arange(LENGTH + 3)[None], use_cache=False).logits
+    torch.testing.assert_close(logits[:, 0], whole[:, -1], **rounding())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("square", [False, True])
 @pytest.mark.parametrize("cache_kind", ["dynamic", "static"])
 @pytest.mark.parametrize("after", [1, 2])
-def test_no_mask_after_masked_tokens_is_refused(after: int, cache_kind: str) -> None:
+def test_no_mask_after_masked_tokens_is_refused(after: int, cache_kind: str, square: bool) -> None:
     model = make_model("qwen3")
     tokens, cache = make_tokens(batch=1, tokens=LENGTH + after), make_cache(model, cache_kind)
-    call(model, tokens[:, :LENGTH], cache, mask_without(LENGTH, 0))
+    mask = mask_without(LENGTH, 0)
+    call(model, tokens[:, :LENGTH], cache, causal(mask, LENGTH, cache) if square else mask)
     with pytest.raises(ValueError, match="attention_mask=None"):
+        call(model, tokens, cache, None)
+
+
+@torch.no_grad()
+def test_another_mask_after_a_square_one_and_a_crop_is_refused() -> None:
+    model = make_model("qwen3")
+    tokens, cache = make_tokens(batch=1, tokens=LENGTH), make_cache(model, "dynamic")
+    call(model, tokens, cache, causal(mask_without(LENGTH, 0), LENGTH, cache))
+    cache.crop(-1)
+    with pytest.raises(ValueError, match="attention_mask: it masks"):
+        call(model, tokens, cache, mask_without(LENGTH, None))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("cache_kind", ["dynamic", "static"])
+def test_packed_samples_go_on_without_a_mask_unless_some_token_was_masked(cache_kind: str, padded: bool) -> None:
+    model, start = make_model("qwen3"), 4
+    tokens, cache = make_tokens(batch=1, tokens=LENGTH + 1), make_cache(model, cache_kind)
+    square = causal(mask_without(LENGTH, 0 if padded else None), LENGTH, cache)
+    square[..., start:, :start] = False
+    call(model, tokens[:, :LENGTH], cache, square)
+    if padded:
+        with pytest.raises(ValueError, match="attention_mask=None"):
+            call(model, tokens, cache, None)
+    else:
         call(model, tokens, cache, None)
 
 
@@ -117,6 +200,28 @@ def test_after_a_crop_the_tokens_that_went_may_be_masked_otherwise() -> None:
     call(model, tokens[:, :LENGTH], cache, mask_without(LENGTH, None))
     logits = call(model, tokens, cache, mask_without(LENGTH + 1, None))
     torch.testing.assert_close(logits[:, 0], model(tokens, use_cache=False).logits[:, -1], **rounding())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("crop", [2, 5])
+def test_after_a_crop_of_packed_samples_the_mask_shows_the_last_one_that_is_left(crop: int) -> None:
+    model, start, left = make_model("qwen3"), 4, LENGTH - crop
+    tokens, cache = make_tokens(batch=1, tokens=LENGTH), make_cache(model, "dynamic")
+    square = causal(mask_without(LENGTH, None), LENGTH, cache)
+    square[..., start:, :start] = False
+    call(model, tokens, cache, square)
+    cache.crop(-crop)
+    mask = mask_without(left + 1, None)
+    if left > start:
+        with pytest.raises(ValueError, match="attention_mask: it masks"):
+            call(model, tokens[:, : left + 1], copy.deepcopy(cache), mask)
+        mask[0, :start] = 0
+    first = start if left > start else 0
+    logits = call(model, tokens[:, : left + 1], cache, mask)
+    alone = tokens[:, first : left + 1]
+    positions = torch.arange(first, left + 1)[None]
+    expected = model(alone, position_ids=positions, use_cache=False).logits[:, -1]
+    torch.testing.assert_close(logits[:, 0], expected, **rounding())
 
 
 def operations_of_a_mask(model: PeftModel, tokens: torch.Tensor, mask: torch.Tensor) -> int:
