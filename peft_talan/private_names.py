@@ -103,6 +103,7 @@ VLLM: dict[str, str] = {
     "vllm.lora.model_manager.LoRAModelManager.list_adapters": "Called: which adapters are loaded.",
     "vllm.lora.model_manager.LoRAModelManager.register_module": "Called: side paths get their tensors as LoRA layers "
     "do.",
+    "vllm.lora.peft_helper.PEFTHelper.from_local_dir": "Called: whether vLLM and the reader have read the same file.",
     "vllm.lora.punica_wrapper.PunicaWrapperBase.token_lora_indices": "Read: the slot of each token.",
     "vllm.lora.request.LoRARequest": "Created: an adapter under the number of its content.",
     "vllm.lora.utils.get_adapter_absolute_path": "Called: where an adapter's files are.",

@@ -17,6 +17,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from peft import PeftModel, get_peft_model
@@ -248,6 +249,8 @@ def answer_in_this_process(folder: str, options: dict[str, Any], requests: list[
     if uni:
         options = {"distributed_executor_backend": "uni", **options}
     llm = LLM(**engine_options(Path(folder), **options))
+    if llm.llm_engine.vllm_config.use_v2_model_runner:
+        llm.collective_rpc(warm_up)
     answers = [ask(llm, *requests) for _ in range(2)]
     result = {
         "answers": [found for found, _ in answers],
@@ -260,6 +263,16 @@ def answer_in_this_process(folder: str, options: dict[str, Any], requests: list[
         del llm
         clean_up()
     return result
+
+
+def warm_up(worker: Any) -> None:
+    """Run the steps with which a GPU's worker starts, and that of processors does not."""
+    from vllm import SamplingParams
+    from vllm.v1.worker.gpu.warmup import warmup_kernels
+
+    # Triton's interpreter can't run the kernels of structured outputs and of top-k and top-p sampling.
+    with patch.object(SamplingParams, "for_sampler_warmup", greedy):
+        warmup_kernels(worker.model_runner, worker.execute_model, lambda grammar: worker.sample_tokens(None))
 
 
 def interpret_triton() -> None:

@@ -128,6 +128,49 @@ def test_a_file_that_is_written_into(family: Family, tmp_path: Path) -> None:
         assert engines.ask(served, prompt, adapters=changed)[0] == before
 
 
+def test_a_folder_that_is_written_while_it_is_read(
+    family: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Refused, be it after its tensors were looked at or after its configuration; then it is loaded as it is."""
+    from vllm.lora.lora_model import LoRAModel
+    from vllm.lora.peft_helper import PEFTHelper
+
+    prompt = family.prompts[2:3]
+    with engines.engine(family.base, enforce_eager=True, **family.options()) as served:
+        for number, (owner, name) in enumerate(
+            [(LoRAModel, "from_local_checkpoint"), (PEFTHelper, "validate_legal")], 10
+        ):
+            folder, original = tmp_path / name, getattr(owner, name)
+            shutil.copytree(family.folder / "first", folder)
+
+            def save_first(*args: Any, folder: Path = folder, original: Any = original, **options: Any) -> Any:
+                shutil.copytree(family.folder / "second", folder, dirs_exist_ok=True)
+                return original(*args, **options)
+
+            with monkeypatch.context() as patched, pytest.raises(ValueError, match="changed while it was read"):
+                patched.setattr(owner, name, save_first)
+                served.llm_engine.add_lora(request(name, number, folder))
+            answers, _ = engines.ask(served, prompt, adapters=[(name, number, str(folder))])
+            assert answers == family.answers["second"][2:3]
+
+
+def test_an_adapter_that_a_step_has_read(family: Family, tmp_path: Path) -> None:
+    """It stays for the request that the step began, however many are loaded before the next step."""
+    held = 2
+    shutil.copytree(family.folder / "first", tmp_path, dirs_exist_ok=True)
+    with engines.engine(family.base, enforce_eager=True, **family.options(max_loras=held)) as served:
+        prompt: Any = {"prompt_token_ids": family.prompts[0]}
+        served.enqueue([prompt], engines.greedy(), lora_request=request("first", 1, tmp_path), use_tqdm=False)
+        served.llm_engine.step()
+        assert 1 in served.llm_engine.list_loras()
+        shutil.copytree(family.folder / "second", tmp_path, dirs_exist_ok=True)
+        for number in range(10, 10 + 3 * held):
+            served.llm_engine.add_lora(request(f"visitor-{number}", number, family.folder / "second"))
+        assert 1 not in served.llm_engine.list_loras()
+        (output,) = served.wait_for_completion(use_tqdm=False)
+        assert list(output.outputs[0].token_ids) == family.answers["first"][0]
+
+
 def test_dropped_adapters_are_gone(family: Family) -> None:
     """In memory are those that vLLM holds; until the next step also the last step's, and as many dropped ones."""
     from vllm.lora.lora_model import LoRAModel

@@ -1,6 +1,7 @@
 """vLLM's Model Runner V2, which it uses on GPUs, gives the tokens of `generate`: in Triton's interpreter.
 
-It has no kernels for processors, so they are interpreted; everything around them is what a GPU runs, without graphs.
+It has no kernels for processors, so they are interpreted, without compilation and graphs. The worker is that of
+processors; the steps with which a GPU's worker warms its kernels up are run by the test, without those of sampling.
 """
 
 from __future__ import annotations

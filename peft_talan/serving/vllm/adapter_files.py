@@ -10,6 +10,7 @@ import torch
 from peft.utils import load_peft_weights
 from vllm.lora.lora_model import LoRAModel
 from vllm.lora.lora_weights import LoRALayerWeights
+from vllm.lora.peft_helper import PEFTHelper
 
 from ...checkpoint.checks import check_finite
 from ...checkpoint.names import CHILD_NAME
@@ -37,13 +38,14 @@ class AdapterReader:
         self.contents: dict[int, bytes] = {}
         self._known: WeakValueDictionary[int, LoRAModel] = WeakValueDictionary()
         self._needed: dict[int, LoRAModel] = {}
+        self._needed_numbers: frozenset[int] = frozenset()
         self._recent: dict[int, LoRAModel] = {}
 
     def from_local_checkpoint(
         self,
         lora_dir: str,
         expected_lora_modules: set[str],
-        peft_helper: Any,
+        peft_helper: PEFTHelper,
         *,
         lora_model_id: int,
         skip_prefixes: list[str] | None = None,
@@ -69,9 +71,22 @@ class AdapterReader:
         )
         _leave_the_file(lora)
         lora.loras.update(side_path)
+        self._check_unchanged(lora_dir, content, peft_helper)
         self.contents[lora_model_id] = content
         self._known[lora_model_id] = lora
+        if lora_model_id in self._needed_numbers:
+            self._needed[lora_model_id] = lora
         return lora
+
+    def _check_unchanged(self, folder: str, content: bytes, peft_helper: PEFTHelper) -> None:
+        """Refuse a folder that was written while it was read: its files are read one by one, and several times."""
+        # vLLM reads the configuration before it calls the reader, so the content does not tell of a change until then.
+        again = PEFTHelper.from_local_dir(folder, peft_helper.vllm_max_position_embeddings)
+        if content_of(folder) != content or again != peft_helper:
+            raise ValueError(
+                f"adapter {folder!r} changed while it was read; load it again once it is saved, and save each version "
+                "to a folder of its own"
+            )
 
     def _is_other(self, number: int, content: bytes) -> bool:
         return (number >= FIRST_VERSION and number != number_of(content)) or (
@@ -81,12 +96,13 @@ class AdapterReader:
     def keep(self, numbers: Iterable[int]) -> None:
         """Keep the adapters that unfinished requests name, be it that vLLM drops them, and no others.
 
-        Their folders may have changed since. A step begins with this.
+        Their folders may have changed since. A step begins with this; it may read some of them first.
 
         Args:
             numbers: The adapters' numbers.
         """
-        self._needed = {number: self._known[number] for number in numbers if number in self._known}
+        self._needed_numbers = frozenset(numbers)
+        self._needed = {number: self._known[number] for number in self._needed_numbers if number in self._known}
         self._recent.clear()
 
     def _keep_until_the_next_step(self) -> None:
@@ -107,12 +123,12 @@ class AdapterReader:
             content: As `content_of` returns it for the folder.
 
         Raises:
-            ValueError: By this number, another content was loaded.
+            ValueError: By this number, another content was read.
         """
         if self._is_other(number, content):
             raise ValueError(
-                f"lora_int_id={number}: {folder!r} holds other tensors than it did when requests named this number, "
-                "and what is cached is theirs; load it by a new number or name, or with load_inplace=True"
+                f"lora_int_id={number}: {folder!r} holds other tensors than when this number was first read, and "
+                "what is cached may be theirs; load it by a new number or name, or with load_inplace=True"
             )
 
     def _read_side_path(self, folder: str) -> dict[str, LoRALayerWeights]:
@@ -143,5 +159,6 @@ def _leave_the_file(lora: LoRAModel) -> None:
     """Copy an adapter's tensors: vLLM maps the file, and who writes into it would change an adapter that is loaded."""
     for weights in (*lora.loras.values(), *lora.modules_to_save.values()):
         for name, value in vars(weights).items():
-            if isinstance(value, torch.Tensor):
+            # What vLLM has cast is copied twice: a tensor doesn't tell whether it is mapped. What is pinned never is.
+            if isinstance(value, torch.Tensor) and not value.is_pinned():
                 setattr(weights, name, value.clone())

@@ -42,7 +42,8 @@ class SidePathWorker(resolve_obj_by_qualname(platform_worker())):  # type: ignor
         """Run a step, as vLLM does, once the strengths of its requests, and the adapters they need, are known."""
         self.page_strengths.follow(scheduler_output)
         if self.vllm_config.lora_config is not None:
-            self.reader.keep(getattr(scheduler_output, NEEDED_ADAPTERS))
+            # The steps of vLLM's warm-up of kernels don't come from the scheduler.
+            self.reader.keep(getattr(scheduler_output, NEEDED_ADAPTERS, ()))
         return super().execute_model(scheduler_output)
 
     def add_lora(self, lora_request: Any) -> bool:
