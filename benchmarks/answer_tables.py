@@ -73,7 +73,8 @@ def right_at_ten_windows(folder: Path) -> str:
     told = {"facts": "mixed", "form": "prompt-completion", "arm": "TALAN", "start": "memory", "by_command": True}
     found = runs_with(stored, **told)
     right = [row["right"]["10"] for row in found]
-    return f"{min(right)} to {max(right)} of {found[0]['settings']['rows']} ({len(found)} seeds)"
+    seeds = {row["settings"]["seed"] for row in found}
+    return f"{min(right)} to {max(right)} of {found[0]['settings']['rows']} ({len(seeds)} seeds)"
 
 
 def _recall_row(lines: list[Row], folder: Path) -> list[str]:
