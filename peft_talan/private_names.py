@@ -141,6 +141,7 @@ VLLM: dict[str, str] = {
 VLLM_ATTRIBUTES: dict[str, str] = {
     "vllm.lora.model_manager.lora_manager": "Read: a model's manager of slots.",
     "vllm.lora.worker_manager._lora_model_cls": "Set: what reads adapters, see PLACES.",
+    "vllm.v1.core.sched.scheduler.lora_config": "Read: whether requests can need adapters.",
     "vllm.v1.core.sched.scheduler.requests": "Read: which adapters requests need.",
 }
 """Attributes that only instances have, with vLLM's module that sets them."""

@@ -46,8 +46,6 @@ from .row_maker import RowMaker
 
 RESULTS = Path(__file__).parents[1] / "results" / "memory_ordinary_rows.jsonl"
 ARMS = ("TALAN", "LoRA")
-FORMER_LAYERS = (0.55, 0.65, 0.75, 0.85, 0.95)
-"""Those of the stored runs that have a `start` and no `axes` of their own."""
 
 Trained = tuple[Any, list[dict[str, Any]]]
 """The model in evaluation mode, and the log of its training."""
@@ -244,7 +242,8 @@ def layers_of(row: Row) -> str:
     settings = row["settings"]
     if settings["arm"] != "TALAN":
         return "none"
-    former = FORMER_LAYERS if "start" in settings else "all"
+    # Of runs that didn't store them.
+    former = "5 blocks" if "start" in settings else "all"
     axes = row.get("axes") or {"talan_layers": former, **(settings["axes"] or {})}
     layers = axes["talan_layers"]
     return layers if isinstance(layers, str) else f"{len(layers)} blocks"

@@ -60,9 +60,10 @@ def facts(count: int, draw: random.Random, tokens: int) -> Asked:
 
 
 def ordinary(latest: float, draw: random.Random, tokens: int) -> Asked:
-    """A row as `ordinary_rows` trains on, one fact of of three kinds; at the start, or up to a share of the text."""
+    """A row as `ordinary_rows` trains on, a fact of one of three kinds; at the start, or up to a share of the text."""
     fact, question, _, answers = draw.choice(KINDS)
     answer = draw.choice(answers.split())
+    # Nothing is drawn where the fact stands at the start: its rows stay those that were scored.
     place = latest * draw.random() if latest else 0.0
     return Asked([fact.format(answer).strip()], [place], question, answer if question.endswith("#") else f" {answer}")
 

@@ -59,8 +59,8 @@ def check_output(output: Path, overwrite: bool, *sources: str) -> None:
 
 
 def print_json(result: Any) -> None:
-    """Print a result as one JSON value."""
-    print(json.dumps(result, indent=1, ensure_ascii=False))
+    """Print a result, of dataclasses their fields, as one JSON value."""
+    print(json.dumps(result, indent=1, ensure_ascii=False, default=vars))
 
 
 def print_rows(title: str, rows: Mapping[str, object]) -> None:

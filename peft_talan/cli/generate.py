@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import sys
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from typer import Argument, Option
@@ -80,19 +80,18 @@ def generate(
     if strength != 1.0 and kind not in ("TALAN", models.MERGED):
         raise Misuse(f"--strength {strength}: {adapter} is of type {kind} and has no side path")
     if data is not None:
-        _count_right(data, adapter, model, strength, dtype, device, as_json)
+        _count_right(data, (adapter, model, dtype, device), strength, as_json)
         return
     with stdout_kept_clean():
         from dataclasses import replace
 
         from transformers import set_seed
 
-        from ..sft.models import answer, load_adapter
+        from ..sft.models import answer
         from ..sft.prompts import PromptForm
-        from ..tuner.strength import set_talan_strength
 
         stored = PromptForm.load(adapter)
-        adapted, tokenizer = load_adapter(adapter, model, dtype, device)
+        adapted, tokenizer = _load((adapter, model, dtype, device), strength)
         form = stored or PromptForm(chat=bool(tokenizer.chat_template))
         if chat is not None:
             form = replace(form, chat=chat)
@@ -104,8 +103,6 @@ def generate(
             raise Misuse(f"--system: {adapter} was trained on plain prompts; add --chat, or leave out --system")
         if stored and chat is None:
             note(f"prompts {'go through the chat template' if form.chat else 'are plain text'}, as in training")
-        if strength != 1.0:
-            set_talan_strength(adapted, strength)
         set_seed(seed)
     for prompt in prompts or ():
         with stdout_kept_clean():
@@ -113,22 +110,27 @@ def generate(
         print(json.dumps({"prompt": prompt, "completion": completion}, ensure_ascii=False) if as_json else completion)
 
 
-def _count_right(
-    data: str, adapter: str, model: str | None, strength: float, dtype: str, device: str | None, as_json: bool
-) -> None:
+def _load(source: tuple[str, str | None, str, str | None], strength: float) -> tuple[Any, Any]:
+    """The model with the adapter, at a strength of its side path, and the tokenizer."""
+    from ..sft.models import load_adapter
+    from ..tuner.strength import set_talan_strength
+
+    adapted, tokenizer = load_adapter(*source)
+    if strength != 1.0:
+        set_talan_strength(adapted, strength)
+    return adapted, tokenizer
+
+
+def _count_right(data: str, source: tuple[str, str | None, str, str | None], strength: float, as_json: bool) -> None:
     with stdout_kept_clean():
         from ..sft.data import read_rows
         from ..sft.display import make_console
         from ..sft.far_answers import count_right, right_answers_table
-        from ..sft.models import load_adapter
-        from ..tuner.strength import set_talan_strength
 
         rows = read_rows(data)
-        adapted, tokenizer = load_adapter(adapter, model, dtype, device)
-        if strength != 1.0:
-            set_talan_strength(adapted, strength)
+        adapted, tokenizer = _load(source, strength)
         found = count_right(adapted, tokenizer, rows)
     if as_json:
-        print_json([vars(part) for part in found])
+        print_json(found)
     else:
         make_console().print(right_answers_table(found))

@@ -12,8 +12,8 @@ from .inspect_adapter import MergedModel, read_config
 from .sources import check_source
 
 MERGED = "merged model"
-BESIDE = "base_model"
-"""Where `train --window` saves the base model, in the adapter's folder; `sft.window` takes seconds to import."""
+BASE_MODEL = "base_model"
+"""The folder, in that of the adapter, of the model that `train --window` gave a window."""
 DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
 
 Adapter = Annotated[str, Argument(help="The adapter's folder or hub id")]
@@ -40,7 +40,7 @@ def check_adapter(adapter: str, model: str | None, kind: str | None = None, *, m
         check_source("--model", model, "model")
     elif not (base := str(config.get("base_model_name_or_path") or "")):
         raise Misuse(f"{adapter}: the adapter does not say which base model it was trained on; give --model")
-    elif not Path(base).exists() and (beside := Path(adapter, BESIDE)).is_dir():
+    elif not Path(base).exists() and (beside := Path(adapter, BASE_MODEL)).is_dir():
         raise Misuse(
             f"{adapter}: its base model {base} is there no more; if the folder was moved, give --model {beside}"
         )

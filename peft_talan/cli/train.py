@@ -15,6 +15,7 @@ from typer import Option
 from ..axes import RECALL_AXES, SidePathAxes
 from ..sft.data import Rows
 from .console import INTERRUPTED, AsJson, Misuse, check_output, is_given, need, note, print_json, stdout_kept_clean
+from .models import BASE_MODEL
 from .options import Sources, TrainingOptions, with_groups
 
 TRACKERS = ("none", "tensorboard", "wandb", "trackio")
@@ -187,17 +188,13 @@ def train(
         if "eval_loss" in result:
             note(f"mean loss of all steps {result['loss']:.4f}, on held-out rows {result['eval_loss']:.4f}")
         if "right_answers" in result:
-            _show_right_answers(result["right_answers"])
+            from ..sft.display import make_console
+            from ..sft.far_answers import right_answers_table
+
+            make_console(stderr=True).print(right_answers_table(result["right_answers"]))
         print(output)
     if not result["finished"]:
         raise typer.Exit(INTERRUPTED)
-
-
-def _show_right_answers(counts: list[dict[str, Any]]) -> None:
-    from ..sft.display import make_console
-    from ..sft.far_answers import RightAnswers, right_answers_table
-
-    make_console(stderr=True).print(right_answers_table([RightAnswers(**part) for part in counts]))
 
 
 def check_trackers(names: list[str]) -> None:
@@ -239,7 +236,7 @@ def _train(
     from ..sft.far_answers import count_right, describe_far_answers, describe_reading
     from ..sft.models import load_tokenizer
     from ..sft.recall import ShrinkingWindow, last_answers
-    from ..sft.window import BASE_MODEL, save_with_window
+    from ..sft.window import save_with_window
 
     asks = window is not None and not arguments["assistant_only_loss"]
     if asks:
@@ -272,6 +269,6 @@ def _train(
         return {**result, "finished": False, "checkpoint": str(last_checkpoint(output))}
     training.save(trainer, rows, output)
     if asks and held_out is not None and held_out.form != "text":
-        result["right_answers"] = [vars(part) for part in count_right(trainer.model, tokenizer, held_out)]
+        result["right_answers"] = count_right(trainer.model, tokenizer, held_out)
     evaluated = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
     return {**result, "finished": True, **({"eval_loss": evaluated[-1]} if evaluated else {})}

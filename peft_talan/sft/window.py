@@ -18,8 +18,6 @@ ONE_WINDOW = ("mistral", "mixtral", "phi3", "starcoder2")
 """Model types whose `sliding_window` holds for every block."""
 SWITCHED_WINDOW = ("qwen2", "qwen3", "qwen3_moe", "smollm3")
 """Model types whose `sliding_window` has a switch, and which may list the kind of every block's attention."""
-BASE_MODEL = "base_model"
-"""The folder, in that of the adapter, of the model with its window."""
 SUPPORTED = ("llama", *ONE_WINDOW, *SWITCHED_WINDOW)
 NOT_TAKEN_OVER = ("model_type", "architectures", "transformers_version", "sliding_window", "layer_types")
 """Fields of a Llama's configuration that a Mistral's doesn't take from it."""

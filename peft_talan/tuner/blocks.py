@@ -168,8 +168,10 @@ def resolve_layers(config: TalanConfig, depth: int) -> list[int]:
             )
         # As the models that have full attention in every n-th block: the last one of each n.
         return list(range(spacing - 1, depth, spacing))
-    if layers is None or layers == "recall":
-        layers = DEFAULT_DEPTHS if layers is None else RECALL_DEPTHS
+    if layers is None:
+        layers = DEFAULT_DEPTHS
+    elif layers == "recall":
+        layers = RECALL_DEPTHS
     if isinstance(layers[0], float):
         return sorted({min(int(fraction * depth), depth - 1) for fraction in layers})
     indices = []

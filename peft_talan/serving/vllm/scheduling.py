@@ -82,6 +82,8 @@ class PageScheduler(Scheduler):
     def schedule(self, *args: Any, **kwargs: Any) -> Any:
         """Plan a step, as vLLM does; workers hear which adapters requests need, those among them that wait."""
         scheduled = super().schedule(*args, **kwargs)
+        if self.lora_config is None:
+            return scheduled
         adapters = [request.lora_request for request in self.requests.values()]
         setattr(scheduled, NEEDED_ADAPTERS, {adapter.lora_int_id for adapter in adapters if adapter is not None})
         return scheduled
