@@ -78,9 +78,9 @@ def table(rows: Sequence[Row]) -> str:
 
 
 def by_the_command(rows: Sequence[Row]) -> list[Row]:
-    """The runs of the command on facts of three kinds, its axes and 200 steps; those with prompts in the loss first."""
-    told = {"facts": "mixed", "arm": "TALAN", "start": "memory", "by_command": True}
-    told |= {"axes": None, "steps": 200, "bf16": True}
+    """The runs of 200 steps of the command with its axes on mixed facts, those with prompts in the loss first."""
+    told = {"facts": "mixed", "arm": "TALAN", "start": "memory", "axes": None, "steps": 200, "bf16": True}
+    told |= {"by_command": True}
     found = [row for row in rows if told.items() <= row["settings"].items()]
     return sorted(
         found, key=lambda row: (weight_of(row) == "0", row["settings"]["form"] == "messages", row["settings"]["seed"])
