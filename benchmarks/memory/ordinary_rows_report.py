@@ -89,8 +89,9 @@ def by_the_command(rows: Sequence[Row]) -> list[Row]:
 
 def recall_table(rows: Sequence[Row]) -> str:
     """What a user gets by length."""
-    columns = {"weight of prompts": weight_of, "rows": of_settings("form"), "seed": of_settings("seed"), **scores()}
-    return columns_table(columns, by_the_command(rows))
+    settings = {"weight of prompts": weight_of, "rows": of_settings("form"), "seed": of_settings("seed")}
+    minutes = {"minutes": lambda row: round(row["seconds"] / 60)}
+    return columns_table({**settings, **scores(), **minutes}, by_the_command(rows))
 
 
 def loss_table(rows: Sequence[Row]) -> str:
