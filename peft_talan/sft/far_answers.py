@@ -41,7 +41,8 @@ class WrongAnswer:
         tokens: Its length with the token that ends it.
         question: The end of its prompt, of a conversation that of the last message.
         expected: Its answer.
-        given: What greedy decoding gives, up to the first wrong token; `"…"` stands where it would go on.
+        given: What greedy decoding gives, up to the first wrong token; `"…"` stands where it would go on, and nothing
+            if it ended at once.
     """
 
     place: str
