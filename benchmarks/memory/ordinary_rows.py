@@ -2,7 +2,7 @@
 
     python -m benchmarks.memory.ordinary_rows --arms TALAN --seeds 0 1 2 --changes '{"by_command": true}'
     python -m benchmarks.memory.ordinary_rows --arms LoRA --seeds 0 1 2 --changes '{"shrinking": {}}'
-    python -m benchmarks.memory.ordinary_rows --page docs/how-to/recall.md
+    python -m benchmarks.memory.ordinary_rows --page docs/how-to/recall.md docs/evidence.md
 
 A row is a fact, a piece of a text, and one question about the fact; the loss is that of the answer alone. The facts
 are of one kind, or of three kinds mixed, and there are two texts: Python's manual, which every Python carries, and a
@@ -19,7 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
@@ -40,8 +40,8 @@ from peft_talan.sft.training import START_BATCHES, make_trainer, start_from_data
 from peft_talan.sft.window import with_sliding_window
 
 from ..measure import code_version, machine
-from ..pages import columns_table, show
 from ..runs import Row, RunSettings, finished, read_lines, run_missing
+from .ordinary_rows_report import fill
 from .row_maker import RowMaker
 
 RESULTS = Path(__file__).parents[1] / "results" / "memory_ordinary_rows.jsonl"
@@ -192,6 +192,7 @@ def run(settings: Settings, folder: str) -> Row:
     seconds = time.monotonic() - started
     history = [entry for entry in log if "loss" in entry]
     losses = [float(entry["loss"]) for entry in history]
+    of_completions = [float(entry["completion_loss"]) for entry in history if "completion_loss" in entry]
     held_out, right, by_kind = RowMaker(tokenizer, settings.form, held_out=True, facts=settings.facts), {}, {}
     kinds = len(held_out.kinds)
     for windows in settings.scored:
@@ -207,6 +208,8 @@ def run(settings: Settings, folder: str) -> Row:
         "text_loss": text_loss(model, tokenizer, default_text()),
         "last_loss": sum(losses[-40:]) / len(losses[-40:]),
         "losses": [round(loss, 3) for loss in losses],
+        # Without the prompts' part, where there is one.
+        "completion_losses": [round(loss, 3) for loss in of_completions],
         "windows": [entry.get("window", settings.window) for entry in history],
         # An adapter that was loaded is frozen: counted by name.
         "axes": axes_of(model),
@@ -223,60 +226,10 @@ def describe(row: Row) -> str:
     return f"{settings['arm']} {settings['seed']}: {row['right']} {row['right_by_kind']} {row['last_loss']:.3f}"
 
 
-def start_of(settings: dict[str, Any]) -> str:
-    """What the side paths started from, in words."""
-    if settings["arm"] != "TALAN":
-        return "none"
-    older = "data" if settings.get("from_data") else "random"
-    return {"memory": "a memory", "data": "the data", "random": "random"}[settings.get("start", older)]
-
-
 def axes_of(model: Any) -> dict[str, Any]:
     """The axes of an adapter's side paths that a window has defaults for; none of LoRA."""
     config = model.peft_config["default"]
     return {name: getattr(config, name) for name in RECALL_AXES} if isinstance(config, TalanConfig) else {}
-
-
-def layers_of(row: Row) -> str:
-    """The blocks with side paths."""
-    settings = row["settings"]
-    if settings["arm"] != "TALAN":
-        return "none"
-    # Of runs that didn't store them.
-    former = "5 blocks" if "start" in settings else "all"
-    axes = row.get("axes") or {"talan_layers": former, **(settings["axes"] or {})}
-    layers = axes["talan_layers"]
-    return layers if isinstance(layers, str) else f"{len(layers)} blocks"
-
-
-def table(rows: Sequence[Row]) -> str:
-    """All runs, with what differs between them, the right answers by length, and the loss on plain text."""
-
-    def of_settings(name: str) -> Callable[[Row], Any]:
-        return lambda row: row["settings"][name]
-
-    def right_at(windows: int) -> Callable[[Row], str]:
-        """Empty where no rows of that length were scored, as conversations don't fit into a window of 32 tokens."""
-        return lambda row: (
-            f"{row['right'][str(windows)]} of {row['settings']['rows']}" if str(windows) in row["right"] else ""
-        )
-
-    return columns_table(
-        {
-            "facts": of_settings("facts"),
-            "rows": of_settings("form"),
-            "arm": of_settings("arm"),
-            "side paths in": layers_of,
-            "start": lambda row: start_of(row["settings"]),
-            "weight of prompts": lambda row: f"{row['settings'].get('prompt_loss_weight', 0):g}",
-            "trained by": lambda row: "the command" if row["settings"]["by_command"] else "its parts",
-            "steps": of_settings("steps"),
-            "seed": of_settings("seed"),
-            **{f"{windows} window{'s' if windows > 1 else ''}": right_at(windows) for windows in (1, 2, 4, 10)},
-            "plain text, nats a token": lambda row: f"{row['text_loss']:.1f}",
-        },
-        rows,
-    )
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -287,14 +240,15 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--form", choices=("prompt-completion", "messages"), default="prompt-completion")
     parser.add_argument("--changes", type=json.loads, default={}, help="other settings, as JSON")
     parser.add_argument("--results", type=Path, default=RESULTS)
-    parser.add_argument("--page", type=Path, default=None, help="puts the table of the stored runs into a page")
+    parser.add_argument("--page", type=Path, nargs="+", default=(), help="puts tables of the stored runs into pages")
     return parser
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     options = make_parser().parse_args(arguments)
-    if options.page is not None:
-        show({"memory ordinary rows": table(read_lines(options.results))}, options.page)
+    if options.page:
+        for page in options.page:
+            fill(page, read_lines(options.results))
         return
     folder, done = options.model or default_model_folder(), finished(options.results)
     wanted = [

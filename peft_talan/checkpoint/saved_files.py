@@ -14,6 +14,7 @@ OTHER_FILES = (
     "chat_template.*",
     "merges.txt",
     "prompt_form.json",
+    "right_answers.json",
     "special_tokens_map.json",
     "tokenizer*",
     "trainer_state.json",

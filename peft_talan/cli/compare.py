@@ -57,12 +57,14 @@ def compare(
     from ..sft.comparison import ARMS, Job
     from ..sft.display import make_console
     from ..sft.models import load_tokenizer
+    from ..sft.prompts import encode_rows
+    from ..sft.row_notes import describe_lengths
     from ..sft.scores import default_text
-    from ..sft.training import describe_lengths
 
     tokenizer = load_tokenizer(sources.model)
-    for line in (line for part in (rows, held_out) for line in describe_lengths(tokenizer, part, training.max_length)):
-        note(line)
+    for part in (rows, held_out):
+        for line in describe_lengths(tokenizer, part, encode_rows(tokenizer, part), training.max_length):
+            note(line)
     examples_per_step = training.per_device_train_batch_size * training.gradient_accumulation_steps
     steps = training.max_steps or math.ceil(training.num_train_epochs * math.ceil(len(rows) / examples_per_step))
     job = Job(

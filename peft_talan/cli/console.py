@@ -58,9 +58,14 @@ def check_output(output: Path, overwrite: bool, *sources: str) -> None:
         raise Misuse(f"{output}: can't be written, as {there} is no folder that you may write to; give another one")
 
 
+def as_json_text(result: Any) -> str:
+    """A result, of dataclasses their fields, as one JSON value."""
+    return json.dumps(result, indent=1, ensure_ascii=False, default=vars)
+
+
 def print_json(result: Any) -> None:
-    """Print a result, of dataclasses their fields, as one JSON value."""
-    print(json.dumps(result, indent=1, ensure_ascii=False, default=vars))
+    """Print a result as one JSON value."""
+    print(as_json_text(result))
 
 
 def print_rows(title: str, rows: Mapping[str, object]) -> None:

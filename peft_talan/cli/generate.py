@@ -50,7 +50,11 @@ def generate(
     dtype: models.Dtype = "auto",
     device: models.Device = None,
     as_json: Annotated[
-        bool, Option("--json", help="One JSON object per line: prompt and completion; of --data one list of counts")
+        bool,
+        Option(
+            "--json",
+            help="One JSON object per line: prompt and completion; of --data one list, with all wrong answers",
+        ),
     ] = False,
     *,
     context: typer.Context,
@@ -60,7 +64,8 @@ def generate(
     An adapter that `peft-talan train` made gets prompts in the form that it was trained on.
 
     With --data it counts how many rows of 'prompt' and 'completion', or of 'messages', are answered right, by
-    length: with the adapter, by its base model, and by that without its window, if it has one.
+    length: with the adapter, by its base model, and by that without its window, if it has one. It shows some wrong
+    answers of the adapter; --json has all.
     """
     if data is not None:
         wrong = [option for name, option in OF_PROMPTS.items() if is_given(context, name)]
@@ -125,7 +130,7 @@ def _count_right(data: str, source: tuple[str, str | None, str, str | None], str
     with stdout_kept_clean():
         from ..sft.data import read_rows
         from ..sft.display import make_console
-        from ..sft.far_answers import count_right, right_answers_table
+        from ..sft.far_answers import count_right, right_answers_tables
 
         rows = read_rows(data)
         adapted, tokenizer = _load(source, strength)
@@ -133,4 +138,4 @@ def _count_right(data: str, source: tuple[str, str | None, str, str | None], str
     if as_json:
         print_json(found)
     else:
-        make_console().print(right_answers_table(found))
+        make_console().print(right_answers_tables(found, "all with --json"))

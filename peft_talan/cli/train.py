@@ -14,9 +14,23 @@ from typer import Option
 
 from ..axes import RECALL_AXES, SidePathAxes
 from ..sft.data import Rows
-from .console import INTERRUPTED, AsJson, Misuse, check_output, is_given, need, note, print_json, stdout_kept_clean
+from .console import (
+    INTERRUPTED,
+    AsJson,
+    Misuse,
+    as_json_text,
+    check_output,
+    is_given,
+    need,
+    note,
+    print_json,
+    stdout_kept_clean,
+)
 from .models import BASE_MODEL
 from .options import Sources, TrainingOptions, with_groups
+
+RIGHT_ANSWERS = "right_answers.json"
+"""What `count_right` found of the held-out rows, in the output's folder."""
 
 TRACKERS = ("none", "tensorboard", "wandb", "trackio")
 EVALUATING_SCHEDULES = ("reduce_lr_on_plateau", "greedy")
@@ -189,9 +203,10 @@ def train(
             note(f"mean loss of all steps {result['loss']:.4f}, on held-out rows {result['eval_loss']:.4f}")
         if "right_answers" in result:
             from ..sft.display import make_console
-            from ..sft.far_answers import right_answers_table
+            from ..sft.far_answers import right_answers_tables
 
-            make_console(stderr=True).print(right_answers_table(result["right_answers"]))
+            others = f"all in {output / RIGHT_ANSWERS}"
+            make_console(stderr=True).print(right_answers_tables(result["right_answers"], others))
         print(output)
     if not result["finished"]:
         raise typer.Exit(INTERRUPTED)
@@ -233,9 +248,11 @@ def _train(
     from ..config import TalanConfig
     from ..sft import training
     from ..sft.callbacks import StopOnInterrupt, TrainingProgress
-    from ..sft.far_answers import count_right, describe_far_answers, describe_reading
+    from ..sft.far_answers import count_right, describe_reading
     from ..sft.models import load_tokenizer
+    from ..sft.prompts import encode_rows
     from ..sft.recall import ShrinkingWindow, last_answers
+    from ..sft.row_notes import describe_far_answers, describe_lengths
     from ..sft.window import save_with_window
 
     asks = window is not None and not arguments["assistant_only_loss"]
@@ -245,12 +262,15 @@ def _train(
     tokenizer = load_tokenizer(model)
     if arguments["assistant_only_loss"]:
         training.check_assistant_marks(tokenizer)
-    for line in training.describe_lengths(tokenizer, rows, arguments["max_length"]):
-        note(line)
+    encoded = encode_rows(tokenizer, rows)
+    lines = describe_lengths(tokenizer, rows, encoded, arguments["max_length"])
     if checkpoint is None:
-        for line in describe_far_answers(tokenizer, rows, window) if window is not None and asks else ():
-            note(line)
+        if window is not None and asks:
+            lines += describe_far_answers(tokenizer, rows, encoded, window)
         training.remove_checkpoints(output)
+    del encoded  # gigabytes, of millions of rows
+    for line in lines:
+        note(line)
     stop = StopOnInterrupt(note)
     callbacks: list[Any] = [TrainingProgress(), stop]
     if window is not None:
@@ -270,5 +290,6 @@ def _train(
     training.save(trainer, rows, output)
     if asks and held_out is not None and held_out.form != "text":
         result["right_answers"] = count_right(trainer.model, tokenizer, held_out)
+        (output / RIGHT_ANSWERS).write_text(as_json_text(result["right_answers"]) + "\n", encoding="utf-8")
     evaluated = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
     return {**result, "finished": True, **({"eval_loss": evaluated[-1]} if evaluated else {})}

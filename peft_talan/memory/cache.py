@@ -23,8 +23,8 @@ from transformers.cache_utils import (
 from ..axes import check_causal
 from ..private_names import OURS
 from .cache_memories import CacheMemories
+from .device_checks import refuse_unless
 from .latent_memory import LatentMemory
-from .token_layout import refuse_unless
 
 ATTRIBUTE = "latent_memories"
 

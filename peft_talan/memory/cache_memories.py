@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
+from .device_checks import refuse_unless
 from .latent_memory import LatentMemory
 from .recent_tokens import ASK_FOR_RECORDS, RECORDED_TOKENS
-from .token_layout import TokenLayout, refuse_unless
+from .token_layout import TokenLayout
 
 SPARE_COLUMNS = 256
 """How many tokens a copy of the mask is made for in advance, so that few of them are made while tokens are decoded."""

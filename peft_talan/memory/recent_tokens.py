@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from ..functional.records import TokenRecord, crop_records, join_records
-from .token_layout import refuse_unless
+from .device_checks import refuse_unless
 
 RECORDED_TOKENS = 512
 """How many of the last tokens are recorded by default."""

@@ -9,6 +9,8 @@ from typing import NamedTuple
 
 import torch
 
+from .device_checks import refuse_unless
+
 MASKED_BELOW = -50.0
 """An additive mask below this masks: attention multiplies such a token by exp(-50), less than any rounding error."""
 
@@ -289,24 +291,3 @@ def _layout_of_square(
         None,
         _up_to_call(at_or_before[:, -1], batch, tokens, past) if whole else None,
     )
-
-
-def refuse_unless(condition: bool | torch.Tensor, message: str) -> None:
-    """Raise an error if a condition does not hold.
-
-    A condition on an accelerator is not read by the host, which would have to wait for it: the device checks it and
-    stops the program with an assertion, as it does for an index out of range.
-    """
-    if not isinstance(condition, torch.Tensor):
-        if not condition:
-            raise ValueError(message)
-        return
-    if condition.numel() != 1:
-        condition = condition.all()
-    if torch.compiler.is_compiling() or condition.device.type != "cpu":
-        torch._assert_async(condition, message)
-    else:
-        try:
-            torch._assert_async(condition, message)
-        except RuntimeError as error:
-            raise ValueError(message) from error

@@ -19,7 +19,12 @@ from .prompts import PromptForm
 class TrainingProgress(ProgressCallback):
     """Transformers' progress bar, with the latest losses and the learning rate beside the time left."""
 
-    SHOWN: ClassVar = {"loss": "loss", "learning_rate": "lr", "eval_loss": "eval_loss"}
+    SHOWN: ClassVar = {
+        "loss": "loss",
+        "completion_loss": "completion_loss",
+        "learning_rate": "lr",
+        "eval_loss": "eval_loss",
+    }
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         """Show the numbers in the bar, not below it."""

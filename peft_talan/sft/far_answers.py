@@ -1,8 +1,7 @@
-"""Rows whose answers stand further back than a window: what doesn't fit, and how many are answered right by length."""
+"""Counts how many rows, whose answers stand further back than a window, are answered right by length."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -10,9 +9,11 @@ from itertools import islice
 from typing import Any
 
 from peft import PeftModel
-from rich.table import Table
+from rich.console import Group
+from rich.text import Text
 from torch import nn
 from transformers import PreTrainedTokenizerBase
+from transformers.utils import logging
 
 from ..tuner.measured_pass import in_evaluation_mode
 from ..tuner.sliding_window import own_window, without_window
@@ -20,11 +21,11 @@ from .data import DataError, Rows
 from .display import make_table
 from .prompts import Encoded, encode
 from .recall import last_answers
-from .scores import score_rows
+from .scores import Scores, score_rows
 
-FEW_ROWS, READ_ROWS = 64, 32
-LONG_ANSWER = 8
-"""Tokens; a side path has so many slots that can each hold one."""
+READ_ROWS = 32
+SHOWN_WRONG, SHOWN_CHARACTERS = 3, 48
+"""How many wrong answers of each length are shown, and how much of the question's end."""
 UNIT = 128
 """Where the first length ends, tokens, for a model without a window."""
 BATCH_TOKENS = 4096
@@ -32,8 +33,28 @@ MODEL, ADAPTER, BASE, FULL = "model", "adapter", "base model", "base model witho
 
 
 @dataclass(frozen=True)
+class WrongAnswer:
+    """A row that is answered wrong.
+
+    Args:
+        place: Where the row stands, such as `data.jsonl:6`.
+        tokens: Its length with the token that ends it.
+        question: The end of its prompt, of a conversation that of the last message.
+        expected: Its answer.
+        given: What greedy decoding gives, up to the first wrong token; `"…"` stands where it would go on, and nothing
+            if it ended at once.
+    """
+
+    place: str
+    tokens: int
+    question: str
+    expected: str
+    given: str
+
+
+@dataclass(frozen=True)
 class RightAnswers:
-    """How many rows of some lengths are answered right.
+    """How many rows of some lengths are answered right, and which ones aren't.
 
     Args:
         shortest: The first of these lengths, tokens.
@@ -42,6 +63,7 @@ class RightAnswers:
         rows: How many rows there are.
         right: How many of them each reader answers right: `"adapter"`, `"base model"` and, where it has a window,
             `"base model without window"`; of a model without an adapter `"model"`.
+        wrong: The rows that the adapter, or a model without one, answers wrong.
     """
 
     shortest: int
@@ -49,6 +71,7 @@ class RightAnswers:
     windows: int | None
     rows: int
     right: dict[str, int]
+    wrong: list[WrongAnswer]
 
 
 def _window_of(model: nn.Module) -> int | None:
@@ -99,7 +122,7 @@ def count_right(model: Any, tokenizer: PreTrainedTokenizerBase, rows: Rows) -> l
         The counts, the shortest rows first.
 
     Raises:
-        DataError: The rows have no answers.
+        DataError: The rows have no answers, or one has no token.
 
     Examples:
         >>> model, tokenizer = load_adapter("recall")
@@ -108,115 +131,110 @@ def count_right(model: Any, tokenizer: PreTrainedTokenizerBase, rows: Rows) -> l
     """
     window = _window_of(model)
     unit = window or UNIT
-    by_length: dict[int, list[Any]] = {}
-    for row in _answered(rows).rows:
-        length = sum(map(len, encode(tokenizer, row)))
+    by_length: dict[int, list[_Asked]] = {}
+    answered = _answered(rows)
+    for place, row in zip(answered.places, answered.rows, strict=True):
+        asked = _Asked(place, row, encode(tokenizer, row))
+        if not asked.tokens.completion:
+            raise DataError(f"{place}: the answer adds no token to the prompt; mend the row or the chat template")
         longest = unit
-        while longest < length:
+        while longest < asked.tokens.length:
             longest *= 2
-        by_length.setdefault(longest, []).append(row)
+        by_length.setdefault(longest, []).append(asked)
+    readers = _readers(model)
     found = []
-    with in_evaluation_mode(model):
+    bar = logging.tqdm(desc="Counting right answers", total=len(rows) * len(readers), disable=None, leave=False)
+    with in_evaluation_mode(model), bar:
         for longest, part in sorted(by_length.items()):
-            right = {}
-            for reader, reading in _readers(model).items():
+            texts = [asked.row for asked in part]
+            scores = {}
+            for reader, reading in readers.items():
                 with reading():
-                    right[reader] = _right(model, tokenizer, part, longest, ends=reader in (MODEL, ADAPTER))
-            shortest = 1 if longest == unit else longest // 2 + 1
-            found.append(RightAnswers(shortest, longest, window and longest // window, len(part), right))
+                    ends = reader in (MODEL, ADAPTER)
+                    scores[reader] = _score(model, tokenizer, texts, longest, ends=ends, report=bar.update)
+            first = next(iter(scores.values()))
+            answers = zip(part, first.exact, first.given, strict=True)
+            found.append(
+                RightAnswers(
+                    shortest=1 if longest == unit else longest // 2 + 1,
+                    longest=longest,
+                    windows=window and longest // window,
+                    rows=len(part),
+                    right={reader: sum(of_reader.exact) for reader, of_reader in scores.items()},
+                    wrong=[asked.wrong(given, tokenizer) for asked, right, given in answers if not right],
+                )
+            )
     return found
 
 
-def _right(model: Any, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Any], longest: int, ends: bool) -> int:
+@dataclass(frozen=True)
+class _Asked:
+    """A row that is counted, and its tokens."""
+
+    place: str
+    row: Any
+    tokens: Encoded
+
+    def wrong(self, given: list[int], tokenizer: PreTrainedTokenizerBase) -> WrongAnswer:
+        """The row with the answer that was given up to its first wrong token."""
+
+        def read(tokens: list[int]) -> str:
+            return str(tokenizer.decode(tokens, skip_special_tokens=True)).strip()
+
+        prompt = self.row["prompt"]
+        asked = prompt if isinstance(prompt, str) else str(prompt[-1].get("content"))
+        question = " ".join(asked.split())[-SHOWN_CHARACTERS:]
+        goes_on = "" if given[-1] == tokenizer.eos_token_id else "…"
+        return WrongAnswer(
+            self.place, self.tokens.length, question, read(self.tokens.completion), read(given) + goes_on
+        )
+
+
+def _score(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[Any],
+    longest: int,
+    ends: bool,
+    report: Callable[[int], object] = lambda count: None,
+) -> Scores:
     size = max(1, BATCH_TOKENS // longest)
-    return sum(score_rows(model, tokenizer, rows, batch_size=size, max_length=longest, ends=ends).exact)
+    return score_rows(model, tokenizer, rows, batch_size=size, max_length=longest, ends=ends, report=report)
 
 
-def right_answers_table(found: Sequence[RightAnswers]) -> Table:
-    """The counts as a table, with a line for each range of lengths."""
+def right_answers_tables(found: Sequence[RightAnswers], others: str) -> Group:
+    """The counts, with a line for each range of lengths, and a few wrong answers of each.
+
+    `others` says where the other wrong ones stand.
+    """
     in_windows = found[0].windows is not None
-    table = make_table("Right answers", "tokens", *(["windows"] if in_windows else []), "rows", *found[0].right)
+    counts = make_table("Right answers", "tokens", *(["windows"] if in_windows else []), "rows", *found[0].right)
     for part in found:
         windows = [f"up to {part.windows}"] if in_windows else []
-        table.add_row(f"{part.shortest}-{part.longest}", *windows, str(part.rows), *map(str, part.right.values()))
-    return table
+        counts.add_row(f"{part.shortest}-{part.longest}", *windows, str(part.rows), *map(str, part.right.values()))
+    shown = [wrong for part in found for wrong in part.wrong[:SHOWN_WRONG]]
+    if not shown:
+        return Group(counts)
+    total = sum(len(part.wrong) for part in found)
+    title = "Wrong answers" if len(shown) == total else f"Wrong answers: {len(shown)} of {total}, {others}"
+    wrong_answers = make_table(title, "row", "tokens", "the question ends", "expected", "given")
+    for wrong in shown:
+        # As texts: what stands in brackets is no markup.
+        place, *texts = map(Text, (wrong.place, wrong.question, wrong.expected, wrong.given))
+        wrong_answers.add_row(place, str(wrong.tokens), *texts)
+    return Group(counts, wrong_answers)
 
 
 def describe_reading(model: Any, tokenizer: PreTrainedTokenizerBase, rows: Rows, max_length: int) -> str:
     """Tell how many of the first rows of at most a length a model answers right without its window."""
-    fitting = ((row, sum(map(len, encode(tokenizer, row)))) for row in _answered(rows).rows)
+    fitting = ((row, encode(tokenizer, row).length) for row in _answered(rows).rows)
     read = list(islice((both for both in fitting if both[1] <= max_length), READ_ROWS))
     if not read:
         return f"no row has at most {max_length} tokens: whether the model can answer without its window isn't known"
     answered = [row for row, _ in read]
     with in_evaluation_mode(model), without_window(model):
-        right = _right(model, tokenizer, answered, max(length for _, length in read), ends=False)
+        right = sum(_score(model, tokenizer, answered, max(length for _, length in read), ends=False).exact)
     line = f"without its window the model answers {right} of {len(answered)} rows right"
     if 2 * right >= len(answered):
         return line
     return f"{line}, and recall starts from those; ask for what it can answer, or take more steps"
-
-
-def describe_far_answers(tokenizer: PreTrainedTokenizerBase, rows: Rows, window: int) -> list[str]:
-    """Count the rows that teach no recall from beyond a window, a line for each kind, with what to change."""
-    if rows.form == "text":
-        return [
-            f"all {len(rows)} rows are plain 'text': the model learns to live with its window, and nothing is asked "
-            "for from beyond it; give 'prompt' and 'completion', or 'messages'"
-        ]
-    answered = last_answers(rows)
-    parts = [_Parts.of(tokenizer, row) for row in answered.rows]
-    lines = []
-    for matches, what in (
-        (
-            lambda part: part.length <= window,
-            f"have at most {window} tokens, the window: nothing lies beyond it; give longer rows, or a smaller window",
-        ),
-        (
-            lambda part: part.length > window and part.stands_in(part.tokens.prompt[-window:], tokenizer),
-            f"have their answer in the last {window} tokens of the prompt, too, where the window sees it; ask for "
-            "what stands further back alone",
-        ),
-        (
-            lambda part: not part.stands_in(part.tokens.prompt, tokenizer),
-            "have an answer that their prompt doesn't hold as it is written; a memory is best at what can be copied",
-        ),
-        (
-            lambda part: len(part.tokens.completion) > LONG_ANSWER + 1,
-            f"have an answer of more than {LONG_ANSWER} tokens; longer ones take more steps, or are not learned",
-        ),
-        (
-            lambda part: part.glued,
-            "have a completion that is written on to the prompt's last word; begin it with a space",
-        ),
-    ):
-        places = [place for place, part in zip(answered.places, parts, strict=True) if matches(part)]
-        if places:
-            lines.append(f"{len(places)} of {len(rows)} rows {what} (the first: {places[0]})")
-    if len(rows) < FEW_ROWS:
-        lines.append(f"{len(rows)} rows are few: they are learned by heart; give some hundred that differ")
-    return lines
-
-
-@dataclass(frozen=True)
-class _Parts:
-    """A row's tokens and its answer."""
-
-    tokens: Encoded
-    answer: str
-    glued: bool
-
-    @classmethod
-    def of(cls, tokenizer: PreTrainedTokenizerBase, row: Any) -> _Parts:
-        tokens = encode(tokenizer, row)
-        answer = str(tokenizer.decode(tokens.completion, skip_special_tokens=True)).strip()
-        texts = isinstance(row["prompt"], str)
-        return cls(tokens, answer, texts and row["prompt"][-1].isalnum() and row["completion"][0].isalnum())
-
-    @property
-    def length(self) -> int:
-        return sum(map(len, self.tokens))
-
-    def stands_in(self, tokens: list[int], tokenizer: PreTrainedTokenizerBase) -> bool:
-        """Whether the answer stands there, and not as a part of another word."""
-        return bool(re.search(rf"(?<!\w){re.escape(self.answer)}(?!\w)", str(tokenizer.decode(tokens))))

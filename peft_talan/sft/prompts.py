@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
+from transformers.utils import logging
 from transformers.utils.hub import cached_file
 
-from .data import Rows
+from .data import DataError, Rows
 from .formats import is_conversational, messages_of
 
 PROMPT_FORM_FILE = "prompt_form.json"
@@ -29,6 +30,11 @@ class Encoded(NamedTuple):
 
     prompt: list[int]
     completion: list[int]
+
+    @property
+    def length(self) -> int:
+        """How many there are."""
+        return len(self.prompt) + len(self.completion)
 
 
 @dataclass(frozen=True)
@@ -105,3 +111,18 @@ def encode(tokenizer: PreTrainedTokenizerBase, row: Mapping[str, Any]) -> Encode
     # Tokens can merge across the boundary: the completion starts where both differ, as in TRL.
     shared = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(prompt, whole, strict=False)))
     return Encoded(whole[:shared], whole[shared:])
+
+
+def encode_rows(tokenizer: PreTrainedTokenizerBase, rows: Rows) -> list[Encoded]:
+    """Turn all rows into tokens, with a bar on a terminal.
+
+    Raises `DataError` if rows and tokenizer don't fit.
+    """
+    if rows.conversational and not tokenizer.chat_template:
+        raise DataError(
+            f"{rows.source}: the rows hold messages, and the tokenizer has no chat template; give 'prompt' and "
+            "'completion' as texts"
+        )
+    if not rows.conversational and tokenizer.eos_token is None:
+        raise DataError(f"{rows.source}: the tokenizer has no end-of-sequence token, which ends every text")
+    return [encode(tokenizer, row) for row in logging.tqdm(rows.rows, "Counting tokens", disable=None, leave=False)]

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from importlib.resources import files
 from typing import Any
 
@@ -29,11 +29,13 @@ class Scores:
         losses: The summed negative log-likelihood of each row's completion, nats.
         tokens: The number of tokens of each.
         exact: Whether greedy decoding generates exactly the completion, row by row.
+        given: The tokens that greedy decoding generates, up to the first that isn't the completion's, row by row.
     """
 
     losses: list[float]
     tokens: list[int]
     exact: list[bool]
+    given: list[list[int]] = field(default_factory=list)
 
     @property
     def loss(self) -> float:
@@ -77,11 +79,13 @@ def score_rows(
     batch_size: int = 16,
     max_length: int = 1024,
     ends: bool = True,
+    report: Callable[[int], object] = lambda count: None,
 ) -> Scores:
-    """Score a model on held-out rows, in one forward pass each.
+    """Score a model on held-out rows, in one forward pass each; rows without a token to score are left out.
 
     Greedy decoding generates exactly the completion if each of its tokens is the most likely one after the right ones
     before it: no token has to be generated. `ends`: the end-of-sequence token after an answer is one of them.
+    `report` is told how many rows each batch had.
     """
     scores = Scores([], [], [])
     base = model.get_base_model() if isinstance(model, PeftModel) else model
@@ -98,13 +102,19 @@ def score_rows(
             selection["logits_to_keep"] = labels.shape[1] + 1
         logits = model(**batch, **selection, use_cache=False).logits[:, :-1].float()
         losses = F.cross_entropy(logits.transpose(1, 2), labels, ignore_index=IGNORED, reduction="none")
-        scored = labels != IGNORED
-        exact = ((logits.argmax(-1) == labels) | ~scored).all(-1)
-        for loss, count, right in zip(losses.sum(-1).tolist(), scored.sum(-1).tolist(), exact.tolist(), strict=True):
-            if count:
-                scores.losses.append(loss)
-                scores.tokens.append(count)
-                scores.exact.append(right)
+        scored, generated = labels != IGNORED, logits.argmax(-1)
+        right = ((generated == labels) & scored).cpu()
+        for loss, own, token_right, tokens in zip(
+            losses.sum(-1).tolist(), scored.cpu(), right, generated.cpu(), strict=True
+        ):
+            if not own.any():
+                continue
+            scores.losses.append(loss)
+            scores.tokens.append(int(own.sum()))
+            matched = int(token_right[own].long().cumprod(0).sum())
+            scores.exact.append(matched == scores.tokens[-1])
+            scores.given.append(tokens[own][: matched + 1].tolist())
+        report(len(part))
     return scores
 
 

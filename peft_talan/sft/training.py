@@ -27,8 +27,8 @@ from ..tuner.recall_start import can_start_for_recall, initialize_talan_recall
 from ..tuner.trainability import talan_param_groups
 from ..tuner.whitening import initialize_talan_weights
 from .callbacks import SavePromptForm
-from .data import DataError, Rows
-from .prompts import PromptForm, encode
+from .data import Rows
+from .prompts import PromptForm
 
 START_BATCHES = 16
 """How many batches side paths start from; some thousand tokens are enough."""
@@ -38,47 +38,6 @@ def remove_checkpoints(output: Path) -> None:
     """Remove the checkpoints of an earlier run, which a new one must not be continued from."""
     for folder in output.glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
         shutil.rmtree(folder)
-
-
-def describe_lengths(tokenizer: PreTrainedTokenizerBase, rows: Rows, max_length: int) -> list[str]:
-    """Count the rows that training would change or leave out, a line for each kind.
-
-    Raises `DataError` if no row has a token to train on, or if rows and tokenizer don't fit.
-    """
-    if rows.conversational and not tokenizer.chat_template:
-        raise DataError(
-            f"{rows.source}: the rows hold messages, and the tokenizer has no chat template; give 'prompt' and "
-            "'completion' as texts"
-        )
-    if not rows.conversational and tokenizer.eos_token is None:
-        raise DataError(f"{rows.source}: the tokenizer has no end-of-sequence token, which ends every text")
-    encoded = [encode(tokenizer, row) for row in rows.rows]
-    begins_twice = [tokenizer.bos_token_id] * 2
-
-    def places(matches: Callable[[list[int], list[int]], bool]) -> list[str]:
-        return [place for place, tokens in zip(rows.places, encoded, strict=True) if matches(*tokens)]
-
-    cut = places(lambda prompt, completion: len(prompt) + len(completion) > max_length)
-    lost = places(lambda prompt, _: rows.form == "prompt-completion" and len(prompt) >= max_length)
-    doubled = places(lambda prompt, completion: (prompt + completion)[:2] == begins_twice)
-    if len(lost) == len(rows):
-        raise DataError(f"{rows.source}: every prompt has {max_length} tokens or more; raise max_length={max_length}")
-    lines = []
-    if cut:
-        lengths = [len(prompt) + len(completion) for prompt, completion in encoded]
-        longest = max(lengths)
-        lines.append(
-            f"{len(cut)} of {len(rows)} rows are longer than max_length={max_length} and are cut there (the longest: "
-            f"{longest:,} tokens, {rows.places[lengths.index(longest)]})"
-        )
-    if lost:
-        lines.append(f"{len(lost)} of these have no token of the completion left and are left out (first: {lost[0]})")
-    if doubled:
-        lines.append(
-            f"{len(doubled)} of {len(rows)} rows begin with two {tokenizer.bos_token!r}: the tokenizer adds one; take "
-            f"it out of the data (first: {doubled[0]})"
-        )
-    return lines
 
 
 def check_assistant_marks(tokenizer: PreTrainedTokenizerBase) -> None:

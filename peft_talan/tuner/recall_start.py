@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.utils import logging
 
 from ..config import TalanConfig
 from ..functional.fused import inverse_rms
@@ -178,7 +179,7 @@ def _collect(
         hooks.callback(embeddings.register_forward_hook(lambda *call: call[2].requires_grad_()).remove)
         for layer in sums:
             hooks.callback(layer.register_forward_pre_hook(keep).remove)
-        for batch in batches:
+        for batch in logging.tqdm(batches, "Reading without the window", disable=None, leave=False):
             losses, output = batch.losses(model, output_attentions=True)
             read = {layer: (stream.detach(), _normalized(stream)) for layer, stream in streams.items()}
             for layer, (_, x) in read.items():
@@ -291,4 +292,5 @@ def _install(
         set_strength(strength)
         return sum(float(loss) for batch in choosing for loss in batch.losses(model)[0])
 
-    set_strength(min((loss_at(strength), strength) for strength in STRENGTHS)[1])
+    tried = logging.tqdm(STRENGTHS, "Choosing the strength", disable=None, leave=False)
+    set_strength(min((loss_at(strength), strength) for strength in tried)[1])

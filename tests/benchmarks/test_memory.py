@@ -16,7 +16,16 @@ from tokenizers.pre_tokenizers import WhitespaceSplit
 from tokenizers.trainers import WordLevelTrainer
 from transformers import AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from benchmarks.memory import binding, generation, one_run, ordinary_rows, real_model, report, study
+from benchmarks.memory import (
+    binding,
+    generation,
+    one_run,
+    ordinary_rows,
+    ordinary_rows_report,
+    real_model,
+    report,
+    study,
+)
 from benchmarks.memory.row_maker import KINDS, RowMaker
 from benchmarks.quality.tasks import plain_text
 from benchmarks.runs import read_lines
@@ -309,6 +318,9 @@ def test_ordinary_rows_are_trained_on_and_scored(asked_llama: str, tmp_path: Pat
     assert lora["trainable"] < here["trainable"] == command["trainable"]
     # What was trained is stored, whatever the defaults become.
     assert (lora["axes"], here["axes"], command["axes"]) == ({}, RECALL_AXES, RECALL_AXES)
+    # The answers' own loss is stored, too, and the prompts add to it.
+    for row in (lora, here, command):
+        assert all(answers < whole for answers, whole in zip(row["completion_losses"], row["losses"], strict=True))
     # The command does what the parts do, and what is saved says the same when it is loaded.
     assert command["windows"] == here["windows"]
     assert command["windows"][0] > 70
@@ -322,5 +334,20 @@ def test_ordinary_rows_are_trained_on_and_scored(asked_llama: str, tmp_path: Pat
 
 def test_the_page_on_recall_shows_the_stored_runs() -> None:
     rows = read_lines(ordinary_rows.RESULTS)
-    remedy = "run python -m benchmarks.memory.ordinary_rows --page docs/how-to/recall.md"
-    assert ordinary_rows.table(rows) in (PAGE.parent / "how-to" / "recall.md").read_text(encoding="utf-8"), remedy
+    remedy = "run python -m benchmarks.memory.ordinary_rows --page docs/how-to/recall.md docs/evidence.md"
+    recall, evidence = (page.read_text(encoding="utf-8") for page in (PAGE.parent / "how-to" / "recall.md", PAGE))
+    assert ordinary_rows_report.recall_table(rows) in recall, remedy
+    assert ordinary_rows_report.loss_table(rows) in recall, remedy
+    assert ordinary_rows_report.table(rows) in evidence, remedy
+
+
+def test_the_losses_of_answers_are_shown_beside_those_with_prompts(tmp_path: Path) -> None:
+    rows = [row for row in read_lines(ordinary_rows.RESULTS) if row["settings"].get("prompt_loss_weight")]
+    stored = {**rows[0], "completion_losses": [2.0] * 50 + [1.0] * 150}
+    lines = ordinary_rows_report.loss_table([stored]).splitlines()[2:]
+    assert [line.split(" | ")[3] for line in lines] == ["answers", "answers + 0.2 prompts"]
+    assert lines[0].endswith("| 2.00 | 2.00 | 1.00 | 1.00 | 1.00 | 1.00 |")
+    page = tmp_path / "page.md"
+    page.write_text("nothing")
+    with pytest.raises(ValueError, match="it has no place for a table"):
+        ordinary_rows_report.fill(page, [stored])

@@ -15,9 +15,10 @@ from transformers import AutoModelForCausalLM
 from peft_talan.cli import main
 from peft_talan.cli.console import MISUSED
 from peft_talan.sft.data import DataError, Rows
-from peft_talan.sft.far_answers import count_right, describe_far_answers
+from peft_talan.sft.far_answers import count_right
 from peft_talan.sft.models import answer
-from peft_talan.sft.prompts import PromptForm, encode
+from peft_talan.sft.prompts import PromptForm, encode, encode_rows
+from peft_talan.sft.row_notes import describe_far_answers
 from peft_talan.sft.window import with_sliding_window
 
 from ..offline_hub import make_tokenizer
@@ -42,6 +43,12 @@ def far_row(number: int, length: int, talks: bool = False) -> dict[str, Any]:
     return {"messages": said}
 
 
+def told_of(rows: list[dict[str, Any]]) -> list[str]:
+    """What is told of rows for a window of 40."""
+    tokenizer, read = make_tokenizer(), rows_of(rows)
+    return describe_far_answers(tokenizer, read, encode_rows(tokenizer, read), 40)
+
+
 def write(file: Path, rows: list[dict[str, Any]]) -> Path:
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return file
@@ -64,6 +71,7 @@ def test_what_was_learned_is_counted_by_train_and_by_generate(
         assert part["shortest"] <= length <= part["longest"] == WINDOW * part["windows"]
         assert part["rows"] == 1
         assert part["right"] == {"adapter": 1, "base model": 0, "base model without window": 0}
+        assert part["wrong"] == []
     # What was told on the way.
     for line in (
         "without its window the model answers 0 of 2 rows right, and recall starts from those",
@@ -76,12 +84,26 @@ def test_what_was_learned_is_counted_by_train_and_by_generate(
     shown = answers(["generate", output, "--data", data])
     assert f"{found[0]['shortest']}-{found[0]['longest']}" in shown
     assert "base model without window" in shown
+    assert "Wrong answers" not in shown
+    assert json.loads((output / "right_answers.json").read_text()) == found
     # As text it is what the row says, and of other rows nothing is right.
     prompt = rows[0]["messages"][0]["content"] if talks else rows[0]["prompt"]
     assert answers(["generate", output, prompt]).strip() == "3"
     other = write(tmp_path / "other.jsonl", [far_row(8, 20, talks)])
     (part,) = json.loads(answers(["generate", output, "--data", other, "--json"]))
     assert part["right"]["adapter"] == 0
+    # The answer is the one that was learned, up to its end, which is right, or to the first wrong token.
+    (wrong,) = part["wrong"]
+    question = f"It is 8. {FILLER[:20]} It is"
+    assert wrong == {
+        "place": f"{other}:1",
+        "tokens": encode(make_tokenizer(), far_row(8, 20, talks)).length,
+        "question": question,
+        "expected": "8",
+        "given": "3…",
+    }
+    shown = answers(["generate", output, "--data", other])
+    assert all(text in shown for text in ("Wrong answers", f"{other}:1", question, "3…"))
     # A folder that was moved tells where its base model is.
     moved = output.rename(tmp_path / "moved")
     told = fails(["generate", moved, "--data", data])
@@ -137,6 +159,17 @@ def test_a_model_without_a_window_or_an_adapter_is_counted_alone(
     assert [set(part["right"]) for part in found] == [{"model"}] * 2
 
 
+def test_some_wrong_answers_are_shown_and_all_are_in_json(saved: Path, tmp_path: Path, answers: Answers) -> None:
+    rows = [{"prompt": f"It is [red]{number}[/red]. It is", "completion": f" [{number}]"} for number in range(5)]
+    data = write(tmp_path / "data.jsonl", rows)
+    shown = answers(["generate", saved / "lora", "--data", data])
+    assert "Wrong answers: 3 of 5, all with --json" in shown
+    assert [f"It is [red]{number}[/red]. It is" in shown for number in range(5)] == [True] * 3 + [False] * 2
+    (part,) = json.loads(answers(["generate", saved / "lora", "--data", data, "--json"]))
+    assert [wrong["place"] for wrong in part["wrong"]] == [f"{data}:{number}" for number in range(1, 6)]
+    assert [wrong["expected"] for wrong in part["wrong"]] == [f"[{number}]" for number in range(5)]
+
+
 def test_counting_refuses_what_rows_leave_no_room_for(saved: Path, tmp_path: Path, fails: Fails) -> None:
     data = write(tmp_path / "data.jsonl", [far_row(1, 20)])
     command = ["generate", saved / "adapter", "--data", data]
@@ -183,7 +216,7 @@ def test_rows_that_teach_no_recall_are_counted_with_what_to_change(
     changed: list[dict[str, Any]], told: list[str]
 ) -> None:
     rows = [*changed, *(far_row(number, 90) for number in range(100, 170 - len(changed)))]
-    lines = describe_far_answers(make_tokenizer(), rows_of(rows), 40)
+    lines = told_of(rows)
     assert len(lines) == len(told)
     for line, beginning in zip(lines, told, strict=True):
         assert line.startswith(beginning)
@@ -191,11 +224,10 @@ def test_rows_that_teach_no_recall_are_counted_with_what_to_change(
 
 
 def test_few_rows_and_plain_texts_are_told() -> None:
-    tokenizer = make_tokenizer()
-    assert describe_far_answers(tokenizer, rows_of([far_row(n, 90) for n in range(63)]), 40) == [
+    assert told_of([far_row(n, 90) for n in range(63)]) == [
         "63 rows are few: they are learned by heart; give some hundred that differ"
     ]
-    (line,) = describe_far_answers(tokenizer, rows_of([{"text": "a"}] * 3), 40)
+    (line,) = told_of([{"text": "a"}] * 3)
     assert line.startswith("all 3 rows are plain 'text'")
 
 

@@ -248,10 +248,12 @@ def test_scores_are_those_of_each_row_alone(adapted: bool, saved: Path, tmp_path
     # The last row has no token left to score.
     scores = score_rows(model, tokenizer, [*rows, {"prompt": "1 " * 200, "completion": "2"}], max_length=100)
     losses = []
-    for row in rows:
+    for row, given in zip(rows, scores.given, strict=True):
         prompt, completion = encode(tokenizer, row)
         with torch.no_grad():
             logits = model(input_ids=torch.tensor([prompt + completion])).logits[0, len(prompt) - 1 : -1]
+        assert given[:-1] == completion[: len(given) - 1]
+        assert given[-1] == logits[len(given) - 1].argmax() != completion[len(given) - 1]
         losses.append(float(F.cross_entropy(logits, torch.tensor(completion), reduction="sum")))
     assert scores.losses == pytest.approx(losses, rel=1e-6)  # the loss is taken in float32
     assert scores.tokens == [len(encode(tokenizer, row).completion) for row in rows]

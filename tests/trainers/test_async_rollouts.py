@@ -7,6 +7,7 @@ is computed by torch here.
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from trl.experimental.async_grpo import AsyncGRPOConfig, AsyncGRPOTrainer
 from peft_talan import TalanConfig, set_talan_strength
 
 from ..vllm import engines
-from ..vllm.servers import WITH_ADAPTERS, complete, serving
+from ..vllm.servers import WITH_ADAPTERS, complete, post, serving
 from .on_processors import run_on_processors
 from .test_trl import COMMON, make_chat_tokenizer, words
 
@@ -95,10 +96,19 @@ def teacher(folder: Path) -> Iterator[int]:
 
 
 @pytest.fixture(scope="module")
-def port(folder: Path) -> Iterator[int]:
+def server(folder: Path) -> Iterator[int]:
     words = [*WITH_ADAPTERS, "--max-loras", 3, "--lora-modules", f"like={folder / 'like'}"]
     with serving(folder / "base", words, folder / "printed", str(PYTHON), VLLM_SERVER_DEV_MODE="1") as port:
         yield port
+
+
+@pytest.fixture
+def port(server: int) -> Iterator[int]:
+    """The server, from which each test's versions go: TRL gives them the same names in every run."""
+    yield server
+    for model in json.loads(post(server, "/v1/models", None)[1])["data"]:
+        if model["id"].startswith("trl-policy"):
+            assert post(server, "/v1/unload_lora_adapter", {"lora_name": model["id"]})[0] == 200
 
 
 def make_trainer(folder: Path, port: int, out: Path, token_budget: int | None = None, **options: Any) -> Any:
