@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 
 from .fused import inverse_rms
@@ -13,6 +15,11 @@ HIDDEN_FACTOR = 2
 INITIAL_GATES = (-4.0, -4.0, -6.0)
 """The logits of the `delta` mixer's gates before training: a token writes and erases 2%, and forgets 0.2%."""
 
+
+WEIGHT_OF_FOUND = 6.0
+"""The logit of a token that a gate or slot is to let in, above the mean of all tokens."""
+SPREAD_OF_OTHERS = 2.5
+"""The largest standard deviation of such logits."""
 
 STARTS_AT_ZERO: tuple[str, ...] = ("write", "slot_bias", "slot_out", "channel_out", "gate")
 """A fresh adapter is exactly its LoRA weights, and a fresh `mlp` reads like `attention`."""
@@ -132,6 +139,40 @@ def telling_row(found: torch.Tensor, mean: torch.Tensor, moment: torch.Tensor, s
     return row / (row @ (found - mean))
 
 
+def opening_row(found: torch.Tensor, mean: torch.Tensor, moment: torch.Tensor, shrinkage: float) -> torch.Tensor:
+    """Scale `telling_row` to logits that let its tokens in, and not so far that others swing with them.
+
+    Args:
+        found: As for `telling_row`, and so are the others.
+        mean: E[x].
+        moment: E[x x^T].
+        shrinkage: What is added to each direction's variance.
+
+    Returns:
+        [hidden_size].
+    """
+    row = telling_row(found, mean, moment, shrinkage)
+    return row * min(WEIGHT_OF_FOUND, SPREAD_OF_OTHERS / float((row @ moment @ row).sqrt()))
+
+
+class StartTensors(NamedTuple):
+    """What a side path starts from that some data has told.
+
+    Args:
+        rows: Rows of `W_read` by their index.
+        write: `W_write` of strength 1; None leaves it at zero.
+        moment: The second moment that whitens the other rows.
+        mixer: The mixer's own tensor.
+        gate: The gate's row, where there is one. Default None.
+    """
+
+    rows: dict[int, torch.Tensor]
+    write: torch.Tensor | None
+    moment: torch.Tensor
+    mixer: torch.Tensor
+    gate: torch.Tensor | None = None
+
+
 def copying_rows(
     left: torch.Tensor, right: torch.Tensor, mean: torch.Tensor, moment: torch.Tensor, width: int, shrinkage: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -162,6 +203,53 @@ def copying_rows(
     read, write = rows.new_zeros(width, rows.shape[1]), rows.new_zeros(rows.shape[1], width)
     read[:kept], write[:, :kept] = rows, outputs @ of_outputs[:, :kept] * values[:kept]
     return read, write
+
+
+def matching_rows(
+    queries: torch.Tensor,
+    keys: torch.Tensor,
+    query_moment: torch.Tensor,
+    key_moment: torch.Tensor,
+    cross: torch.Tensor,
+    slots: int,
+    shrinkage: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Make rows of `W_read` by which the tokens of pairs match: their canonical correlations (Hotelling, 1936).
+
+    Of `(Cov[q] + shrinkage I)^-1/2 Cov[q, k] (Cov[k] + shrinkage I)^-1/2` they are the leading singular vectors, each
+    times the root of its singular value, and blind to what all q, and all k, share.
+
+    Args:
+        queries: E[q], [hidden_size].
+        keys: E[k], [hidden_size].
+        query_moment: E[q q^T], [hidden_size, hidden_size].
+        key_moment: E[k k^T], [hidden_size, hidden_size].
+        cross: E[q k^T], [hidden_size, hidden_size].
+        slots: M, the length of a key.
+        shrinkage: What is added to each direction's variance.
+
+    Returns:
+        The rows of k and of q, [slots, hidden_size] each.
+    """
+    eye = shrinkage * torch.eye(len(keys), dtype=keys.dtype, device=keys.device)
+    roots = [
+        torch.linalg.cholesky(moment - torch.outer(mean, mean) + eye)
+        for mean, moment in ((queries, query_moment), (keys, key_moment))
+    ]
+    between = torch.linalg.solve_triangular(roots[0], cross - torch.outer(queries, keys), upper=False)
+    between = torch.linalg.solve_triangular(roots[1], between.T, upper=False).T
+    left, values, right = torch.linalg.svd(between)
+    scale = values[:slots].sqrt()[:, None]
+    made = []
+    for root, mean, moment, directions in (
+        (roots[1], keys, key_moment, right[:slots]),
+        (roots[0], queries, query_moment, left[:, :slots].T),
+    ):
+        rows = scale * torch.linalg.solve_triangular(root, directions, upper=False, left=False)
+        # Rows have no bias: what is 1 for all such tokens takes its place.
+        shared = torch.linalg.solve(moment + eye, mean)
+        made.append(rows - torch.outer(rows @ mean, shared) / (shared @ mean))
+    return made[0], made[1]
 
 
 def keys_and_queries_of(

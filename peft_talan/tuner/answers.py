@@ -16,6 +16,8 @@ class Answers:
     """The tokens of a batch that are trained on and depend on what lies beyond the window, in the answers' order."""
 
     inputs: dict[str, Any]
+    trained: torch.Tensor
+    """[batch, tokens], bool: whether a token is part of an answer, of which a row may have several."""
     valid: torch.Tensor
     """[batch, tokens], bool; without each row's first token, which attention uses as a sink."""
     places: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = field(default_factory=list)
@@ -34,7 +36,7 @@ class Answers:
         valid = torch.ones_like(labels, dtype=torch.bool) if mask is None else mask.bool().clone()
         first = valid.long().argmax(1)
         valid[torch.arange(len(valid), device=device), first] = False
-        found = cls(inputs, valid)
+        found = cls(inputs, labels != -100, valid)
         answers = []
         for row in (labels != -100).tolist():
             last = len(row) - 1 - row[::-1].index(True) if True in row else -1
@@ -57,6 +59,25 @@ class Answers:
         """Whether there is one."""
         return any(len(rows) > 0 for rows, _, _ in self.places)
 
+    def copies(self, window: int) -> torch.Tensor:
+        """Where a token of an answer, and the answer up to it, stand beyond the window, too.
+
+        Returns:
+            Of each such token: its row, the token that predicts it, and the last such place; int64, [3, found].
+        """
+        found: list[tuple[int, int, int]] = []
+        for row, (ids, trained, valid) in enumerate(
+            zip(self.inputs["input_ids"], self.trained, self.valid, strict=True)
+        ):
+            same = torch.zeros_like(valid)
+            begun = trained & ~F.pad(trained[:-1], (1, 0))
+            for at in trained.nonzero()[:, 0].tolist():
+                same = valid & (ids == ids[at]) & (begun[at] | F.pad(same[:-1], (1, 0)))
+                places = same[: max(at - window, 0)].nonzero()
+                if len(places):
+                    found.append((row, at - 1, int(places[-1])))
+        return torch.tensor(found, device=self.valid.device, dtype=torch.long).reshape(-1, 3).T
+
     def losses(self, model: nn.Module, **options: Any) -> tuple[list[torch.Tensor], Any]:
         """The summed cross-entropy of each place in the answers, and the model's output."""
         needed = [at for _, at, _ in self.places]
@@ -68,9 +89,14 @@ class Answers:
         ], output
 
 
-def reach_beyond(batches: Iterable[Mapping[str, Any]], window: int, slots: int) -> bool:
-    """Whether an answer of rows that aren't packed has a token beyond the window, by its first tokens."""
-    return any(
-        batch.get("position_ids") is None and Answers.of(batch, window, slots, batch["input_ids"].device).any
-        for batch in batches
-    )
+def reach_beyond(batches: Iterable[Mapping[str, Any]], window: int, slots: int, copied: bool = False) -> bool:
+    """Whether an answer of rows that aren't packed has a token beyond the window, by its first tokens.
+
+    With `copied`, that a token of an answer stands there.
+    """
+    for batch in batches:
+        if batch.get("position_ids") is None:
+            answers = Answers.of(batch, window, slots, batch["input_ids"].device)
+            if answers.copies(window).shape[1] if copied else answers.any:
+                return True
+    return False

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
+import torch
 from torch import nn
+from transformers import PreTrainedModel
+
+from ..functional.fused import inverse_rms
+from ..functional.parameters import working_dtype
+from .layer import TalanLayer
 
 
 @contextmanager
@@ -24,3 +30,36 @@ def in_evaluation_mode(model: nn.Module) -> Iterator[None]:
 def run(model: nn.Module, inputs: Mapping[str, Any]) -> None:
     """Run the model without a cache; labels are left out."""
     model(**{"use_cache": False, **{name: part for name, part in inputs.items() if name != "labels"}})
+
+
+@contextmanager
+def attention_with_weights(base: PreTrainedModel) -> Iterator[None]:
+    """Use the attention that returns its weights."""
+    implementation = base.config._attn_implementation
+    base.set_attn_implementation("eager")
+    try:
+        yield
+    finally:
+        base.set_attn_implementation(implementation)
+
+
+@contextmanager
+def kept_streams(layers: Iterable[TalanLayer], adapter_name: str) -> Iterator[dict[TalanLayer, torch.Tensor]]:
+    """Keep what side paths of an adapter read in the last pass, [batch, tokens, hidden_size]."""
+    streams: dict[TalanLayer, torch.Tensor] = {}
+
+    def keep(layer: nn.Module, args: tuple[Any, ...]) -> None:
+        hidden_states, position = args[:2]
+        if isinstance(layer, TalanLayer) and layer.talan_position[adapter_name] == position:
+            streams[layer] = hidden_states
+
+    with ExitStack() as hooks:
+        for layer in layers:
+            hooks.callback(layer.register_forward_pre_hook(keep).remove)
+        yield streams
+
+
+def normalized(stream: torch.Tensor) -> torch.Tensor:
+    """RMSNorm(h), as side paths read it."""
+    stream = stream.detach().to(working_dtype(stream.dtype))
+    return stream * inverse_rms(stream)
