@@ -30,7 +30,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     },
     "eager, 12 pages": {"enforce_eager": True, "num_gpu_blocks_override": 12},
     # On processors, vLLM gives requests without an adapter the LoRA weights of the last slot, which is empty here.
-    "compiled, and without an adapter": {"max_loras": len(ADAPTERS) + 2},
+    "without an adapter": {"max_loras": len(ADAPTERS) + 2},
 }
 
 
