@@ -122,7 +122,8 @@ VLLM: dict[str, str] = {
     "vllm.v1.core.kv_cache_manager.KVCacheManager.get_block_ids": "Called: the pages that a step writes.",
     "vllm.v1.core.kv_cache_manager.KVCacheManager.new_step_starts": "Called: a step begins.",
     "vllm.v1.core.sched.async_scheduler.AsyncScheduler": "Extended: the option `scheduler_cls`.",
-    "vllm.v1.core.sched.scheduler.Scheduler.add_request": "Overridden: requests' strengths.",
+    "vllm.v1.core.sched.scheduler.Scheduler._free_blocks": "Overridden: a request that is gone needs no adapter.",
+    "vllm.v1.core.sched.scheduler.Scheduler.add_request": "Overridden: requests' strengths, and their adapters.",
     "vllm.v1.core.sched.scheduler.Scheduler.finish_requests": "Called: ends a refused request.",
     "vllm.v1.core.sched.scheduler.Scheduler.schedule": "Overridden: workers hear which adapters requests need.",
     "vllm.v1.core.sched.scheduler.Scheduler.update_from_output": "Overridden: the error of a refused request.",
@@ -142,7 +143,7 @@ VLLM_ATTRIBUTES: dict[str, str] = {
     "vllm.lora.model_manager.lora_manager": "Read: a model's manager of slots.",
     "vllm.lora.worker_manager._lora_model_cls": "Set: what reads adapters, see PLACES.",
     "vllm.v1.core.sched.scheduler.lora_config": "Read: whether requests can need adapters.",
-    "vllm.v1.core.sched.scheduler.requests": "Read: which adapters requests need.",
+    "vllm.v1.core.sched.scheduler.requests": "Read: whether a request is new.",
 }
 """Attributes that only instances have, with vLLM's module that sets them."""
 

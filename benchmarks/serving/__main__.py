@@ -70,10 +70,10 @@ def measure(options: argparse.Namespace, served: dict[str, Served], about: dict[
         append_line(options.out, row)
 
     tokens, most = options.tokens, max(options.clients)
-    if options.turns:
-        running = {**served, "lora again": served["lora"]}
+    if options.only:
+        running = served = {options.only: served[options.only]}
     else:
-        running = served = {"talan": served["talan"]}
+        running = {**served, "lora again": served["lora"]}
     questions = {name: ask_about(one, options.requests) for name, one in served.items()}
     expected: Answers = {}
     for name, one in served.items():
@@ -84,13 +84,13 @@ def measure(options: argparse.Namespace, served: dict[str, Served], about: dict[
             for server in servers:  # The first answer waits for what is made when it is first used.
                 with alone(server, servers):
                     measure_load(server, questions[server.kind], len(TOPICS), 2)
-            for clients in options.clients if options.turns else ():
+            for clients in () if options.only else options.clients:
                 for row in take_turns(servers, questions, clients, tokens, expected, options.turns):
                     report(row)
             if start < options.starts - 1:
                 continue
-            first = {"served": "talan", "clients": most}
-            report({**first, **disturb(servers[0], questions["talan"], most, tokens, expected)})
+            row = disturb(servers[0], questions[servers[0].kind], most, tokens, expected)
+            report({"served": servers[0].name, "clients": most, **row})
             for server in servers[:2] if options.soak else ():
                 many = questions[server.kind] * (options.soak // options.requests + 1)
                 with alone(server, servers):
@@ -119,7 +119,8 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path("build/serving"), help="where the models are written")
     parser.add_argument("--clients", type=int, nargs="+", default=[1, 4, 16])
     parser.add_argument("--requests", type=int, default=64, help="of each server, in each turn")
-    parser.add_argument("--turns", type=int, default=5, help="0: only the first server, and no speed")
+    parser.add_argument("--turns", type=int, default=5)
+    parser.add_argument("--only", choices=["talan", "lora"], help="one server alone, and no speed")
     parser.add_argument("--starts", type=int, default=1, help="of the servers: two that are equal differ, too")
     parser.add_argument("--tokens", type=int, default=48, help="new tokens per request, at most")
     parser.add_argument("--soak", type=int, default=1000, help="requests during which the memory is watched")

@@ -38,6 +38,8 @@ from transformers import (
 from peft_talan import TalanConfig, set_talan_strength
 from peft_talan.tuner.merged import merged_layers
 
+from . import pieces
+
 VOCABULARY = 128
 NEW_TOKENS = 32
 WINDOW = 32
@@ -245,9 +247,11 @@ def in_processes(runs: list[Any], folder: Path, **environment: str) -> tuple[lis
 def answer_in_this_process(folder: str, options: dict[str, Any], requests: list[Any], uni: bool) -> dict[str, Any]:
     """Start an engine and ask it twice, the second time with a warm prefix cache."""
     from vllm import LLM
+    from vllm.compilation.counter import compilation_counter
 
     if uni:
         options = {"distributed_executor_backend": "uni", **options}
+    before = compilation_counter.num_piecewise_graphs_seen
     llm = LLM(**engine_options(Path(folder), **options))
     if llm.llm_engine.vllm_config.use_v2_model_runner:
         llm.collective_rpc(warm_up)
@@ -257,6 +261,7 @@ def answer_in_this_process(folder: str, options: dict[str, Any], requests: list[
         "cached": sum(answers[1][1]),
         "preempted": preemptions(llm),
         "second_runner": llm.llm_engine.vllm_config.use_v2_model_runner,
+        "pieces": compilation_counter.num_piecewise_graphs_seen - before,
     }
     if uni:
         llm.llm_engine.engine_core.shutdown()
@@ -287,6 +292,8 @@ if __name__ == "__main__":
         os.environ.setdefault(name, value)
     if os.environ.get("TRITON_INTERPRET"):
         interpret_triton()
+    if os.environ.get("COMPILE_IN_PIECES"):
+        pieces.compile_in_pieces()
     several = json.loads(sys.argv[1])
     results = [answer_in_this_process(*one, uni=len(several) > 1) for one in several]
     Path(sys.argv[2]).write_text(json.dumps(results))

@@ -30,7 +30,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     },
     "eager, 12 pages": {"enforce_eager": True, "num_gpu_blocks_override": 12},
     # On processors, vLLM gives requests without an adapter the LoRA weights of the last slot, which is empty here.
-    "compiled, and without an adapter": {"max_loras": len(ADAPTERS) + 2},
+    "without an adapter": {"max_loras": len(ADAPTERS) + 2},
 }
 
 
@@ -171,25 +171,55 @@ def test_an_adapter_that_a_step_has_read(family: Family, tmp_path: Path) -> None
         assert list(output.outputs[0].token_ids) == family.answers["first"][0]
 
 
-def test_dropped_adapters_are_gone(family: Family) -> None:
-    """In memory are those that vLLM holds; until the next step also the last step's, and as many dropped ones."""
+def count_adapters() -> int:
+    """Those that are in memory."""
     from vllm.lora.lora_model import LoRAModel
 
-    def count() -> int:
-        gc.collect()
-        return sum(isinstance(one, LoRAModel) for one in gc.get_objects())
+    gc.collect()
+    return sum(isinstance(one, LoRAModel) for one in gc.get_objects())
 
+
+def test_an_adapter_that_waiting_requests_name(family: Family, tmp_path: Path) -> None:
+    """It stays as long as one of them is unfinished, be another one done or aborted, and no longer."""
+    shutil.copytree(family.folder / "first", tmp_path, dirs_exist_ok=True)
+    prompts, mine = family.prompts[:3], request("first", 1, tmp_path)
+    options = family.options(max_num_seqs=1, max_loras=1, max_cpu_loras=1)
+    with engines.engine(family.base, enforce_eager=True, **options) as served:
+        running = served.llm_engine
+        names = [
+            served.enqueue([{"prompt_token_ids": prompt}], engines.greedy(), lora_request=mine, use_tqdm=False)[0]
+            for prompt in prompts
+        ]
+        running.step()
+        shutil.copytree(family.folder / "second", tmp_path, dirs_exist_ok=True)
+        running.abort_request(names[1:2], internal=True)
+        for number in (8, 9):
+            running.add_lora(request(f"visitor-{number}", number, family.folder / "second"))
+        outputs = served.wait_for_completion(use_tqdm=False)
+        assert [list(output.outputs[0].token_ids) for output in outputs] == family.answers["first"][:3:2]
+        # Those that began are aborted together.
+        names = served.enqueue(
+            [{"prompt_token_ids": prompt} for prompt in prompts], engines.greedy(), lora_request=mine, use_tqdm=False
+        )
+        running.step()
+        running.abort_request(names, internal=True)
+        assert engines.ask(served, prompts, adapters=[family.request("third")] * 3)[0] == family.answers["third"][:3]
+        assert count_adapters() == 1
+
+
+def test_dropped_adapters_are_gone(family: Family) -> None:
+    """In memory are those that vLLM holds; until the next step also the last step's, and as many dropped ones."""
     folder, prompt, held = str(family.folder / "first"), family.prompts[:1], 2
     with engines.engine(family.base, enforce_eager=True, **family.options(max_loras=1, max_cpu_loras=held)) as served:
         for number in range(1, 4 * held):
             answers, _ = engines.ask(served, prompt, adapters=[(f"visitor-{number}", number, folder)])
             assert answers == family.answers["first"][:1]
-            assert count() <= held
+            assert count_adapters() <= held
         for number in range(4 * held, 8 * held):
             served.llm_engine.add_lora(request(f"visitor-{number}", number, family.folder / "first"))
-            assert count() <= 2 * held + 1
+            assert count_adapters() <= 2 * held + 1
         engines.ask(served, prompt, adapters=[(f"visitor-{number}", number, folder)])
-        assert count() == held
+        assert count_adapters() == held
 
 
 def request(name: str, number: int, folder: Path, **options: Any) -> Any:
@@ -226,7 +256,9 @@ def test_the_command_line_makes_room(family: Family) -> None:
 
 def test_adapters_that_can_not_be_served(family: Family, tmp_path: Path) -> None:
     """Those that are named are refused as the engine starts, others as they are loaded; the engine serves on."""
+    from vllm import SamplingParams
     from vllm.engine.arg_utils import EngineArgs
+    from vllm.exceptions import VLLMClientError
 
     base = engines.CONFIGS["qwen3"]
     refused: dict[str, tuple[dict[str, Any], str]] = {
@@ -242,6 +274,9 @@ def test_adapters_that_can_not_be_served(family: Family, tmp_path: Path) -> None
         for number, (name, (_, message)) in enumerate(refused.items()):
             with pytest.raises(ValueError, match=message):
                 served.llm_engine.add_lora(request(name, number + 10, tmp_path / name))
+        # On processors, it would end vLLM's engine.
+        with pytest.raises(VLLMClientError, match="prompt_logprobs: with enable_lora"):
+            served.generate([{"prompt_token_ids": family.prompts[0]}], SamplingParams(prompt_logprobs=1))
         family.check(served, ["first"])
 
     config = json.loads((family.folder / "first" / "adapter_config.json").read_text())

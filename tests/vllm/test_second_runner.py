@@ -1,7 +1,8 @@
-"""vLLM's Model Runner V2, which it uses on GPUs, gives the tokens of `generate`: in Triton's interpreter.
+"""What vLLM does on GPUs gives the tokens of `generate`: its Model Runner V2, and models that are cut into pieces.
 
-It has no kernels for processors, so they are interpreted, without compilation and graphs. The worker is that of
-processors; the steps with which a GPU's worker warms its kernels up are run by the test, without those of sampling.
+The runner has no kernels for processors, so they are interpreted. The worker is that of processors; the steps with
+which a GPU's worker warms its kernels up are run by the test, without those of sampling. Pieces are traced and cut as
+on GPUs; they are neither compiled to kernels nor captured in CUDA graphs.
 """
 
 from __future__ import annotations
@@ -44,3 +45,26 @@ def test_answers_are_those_of_generate(family: Family, tmp_path: Path) -> None:
         [family.answers[name][number] for number, name in by_request],
     ]
     assert [result["answers"] for result in results] == [[answers] * 2 for answers in expected]
+
+
+@pytest.mark.parametrize("environment", [{}, INTERPRETED], ids=["first runner", "second runner"])
+def test_models_in_pieces(environment: dict[str, str], family: Family, tmp_path: Path) -> None:
+    """A merged model, and adapters by request: side paths lie between the pieces, as attention does."""
+    merged, prompts, options = tmp_path / "merged", family.prompts[:3], {"max_num_batched_tokens": 64}
+    engines.save_model(merged, "qwen3")
+    pairs = [(number, name) for number in range(len(prompts)) for name in ("first", PLAIN, "third")]
+    runs: list[Any] = [
+        (str(merged), options, [prompts]),
+        (
+            str(family.base),
+            family.options(**options),
+            [[prompts[number] for number, _ in pairs], None, [family.request(name) for _, name in pairs]],
+        ),
+    ]
+    results, printed = engines.in_processes(runs, tmp_path, COMPILE_IN_PIECES="1", **environment)
+    assert results, printed
+    assert [result["second_runner"] for result in results] == [bool(environment)] * 2
+    expected = [engines.generate(merged, prompts), [family.answers[name][number] for number, name in pairs]]
+    assert [result["answers"] for result in results] == [[answers] * 2 for answers in expected]
+    # Four blocks have attention; two have a merged side path, and three those of adapters.
+    assert [result["pieces"] for result in results] == [2 * (4 + side_paths) + 1 for side_paths in (2, 3)]

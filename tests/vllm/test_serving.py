@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from . import engines
+from .adapters import Family
 
 pytest.importorskip("vllm", reason="vLLM is installed in an environment of its own: make test-vllm")
 
@@ -237,6 +238,19 @@ def test_two_processes_share_the_model(saved: Callable[..., Any], prompts: list[
     results, printed = engines.in_processes(runs, tmp_path, VLLM_ENABLE_V1_MULTIPROCESSING="1")
     assert results, printed
     assert results[0]["answers"] == [expected, expected]
+
+
+def test_two_processes_share_a_model_with_adapters(family: Family, tmp_path: Path) -> None:
+    """Each of them holds side paths whole, and its part of the LoRA weights."""
+    options = family.options(enforce_eager=True, tensor_parallel_size=2, max_num_batched_tokens=64)
+    prompts = family.prompts[:4]
+    pairs = [(number, name) for number in range(len(prompts)) for name in family.names]
+    requests = [[prompts[number] for number, _ in pairs], None, [family.request(name) for _, name in pairs]]
+    runs = [(str(family.base), options, requests)]
+    results, printed = engines.in_processes(runs, tmp_path, VLLM_ENABLE_V1_MULTIPROCESSING="1")
+    assert results, printed
+    assert results[0]["answers"] == [[family.answers[name][number] for number, name in pairs]] * 2
+    assert results[0]["cached"] > 0
 
 
 @pytest.mark.parametrize("options", [{}, {"shard": SHARD}], ids=["one file", "several files"])

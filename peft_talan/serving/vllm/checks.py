@@ -13,7 +13,7 @@ from ...axes import check_causal
 from ...checkpoint.merged_config import MergedSidePath, merged_side_paths
 from ...tuner.merged import config_of
 from .adapter_kinds import ROOM, make_room, named_adapters
-from .strength import server_strength
+from .strength import StrengthCheck, server_strength
 
 logger = init_logger("vllm.peft_talan")
 
@@ -26,8 +26,11 @@ SCHEDULERS = {
 WORKER = "peft_talan.serving.vllm.worker.SidePathWorker"
 """The option `worker_cls`."""
 
-STRENGTH_CHECK = "peft_talan.serving.vllm.strength:StrengthCheck"
-"""What is added to the option `logits_processors`."""
+REQUEST_CHECKS = {
+    False: "peft_talan.serving.vllm.strength:StrengthCheck",
+    True: "peft_talan.serving.vllm.checks:ProcessorCheck",
+}
+"""What is added to the option `logits_processors`; True: on a processor, with adapters."""
 
 LOAD_FORMATS = ("auto", "hf", "safetensors", "fastsafetensors", "instanttensor", "dummy")
 """The values of the option `load_format` that side paths support."""
@@ -67,7 +70,24 @@ def configure(vllm_config: Any) -> None:
     vllm_config.parallel_config.worker_cls = WORKER
     load.load_format = LOAD_PREFIX + load.load_format.removeprefix(LOAD_PREFIX)
     if model.runner_type != "pooling":
-        model.logits_processors = [*(model.logits_processors or ()), STRENGTH_CHECK]
+        check = REQUEST_CHECKS[current_platform.is_cpu() and vllm_config.lora_config is not None]
+        model.logits_processors = [*(model.logits_processors or ()), check]
+
+
+class ProcessorCheck(StrengthCheck):
+    """Refuses requests that would end an engine with adapters on a processor, too."""
+
+    @classmethod
+    def validate_params(cls, sampling_params: Any) -> None:
+        """Look at a request before it is taken."""
+        super().validate_params(sampling_params)
+        for name in ("prompt_logprobs", "prompt_logprob_token_ids"):
+            # vLLM takes the head's LoRA weights by request there, also for the logits of all tokens of a prompt.
+            if getattr(sampling_params, name, None) is not None:
+                raise ValueError(
+                    f"{name}: with enable_lora, vLLM can't compute them on a processor and would end the engine; "
+                    "serve the adapter merged, or on a GPU"
+                )
 
 
 def _capture_no_side_path(compilation: Any) -> None:

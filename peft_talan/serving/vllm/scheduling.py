@@ -7,6 +7,7 @@ does the same for its own recurrent layers (`MambaManager.get_num_blocks_to_allo
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 from vllm.v1.core.kv_cache_manager import KVCacheManager
@@ -66,6 +67,7 @@ class PageScheduler(Scheduler):
         super().__init__(*args, **kwargs)
         self.kv_cache_manager = _DependentPages(self.kv_cache_manager)
         self.refused: set[str] = set()
+        self.needed: Counter[int] = Counter()
 
     def add_request(self, request: Any) -> None:
         """Take a request, as vLLM does; a prompt that comes in pieces is refused if it has a strength."""
@@ -77,15 +79,26 @@ class PageScheduler(Scheduler):
         if request.lora_request is not None:
             request.lora_request = version_of(request.lora_request)
         keep_prefixes_apart(request)
+        # Further pieces of a prompt come under the name of the first, whose adapter stays that of all.
+        is_new = request.request_id not in self.requests
         super().add_request(request)
+        if is_new and request.lora_request is not None:
+            self.needed[request.lora_request.lora_int_id] += 1
+
+    def _free_blocks(self, request: Any) -> None:
+        """Let a request go, as vLLM does: here all of them end, be it later than they are said to be finished."""
+        super()._free_blocks(request)
+        if request.lora_request is not None:
+            number = request.lora_request.lora_int_id
+            self.needed[number] -= 1
+            if not self.needed[number]:
+                del self.needed[number]
 
     def schedule(self, *args: Any, **kwargs: Any) -> Any:
         """Plan a step, as vLLM does; workers hear which adapters requests need, those among them that wait."""
         scheduled = super().schedule(*args, **kwargs)
-        if self.lora_config is None:
-            return scheduled
-        adapters = [request.lora_request for request in self.requests.values()]
-        setattr(scheduled, NEEDED_ADAPTERS, {adapter.lora_int_id for adapter in adapters if adapter is not None})
+        if self.lora_config is not None:
+            setattr(scheduled, NEEDED_ADAPTERS, set(self.needed))
         return scheduled
 
     def update_from_output(self, *args: Any, **kwargs: Any) -> dict[int, EngineCoreOutputs]:
