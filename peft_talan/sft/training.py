@@ -32,6 +32,8 @@ from .prompts import PromptForm
 
 START_BATCHES = 16
 """How many batches side paths start from; some thousand tokens are enough."""
+KEYED_BATCHES = 100
+"""How many keys start from: a pair is a token of an answer, and they are to fit all directions."""
 
 
 def remove_checkpoints(output: Path) -> None:
@@ -70,16 +72,18 @@ def start_from_data(trainer: Trainer, report: Callable[[str], None] = lambda lin
     """
     model = cast(PeftModel, trainer.model)
     name = model.active_adapter
-    batches = list(islice(trainer.get_train_dataloader(), START_BATCHES))
+    keyed = model.peft_config[name].talan_mixer == "delta"
+    batches = list(islice(trainer.get_train_dataloader(), KEYED_BATCHES if keyed else START_BATCHES))
     rows = sum(len(batch["input_ids"]) for batch in batches)
     began = time.monotonic()
     if can_start_for_recall(model, batches, name):
-        report(f"side paths start as a memory, from {rows} rows that are read without the window; it can take minutes")
+        report(f"side paths start as a memory, from {rows} rows, also read without the window; it can take minutes")
         initialize_talan_recall(model, batches, name)
     else:
         report(
-            f"side paths start whitened, from {rows} rows; they start as a memory with talan_mixer='linear', from "
-            "rows that aren't packed and have an answer to what stands further back than the window"
+            f"side paths start whitened, from {rows} rows; they start as a memory with talan_mixer='linear', or 'delta' "
+            "and talan_writeback='gated', from rows that aren't packed and have an answer to what stands further back "
+            "than the window"
         )
         initialize_talan_weights(model, batches, name)
     report(f"side paths have started, after {time.monotonic() - began:.0f} s")
