@@ -81,9 +81,9 @@ def start_from_data(trainer: Trainer, report: Callable[[str], None] = lambda lin
         initialize_talan_recall(model, batches, name)
     else:
         report(
-            f"side paths start whitened, from {rows} rows; they start as a memory with talan_mixer='linear', or 'delta' "
-            "and talan_writeback='gated', from rows that aren't packed and have an answer to what stands further back "
-            "than the window"
+            f"side paths start whitened, from {rows} rows; they start as a memory with talan_mixer='linear', or with "
+            "'delta' and talan_writeback='gated', from rows that aren't packed and have an answer to what stands "
+            "further back than the window"
         )
         initialize_talan_weights(model, batches, name)
     report(f"side paths have started, after {time.monotonic() - began:.0f} s")

@@ -13,9 +13,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from peft_talan import TalanConfig, initialize_talan_recall
 from peft_talan.axes import RECALL_AXES
 from peft_talan.demo.base_model import default_model_folder
-from peft_talan.functional.initialization import copying_rows, telling_row
+from peft_talan.functional.initialization import copying_rows, matching_rows, telling_row
 from peft_talan.sft.scores import default_text
 from peft_talan.sft.window import with_sliding_window
+from peft_talan.tuner.answers import Answers
 from peft_talan.tuner.attention_weights import attention_behind
 from peft_talan.tuner.layer import TalanLayer
 
@@ -24,6 +25,7 @@ from ..trainers.test_window import make_full
 
 WINDOW = 6
 AXES = {"talan_mixer": "linear", "talan_writeback": "relative", "talan_layers": "all"}
+KEYED = {"talan_mixer": "delta", "talan_writeback": "gated", "talan_layers": "all"}
 
 
 def windowed(architecture: str = "llama", **axes: Any) -> PeftModel:
@@ -36,8 +38,9 @@ def windowed(architecture: str = "llama", **axes: Any) -> PeftModel:
 
 
 def rows(number: int = 4, tokens: int = 24, answer: int = 3) -> dict[str, torch.Tensor]:
-    """Rows that end with an answer, which is trained on."""
+    """Rows that end with an answer, which is trained on and stands near their start, too."""
     ids = make_tokens(number, tokens)
+    ids[:, -answer:] = ids[:, 2 : 2 + answer]
     labels = ids.clone()
     labels[:, :-answer] = -100
     return {"input_ids": ids, "labels": labels}
@@ -90,8 +93,11 @@ def test_copying_rows_are_the_map_where_the_rank_allows_it() -> None:
 
 @pytest.mark.parametrize("architecture", ["llama", "qwen3", "phi3", "starcoder2"])
 @pytest.mark.parametrize("position", ["input", "output"])
-def test_the_answers_are_no_less_likely_and_the_model_is_left_as_it_was(architecture: str, position: str) -> None:
-    model, batch = windowed(architecture, talan_position=position), rows()
+@pytest.mark.parametrize("axes", [AXES, KEYED], ids=["linear", "delta"])
+def test_the_answers_are_no_less_likely_and_the_model_is_left_as_it_was(
+    architecture: str, position: str, axes: dict[str, Any]
+) -> None:
+    model, batch = windowed(architecture, talan_position=position, **axes), rows()
     model.train()
     model.config._attn_implementation = "sdpa"
     before, loss = state(model), answers_loss(model.eval(), batch)
@@ -107,8 +113,9 @@ def test_the_answers_are_no_less_likely_and_the_model_is_left_as_it_was(architec
 
 
 @pytest.mark.parametrize("adapter", [torch.bfloat16, torch.float32])
-def test_it_starts_in_half_precision_as_in_single(adapter: torch.dtype) -> None:
-    half, single = windowed().to(torch.bfloat16), windowed()
+@pytest.mark.parametrize("axes", [AXES, KEYED], ids=["linear", "delta"])
+def test_it_starts_in_half_precision_as_in_single(adapter: torch.dtype, axes: dict[str, Any]) -> None:
+    half, single = windowed(**axes).to(torch.bfloat16), windowed(**axes)
     single.load_state_dict(half.state_dict())
     for name, parameter in half.named_parameters():
         if "lora_" in name:
@@ -123,7 +130,8 @@ def test_it_starts_in_half_precision_as_in_single(adapter: torch.dtype) -> None:
     assert any("lora_talan_read" in name for name in changed)
     assert all(found[name].dtype == adapter for name in changed)
     for name in changed:
-        if "lora_talan_read" in name:
+        # Of so few pairs, directions by which they match are as good as others.
+        if "lora_talan_read" in name and axes is AXES:
             error = (found[name] - started[name]).norm() / started[name].norm()
             assert error < 8 * torch.finfo(torch.bfloat16).eps
 
@@ -175,6 +183,8 @@ def test_it_is_saved_as_it_started(tmp_path: Any) -> None:
         ({}, {"adapter_name": "other"}, "adapter_name='other'"),
         ({}, {"shrinkage": 0.0}, "shrinkage=0.0"),
         ({"talan_mixer": "attention"}, {}, "talan_mixer='attention'"),
+        ({**KEYED, "talan_writeback": "relative"}, {}, "talan_writeback='relative'"),
+        (KEYED, {"dataloader": [{**rows(), "input_ids": torch.arange(96).view(4, 24)}]}, "that stands there, too"),
         ({"talan_layers": [-1]}, {}, "no attention reads what the side path writes"),
         ({"init_talan_weights": False}, {}, "give an adapter that is fresh"),
         ({}, {"dataloader": [{"input_ids": make_tokens()}]}, "its batches have no 'labels'"),
@@ -197,6 +207,36 @@ def test_an_adapter_that_is_not_active_is_refused() -> None:
     model.add_adapter("other", make_config(init_talan_weights=True, **AXES))
     with pytest.raises(ValueError, match="it isn't active"):
         initialize_talan_recall(model, [rows()], "other")
+
+
+def test_matching_rows_tell_the_pairs_of_tokens_apart() -> None:
+    torch.manual_seed(0)
+    told = torch.randn(2_000, 4, dtype=torch.float64)
+    # Both hold what is told, by other directions, among more of their own, and share something.
+    q, k = (
+        told @ torch.randn(4, 20, dtype=torch.float64)
+        + torch.randn(2_000, 12, dtype=torch.float64) @ torch.randn(12, 20, dtype=torch.float64)
+        + 5 * torch.randn(20, dtype=torch.float64)
+        for _ in range(2)
+    )
+    fitted = slice(0, 1_900)
+    moments = [(x[fitted].T @ y[fitted]) / 1_900 for x, y in ((q, q), (k, k), (q, k))]
+    keys, queries = matching_rows(q[fitted].mean(0), k[fitted].mean(0), *moments, 4, 1e-3)
+    assert keys.shape == queries.shape == (4, 20)
+    for rows_of, tokens in ((keys, k), (queries, q)):
+        torch.testing.assert_close(rows_of @ tokens[fitted].mean(0), torch.zeros(4, dtype=torch.float64))
+    # Among 100 others that it was not fitted to.
+    scores = F.normalize(q[1_900:] @ queries.T, dim=1) @ F.normalize(k[1_900:] @ keys.T, dim=1).T
+    assert (scores.argmax(1) == torch.arange(100)).double().mean() > 0.9
+
+
+def test_keys_start_from_the_last_place_where_the_answer_up_to_it_stands() -> None:
+    ids = torch.tensor([[1, 5, 6, 7, 5, 9, 2, 2, 2, 2, 5, 6, 8, 9, 2]])
+    labels = ids.clone()
+    labels[:, :10] = labels[:, 13] = -100
+    found = Answers.of({"input_ids": ids, "labels": labels}, 5, 4, ids.device).copies(5)
+    # 5 stands at 1 and 4, "5 6" at 1 and 2 alone, "5 6 8" nowhere; 2, another answer, at 6 and nearer, and far back 6.
+    assert found.T.tolist() == [[0, 9, 4], [0, 10, 2], [0, 13, 8]]
 
 
 @pytest.mark.parametrize("architecture", ["llama", "qwen3", "phi3", "starcoder2"])
@@ -224,7 +264,12 @@ def test_the_factors_of_attention_write_what_one_head_copies_of_one_token(archit
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_a_pretrained_model_recalls_before_training() -> None:
+@pytest.mark.parametrize(
+    "axes",
+    [RECALL_AXES, {"talan_layers": "recall", "talan_mixer": "delta", "talan_slots": 16, "talan_writeback": "gated"}],
+    ids=["linear", "delta"],
+)
+def test_a_pretrained_model_recalls_before_training(axes: dict[str, Any]) -> None:
     try:
         folder = default_model_folder()
     except ModuleNotFoundError:
@@ -241,7 +286,7 @@ def test_a_pretrained_model_recalls_before_training() -> None:
         labels[:, : -len(tokenizer(f" {name}.\n")["input_ids"])] = -100
         batches.append({"input_ids": ids, "labels": labels})
     model = with_sliding_window(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), 32)
-    config = TalanConfig(r=0, target_modules=[], task_type="CAUSAL_LM", **RECALL_AXES)
+    config = TalanConfig(r=0, target_modules=[], task_type="CAUSAL_LM", **axes)
     model = get_peft_model(model, config).eval()
 
     def loss() -> float:
