@@ -38,7 +38,7 @@ A pretrained model's attention copies from far back there, and they are few enou
 RECALL_AXES: Mapping[str, str] = MappingProxyType(
     {"talan_layers": "recall", "talan_mixer": "linear", "talan_writeback": "relative"}
 )
-"""The axes for recall from beyond a window; `tuner.recall_start.initialize_talan_recall` needs such a mixer."""
+"""The axes for recall of one fact a text from beyond a window, started by `initialize_talan_recall`."""
 
 
 @dataclass

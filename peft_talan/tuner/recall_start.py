@@ -64,27 +64,35 @@ def initialize_talan_recall(
 ) -> None:
     """Start a fresh adapter's side paths as a memory of what answers depend on beyond the window.
 
-    With its window taken away, the model shows by its gradients which tokens an answer depends on, and by its
-    attention which heads read them. Slot m starts by weighing the tokens that the m-th token of an answer depends on,
-    and is asked where that token is predicted, both by ridge regression on x; what a slot holds and what is written is
-    what those heads would have copied, `sum_h p_h W_O W_V` of heads that look with weight p_h, to rank d. Of some
-    strengths of the writes, the first four batches with answers choose the one of the lowest loss with the window.
-    Slots that are left start whitened as by `initialize_talan_weights`. The adapter's output changes. This is this
-    package's own addition.
+    `linear`: with its window taken away, the model shows by its gradients which tokens an answer depends on, and by
+    its attention which heads read them. Slot m starts by weighing the tokens that the m-th token of an answer depends
+    on, and is asked where that token is predicted, both by ridge regression on x. Slots that are left start whitened
+    as by `initialize_talan_weights`.
 
-    Call it before training, and before the model is wrapped for several processes. Some dozens of rows are enough;
-    the attention of one batch without its window must fit into memory.
+    `delta`: keys and queries start as the canonical correlations of x where a token of an answer is predicted, and
+    where it stands beyond the window; the gates of writing and reading open there, by ridge regression on x. So one of
+    several facts is found by what its question says.
+
+    What is held and written is what the model's attention would have copied, `sum_h p_h W_O W_V` of heads that look
+    with weight p_h, to rank d. Of some strengths of the writes, the first four batches with answers choose the one of
+    the lowest loss with the window. The adapter's output changes. This is this package's own addition.
+
+    Call it before training, and before the model is wrapped for several processes. Some dozens of rows are enough for
+    `linear`; `delta` needs some hundred, of which only the first 16 batches are read without the window. The attention
+    of one such batch must fit into memory.
 
     Args:
-        model: A model with a sliding window in every block, and a fresh TALAN adapter of `talan_mixer="linear"`.
+        model: A model with a sliding window in every block, and a fresh TALAN adapter of `talan_mixer="linear"`, or of
+            "delta" with `talan_writeback="gated"`.
         dataloader: Batches with `input_ids`, `labels` and, where rows are padded, `attention_mask`. Of a row the last
-            answer is used. The batches are held until it is done.
+            answer is used, for keys all answers. The batches are held until it is done.
         adapter_name: The adapter's name. Default `"default"`.
         shrinkage: What is added to each direction's variance. Default 0.1.
 
     Raises:
         ValueError: There is no such TALAN adapter, it has been trained, the model has no window or no attention whose
-            projections are known, or no answer has a token beyond the window; nothing has changed then.
+            projections are known, or no answer has a token beyond the window, or for `delta` one that stands there;
+            nothing has changed then.
 
     Examples:
         >>> initialize_talan_recall(trainer.model, list(itertools.islice(trainer.get_train_dataloader(), 16)))
