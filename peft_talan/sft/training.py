@@ -23,6 +23,7 @@ from trl.trainer.sft_trainer import SFTTrainer
 
 from ..axes import refusal
 from ..checkpoint.saved_files import remove_saved_files
+from ..config import TalanConfig
 from ..tuner.recall_start import can_start_for_recall, initialize_talan_recall
 from ..tuner.trainability import talan_param_groups
 from ..tuner.whitening import initialize_talan_weights
@@ -72,7 +73,7 @@ def start_from_data(trainer: Trainer, report: Callable[[str], None] = lambda lin
     """
     model = cast(PeftModel, trainer.model)
     name = model.active_adapter
-    keyed = model.peft_config[name].talan_mixer == "delta"
+    keyed = cast(TalanConfig, model.peft_config[name]).talan_mixer == "delta"
     batches = list(islice(trainer.get_train_dataloader(), KEYED_BATCHES if keyed else START_BATCHES))
     rows = sum(len(batch["input_ids"]) for batch in batches)
     began = time.monotonic()

@@ -66,9 +66,9 @@ class Answers:
             Of each such token: its row, the token that predicts it, and the last such place; int64, [3, found].
         """
         found: list[tuple[int, int, int]] = []
-        for row, (ids, trained, valid) in enumerate(
-            zip(self.inputs["input_ids"], self.trained, self.valid, strict=True)
-        ):
+        # On the host: what follows looks at one token after the other.
+        parts = (part.cpu() for part in (self.inputs["input_ids"], self.trained, self.valid))
+        for row, (ids, trained, valid) in enumerate(zip(*parts, strict=True)):
             same = torch.zeros_like(valid)
             begun = trained & ~F.pad(trained[:-1], (1, 0))
             for at in trained.nonzero()[:, 0].tolist():
