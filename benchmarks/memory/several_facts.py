@@ -6,8 +6,9 @@
 A row is the facts, a piece of a text, and a question about each fact, one after another; the loss is that of the
 answers and, with a small weight, of the rest. The side paths are of the `delta` mixer and start by
 `initialize_talan_recall`, from keys by which a question matches the place of its answer. Scored are rows of the parts
-of the texts that aren't trained on, with other facts and one question, by length in windows; an answer is right if
-greedy decoding gives all of its tokens and its end. Every run is a line of the results, and is not repeated.
+of the texts that aren't trained on, with other pairs of the same names and places and one question, by length in
+windows; an answer is right if greedy decoding gives all of its tokens and its end. Every run is a line of the results,
+and is not repeated.
 """
 
 from __future__ import annotations
@@ -176,26 +177,26 @@ def run(settings: Settings, folder: str) -> Row:
 
 
 def table(rows: Sequence[Row]) -> str:
-    """The runs, one a line."""
+    """The runs of the settings above, one a line; those of others are stored alone."""
 
-    def mean_at(step: int) -> str:
-        return f"loss of the answers, step {step}"
+    def of_the_defaults(row: Row) -> bool:
+        return Settings(**{name: row["settings"][name] for name in ("arm", "seed", "facts")}).key() == row["key"]
 
-    steps = (20, 50, 100, 200, 300)
-    columns: dict[str, Any] = {
-        "arm": lambda row: row["settings"]["arm"],
-        "facts": lambda row: row["settings"]["facts"],
-        "seed": lambda row: row["settings"]["seed"],
-        **{mean_at(step): lambda row, step=step: f"{sum(row['losses'][step - 10 : step]) / 10:.2f}" for step in steps},
-        **{
-            f"{windows} windows": lambda row, windows=str(windows): (
-                f"{row['right'][windows]} of {row['settings']['rows']}"
-            )
-            for windows in Settings.scored
-        },
+    def loss_at(step: int) -> Any:
+        return lambda row: f"{sum(row['losses'][step - 10 : step]) / 10:.2f}"
+
+    def right_at(windows: int) -> Any:
+        return lambda row: f"{row['right'][str(windows)]} of {row['settings']['rows']}"
+
+    columns = {
+        **{name: lambda row, name=name: row["settings"][name] for name in ("arm", "facts", "seed")},
+        **{f"loss of the answers, step {step}": loss_at(step) for step in (20, 50, 100, 200, 300)},
+        **{f"{windows} windows": right_at(windows) for windows in Settings.scored},
         "plain text, nats a token": lambda row: f"{row['text_loss']:.1f}",
+        "minutes": lambda row: round(row["seconds"] / 60),
     }
-    return columns_table(columns, sorted(rows, key=lambda row: (row["settings"]["arm"], row["settings"]["seed"])))
+    shown = filter(of_the_defaults, rows)
+    return columns_table(columns, sorted(shown, key=lambda row: (row["settings"]["arm"], row["settings"]["seed"])))
 
 
 def describe(row: Row) -> str:

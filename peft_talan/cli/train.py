@@ -290,6 +290,7 @@ def _train(
     training.save(trainer, rows, output)
     if asks and held_out is not None and held_out.form != "text":
         result["right_answers"] = count_right(trainer.model, tokenizer, held_out)
-        (output / RIGHT_ANSWERS).write_text(as_json_text(result["right_answers"]) + "\n", encoding="utf-8")
+        if trainer.args.should_save:
+            (output / RIGHT_ANSWERS).write_text(as_json_text(result["right_answers"]) + "\n", encoding="utf-8")
     evaluated = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
     return {**result, "finished": True, **({"eval_loss": evaluated[-1]} if evaluated else {})}

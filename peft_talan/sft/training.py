@@ -75,9 +75,11 @@ def start_from_data(trainer: Trainer, report: Callable[[str], None] = lambda lin
     name = model.active_adapter
     keyed = cast(TalanConfig, model.peft_config[name]).talan_mixer == "delta"
     batches = list(islice(trainer.get_train_dataloader(), KEYED_BATCHES if keyed else START_BATCHES))
+    recalls = can_start_for_recall(model, batches, name)
+    batches = batches if recalls else batches[:START_BATCHES]
     rows = sum(len(batch["input_ids"]) for batch in batches)
     began = time.monotonic()
-    if can_start_for_recall(model, batches, name):
+    if recalls:
         report(f"side paths start as a memory, from {rows} rows, also read without the window; it can take minutes")
         initialize_talan_recall(model, batches, name)
     else:

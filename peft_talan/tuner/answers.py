@@ -60,22 +60,24 @@ class Answers:
         return any(len(rows) > 0 for rows, _, _ in self.places)
 
     def copies(self, window: int) -> torch.Tensor:
-        """Where a token of an answer, and the answer up to it, stand beyond the window, too.
+        """Where answers stand beyond the window, too: of each the last place of most of its tokens from the first on.
 
         Returns:
-            Of each such token: its row, the token that predicts it, and the last such place; int64, [3, found].
+            Of each such token: its row, the token that predicts it, and its place; int64, [3, found].
         """
         found: list[tuple[int, int, int]] = []
         # On the host: what follows looks at one token after the other.
         parts = (part.cpu() for part in (self.inputs["input_ids"], self.trained, self.valid))
         for row, (ids, trained, valid) in enumerate(zip(*parts, strict=True)):
-            same = torch.zeros_like(valid)
-            begun = trained & ~F.pad(trained[:-1], (1, 0))
-            for at in trained.nonzero()[:, 0].tolist():
-                same = valid & (ids == ids[at]) & (begun[at] | F.pad(same[:-1], (1, 0)))
-                places = same[: max(at - window, 0)].nonzero()
-                if len(places):
-                    found.append((row, at - 1, int(places[-1])))
+            for first in (trained & ~F.pad(trained[:-1], (1, 0))).nonzero()[:, 0].tolist():
+                places = (valid & (ids == ids[first]))[: max(first - window, 0)].nonzero()[:, 0]
+                number = 0
+                while len(places):
+                    last, number = int(places[-1]), number + 1
+                    if first + number == len(ids) or not trained[first + number]:
+                        break
+                    places = places[ids[places + number] == ids[first + number]]
+                found += [(row, first + token - 1, last + token) for token in range(number)]
         return torch.tensor(found, device=self.valid.device, dtype=torch.long).reshape(-1, 3).T
 
     def losses(self, model: nn.Module, **options: Any) -> tuple[list[torch.Tensor], Any]:

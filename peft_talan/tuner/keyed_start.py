@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from transformers.utils import logging
 
 from ..config import TalanConfig
 from ..functional.initialization import StartTensors, copying_rows, matching_rows, opening_row
+from ..functional.parameters import DELTA_GATES
 from .answers import Answers
 from .attention_weights import AttentionCopy
 from .layer import TalanLayer
@@ -105,9 +107,17 @@ def _make(config: TalanConfig, sums: _Matches, attention: AttentionCopy, shrinka
     left, right = attention.factors((sums.reading / sums.looked).to(mean))
     read, write = copying_rows(left.to(mean), right.to(mean), mean, key_moment, config.talan_dim, shrinkage)
     writing, asking = (opening_row(tokens, mean, moment, shrinkage) for tokens in (keys, queries))
-    rows = torch.cat([read, query_rows, writing[None], torch.zeros_like(read[:2]), key_rows])
+    gates = torch.stack([writing, *mean.new_zeros(DELTA_GATES - 1, len(mean))])
+    rows: dict[int, torch.Tensor] = {}
+    # Where there are more slots than directions, the others stay whitened.
+    for first, part in zip(
+        accumulate((config.talan_dim, config.talan_slots, DELTA_GATES), initial=0),
+        (read, query_rows, gates, key_rows),
+        strict=True,
+    ):
+        rows.update(enumerate(part, first))
     return StartTensors(
-        dict(enumerate(rows)),
+        rows,
         write,
         moment,
         torch.tensor([CLOSED, *KEEPING]),

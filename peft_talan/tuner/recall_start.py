@@ -117,13 +117,14 @@ def initialize_talan_recall(
     start = start_keyed if config.talan_mixer == "delta" else start_slots
     with in_evaluation_mode(model):
         started = start(base, model, config, attentions, adapter_name, batches, window, shrinkage)
-        if not started:
+        choosing = [batch for batch in batches if batch.any][:CHOOSING_BATCHES]
+        if not started or not choosing:
             raise ValueError(
                 f"dataloader: no answer has a token further back than the window of {window}"
                 f"{' that stands there, too' if config.talan_mixer == 'delta' else ''}; give rows that are longer, or "
                 "use initialize_talan_weights"
             )
-        _install(model, started, adapter_name, batches, shrinkage)
+        _install(model, started, adapter_name, choosing, shrinkage)
 
 
 @torch.no_grad()
@@ -131,21 +132,20 @@ def _install(
     model: nn.Module,
     started: Mapping[TalanLayer, StartTensors],
     adapter_name: str,
-    batches: list[Answers],
+    choosing: list[Answers],
     shrinkage: float,
 ) -> None:
-    """Copy what the side paths start from into their tensors, and choose the strength of the writes."""
+    """Copy what the side paths start from into their tensors; some batches choose the strength of the writes."""
     parameters = {layer: layer.parameters_of(adapter_name) for layer in started}
     for layer, start in started.items():
         read, gate = parameters[layer].read, parameters[layer].gate
-        read.copy_(whitened(read, start.moment, shrinkage))
+        if len(start.rows) < len(read):
+            read.copy_(whitened(read, start.moment, shrinkage))
         for index, row in start.rows.items():
             read[index] = row.to(read)
         parameters[layer].mixer[0].copy_(start.mixer)
         if gate is not None and start.gate is not None:
             gate.copy_(start.gate)
-
-    choosing = [batch for batch in batches if batch.any][:CHOOSING_BATCHES]
 
     def set_strength(strength: float) -> None:
         for layer, start in started.items():

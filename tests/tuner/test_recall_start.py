@@ -13,7 +13,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from peft_talan import TalanConfig, initialize_talan_recall
 from peft_talan.axes import RECALL_AXES
 from peft_talan.demo.base_model import default_model_folder
-from peft_talan.functional.initialization import copying_rows, matching_rows, telling_row
 from peft_talan.sft.scores import default_text
 from peft_talan.sft.window import with_sliding_window
 from peft_talan.tuner.answers import Answers
@@ -58,37 +57,6 @@ def answers_loss(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> floa
     labels = batch["labels"][:, 1:].clone()
     labels[:, -1] = -100
     return float(F.cross_entropy(found.flatten(0, 1), labels.flatten()))
-
-
-def test_a_telling_row_is_0_for_all_tokens_and_1_for_those_that_it_tells() -> None:
-    torch.manual_seed(0)
-    x = torch.randn(4_000, 10, dtype=torch.float64) + 3
-    x[:100, 4] += 30
-    mean, moment = x.mean(0), x.T @ x / len(x)
-    row = telling_row(x[:100].mean(0), mean, moment, 1e-6)
-    torch.testing.assert_close(row @ mean, torch.zeros((), dtype=torch.float64), atol=1e-9, rtol=0)
-    torch.testing.assert_close(row @ x[:100].mean(0), torch.ones((), dtype=torch.float64))
-    # Not one of the others is taken for them.
-    assert (x[:100] @ row).min() > (x[100:] @ row).max()
-
-
-def test_copying_rows_are_the_map_where_the_rank_allows_it() -> None:
-    torch.manual_seed(0)
-    left, right = torch.randn(12, 3, dtype=torch.float64), torch.randn(3, 12, dtype=torch.float64)
-    x = torch.randn(500, 12, dtype=torch.float64)
-    moment, mean = x.T @ x / len(x), torch.randn(12, dtype=torch.float64)
-    read, write = copying_rows(left, right, mean, moment, 5, 0.1)
-    assert read.shape == (5, 12) and write.shape == (12, 5)
-    blind = torch.eye(12, dtype=torch.float64) - torch.outer(mean, mean) / (mean @ mean)
-    torch.testing.assert_close(write @ read, left @ right @ blind)
-    # Of a smaller rank: no map of that rank is nearer, for tokens of this moment. What is shared lies apart here.
-    shared = torch.eye(12, dtype=torch.float64)[-1]
-    right, moment = right * (1 - shared), moment.clone()
-    moment[-1, :-1] = moment[:-1, -1] = 0
-    read, write = copying_rows(left, right, shared, moment, 2, 1e-12)
-    root = torch.linalg.cholesky(moment)
-    left_over = torch.linalg.matrix_norm((write @ read - left @ right) @ root)
-    torch.testing.assert_close(left_over, torch.linalg.svdvals(left @ right @ root)[2])
 
 
 @pytest.mark.parametrize("architecture", ["llama", "qwen3", "phi3", "starcoder2"])
@@ -209,34 +177,19 @@ def test_an_adapter_that_is_not_active_is_refused() -> None:
         initialize_talan_recall(model, [rows()], "other")
 
 
-def test_matching_rows_tell_the_pairs_of_tokens_apart() -> None:
-    torch.manual_seed(0)
-    told = torch.randn(2_000, 4, dtype=torch.float64)
-    # Both hold what is told, by other directions, among more of their own, and share something.
-    q, k = (
-        told @ torch.randn(4, 20, dtype=torch.float64)
-        + torch.randn(2_000, 12, dtype=torch.float64) @ torch.randn(12, 20, dtype=torch.float64)
-        + 5 * torch.randn(20, dtype=torch.float64)
-        for _ in range(2)
-    )
-    fitted = slice(0, 1_900)
-    moments = [(x[fitted].T @ y[fitted]) / 1_900 for x, y in ((q, q), (k, k), (q, k))]
-    keys, queries = matching_rows(q[fitted].mean(0), k[fitted].mean(0), *moments, 4, 1e-3)
-    assert keys.shape == queries.shape == (4, 20)
-    for rows_of, tokens in ((keys, k), (queries, q)):
-        torch.testing.assert_close(rows_of @ tokens[fitted].mean(0), torch.zeros(4, dtype=torch.float64))
-    # Among 100 others that it was not fitted to.
-    scores = F.normalize(q[1_900:] @ queries.T, dim=1) @ F.normalize(k[1_900:] @ keys.T, dim=1).T
-    assert (scores.argmax(1) == torch.arange(100)).double().mean() > 0.9
-
-
-def test_keys_start_from_the_last_place_where_the_answer_up_to_it_stands() -> None:
-    ids = torch.tensor([[1, 5, 6, 7, 5, 9, 2, 2, 2, 2, 5, 6, 8, 9, 2]])
+@pytest.mark.parametrize("sides", [(0, 0), (0, 5), (5, 0)])
+def test_keys_start_from_the_last_place_where_most_of_the_answer_stands(sides: tuple[int, int]) -> None:
+    # The second row has no answer.
+    ids = torch.tensor([[1, 5, 6, 7, 5, 9, 2, 2, 2, 2, 5, 6, 8, 9, 2]] * 2)
     labels = ids.clone()
-    labels[:, :10] = labels[:, 13] = -100
-    found = Answers.of({"input_ids": ids, "labels": labels}, 5, 4, ids.device).copies(5)
-    # 5 stands at 1 and 4, "5 6" at 1 and 2 alone, "5 6 8" nowhere; 2, another answer, at 6 and nearer, and far back 6.
-    assert found.T.tolist() == [[0, 9, 4], [0, 10, 2], [0, 13, 8]]
+    labels[:, :10] = labels[:, 13] = labels[1] = -100
+    batch = {"input_ids": ids, "labels": labels, "attention_mask": torch.ones_like(ids)}
+    fills = {"input_ids": 5, "labels": -100, "attention_mask": 0}
+    padded = {name: F.pad(part, sides, value=fills[name]) for name, part in batch.items()}
+    found = Answers.of(padded, 5, 4, ids.device).copies(5)
+    # 5 stands at 1 and 4, "5 6" at 1 alone, "5 6 8" nowhere; 2, another answer, at 6 to 9, and beyond the window to 8.
+    shift = torch.tensor([0, sides[0], sides[0]])
+    assert (found.T - shift).tolist() == [[0, 9, 1], [0, 10, 2], [0, 13, 8]]
 
 
 @pytest.mark.parametrize("architecture", ["llama", "qwen3", "phi3", "starcoder2"])
