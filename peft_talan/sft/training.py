@@ -80,7 +80,7 @@ def start_from_data(trainer: Trainer, report: Callable[[str], None] = lambda lin
     rows = sum(len(batch["input_ids"]) for batch in batches)
     began = time.monotonic()
     if recalls:
-        report(f"side paths start as a memory, from {rows} rows, also read without the window; it can take minutes")
+        report(f"side paths start as a memory, from {rows} rows; it can take minutes")
         initialize_talan_recall(model, batches, name)
     else:
         report(

@@ -75,7 +75,7 @@ def test_what_was_learned_is_counted_by_train_and_by_generate(
     # What was told on the way.
     for line in (
         "without its window the model answers 0 of 2 rows right, and recall starts from those",
-        "side paths start as a memory, from 2 rows that are read without the window",
+        "side paths start as a memory, from 2 rows; it can take",
         "side paths have started, after ",
         "2 rows are few",
     ):
