@@ -18,7 +18,7 @@ from ..functional.parameters import DELTA_GATES
 from .answers import Answers
 from .attention_weights import AttentionCopy
 from .layer import TalanLayer
-from .measured_pass import attention_with_weights, kept_streams, normalized
+from .measured_pass import TokenSums, attention_with_weights, kept_streams, normalized
 from .sliding_window import without_window
 
 ATTENTION_BATCHES = 16
@@ -30,14 +30,9 @@ KEEPING = (-8.0, -10.0)
 
 
 @dataclass
-class _Matches:
+class _Matches(TokenSums):
     """What is summed up for one side path, of x at its place; q predicts an answer's token, k is where it stands."""
 
-    moment: Any = 0.0
-    """x x^T over all tokens."""
-    total: Any = 0.0
-    """x over all tokens."""
-    tokens: int = 0
     pairs: int = 0
     queries: Any = 0.0
     """q."""
@@ -90,16 +85,16 @@ def start_keyed(
 
 def _add(sums: _Matches, x: torch.Tensor, valid: torch.Tensor, copies: torch.Tensor) -> None:
     rows, at, places = copies
-    tokens, q, k = x[valid], x[rows, at], x[rows, places]
-    sums.moment, sums.total = sums.moment + tokens.T @ tokens, sums.total + tokens.sum(0)
-    sums.tokens, sums.pairs = sums.tokens + len(tokens), sums.pairs + len(q)
+    q, k = x[rows, at], x[rows, places]
+    sums.add(x[valid])
+    sums.pairs += len(q)
     sums.queries, sums.keys = sums.queries + q.sum(0), sums.keys + k.sum(0)
     sums.query_moment, sums.key_moment = sums.query_moment + q.T @ q, sums.key_moment + k.T @ k
     sums.cross = sums.cross + q.T @ k
 
 
 def _make(config: TalanConfig, sums: _Matches, attention: AttentionCopy, shrinkage: float) -> StartTensors:
-    mean, moment = sums.total / sums.tokens, sums.moment / sums.tokens
+    mean, moment = sums.means()
     queries, keys, query_moment, key_moment, cross = (
         part / sums.pairs for part in (sums.queries, sums.keys, sums.query_moment, sums.key_moment, sums.cross)
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -30,6 +31,26 @@ def in_evaluation_mode(model: nn.Module) -> Iterator[None]:
 def run(model: nn.Module, inputs: Mapping[str, Any]) -> None:
     """Run the model without a cache; labels are left out."""
     model(**{"use_cache": False, **{name: part for name, part in inputs.items() if name != "labels"}})
+
+
+@dataclass
+class TokenSums:
+    """What is summed up over all tokens that one side path reads."""
+
+    moment: Any = 0.0
+    """x x^T over all tokens."""
+    total: Any = 0.0
+    """x over all tokens."""
+    tokens: int = 0
+
+    def add(self, x: torch.Tensor) -> None:
+        """Add tokens, [tokens, hidden_size]."""
+        self.moment, self.total = self.moment + x.T @ x, self.total + x.sum(0)
+        self.tokens += len(x)
+
+    def means(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """E[x] and E[x x^T]."""
+        return self.total / self.tokens, self.moment / self.tokens
 
 
 @contextmanager

@@ -17,7 +17,7 @@ from ..functional.initialization import StartTensors, copying_rows, opening_row,
 from .answers import Answers
 from .attention_weights import AttentionCopy
 from .layer import TalanLayer
-from .measured_pass import attention_with_weights, kept_streams, normalized
+from .measured_pass import TokenSums, attention_with_weights, kept_streams, normalized
 from .sliding_window import without_window
 
 
@@ -27,14 +27,9 @@ def answered_slots(config: TalanConfig) -> int:
 
 
 @dataclass
-class _Sums:
+class _Sums(TokenSums):
     """What is summed up for one side path."""
 
-    moment: Any = 0.0
-    """x x^T over all tokens."""
-    total: Any = 0.0
-    """x over all tokens."""
-    tokens: int = 0
     scale: float = 0.0
     """The root mean square of the residual stream where answers are predicted."""
     found: dict[int, torch.Tensor] = field(default_factory=dict)
@@ -84,10 +79,7 @@ def _collect(
             losses, output = batch.losses(model, output_attentions=True)
             read = {layer: (stream.detach(), normalized(stream)) for layer, stream in streams.items()}
             for layer, (_, x) in read.items():
-                rows = x[batch.valid]
-                sums[layer].moment = sums[layer].moment + rows.T @ rows
-                sums[layer].total = sums[layer].total + rows.sum(0)
-                sums[layer].tokens += len(rows)
+                sums[layer].add(x[batch.valid])
             for ordinal, (loss, (rows, at, _)) in enumerate(zip(losses, batch.places, strict=True)):
                 if not len(rows):
                     continue
@@ -134,10 +126,9 @@ def _add_answers(
 
 
 def _make(config: TalanConfig, sums: _Sums, attention: AttentionCopy | None, shrinkage: float) -> StartTensors:
-    slots = answered_slots(config)
-    mean, moment = sums.total / sums.tokens, sums.moment / sums.tokens
+    mean, moment = sums.means()
     rows: dict[int, torch.Tensor] = {}
-    for ordinal in range(slots):
+    for ordinal in range(answered_slots(config)):
         rows[config.talan_dim + ordinal] = torch.zeros_like(mean)
         if ordinal not in sums.answers:
             continue
@@ -145,7 +136,6 @@ def _make(config: TalanConfig, sums: _Sums, attention: AttentionCopy | None, shr
         rows[2 * config.talan_dim + ordinal] = opening_row(sums.found[ordinal] / number, mean, moment, shrinkage)
         rows[config.talan_dim + ordinal] = telling_row(sums.asking[ordinal] / number, mean, moment, shrinkage)
     readout = torch.eye(config.talan_dim, config.talan_slots)
-    readout[slots:] = 0
     if attention is None or not sums.answers:
         return StartTensors(rows, None, moment, readout)
     number = sum(sums.answers.values())
