@@ -35,10 +35,10 @@ RECALL_DEPTHS: tuple[float, ...] = (0.55, 0.65, 0.75, 0.85, 0.95)
 A pretrained model's attention copies from far back there, and they are few enough to cost little.
 """
 
-RECALL_AXES: Mapping[str, str] = MappingProxyType(
-    {"talan_layers": "recall", "talan_mixer": "linear", "talan_writeback": "relative"}
+RECALL_AXES: Mapping[str, str | int] = MappingProxyType(
+    {"talan_layers": "recall", "talan_mixer": "delta", "talan_slots": 16, "talan_writeback": "gated"}
 )
-"""The axes for recall of one fact a text from beyond a window, started by `initialize_talan_recall`."""
+"""The axes for recall of facts from beyond a window, started by `initialize_talan_recall`."""
 
 
 @dataclass

@@ -19,15 +19,16 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import LoraConfig
-from transformers import AutoModelForCausalLM, TrainerCallback
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase, TrainerCallback
 
 from peft_talan import TalanConfig, initialize_talan_weights
 from peft_talan.axes import RECALL_AXES
@@ -42,7 +43,8 @@ from peft_talan.sft.window import with_sliding_window
 from ..measure import code_version, machine
 from ..runs import Row, RunSettings, finished, read_lines, run_missing
 from .ordinary_rows_report import fill
-from .row_maker import RowMaker
+from .recall_tasks import TaskRows
+from .row_maker import FACTS, RowMaker
 
 RESULTS = Path(__file__).parents[1] / "results" / "memory_ordinary_rows.jsonl"
 ARMS = ("TALAN", "LoRA")
@@ -58,7 +60,7 @@ class Settings(RunSettings):
     Args:
         arm: One of `ARMS`.
         seed: Of the adapter, the rows, their order and the windows.
-        facts: A name of `row_maker.FACTS`.
+        facts: A name of `row_maker.FACTS`, or a task of `recall_tasks.MAKERS`.
         form: `prompt-completion` or `messages`.
         window: Keys that a token sees.
         steps: Optimizer steps.
@@ -74,7 +76,7 @@ class Settings(RunSettings):
         scheduler: Of the learning rate.
         decay_steps: Of the scheduler, where it takes them.
         rank: Of the low-rank adapter; its alpha is twice the rank.
-        axes: Of the side path.
+        axes: Of the side path. Earlier runs have those alone that differ from the command's of then, or None.
         scored: The lengths that are scored, in windows.
         rows: Held-out rows of each length.
         bf16: Whether products are rounded to bfloat16 in training.
@@ -98,7 +100,7 @@ class Settings(RunSettings):
     scheduler: str = "linear"
     decay_steps: int | None = None
     rank: int = 16
-    axes: dict[str, Any] | None = None
+    axes: dict[str, Any] = field(default_factory=lambda: dict(RECALL_AXES))
     scored: tuple[int, ...] = (1, 2, 4, 10)
     rows: int = 48
     bf16: bool = False
@@ -127,8 +129,9 @@ def train_by_command(settings: Settings, folder: str, made: list[dict[str, Any]]
     words += ["--prompt-loss-weight", settings.prompt_loss_weight]
     words += ["--lr-scheduler-type", settings.scheduler, "--save-steps", settings.steps]
     words += ["--bf16" if settings.bf16 else "--no-bf16"]
-    for name, value in (settings.axes or {}).items():
-        words += ["--" + name.replace("_", "-"), value]
+    for name, value in settings.axes.items():
+        if RECALL_AXES.get(name) != value:
+            words += ["--" + name.replace("_", "-"), value]
     subprocess.run([sys.executable, "-m", "peft_talan", "train", *map(str, words)], check=True, stdout=sys.stderr)
     model, _ = load_adapter(str(output / "adapter"), dtype="float32")
     state = output / "adapter" / f"checkpoint-{settings.steps}" / "trainer_state.json"
@@ -139,10 +142,9 @@ def train_here(settings: Settings, folder: str, made: list[dict[str, Any]], outp
     """Train with the parts that the command is made of, and with other settings of theirs."""
     model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     adapter = {"r": settings.rank, "lora_alpha": 2 * settings.rank, "target_modules": "all-linear"}
-    axes = {**RECALL_AXES, **(settings.axes or {})}
     config = LoraConfig(task_type="CAUSAL_LM", **adapter)
     if settings.arm == "TALAN":
-        config = TalanConfig(task_type="CAUSAL_LM", **adapter, **axes)
+        config = TalanConfig(task_type="CAUSAL_LM", **adapter, **settings.axes)
     callbacks: list[TrainerCallback] = [Printed()]
     if settings.shrinking is not None:
         callbacks.insert(0, ShrinkingWindow(seed=settings.seed, **settings.shrinking))
@@ -178,13 +180,23 @@ def train_here(settings: Settings, folder: str, made: list[dict[str, Any]], outp
     return trainer.model.eval(), trainer.state.log_history
 
 
+def row_maker(
+    settings: Settings, tokenizer: PreTrainedTokenizerBase, held_out: bool
+) -> Callable[[int, int, int, int], list[dict[str, Any]]]:
+    """What makes a number of rows, of lengths from one to another, by a seed."""
+    if settings.facts in FACTS:
+        return RowMaker(tokenizer, settings.form, held_out, settings.facts).rows
+    if settings.form != "prompt-completion":
+        raise ValueError(f"form={settings.form!r}: rows of {settings.facts!r} are of 'prompt-completion'")
+    return partial(TaskRows(tokenizer, held_out).rows, settings.facts)
+
+
 def run(settings: Settings, folder: str) -> Row:
     """Train and score once, on one thread."""
     torch.set_num_threads(1)
     tokenizer = load_tokenizer(folder)
-    made = RowMaker(tokenizer, settings.form, held_out=False, facts=settings.facts).rows(
-        settings.steps * settings.batch_size, settings.shortest, settings.longest, settings.seed
-    )
+    make = row_maker(settings, tokenizer, held_out=False)
+    made = make(settings.steps * settings.batch_size, settings.shortest, settings.longest, settings.seed)
     started = time.monotonic()
     with tempfile.TemporaryDirectory() as output:
         train = train_by_command if settings.by_command else train_here
@@ -193,11 +205,11 @@ def run(settings: Settings, folder: str) -> Row:
     history = [entry for entry in log if "loss" in entry]
     losses = [float(entry["loss"]) for entry in history]
     of_completions = [float(entry["completion_loss"]) for entry in history if "completion_loss" in entry]
-    held_out, right, by_kind = RowMaker(tokenizer, settings.form, held_out=True, facts=settings.facts), {}, {}
-    kinds = len(held_out.kinds)
+    make, right, by_kind = row_maker(settings, tokenizer, held_out=True), {}, {}
+    kinds = len(FACTS.get(settings.facts, "1"))
     for windows in settings.scored:
         tokens = windows * settings.window
-        found = score_rows(model, tokenizer, held_out.rows(settings.rows, tokens, tokens, 1), batch_size=4)
+        found = score_rows(model, tokenizer, make(settings.rows, tokens, tokens, 1), batch_size=4)
         right[windows] = sum(found.exact)
         by_kind[windows] = [sum(found.exact[i::kinds]) for i in range(kinds)]
     return {

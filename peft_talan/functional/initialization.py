@@ -208,8 +208,8 @@ def copying_rows(
 def matching_rows(
     queries: torch.Tensor,
     keys: torch.Tensor,
-    query_moment: torch.Tensor,
-    key_moment: torch.Tensor,
+    query_covariance: torch.Tensor,
+    key_covariance: torch.Tensor,
     cross: torch.Tensor,
     slots: int,
     shrinkage: float,
@@ -222,9 +222,9 @@ def matching_rows(
     Args:
         queries: E[q], [hidden_size].
         keys: E[k], [hidden_size].
-        query_moment: E[q q^T], [hidden_size, hidden_size].
-        key_moment: E[k k^T], [hidden_size, hidden_size].
-        cross: E[q k^T], [hidden_size, hidden_size].
+        query_covariance: Cov[q], [hidden_size, hidden_size].
+        key_covariance: Cov[k], [hidden_size, hidden_size].
+        cross: Cov[q, k], [hidden_size, hidden_size].
         slots: M, the length of a key.
         shrinkage: What is added to each direction's variance.
 
@@ -232,22 +232,16 @@ def matching_rows(
         The rows of k and of q, [slots, hidden_size] each.
     """
     eye = shrinkage * torch.eye(len(keys), dtype=keys.dtype, device=keys.device)
-    roots = [
-        torch.linalg.cholesky(moment - torch.outer(mean, mean) + eye)
-        for mean, moment in ((queries, query_moment), (keys, key_moment))
-    ]
-    between = torch.linalg.solve_triangular(roots[0], cross - torch.outer(queries, keys), upper=False)
+    roots = [torch.linalg.cholesky(covariance + eye) for covariance in (query_covariance, key_covariance)]
+    between = torch.linalg.solve_triangular(roots[0], cross, upper=False)
     between = torch.linalg.solve_triangular(roots[1], between.T, upper=False).T
     left, values, right = torch.linalg.svd(between)
     scale = values[:slots].sqrt()[:, None]
     made = []
-    for root, mean, moment, directions in (
-        (roots[1], keys, key_moment, right[:slots]),
-        (roots[0], queries, query_moment, left[:, :slots].T),
-    ):
+    for root, mean, directions in ((roots[1], keys, right[:slots]), (roots[0], queries, left[:, :slots].T)):
         rows = scale * torch.linalg.solve_triangular(root, directions, upper=False, left=False)
         # Rows have no bias: what is 1 for all such tokens takes its place.
-        shared = torch.linalg.solve(moment + eye, mean)
+        shared = torch.cholesky_solve(mean[:, None], root)[:, 0]
         made.append(rows - torch.outer(rows @ mean, shared) / (shared @ mean))
     return made[0], made[1]
 

@@ -33,8 +33,8 @@ from .prompts import PromptForm
 
 START_BATCHES = 16
 """How many batches side paths start from; some thousand tokens are enough."""
-KEYED_BATCHES = 100
-"""How many keys start from: a pair is a token of an answer, and they are to fit all directions."""
+KEYED_ROWS = 1600
+"""How many rows keys start from: a pair is a token of an answer, and they are to fit all directions."""
 
 
 def remove_checkpoints(output: Path) -> None:
@@ -74,14 +74,16 @@ def start_from_data(trainer: Trainer, report: Callable[[str], None] = lambda lin
     model = cast(PeftModel, trainer.model)
     name = model.active_adapter
     keyed = cast(TalanConfig, model.peft_config[name]).talan_mixer == "delta"
-    batches = list(islice(trainer.get_train_dataloader(), KEYED_BATCHES if keyed else START_BATCHES))
+    keyed_batches = math.ceil(KEYED_ROWS / trainer.args.per_device_train_batch_size)
+    batches = list(islice(trainer.get_train_dataloader(), keyed_batches if keyed else START_BATCHES))
     recalls = can_start_for_recall(model, batches, name)
     batches = batches if recalls else batches[:START_BATCHES]
     rows = sum(len(batch["input_ids"]) for batch in batches)
     began = time.monotonic()
     if recalls:
         report(f"side paths start as a memory, from {rows} rows; it can take minutes")
-        initialize_talan_recall(model, batches, name)
+        with trainer.accelerator.autocast():
+            initialize_talan_recall(model, batches, name)
     else:
         report(
             f"side paths start whitened, from {rows} rows; they start as a memory with talan_mixer='linear', or with "

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import nn
 from torch.nn import functional as F
 
 
@@ -80,11 +79,11 @@ class Answers:
                 found += [(row, first + token - 1, last + token) for token in range(number)]
         return torch.tensor(found, device=self.valid.device, dtype=torch.long).reshape(-1, 3).T
 
-    def losses(self, model: nn.Module, **options: Any) -> tuple[list[torch.Tensor], Any]:
+    def losses(self, forward: Callable[..., Any], **options: Any) -> tuple[list[torch.Tensor], Any]:
         """The summed cross-entropy of each place in the answers, and the model's output."""
         needed = [at for _, at, _ in self.places]
         kept = torch.unique(torch.cat(needed)) if needed else torch.zeros(0, dtype=torch.long)
-        output = model(**self.inputs, use_cache=False, logits_to_keep=kept, **options)
+        output = forward(**self.inputs, use_cache=False, logits_to_keep=kept, **options)
         return [
             F.cross_entropy(output.logits[rows, torch.searchsorted(kept, at)].float(), ids, reduction="sum")
             for rows, at, ids in self.places

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
@@ -27,6 +26,8 @@ CLOSED = -3.0
 """The logit of writing and of reading at the mean of all tokens."""
 KEEPING = (-8.0, -10.0)
 """The logits of erasing and of forgetting: what was written stays."""
+OF_ALL_TOKENS = 0.3
+"""The weight of all tokens in the queries' covariance; there are far fewer answers than directions."""
 
 
 @dataclass
@@ -51,7 +52,7 @@ class _Matches(TokenSums):
 
 def start_keyed(
     base: PreTrainedModel,
-    model: nn.Module,
+    forward: Callable[..., Any],
     config: TalanConfig,
     attentions: Mapping[TalanLayer, AttentionCopy | None],
     adapter_name: str,
@@ -70,14 +71,14 @@ def start_keyed(
         with without_window(base), attention_with_weights(base):
             looking = logging.tqdm(found[:ATTENTION_BATCHES], "Reading without the window", disable=None, leave=False)
             for batch, (rows, at, places) in looking:
-                output = model(**batch.inputs, use_cache=False, logits_to_keep=1, output_attentions=True)
+                output = forward(**batch.inputs, use_cache=False, logits_to_keep=1, output_attentions=True)
                 for layer, reader in readers.items():
                     weights = output.attentions[reader.index][rows, :, at, places]
                     sums[layer].reading = sums[layer].reading + weights.to(torch.float32).sum(0)
                     sums[layer].looked += len(rows)
         with kept_streams(sums, adapter_name) as streams:
             for batch, copies in logging.tqdm(found, "Reading with the window", disable=None, leave=False):
-                model(**batch.inputs, use_cache=False, logits_to_keep=1)
+                forward(**batch.inputs, use_cache=False, logits_to_keep=1)
                 for layer, part in sums.items():
                     _add(part, normalized(streams[layer]), batch.valid, copies)
     return {layer: _make(config, part, readers[layer], shrinkage) for layer, part in sums.items() if part.pairs}
@@ -98,7 +99,15 @@ def _make(config: TalanConfig, sums: _Matches, attention: AttentionCopy, shrinka
     queries, keys, query_moment, key_moment, cross = (
         part / sums.pairs for part in (sums.queries, sums.keys, sums.query_moment, sums.key_moment, sums.cross)
     )
-    key_rows, query_rows = matching_rows(queries, keys, query_moment, key_moment, cross, config.talan_slots, shrinkage)
+    key_rows, query_rows = matching_rows(
+        queries,
+        keys,
+        torch.lerp(query_moment - torch.outer(queries, queries), moment - torch.outer(mean, mean), OF_ALL_TOKENS),
+        key_moment - torch.outer(keys, keys),
+        cross - torch.outer(queries, keys),
+        config.talan_slots,
+        shrinkage,
+    )
     left, right = attention.factors((sums.reading / sums.looked).to(mean))
     read, write = copying_rows(left.to(mean), right.to(mean), mean, key_moment, config.talan_dim, shrinkage)
     writing, asking = (opening_row(tokens, mean, moment, shrinkage) for tokens in (keys, queries))

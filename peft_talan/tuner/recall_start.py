@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -23,6 +23,8 @@ from .slot_start import answered_slots, start_slots
 
 STRENGTHS = (0.0, 1.0, 2.0, 3.0, 4.0, 6.0, 8.0)
 """By what the writes are multiplied."""
+SHRINKAGE, KEYED_SHRINKAGE = 0.1, 0.01
+"""What is added to each direction's variance; where keys match, places differ in directions of small variance."""
 CHOOSING_BATCHES = 4
 """How many batches choose the strength."""
 
@@ -60,7 +62,7 @@ def initialize_talan_recall(
     model: nn.Module,
     dataloader: Iterable[Mapping[str, Any]],
     adapter_name: str = "default",
-    shrinkage: float = 0.1,
+    shrinkage: float | None = None,
 ) -> None:
     """Start a fresh adapter's side paths as a memory of what answers depend on beyond the window.
 
@@ -77,7 +79,8 @@ def initialize_talan_recall(
     with weight p_h, to rank d. Of some strengths of the writes, the first four batches with answers choose the one of
     the lowest loss with the window. The adapter's output changes. This is this package's own addition.
 
-    Call it before training, and before the model is wrapped for several processes. Some dozens of rows are enough for
+    Call it before training, and before the model is wrapped for several processes. Under `torch.autocast` the model
+    reads so, and what is computed from it isn't rounded. Some dozens of rows are enough for
     `linear`; `delta` needs some hundred, of which only the first 16 batches are read without the window. The attention
     of one such batch must fit into memory.
 
@@ -87,7 +90,7 @@ def initialize_talan_recall(
         dataloader: Batches with `input_ids`, `labels` and, where rows are padded, `attention_mask`. Of a row the last
             answer is used, for keys all answers. The batches are held until it is done.
         adapter_name: The adapter's name. Default `"default"`.
-        shrinkage: What is added to each direction's variance. Default 0.1.
+        shrinkage: What is added to each direction's variance. Default None: 0.1, and 0.01 for `delta`.
 
     Raises:
         ValueError: There is no such TALAN adapter, it has been trained, the model has no window or no attention whose
@@ -104,6 +107,8 @@ def initialize_talan_recall(
         raise ValueError("model: give what get_peft_model returned for a transformers model")
     if refusal := _refused_axis(config):
         raise ValueError(refusal)
+    keyed = config.talan_mixer == "delta"
+    shrinkage = (KEYED_SHRINKAGE if keyed else SHRINKAGE) if shrinkage is None else shrinkage
     if not shrinkage > 0:
         raise ValueError(f"shrinkage={shrinkage!r}: give a positive number")
     if any(adapter_name not in layer.active_adapters or layer.disable_adapters for layer in layers):
@@ -114,22 +119,33 @@ def initialize_talan_recall(
     blocks = list(find_blocks(base, config)[1])
     attentions = {layer: attention_behind(layer, blocks, adapter_name) for layer in layers}
     batches = [Answers.of(batch, window, answered_slots(config), base.device) for batch in dataloader]
-    start = start_keyed if config.talan_mixer == "delta" else start_slots
-    with in_evaluation_mode(model):
-        started = start(base, model, config, attentions, adapter_name, batches, window, shrinkage)
+    start, forward = start_keyed if keyed else start_slots, _in_callers_precision(model, base.device.type)
+    with in_evaluation_mode(model), torch.autocast(base.device.type, enabled=False):
+        started = start(base, forward, config, attentions, adapter_name, batches, window, shrinkage)
         choosing = [batch for batch in batches if batch.any][:CHOOSING_BATCHES]
         if not started or not choosing:
             raise ValueError(
                 f"dataloader: no answer has a token further back than the window of {window}"
-                f"{' that stands there, too' if config.talan_mixer == 'delta' else ''}; give rows that are longer, or "
+                f"{' that stands there, too' if keyed else ''}; give rows that are longer, or "
                 "use initialize_talan_weights"
             )
-        _install(model, started, adapter_name, choosing, shrinkage)
+        _install(forward, started, adapter_name, choosing, shrinkage)
+
+
+def _in_callers_precision(model: nn.Module, device: str) -> Callable[..., Any]:
+    """The model's forward pass under the autocast that is on now, for use where it is off."""
+    autocast = torch.autocast(device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device))
+
+    def forward(**inputs: Any) -> Any:
+        with autocast:
+            return model(**inputs)
+
+    return forward
 
 
 @torch.no_grad()
 def _install(
-    model: nn.Module,
+    forward: Callable[..., Any],
     started: Mapping[TalanLayer, StartTensors],
     adapter_name: str,
     choosing: list[Answers],
@@ -154,7 +170,7 @@ def _install(
 
     def loss_at(strength: float) -> float:
         set_strength(strength)
-        return sum(float(loss) for batch in choosing for loss in batch.losses(model)[0])
+        return sum(float(loss) for batch in choosing for loss in batch.losses(forward)[0])
 
     tried = logging.tqdm(STRENGTHS, "Choosing the strength", disable=None, leave=False)
     set_strength(min((loss_at(strength), strength) for strength in tried)[1])

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
@@ -45,7 +44,7 @@ class _Sums(TokenSums):
 
 def start_slots(
     base: PreTrainedModel,
-    model: nn.Module,
+    forward: Callable[..., Any],
     config: TalanConfig,
     attentions: Mapping[TalanLayer, AttentionCopy | None],
     adapter_name: str,
@@ -55,7 +54,7 @@ def start_slots(
 ) -> dict[TalanLayer, StartTensors]:
     """Read the batches without the window, and make the tensors; none if no answer depends on what lies beyond it."""
     with without_window(base), attention_with_weights(base):
-        sums = _collect(base, model, attentions, adapter_name, batches, window)
+        sums = _collect(base, forward, attentions, adapter_name, batches, window)
     if not any(part.answers for part in sums.values()):
         return {}
     return {layer: _make(config, part, attentions[layer], shrinkage) for layer, part in sums.items() if part.tokens}
@@ -63,7 +62,7 @@ def start_slots(
 
 def _collect(
     base: PreTrainedModel,
-    model: nn.Module,
+    forward: Callable[..., Any],
     attentions: Mapping[TalanLayer, AttentionCopy | None],
     adapter_name: str,
     batches: list[Answers],
@@ -76,7 +75,7 @@ def _collect(
         embeddings: Any = base.get_input_embeddings()
         hooks.callback(embeddings.register_forward_hook(lambda *call: call[2].requires_grad_()).remove)
         for batch in logging.tqdm(batches, "Reading without the window", disable=None, leave=False):
-            losses, output = batch.losses(model, output_attentions=True)
+            losses, output = batch.losses(forward, output_attentions=True)
             read = {layer: (stream.detach(), normalized(stream)) for layer, stream in streams.items()}
             for layer, (_, x) in read.items():
                 sums[layer].add(x[batch.valid])
