@@ -24,7 +24,8 @@ from trl.trainer.sft_trainer import SFTTrainer
 from ..axes import refusal
 from ..checkpoint.saved_files import remove_saved_files
 from ..config import TalanConfig
-from ..tuner.recall_start import can_start_for_recall, initialize_talan_recall
+from ..tuner.answers import NothingToRecall
+from ..tuner.recall_start import initialize_talan_recall
 from ..tuner.trainability import talan_param_groups
 from ..tuner.whitening import initialize_talan_weights
 from .callbacks import SavePromptForm
@@ -72,26 +73,22 @@ def start_from_data(trainer: Trainer, report: Callable[[str], None] = lambda lin
     `report` is told before it begins, as it takes minutes, and afterwards what was done.
     """
     model = cast(PeftModel, trainer.model)
+    tokenizer = cast(PreTrainedTokenizerBase, trainer.processing_class)
     name = model.active_adapter
     keyed = cast(TalanConfig, model.peft_config[name]).talan_mixer == "delta"
     keyed_batches = math.ceil(KEYED_ROWS / trainer.args.per_device_train_batch_size)
     batches = list(islice(trainer.get_train_dataloader(), keyed_batches if keyed else START_BATCHES))
-    recalls = can_start_for_recall(model, batches, name)
-    batches = batches if recalls else batches[:START_BATCHES]
     rows = sum(len(batch["input_ids"]) for batch in batches)
     began = time.monotonic()
-    if recalls:
-        report(f"side paths start as a memory, from {rows} rows; it can take minutes")
+    report(f"side paths start from {rows} rows; it can take minutes")
+    how = "as a memory"
+    try:
         with trainer.accelerator.autocast():
-            initialize_talan_recall(model, batches, name)
-    else:
-        report(
-            f"side paths start whitened, from {rows} rows; they start as a memory with talan_mixer='linear', or with "
-            "'delta' and talan_writeback='gated', from rows that aren't packed and have an answer to what stands "
-            "further back than the window"
-        )
-        initialize_talan_weights(model, batches, name)
-    report(f"side paths have started, after {time.monotonic() - began:.0f} s")
+            initialize_talan_recall(model, batches, name, tokenizer=tokenizer)
+    except NothingToRecall as reason:
+        how = f"whitened, not as a memory: {reason}"
+        initialize_talan_weights(model, batches[:START_BATCHES], name)
+    report(f"side paths have started {how} ({time.monotonic() - began:.0f} s)")
 
 
 class PromptLossTrainer(SFTTrainer):

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+import re
+from bisect import bisect_right
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Any
 
 import torch
 from torch.nn import functional as F
+from transformers import PreTrainedTokenizerBase
+
+
+class NothingToRecall(ValueError):
+    """Side paths can't start as a memory, of these axes or from these rows; the message says why."""
 
 
 @dataclass
@@ -28,7 +36,8 @@ class Answers:
         if batch.get("labels") is None:
             raise ValueError("dataloader: its batches have no 'labels'; give them, or use initialize_talan_weights")
         if batch.get("position_ids") is not None:
-            raise ValueError("dataloader: its rows are packed; give rows that aren't, or use initialize_talan_weights")
+            remedy = "give rows that aren't, or use initialize_talan_weights"
+            raise NothingToRecall(f"dataloader: its rows are packed; {remedy}")
         inputs = {name: part.to(device) for name, part in batch.items() if isinstance(part, torch.Tensor)}
         labels = inputs.pop("labels")
         mask = inputs.get("attention_mask")
@@ -58,8 +67,11 @@ class Answers:
         """Whether there is one."""
         return any(len(rows) > 0 for rows, _, _ in self.places)
 
-    def copies(self, window: int) -> torch.Tensor:
-        """Where answers stand beyond the window, too: of each the last place of most of its tokens from the first on.
+    def copies(self, window: int, tokenizer: PreTrainedTokenizerBase | None = None) -> torch.Tensor:
+        """Where answers stand beyond the window, too: of each the last place of as much of its beginning as does.
+
+        With the tokenizer they are compared as text, without regard to case and to the spaces around an answer;
+        without it as tokens.
 
         Returns:
             Of each such token: its row, the token that predicts it, and its place; int64, [3, found].
@@ -68,15 +80,13 @@ class Answers:
         # On the host: what follows looks at one token after the other.
         parts = (part.cpu() for part in (self.inputs["input_ids"], self.trained, self.valid))
         for row, (ids, trained, valid) in enumerate(zip(*parts, strict=True)):
-            for first in (trained & ~F.pad(trained[:-1], (1, 0))).nonzero()[:, 0].tolist():
-                places = (valid & (ids == ids[first]))[: max(first - window, 0)].nonzero()[:, 0]
-                number = 0
-                while len(places):
-                    last, number = int(places[-1]), number + 1
-                    if first + number == len(ids) or not trained[first + number]:
-                        break
-                    places = places[ids[places + number] == ids[first + number]]
-                found += [(row, first + token - 1, last + token) for token in range(number)]
+            pieces = _texts(ids.tolist(), tokenizer)
+            begin = int(valid.long().argmax())
+            firsts = (trained & ~F.pad(trained[:-1], (1, 0))).nonzero()[:, 0].tolist()
+            ends = (trained & ~F.pad(trained[1:], (0, 1))).nonzero()[:, 0].tolist()
+            for first, last in zip(firsts, ends, strict=True):
+                places = _standing(pieces[begin : max(first - window, begin)], pieces[first : last + 1])
+                found += [(row, first + token - 1, begin + place) for token, place in enumerate(places)]
         return torch.tensor(found, device=self.valid.device, dtype=torch.long).reshape(-1, 3).T
 
     def losses(self, forward: Callable[..., Any], **options: Any) -> tuple[list[torch.Tensor], Any]:
@@ -90,14 +100,25 @@ class Answers:
         ], output
 
 
-def reach_beyond(batches: Iterable[Mapping[str, Any]], window: int, slots: int, copied: bool = False) -> bool:
-    """Whether an answer of rows that aren't packed has a token beyond the window, by its first tokens.
+def _texts(ids: list[int], tokenizer: PreTrainedTokenizerBase | None) -> list[str]:
+    """What tokens are compared by."""
+    if tokenizer is None:
+        return [f"<{token}>" for token in ids]
+    return [text.casefold() for text in tokenizer.batch_decode([[token] for token in ids])]
 
-    With `copied`, that a token of an answer stands there.
+
+def _standing(text: list[str], answer: list[str]) -> list[int]:
+    """Of the tokens of as much of an answer's beginning as stands in a text: the text's token in which each begins.
+
+    It is the last such place, preferably one of whole words.
     """
-    for batch in batches:
-        if batch.get("position_ids") is None:
-            answers = Answers.of(batch, window, slots, batch["input_ids"].device)
-            if answers.copies(window).shape[1] if copied else answers.any:
-                return True
-    return False
+    ends, whole = list(accumulate(map(len, text))), "".join(text)
+    for number in range(len(answer), 0, -1):
+        wanted = "".join(answer[:number]).strip()
+        if wanted and wanted in whole:
+            words = [match.start() for match in re.finditer(rf"(?<!\w){re.escape(wanted)}(?!\w)", whole)]
+            at = words[-1] if words else whole.rindex(wanted)
+            spaces = len("".join(answer)) - len("".join(answer).lstrip())
+            starts = accumulate(map(len, answer[: number - 1]), initial=-spaces)
+            return [bisect_right(ends, at + max(start, 0)) for start in starts if start < len(wanted)]
+    return []

@@ -8,7 +8,7 @@ from itertools import accumulate
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from ..config import TalanConfig
@@ -59,12 +59,13 @@ def start_keyed(
     batches: list[Answers],
     window: int,
     shrinkage: float,
+    tokenizer: PreTrainedTokenizerBase | None,
 ) -> dict[TalanLayer, StartTensors]:
     """Read the batches, and make the tensors of side paths that an attention follows; none if no answer stands there.
 
     What attention looks at is read without the window, and x with it, as the side path will read it.
     """
-    found = [(batch, copies) for batch in batches if (copies := batch.copies(window)).shape[1]]
+    found = [(batch, copies) for batch in batches if (copies := batch.copies(window, tokenizer)).shape[1]]
     readers = {layer: attention for layer, attention in attentions.items() if attention is not None}
     sums = {layer: _Matches() for layer in readers}
     with torch.no_grad():

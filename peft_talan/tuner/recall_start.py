@@ -7,11 +7,12 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from ..config import TalanConfig
 from ..functional.initialization import StartTensors, whitened
-from .answers import Answers, reach_beyond
+from .answers import Answers, NothingToRecall
 from .attachment import fresh_side_paths
 from .attention_weights import attention_behind
 from .blocks import find_blocks
@@ -29,33 +30,16 @@ CHOOSING_BATCHES = 4
 """How many batches choose the strength."""
 
 
-def can_start_for_recall(model: nn.Module, dataloader: Iterable[Mapping[str, Any]], adapter_name: str) -> bool:
-    """Whether `initialize_talan_recall` has something to start from.
-
-    That is: a mixer and a writeback that can be started so, a side path before some block's attention, and rows that
-    aren't packed with an answer that has a token beyond the window; for `delta`, one that stands there.
-    """
-    config = getattr(model, "peft_config", {})[adapter_name]
-    layers = [layer for _, layer in fresh_side_paths(model, adapter_name)]
-    if _refused_axis(config) or not any(_has_attention_behind(layer, adapter_name) for layer in layers):
-        return False
-    return reach_beyond(dataloader, own_window(model), answered_slots(config), config.talan_mixer == "delta")
-
-
-def _refused_axis(config: TalanConfig) -> str | None:
-    """Why an adapter's axes can't be started, or None."""
+def _check_axes(config: TalanConfig) -> None:
+    """Refuse axes that can't be started."""
     if config.talan_mixer not in ("linear", "delta"):
-        return f"talan_mixer={config.talan_mixer!r}: its reads can't be given; use 'linear' or 'delta'"
+        remedy = "its reads can't be given; use 'linear' or 'delta'"
+        raise NothingToRecall(f"talan_mixer={config.talan_mixer!r}: {remedy}")
     if config.talan_mixer == "delta" and config.talan_writeback != "gated":
-        return (
+        raise NothingToRecall(
             f"talan_writeback={config.talan_writeback!r}: what 'delta' reads is of one size at every token, and "
             "is to be written where it is asked for; use 'gated'"
         )
-    return None
-
-
-def _has_attention_behind(layer: TalanLayer, adapter_name: str) -> bool:
-    return layer.talan_position[adapter_name] == "input" or layer.block_index < layer.depth - 1
 
 
 def initialize_talan_recall(
@@ -63,6 +47,7 @@ def initialize_talan_recall(
     dataloader: Iterable[Mapping[str, Any]],
     adapter_name: str = "default",
     shrinkage: float | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> None:
     """Start a fresh adapter's side paths as a memory of what answers depend on beyond the window.
 
@@ -91,11 +76,13 @@ def initialize_talan_recall(
             answer is used, for keys all answers. The batches are held until it is done.
         adapter_name: The adapter's name. Default `"default"`.
         shrinkage: What is added to each direction's variance. Default None: 0.1, and 0.01 for `delta`.
+        tokenizer: With the model's tokenizer, `delta` finds where answers stand as text, without regard to case and to
+            the spaces around them; without it by their tokens, of which " Olga" and "Olga" have others. Default None.
 
     Raises:
-        ValueError: There is no such TALAN adapter, it has been trained, the model has no window or no attention whose
-            projections are known, or no answer has a token beyond the window, or for `delta` one that stands there;
-            nothing has changed then.
+        ValueError: There is no such TALAN adapter, it has been trained, or the model has no window or no attention
+            whose projections are known; nothing has changed then. `NothingToRecall` if the axes can't be started so,
+            rows are packed, or no answer has a token beyond the window, or for `delta` one that stands there.
 
     Examples:
         >>> initialize_talan_recall(trainer.model, list(itertools.islice(trainer.get_train_dataloader(), 16)))
@@ -105,29 +92,31 @@ def initialize_talan_recall(
     config = getattr(model, "peft_config", {}).get(adapter_name)
     if base is None or not isinstance(config, TalanConfig):
         raise ValueError("model: give what get_peft_model returned for a transformers model")
-    if refusal := _refused_axis(config):
-        raise ValueError(refusal)
+    _check_axes(config)
     keyed = config.talan_mixer == "delta"
     shrinkage = (KEYED_SHRINKAGE if keyed else SHRINKAGE) if shrinkage is None else shrinkage
     if not shrinkage > 0:
         raise ValueError(f"shrinkage={shrinkage!r}: give a positive number")
     if any(adapter_name not in layer.active_adapters or layer.disable_adapters for layer in layers):
         raise ValueError(f"adapter_name={adapter_name!r}: it isn't active; call set_adapter first")
-    if not any(_has_attention_behind(layer, adapter_name) for layer in layers):
-        raise ValueError("talan_layers: no attention reads what the side path writes; give an earlier block")
+    if all(
+        layer.talan_position[adapter_name] == "output" and layer.block_index == layer.depth - 1 for layer in layers
+    ):
+        raise NothingToRecall("talan_layers: no attention reads what the side path writes; give an earlier block")
     window = own_window(base)
     blocks = list(find_blocks(base, config)[1])
     attentions = {layer: attention_behind(layer, blocks, adapter_name) for layer in layers}
     batches = [Answers.of(batch, window, answered_slots(config), base.device) for batch in dataloader]
-    start, forward = start_keyed if keyed else start_slots, _in_callers_precision(model, base.device.type)
+    choosing = [batch for batch in batches if batch.any][:CHOOSING_BATCHES]
+    forward = _in_callers_precision(model, base.device.type)
     with in_evaluation_mode(model), torch.autocast(base.device.type, enabled=False):
-        started = start(base, forward, config, attentions, adapter_name, batches, window, shrinkage)
-        choosing = [batch for batch in batches if batch.any][:CHOOSING_BATCHES]
-        if not started or not choosing:
-            raise ValueError(
-                f"dataloader: no answer has a token further back than the window of {window}"
-                f"{' that stands there, too' if keyed else ''}; give rows that are longer, or "
-                "use initialize_talan_weights"
+        told = (base, forward, config, attentions, adapter_name, batches, window, shrinkage)
+        started = choosing and (start_keyed(*told, tokenizer) if keyed else start_slots(*told))
+        if not started:
+            stands, other = (" that stands there, too", "talan_mixer='linear', or ") if keyed else ("", "")
+            raise NothingToRecall(
+                f"dataloader: no answer has a token further back than the window of {window}{stands}; give rows that "
+                f"are longer, or use {other}initialize_talan_weights"
             )
         _install(forward, started, adapter_name, choosing, shrinkage)
 

@@ -75,8 +75,8 @@ def test_what_was_learned_is_counted_by_train_and_by_generate(
     # What was told on the way.
     for line in (
         "without its window the model answers 0 of 2 rows right, and recall starts from those",
-        "side paths start as a memory, from 2 rows; it can take",
-        "side paths have started, after ",
+        "side paths start from 2 rows; it can take",
+        "side paths have started as a memory (",
         "2 rows are few",
     ):
         assert printed.err.count(f"note: {line}") == 1
@@ -239,7 +239,7 @@ def test_side_paths_that_cannot_start_as_a_memory_tell_why(
     assert main([str(word) for word in ["train", "--model", saved / "model", *words]]) == 0
     told = capsys.readouterr().err
     assert "note: 4 of 4 rows have at most 64 tokens, the window" in told
-    assert "note: side paths start whitened, from 4 rows; they start as a memory with talan_mixer='linear'" in told
+    assert "note: side paths have started whitened, not as a memory: dataloader: no answer has a token further" in told
 
 
 @torch.no_grad()

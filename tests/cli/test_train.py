@@ -319,16 +319,16 @@ def test_train_with_a_window_learns_the_last_answer_of_a_conversation(
 @pytest.mark.parametrize(
     ("given", "rates", "layers", "writeback"),
     [
-        ([], {3e-4}, RECALL_AXES["talan_layers"], "relative"),
+        ([], {3e-4}, RECALL_AXES["talan_layers"], "gated"),
         # Those without a window: given ones hold, whatever they are.
         (
             ["--learning-rate", "2e-4", "--side-path-lr-scale", "5", "--talan-layers", "1"],
             {2e-4, 1e-3},
             [1],
-            "relative",
+            "gated",
         ),
         (["--talan-layers", "every_2", "--talan-writeback", "add"], {3e-4}, "every_2", "add"),
-        (["--packing"], {3e-4}, RECALL_AXES["talan_layers"], "relative"),
+        (["--packing"], {3e-4}, RECALL_AXES["talan_layers"], "gated"),
     ],
 )
 def test_a_window_has_defaults_of_its_own(

@@ -19,6 +19,7 @@ from peft_talan.tuner.answers import Answers
 from peft_talan.tuner.attention_weights import attention_behind
 from peft_talan.tuner.layer import TalanLayer
 
+from ..offline_hub import make_tokenizer
 from ..small_models import logits, make_base, make_config, make_model, make_tokens, rounding
 from ..trainers.test_window import make_full
 
@@ -192,6 +193,28 @@ def test_keys_start_from_the_last_place_where_most_of_the_answer_stands(sides: t
     assert (found.T - shift).tolist() == [[0, 9, 1], [0, 10, 2], [0, 13, 8]]
 
 
+@pytest.mark.parametrize(
+    ("answer", "expected"),
+    [
+        ("Red", "red"),  # whole words before parts of others
+        (" red", "rred"),  # a space is where what follows it stands
+        ("hund", "hund"),
+        ("red rust", "red r"),
+        ("blue", ""),
+    ],
+)
+def test_with_a_tokenizer_answers_are_found_as_text(answer: str, expected: str) -> None:
+    tokenizer = make_tokenizer()
+    prompt, given = (tokenizer(text)["input_ids"] for text in (f"It is red rose. Of hundreds{'.' * 20}", answer))
+    ids = torch.tensor([[*prompt, *given]])
+    labels = ids.clone()
+    labels[:, : len(prompt)] = -100
+    found = Answers.of({"input_ids": ids, "labels": labels}, 5, 4, ids.device).copies(5, tokenizer)
+    _, queries, places = found.tolist()
+    assert queries == list(range(len(prompt) - 1, len(prompt) - 1 + len(expected)))
+    assert tokenizer.decode(ids[0, places]) == expected
+
+
 @pytest.mark.parametrize("architecture", ["llama", "qwen3", "phi3", "starcoder2"])
 def test_the_factors_of_attention_write_what_one_head_copies_of_one_token(architecture: str) -> None:
     model = make_full(architecture).to(torch.float64)
@@ -219,7 +242,7 @@ def test_the_factors_of_attention_write_what_one_head_copies_of_one_token(archit
 
 @pytest.mark.parametrize(
     "axes",
-    [RECALL_AXES, {"talan_layers": "recall", "talan_mixer": "delta", "talan_slots": 16, "talan_writeback": "gated"}],
+    [{**AXES, "talan_layers": "recall"}, RECALL_AXES],
     ids=["linear", "delta"],
 )
 def test_a_pretrained_model_recalls_before_training(axes: dict[str, Any]) -> None:
