@@ -23,6 +23,7 @@ from .parameters import (
     full_precision,
 )
 from .records import TokenRecord
+from .writeback import required_gate
 
 
 class TokenPlace(NamedTuple):
@@ -260,12 +261,18 @@ def one_token(
         rows = _swap(stream)
         # h / sqrt(|h|^2 + H eps) is RMSNorm(h) / sqrt(H).
         length = torch.hypot(torch.linalg.vector_norm(rows, dim=-1, keepdim=True), buffers.norm_floor)
-        place.projected.baddbmm_(rows / length, read, beta=0, alpha=math.sqrt(rows.shape[-1]))
+        normalised, scale = rows / length, math.sqrt(rows.shape[-1])
+        place.projected.baddbmm_(normalised, read, beta=0, alpha=scale)
         readout = buffers.remix(place, options, parameters.mixer, valid)
-        if options.writeback in ("add", "relative"):
+        if options.writeback in ("add", "relative", "gated"):
             if options.writeback == "relative":
                 # The root mean square of h is its length divided by sqrt(H).
-                readout, alpha = readout * _swap(length), alpha / math.sqrt(rows.shape[-1])
+                readout, alpha = readout * _swap(length), alpha / scale
+            elif options.writeback == "gated":
+                # As `gate_openings`, of what is normalised already.
+                gate = required_gate(parameters.gate).to(dtype)
+                openings = torch.addmv(gate[-1:], normalised[0], gate[:-1], alpha=scale).sigmoid_()
+                readout = readout * openings.view(-1, 1, 1)
             # As `write_back`, by the transposed matrix that is there already.
             written = _swap(torch.baddbmm(rows, _swap(readout), write, alpha=alpha))
             return written if written.dtype is hidden_states.dtype else written.to(hidden_states.dtype)
