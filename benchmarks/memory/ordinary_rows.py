@@ -195,7 +195,10 @@ def run(settings: Settings, folder: str) -> Row:
     """Train and score once, on one thread."""
     torch.set_num_threads(1)
     tokenizer = load_tokenizer(folder)
-    make = row_maker(settings, tokenizer, held_out=False)
+    # Before the training, which would be lost where there is no room for so short rows.
+    scored, make = row_maker(settings, tokenizer, held_out=True), row_maker(settings, tokenizer, held_out=False)
+    lengths = {windows: windows * settings.window for windows in settings.scored}
+    held_out = {windows: scored(settings.rows, tokens, tokens, 1) for windows, tokens in lengths.items()}
     made = make(settings.steps * settings.batch_size, settings.shortest, settings.longest, settings.seed)
     started = time.monotonic()
     with tempfile.TemporaryDirectory() as output:
@@ -205,11 +208,9 @@ def run(settings: Settings, folder: str) -> Row:
     history = [entry for entry in log if "loss" in entry]
     losses = [float(entry["loss"]) for entry in history]
     of_completions = [float(entry["completion_loss"]) for entry in history if "completion_loss" in entry]
-    make, right, by_kind = row_maker(settings, tokenizer, held_out=True), {}, {}
-    kinds = len(FACTS.get(settings.facts, "1"))
-    for windows in settings.scored:
-        tokens = windows * settings.window
-        found = score_rows(model, tokenizer, make(settings.rows, tokens, tokens, 1), batch_size=4)
+    right, by_kind, kinds = {}, {}, len(FACTS.get(settings.facts, "1"))
+    for windows, rows in held_out.items():
+        found = score_rows(model, tokenizer, rows, batch_size=4)
         right[windows] = sum(found.exact)
         by_kind[windows] = [sum(found.exact[i::kinds]) for i in range(kinds)]
     return {
