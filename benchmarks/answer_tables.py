@@ -10,7 +10,7 @@ from pages import markdown
 from runs import Row, read_json, read_lines
 from runs import matching as runs_with
 
-from peft_talan.axes import RECALL_DEPTHS
+from peft_talan.axes import RECALL_AXES, RECALL_DEPTHS
 
 CALLS = {
     "prefill, 128 tokens": {"measure": "prefill", "tokens": 128},
@@ -71,7 +71,7 @@ def right_at_ten_windows(folder: Path) -> str:
     """The right answers of the runs of `peft-talan train --window` on mixed facts, with the start for recall."""
     stored = read_lines(folder / "memory_ordinary_rows.jsonl")
     told = {"facts": "mixed", "form": "prompt-completion", "arm": "TALAN", "start": "memory", "by_command": True}
-    found = runs_with(stored, **told)
+    found = runs_with(stored, **told, axes=dict(RECALL_AXES))
     right = [row["right"]["10"] for row in found]
     seeds = {row["settings"]["seed"] for row in found}
     return f"{min(right)} to {max(right)} of {found[0]['settings']['rows']} ({len(seeds)} seeds)"

@@ -6,10 +6,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from peft_talan.axes import RECALL_AXES
+
 from ..pages import columns_table, show
 from ..runs import Row
 
-LOSS_STEPS = (10, 30, 60, 100, 150, 200)
+LOSS_STEPS = (10, 30, 60, 100, 150, 200, 300, 400)
 """Where the loss is shown; the command logs every tenth step the mean of the last ten."""
 
 
@@ -31,6 +33,15 @@ def layers_of(row: Row) -> str:
     axes = row.get("axes") or {"talan_layers": former, **(settings["axes"] or {})}
     layers = axes["talan_layers"]
     return layers if isinstance(layers, str) else f"{len(layers)} blocks"
+
+
+def mixer_of(row: Row) -> str:
+    """The mixer of the side paths."""
+    if row["settings"]["arm"] != "TALAN":
+        return "none"
+    # Of runs that didn't store it.
+    former = "linear" if row["settings"].get("start") == "memory" else "attention"
+    return str((row.get("axes") or {"talan_mixer": former, **(row["settings"]["axes"] or {})})["talan_mixer"])
 
 
 def of_settings(name: str) -> Callable[[Row], Any]:
@@ -66,6 +77,7 @@ def table(rows: Sequence[Row]) -> str:
             "rows": of_settings("form"),
             "arm": of_settings("arm"),
             "side paths in": layers_of,
+            "mixer": mixer_of,
             "start": lambda row: start_of(row["settings"]),
             "weight of prompts": weight_of,
             "trained by": lambda row: "the command" if row["settings"]["by_command"] else "its parts",
@@ -77,47 +89,39 @@ def table(rows: Sequence[Row]) -> str:
     )
 
 
+WHICH = {"facts": of_settings("facts"), "rows": of_settings("form"), "seed": of_settings("seed")}
+"""The columns that tell apart the runs of the command."""
+
+
 def by_the_command(rows: Sequence[Row]) -> list[Row]:
-    """The runs of 200 steps of the command with its axes on mixed facts, those with prompts in the loss first."""
-    told = {"facts": "mixed", "arm": "TALAN", "start": "memory", "axes": None, "steps": 200, "bf16": True}
-    told |= {"by_command": True}
+    """The runs of the command with the axes and the loss that it has, of one fact a row first."""
+    told = {"arm": "TALAN", "start": "memory", "axes": dict(RECALL_AXES), "bf16": True, "by_command": True}
     found = [row for row in rows if told.items() <= row["settings"].items()]
+    order = {name: [row["settings"][name] for row in found] for name in ("facts", "form")}
     return sorted(
-        found, key=lambda row: (weight_of(row) == "0", row["settings"]["form"] == "messages", row["settings"]["seed"])
+        found,
+        key=lambda row: (*(order[name].index(row["settings"][name]) for name in order), row["settings"]["seed"]),
     )
 
 
 def recall_table(rows: Sequence[Row]) -> str:
     """What a user gets by length."""
-    settings = {"weight of prompts": weight_of, "rows": of_settings("form"), "seed": of_settings("seed")}
+    steps = {"steps": of_settings("steps")}
     minutes = {"minutes": lambda row: round(row["seconds"] / 60)}
-    return columns_table({**settings, **scores(), **minutes}, by_the_command(rows))
+    return columns_table({**WHICH, **steps, **scores(), **minutes}, by_the_command(rows))
 
 
 def loss_table(rows: Sequence[Row]) -> str:
-    """The loss by step, means of ten; of runs that stored it that of the answers alone, too."""
+    """The loss of the answers by step, means of ten."""
 
-    def mean_at(step: int) -> Callable[[tuple[Row, str, list[float]]], str]:
-        return lambda curve: f"{sum(curve[2][step - 10 : step]) / 10:.2f}"
+    def mean_at(step: int) -> Callable[[Row], str]:
+        def shown(row: Row) -> str:
+            losses = row["completion_losses"]
+            return f"{sum(losses[step - 10 : step]) / 10:.2f}" if step <= len(losses) else ""
 
-    curves = []
-    for row in by_the_command(rows):
-        if weight_of(row) == "0":
-            curves.append((row, "answers", row["losses"]))
-            continue
-        if row.get("completion_losses"):
-            curves.append((row, "answers", row["completion_losses"]))
-        curves.append((row, f"answers + {weight_of(row)} prompts", row["losses"]))
-    return columns_table(
-        {
-            "weight of prompts": lambda curve: weight_of(curve[0]),
-            "rows": lambda curve: curve[0]["settings"]["form"],
-            "seed": lambda curve: curve[0]["settings"]["seed"],
-            "loss of": lambda curve: curve[1],
-            **{f"step {step}": mean_at(step) for step in LOSS_STEPS},
-        },
-        curves,
-    )
+        return shown
+
+    return columns_table({**WHICH, **{f"step {step}": mean_at(step) for step in LOSS_STEPS}}, by_the_command(rows))
 
 
 def fill(page: Path, rows: Sequence[Row]) -> None:

@@ -341,12 +341,11 @@ def test_the_page_on_recall_shows_the_stored_runs() -> None:
     assert ordinary_rows_report.table(rows) in evidence, remedy
 
 
-def test_the_losses_of_answers_are_shown_beside_those_with_prompts(tmp_path: Path) -> None:
-    rows = [row for row in read_lines(ordinary_rows.RESULTS) if row["settings"].get("prompt_loss_weight")]
-    stored = {**rows[0], "completion_losses": [2.0] * 50 + [1.0] * 150}
-    lines = ordinary_rows_report.loss_table([stored]).splitlines()[2:]
-    assert [line.split(" | ")[3] for line in lines] == ["answers", "answers + 0.2 prompts"]
-    assert lines[0].endswith("| 2.00 | 2.00 | 1.00 | 1.00 | 1.00 | 1.00 |")
+def test_the_losses_of_answers_are_shown_by_step(tmp_path: Path) -> None:
+    stored = ordinary_rows_report.by_the_command(read_lines(ordinary_rows.RESULTS))[0]
+    stored = {**stored, "completion_losses": [2.0] * 50 + [1.0] * 150}
+    (line,) = ordinary_rows_report.loss_table([stored]).splitlines()[2:]
+    assert line.endswith("| 2.00 | 2.00 | 1.00 | 1.00 | 1.00 | 1.00 |  |  |")
     page = tmp_path / "page.md"
     page.write_text("nothing")
     with pytest.raises(ValueError, match="it has no place for a table"):
