@@ -154,8 +154,8 @@ class SidePathLayer(nn.Module):
             dtype = parameter.dtype
             if not parameter.is_floating_point():
                 # As LoRA's layers: quantized ones take the type that they compute in, if they say it.
-                computes_in = (m.compute_dtype for m in block.modules() if hasattr(m, "compute_dtype"))
-                dtype = next(computes_in, None) or torch.float32
+                found: Any = next((m.compute_dtype for m in block.modules() if hasattr(m, "compute_dtype")), None)
+                dtype = found or torch.float32
             self.placement = torch.empty(0, device=parameter.device, dtype=dtype)
         self._argument_names = argument_names(block)
         self._decoder_hooks = DecoderHooks.of(decoder)
