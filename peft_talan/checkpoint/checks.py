@@ -36,7 +36,8 @@ def is_finite(tensor: torch.Tensor) -> bool:
     if tensor.element_size() == 1:
         tensor = tensor.float()  # torch has few operations for 8-bit floats
     # One pass and no mask: both ends are NaN if any number is.
-    return all(math.isfinite(end) for end in torch.aminmax(tensor.detach()))
+    low, high = torch.aminmax(tensor.detach())
+    return math.isfinite(low) and math.isfinite(high)
 
 
 def check_finite(adapter_name: str, tensors: Mapping[str, torch.Tensor]) -> None:
@@ -148,19 +149,12 @@ def check_side_path(
 
 def _parameters_of(model: nn.Module, names: Iterable[str]) -> dict[str, torch.Tensor]:
     """The parameters of some names, in a fraction of the time of going through the whole adapted model."""
-    modules: dict[str, nn.Module | None] = {"": model}
-
-    def find(path: str) -> nn.Module | None:
-        if path not in modules:
-            parent, _, last = path.rpartition(".")
-            owner = find(parent)
-            modules[path] = None if owner is None else owner._modules.get(last)
-        return modules[path]
-
     found: dict[str, torch.Tensor] = {}
     for name in names:
-        path, _, last = name.rpartition(".")
-        owner = find(path)
+        *path, last = name.split(".")
+        owner: nn.Module | None = model
+        for part in path:
+            owner = None if owner is None else owner._modules.get(part)
         parameter = None if owner is None else owner._parameters.get(last)
         if parameter is not None:
             found[name] = parameter

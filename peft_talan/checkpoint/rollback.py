@@ -16,6 +16,8 @@ CONTAINERS: frozenset[type] = frozenset((dict, OrderedDict, list, set))
 class _Remembered:
     """An object's class, its attributes, and what its containers held."""
 
+    __slots__ = ("attributes", "contents", "owner", "owner_class")
+
     def __init__(self, owner: Any) -> None:
         self.owner = owner
         self.owner_class = type(owner)

@@ -151,9 +151,11 @@ class SidePathLayer(nn.Module):
         """Become the block's child and act around its calls."""
         parameter = next(block.parameters(), None)
         if parameter is not None and not parameter.is_meta:
-            # As LoRA's layers: quantized ones take the type that they compute in, if they say it.
-            computes_in: Any = next((m.compute_dtype for m in block.modules() if hasattr(m, "compute_dtype")), None)
-            dtype = parameter.dtype if parameter.is_floating_point() else computes_in or torch.float32
+            dtype = parameter.dtype
+            if not parameter.is_floating_point():
+                # As LoRA's layers: quantized ones take the type that they compute in, if they say it.
+                found: Any = next((m.compute_dtype for m in block.modules() if hasattr(m, "compute_dtype")), None)
+                dtype = found or torch.float32
             self.placement = torch.empty(0, device=parameter.device, dtype=dtype)
         self._argument_names = argument_names(block)
         self._decoder_hooks = DecoderHooks.of(decoder)
