@@ -16,7 +16,7 @@ import torch
 from peft import LoraConfig, PeftConfig, PeftModel
 from safetensors.torch import load_file
 from torch.nn import functional as F
-from transformers import AutoModelForCausalLM, AutoTokenizer, get_scheduler
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, get_scheduler
 from transformers.trainer_utils import SchedulerType
 
 from peft_talan import TalanConfig
@@ -304,6 +304,64 @@ def test_train_with_a_window_saves_the_base_model_with_it_and_goes_on_from_a_che
     shutil.rmtree(output / "checkpoint-4")
     other = [*words, "--max-steps", "4", "--window", "16", "--resume"]
     assert "window=16: the run was started with 8" in fails(other)
+
+
+def contents(folder: Path) -> dict[Path, bytes]:
+    return {file.relative_to(folder): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
+@pytest.mark.parametrize(
+    ("began", "resumed", "named"),
+    [
+        (["--window", "8"], [], "was started with --window; give the same --window"),
+        ([], ["--window", "8"], "--window 8: the run in {output} was started without"),
+    ],
+)
+def test_a_run_is_resumed_with_a_window_if_it_was_started_with_one(
+    began: list[str], resumed: list[str], named: str, saved: Path, tmp_path: Path, answers: Answers, fails: Fails
+) -> None:
+    write_sums(tmp_path / "data.jsonl")
+    output = tmp_path / "out"
+    words = ["train", "--model", saved / "model", "--data", tmp_path / "data.jsonl", "--output", output, *SMALL]
+    words += ["--steps", "2", "--save-steps", "1"]
+    answers([*words, *began])
+    before = contents(output)
+    assert named.format(output=output) in fails([*words, *resumed, "--resume"])
+    assert contents(output) == before
+
+
+def test_a_run_whose_model_with_the_window_is_gone_is_not_resumed(
+    saved: Path, tmp_path: Path, answers: Answers, fails: Fails
+) -> None:
+    write_sums(tmp_path / "data.jsonl")
+    output = tmp_path / "out"
+    words = ["train", "--model", saved / "model", "--data", tmp_path / "data.jsonl", "--output", output, *SMALL]
+    words += ["--steps", "1", "--save-steps", "1", "--window", "8"]
+    answers(words)
+    shutil.rmtree(output / "base_model")
+    assert f"{output / 'base_model'}, the model with the window, is there no more" in fails([*words, "--resume"])
+
+
+@pytest.mark.parametrize("refused", ["model", "modules", "source"])
+def test_overwrite_leaves_the_earlier_run_where_the_new_one_is_refused(
+    refused: str, saved: Path, tmp_path: Path, answers: Answers, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_sums(tmp_path / "data.jsonl")
+    output, other = tmp_path / "out", tmp_path / "gpt2"
+    words = ["--data", tmp_path / "data.jsonl", "--output", output, "--steps", "2", "--save-steps", "1"]
+    answers(["train", "--model", saved / "model", *words, *SMALL, "--window", "8"])
+    before = contents(output)
+    model, named, more = saved / "model", "lm_tail", ["--lora-target-modules", "lm_tail"]
+    if refused == "model":
+        AutoModelForCausalLM.from_config(GPT2Config(n_embd=32, n_layer=1, n_head=2)).save_pretrained(other)
+        AutoTokenizer.from_pretrained(saved / "model").save_pretrained(other)
+        model, named, more = other, "model type 'gpt2'", []
+    elif refused == "source":
+        model, named, more = output / "base_model", "would replace", []
+    again = ["train", "--model", model, *words, *SMALL, "--window", "16", "--overwrite", *more]
+    assert main([str(word) for word in again]) == MISUSED
+    assert named in capsys.readouterr().err
+    assert contents(output) == before
 
 
 def test_train_with_a_window_learns_the_last_answer_of_a_conversation(
