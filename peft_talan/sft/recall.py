@@ -6,15 +6,16 @@ asked for moves out of it little by little, and the side paths learn to carry it
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from dataclasses import replace
+from inspect import currentframe
 from random import Random
 from typing import Any
-from weakref import WeakKeyDictionary
 
-from torch import nn
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+import torch
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from ..tuner.sliding_window import own_window, pretrained_model, set_window
+from ..tuner.sliding_window import own_window, set_window
 from .data import DataError, Rows
 
 
@@ -134,7 +135,7 @@ class ShrinkingWindow(TrainerCallback):
         own = own_window(model)
         end = self.end or own
         self._ends = (self.start or max(end, _longest(kwargs.get("train_dataloader"))), end)
-        training_step, changed = trainer.training_step, "training_step" in vars(trainer)
+        training_step, replaced = trainer.training_step, vars(trainer).get("training_step")
 
         def windowed(*given: Any, **options: Any) -> torch.Tensor:
             # Here, as no callback is called when an error ends a step.
@@ -144,9 +145,13 @@ class ShrinkingWindow(TrainerCallback):
             finally:
                 set_window(model, own)
 
+        def restore() -> None:
+            del trainer.training_step
+            if replaced is not None:
+                trainer.training_step = replaced  # type: ignore[method-assign]
+
         trainer.training_step = windowed  # type: ignore[method-assign]
-        undo = partial(setattr, trainer, "training_step", training_step) if changed else ...
-        self._installed.callback(undo)
+        self._installed.callback(restore)
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -180,6 +185,7 @@ def _longest(loader: Any) -> int:
     rows: Any = getattr(loader, "dataset", None)
     columns = getattr(rows, "column_names", None) or ()
     try:
+        len(rows)  # A stream has no length, and may have no end.
         if "seq_lengths" in columns:
             return max(max(lengths) for lengths in rows["seq_lengths"])
         return max(len(row["input_ids"]) for row in rows)
