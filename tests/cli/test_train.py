@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import datasets
 import pytest
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel
@@ -18,12 +19,15 @@ from safetensors.torch import load_file
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, get_scheduler
 from transformers.trainer_utils import SchedulerType
+from transformers.utils import logging
 
 from peft_talan import TalanConfig
 from peft_talan.axes import RECALL_AXES
 from peft_talan.cli import main
 from peft_talan.cli.console import INTERRUPTED, MISUSED
 from peft_talan.cli.train import SCHEDULES
+from peft_talan.sft.comparison import Job, compare
+from peft_talan.sft.data import Rows, read_rows
 from peft_talan.sft.intervals import Interval
 from peft_talan.sft.models import load_adapter
 from peft_talan.sft.prompts import encode
@@ -237,6 +241,43 @@ def test_compare_writes_table_picture_and_adapters(saved: Path, tmp_path: Path, 
     assert arms["LoRA", 0]["losses"][0] != arms["LoRA", 1]["losses"][0]
     assert type(PeftConfig.from_pretrained(output / "LoRA-seed-1")) is LoraConfig
     assert answers(["generate", output / "LoRA-seed-1", "1 + 1 = ", "--max-new-tokens", "3"])
+
+
+def failing_job(saved: Path, folder: Path, steps: int) -> Job:
+    """Rows that the base model is scored on have no completion."""
+    write_sums(folder / "data.jsonl")
+    rows = read_rows(str(folder / "data.jsonl"))
+    wrong = Rows("wrong", [{"prompt": "1"}], ["wrong:1"])
+    arguments = {"max_steps": steps, "per_device_train_batch_size": 2}
+    return Job(
+        str(saved / "model"), rows, wrong, "text", str(folder / "out"), 2, {}, arguments, device="cpu", threads=1
+    )
+
+
+def test_compare_raises_a_failure_before_the_other_runs_have_ended(saved: Path, tmp_path: Path) -> None:
+    began: set[tuple[str, int]] = set()
+    with pytest.raises(KeyError, match="completion"):
+        # Steps that would take days.
+        compare(
+            failing_job(saved, tmp_path, 10**9), seeds=(0, 1), processes=2, report=lambda key, *told: began.add(key)
+        )
+    assert len(began) < 7
+    assert not list(tmp_path.glob("out/*/adapter_model.safetensors"))
+
+
+def test_compare_leaves_progress_bars_as_they_were(saved: Path, tmp_path: Path) -> None:
+    job = failing_job(saved, tmp_path, 1)
+    bars = (datasets.is_progress_bar_enabled, logging.is_progress_bar_enabled)
+    for shown in (True, False):
+        (datasets.enable_progress_bars if shown else datasets.disable_progress_bars)()
+        (logging.enable_progress_bar if shown else logging.disable_progress_bar)()
+        try:
+            with pytest.raises(KeyError, match="completion"):
+                compare(job)
+            assert [is_shown() for is_shown in bars] == [shown, shown]
+        finally:
+            datasets.enable_progress_bars()
+            logging.enable_progress_bar()
 
 
 @pytest.mark.parametrize("adapted", [False, True])
