@@ -81,6 +81,13 @@ def test_what_is_read_has_a_mean_square_of_1_over_all_tokens_but_the_first_of_ea
         torch.testing.assert_close(read.square().mean(0), torch.ones(read.shape[1], dtype=x.dtype))
 
 
+def test_logits_are_made_of_few_tokens() -> None:
+    model, made = make_model("qwen3", FRESH), []
+    model.get_base_model().lm_head.register_forward_hook(lambda *call: made.append(call[2].shape[1]))
+    initialize_talan_weights(model, [{"input_ids": make_tokens(3, 30)}])
+    assert made == [1]
+
+
 def test_only_the_named_adapter_changes() -> None:
     model = make_several({"one": {}, "two": {"init_talan_weights": True}})
     before = reads(model, "one")
