@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from .card import CARD_NAME, remove_sections
 
@@ -43,3 +47,20 @@ def remove_saved_files(folder: Path) -> None:
                 file.unlink()
     if (folder / CARD_NAME).is_file():
         remove_sections(folder / CARD_NAME)
+
+
+@contextmanager
+def replaced_at_success(folder: Path) -> Iterator[None]:
+    """Let a block write a folder anew; if an error or Ctrl-C ends the block, the folder is what it was before."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(prefix=f"{folder.name}-", dir=folder.parent) as aside:
+        earlier = Path(aside, folder.name)
+        if folder.is_dir():
+            folder.rename(earlier)
+        try:
+            yield
+        except BaseException:
+            shutil.rmtree(folder, ignore_errors=True)
+            if earlier.is_dir():
+                earlier.rename(folder)
+            raise

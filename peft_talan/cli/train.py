@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -14,6 +15,7 @@ from typer import Option
 
 from ..axes import RECALL_AXES, SidePathAxes
 from ..sft.data import Rows
+from .checkpoints import check_resumed, last_checkpoint
 from .console import (
     INTERRUPTED,
     AsJson,
@@ -167,11 +169,13 @@ def train(
     run.check(evaluates)
     sources.check(eval_rows)
     last = last_checkpoint(output)
-    if resume and last is None:
-        raise Misuse(f"--resume: {output} has no checkpoint; leave --resume out to begin")
-    if last is not None and not resume and not overwrite:
+    if resume:
+        check_resumed(output, last, recall.window)
+    elif last is not None and not overwrite:
         raise Misuse(f"{output} has {last.name}; --resume goes on from it, --overwrite starts over")
     check_output(output, overwrite or resume, sources.model)
+    if recall.window is not None and not resume:
+        check_output(output / BASE_MODEL, True, sources.model)
     need("train", "datasets", "trl")
     with stdout_kept_clean():
         rows, held_out = sources.read(eval_rows, run.seed)
@@ -221,20 +225,6 @@ def check_trackers(names: list[str]) -> None:
             raise Misuse(f"--report-to {name}: the package is missing; pip install {name}")
 
 
-def last_checkpoint(output: Path) -> Path | None:
-    """Return the last checkpoint in a run's folder that was written to its end, if there is one.
-
-    Not with `transformers.trainer_utils.get_last_checkpoint`, which takes seconds to import, and unfinished ones.
-    """
-    steps = [
-        (int(number), folder)
-        for folder in output.glob("checkpoint-*")
-        # Trainer writes its state last.
-        if (number := folder.name.rpartition("-")[2]).isdecimal() and (folder / "trainer_state.json").is_file()
-    ]
-    return max(steps)[1] if steps else None
-
-
 def _train(
     model: str,
     rows: Rows,
@@ -245,6 +235,7 @@ def _train(
     adapter: dict[str, Any],
     **arguments: Any,
 ) -> dict[str, Any]:
+    from ..checkpoint.saved_files import replaced_at_success
     from ..config import TalanConfig
     from ..sft import training
     from ..sft.callbacks import StopOnInterrupt, TrainingProgress
@@ -264,25 +255,27 @@ def _train(
         training.check_assistant_marks(tokenizer)
     encoded = encode_rows(tokenizer, rows)
     lines = describe_lengths(tokenizer, rows, encoded, arguments["max_length"])
-    if checkpoint is None:
-        if window is not None and asks:
-            lines += describe_far_answers(tokenizer, rows, encoded, window)
-        training.remove_checkpoints(output)
+    if window is not None and asks and checkpoint is None:
+        lines += describe_far_answers(tokenizer, rows, encoded, window)
     del encoded  # gigabytes, of millions of rows
     for line in lines:
         note(line)
     stop = StopOnInterrupt(note)
     callbacks: list[Any] = [TrainingProgress(), stop]
-    if window is not None:
-        model = save_with_window(model, tokenizer, window, output / BASE_MODEL, resume=checkpoint is not None)
-        callbacks.append(ShrinkingWindow(seed=arguments["seed"]))
-    trainer = training.make_trainer(
-        model, tokenizer, rows, config, output, eval_rows=held_out, callbacks=callbacks, **arguments
-    )
-    if window is not None and checkpoint is None:
-        if asks and rows.form != "text":
-            note(describe_reading(trainer.model, tokenizer, rows, arguments["max_length"]))
-        training.start_from_data(trainer, note)
+    # A run that is refused before its first step leaves what an earlier one left.
+    with nullcontext() if window is None or checkpoint is not None else replaced_at_success(output / BASE_MODEL):
+        if window is not None:
+            model = save_with_window(model, tokenizer, window, output / BASE_MODEL, resume=checkpoint is not None)
+            callbacks.append(ShrinkingWindow(seed=arguments["seed"]))
+        trainer = training.make_trainer(
+            model, tokenizer, rows, config, output, eval_rows=held_out, callbacks=callbacks, **arguments
+        )
+        if window is not None and checkpoint is None:
+            if asks and rows.form != "text":
+                note(describe_reading(trainer.model, tokenizer, rows, arguments["max_length"]))
+            training.start_from_data(trainer, note)
+    if checkpoint is None:
+        training.remove_checkpoints(output)
     outcome = trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     result = {"output": str(output), "steps": outcome.global_step, "loss": outcome.training_loss}
     if stop.requested and outcome.global_step < trainer.state.max_steps:

@@ -6,7 +6,6 @@ from typing import NamedTuple
 
 import torch
 
-from .fused import inverse_rms
 from .parameters import SidePathOptions, read_sizes, working_dtype
 
 HIDDEN_FACTOR = 2
@@ -83,20 +82,6 @@ def initial_parameters(
         else:
             tensors[name] = torch.randn(shape) / shape[-1] ** 0.5
     return tensors
-
-
-def second_moment(hidden_states: torch.Tensor) -> torch.Tensor:
-    """Sum x x^T over tokens, `x = RMSNorm(h)` as the side path reads it.
-
-    Args:
-        hidden_states: h, [tokens, hidden_size], any float dtype.
-
-    Returns:
-        [hidden_size, hidden_size], at least float32.
-    """
-    rows = hidden_states.to(working_dtype(hidden_states.dtype))
-    rows = rows * inverse_rms(rows)
-    return rows.T @ rows
 
 
 def whitened(weight: torch.Tensor, moment: torch.Tensor, shrinkage: float) -> torch.Tensor:

@@ -185,6 +185,12 @@ class CacheMemories:
         may_differ = torch.arange(before.shape[1], device=before.device) >= fixed
         _refuse_other_mask((attended == before) | (before & may_differ), f"; {ASK_FOR_RECORDS}")
 
+    def _every_row(self) -> torch.Tensor:
+        """The indices of all rows, of which a memory that is empty knows nothing."""
+        states = (memory.state for memory in self)
+        state = next((state for state in states if state is not None), torch.zeros(0))
+        return torch.arange(len(state), device=state.device)
+
     def _select_rows(self, rows: torch.Tensor) -> None:
         if self.entered is not None:
             self.entered = self.entered.index_select(0, rows.to(self.entered.device))
@@ -230,12 +236,11 @@ class CacheMemories:
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every row."""
-        every_row = next((memory.every_row() for memory in self), torch.arange(0))
-        self._select_rows(every_row.repeat_interleave(repeats))
+        self._select_rows(self._every_row().repeat_interleave(repeats))
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         """Select rows by index or by mask."""
-        every_row = next((memory.every_row() for memory in self), torch.arange(0))
+        every_row = self._every_row()
         self._select_rows(every_row[indices.to(every_row.device)])
 
     def activate_past_recording(self) -> None:

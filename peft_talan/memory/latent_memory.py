@@ -181,10 +181,6 @@ class LatentMemory:
         if self.state is not None:
             self.state = self.recent.mask(attended, self.state)
 
-    def every_row(self) -> torch.Tensor:
-        """The indices of all rows."""
-        return torch.arange(0) if self.state is None else torch.arange(self.state.shape[0], device=self.state.device)
-
     def select_rows(self, rows: torch.Tensor) -> None:
         """Let the memory follow its batch rows (beams, repeats, selections)."""
         if self.state is None:

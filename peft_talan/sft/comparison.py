@@ -8,7 +8,7 @@ import statistics
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, wait
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -159,14 +159,18 @@ def run_arm(job: Job, arm: str, seed: int, name: str, report: Callable[[str, int
 
 @contextmanager
 def _without_bars() -> Iterator[None]:
-    """Keep what libraries show from running through the bars of the comparison."""
-    with warnings.catch_warnings():
+    """Keep what libraries show from running through the bars of the comparison, and leave their settings as found."""
+    shown = [
+        (datasets.is_progress_bar_enabled, datasets.disable_progress_bars, datasets.enable_progress_bars),
+        (logging.is_progress_bar_enabled, logging.disable_progress_bar, logging.enable_progress_bar),
+    ]
+    with warnings.catch_warnings(), ExitStack() as restored:
         warnings.simplefilter("ignore", FutureWarning)
-        datasets.disable_progress_bars()
-        logging.disable_progress_bar()
+        for is_shown, disable, enable in shown:
+            if is_shown():
+                restored.callback(enable)
+                disable()
         yield
-        datasets.enable_progress_bars()
-        logging.enable_progress_bar()
 
 
 def _run_reporting(job: Job, key: tuple[str, int], name: str, reports: Any) -> Outcome:
@@ -191,13 +195,20 @@ def compare(
             return [run_arm(job, *key, name, partial(report, key)) for key, name in zip(keys, names, strict=True)]
     context = multiprocessing.get_context("spawn")
     with context.Manager() as manager, ProcessPoolExecutor(processes, context) as pool:
-        reports = manager.Queue()
+        reports, others = manager.Queue(), set(multiprocessing.active_children())
         futures = [pool.submit(_run_reporting, job, key, name, reports) for key, name in zip(keys, names, strict=True)]
         running = set(futures)
-        while running:
-            ended, running = wait(running, timeout=0.2)
-            while not reports.empty():
-                report(*reports.get())
-            for future in ended:
-                future.result()  # A failure is raised at once.
+        try:
+            while running:
+                ended, running = wait(running, timeout=0.2)
+                while not reports.empty():
+                    report(*reports.get())
+                for future in ended:
+                    future.result()
+        except BaseException:
+            # At once: the pool would run all that waits, and wait for what runs.
+            pool.shutdown(wait=False, cancel_futures=True)
+            for process in set(multiprocessing.active_children()) - others:
+                process.terminate()
+            raise
         return [future.result() for future in futures]

@@ -6,19 +6,17 @@ asked for moves out of it little by little, and the side paths learn to carry it
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from dataclasses import replace
+from inspect import currentframe
 from random import Random
 from typing import Any
-from weakref import WeakKeyDictionary
 
-from torch import nn
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+import torch
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from ..tuner.sliding_window import own_window, pretrained_model, set_window
+from ..tuner.sliding_window import own_window, set_window
 from .data import DataError, Rows
-
-_CHANGED: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
-"""The own window of each model that has that of a step: during a step, and after one that an error ended."""
 
 
 def last_answers(rows: Rows) -> Rows:
@@ -47,17 +45,22 @@ def last_answers(rows: Rows) -> Rows:
     return replace(rows, rows=split)
 
 
-def _base(model: nn.Module) -> nn.Module:
-    """The model inside of an adapter's and a process group's wrappers; the next training may put others around it."""
-    return pretrained_model(model) or model
+def _running_trainer() -> Trainer:
+    """The trainer whose loop calls this: callbacks are given everything but it."""
+    frame = currentframe()
+    while frame is not None:
+        if isinstance(caller := frame.f_locals.get("self"), Trainer):
+            return caller
+        frame = frame.f_back
+    raise ValueError("ShrinkingWindow: it is a callback of transformers' Trainer; give it as one, and call train()")
 
 
 class ShrinkingWindow(TrainerCallback):
     """Trains with a window that shrinks from the rows' length to the model's own.
 
     A callback for `Trainer` and every trainer made of it. The window depends on the step and the seed alone: it is the
-    same in every process, and goes on where a resumed run stopped. Between the steps, and so in evaluations and in
-    what is saved, the model has its own window.
+    same in every process, and goes on where a resumed run stopped. Outside of `Trainer.training_step`, and so in
+    evaluations, in what is saved and after an error or Ctrl-C, the model has its own window.
 
     Args:
         start (int | None): The window at the first step. None: the longest row of the training data, whose column
@@ -99,6 +102,8 @@ class ShrinkingWindow(TrainerCallback):
         if shape not in ("linear", "exponential"):
             raise ValueError(f"shape={shape!r}: choose 'linear' or 'exponential'")
         self.start, self.end, self.share, self.jitter, self.shape, self.seed = start, end, share, jitter, shape, seed
+        self._ends = (start, end)
+        self._installed = ExitStack()
 
     def window_at(self, step: int, steps: int) -> int:
         """The window of one step.
@@ -113,42 +118,52 @@ class ShrinkingWindow(TrainerCallback):
         Raises:
             ValueError: `start` or `end` is None, and no training has started that would fill it in.
         """
-        if self.start is None or self.end is None:
+        start, end = self._ends
+        if start is None or end is None:
             raise ValueError(f"start={self.start!r}, end={self.end!r}: give both, or start the training first")
         done = min(1.0, step / max(1.0, self.share * steps))
-        if self.shape == "linear":
-            window = self.start + done * (self.end - self.start)
-        else:
-            window = self.start * (self.end / self.start) ** done
+        window = start + done * (end - start) if self.shape == "linear" else start * (end / start) ** done
         drawn = Random(f"{self.seed} {step}").uniform(*self.jitter)
-        return max(self.end, round(window * drawn))
+        return max(end, round(window * drawn))
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Find out where the window starts and ends."""
-        model = kwargs["model"]
-        interrupted = _CHANGED.pop(_base(model), None)
-        if interrupted is not None:
-            set_window(model, interrupted)
-        self.own = own_window(model)
-        self.end = self.end or self.own
-        if self.start is None:
-            self.start = max(self.end, _longest(kwargs.get("train_dataloader")))
+        """Find out where the window starts and ends, and let every step have its window."""
+        self._installed.close()  # of a training that an error ended
+        model, trainer = kwargs["model"], _running_trainer()
+        own = own_window(model)
+        end = self.end or own
+        self._ends = (self.start or max(end, _longest(kwargs.get("train_dataloader"))), end)
+        training_step, replaced = trainer.training_step, vars(trainer).get("training_step")
+
+        def windowed(*given: Any, **options: Any) -> torch.Tensor:
+            # Here, as no callback is called when an error ends a step.
+            set_window(model, self.latest)
+            try:
+                return training_step(*given, **options)
+            finally:
+                set_window(model, own)
+
+        def restore() -> None:
+            del trainer.training_step
+            if replaced is not None:
+                trainer.training_step = replaced  # type: ignore[method-assign]
+
+        trainer.training_step = windowed  # type: ignore[method-assign]
+        self._installed.callback(restore)
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Set the step's window."""
+        """Choose the step's window."""
         self.latest = self.window_at(state.global_step, state.max_steps)
-        _CHANGED[_base(kwargs["model"])] = self.own
-        set_window(kwargs["model"], self.latest)
 
-    def on_step_end(
+    def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Give the model its own window back."""
-        set_window(kwargs["model"], _CHANGED.pop(_base(kwargs["model"])))
+        """Leave the trainer as it was."""
+        self._installed.close()
 
     def on_log(
         self,
@@ -170,6 +185,7 @@ def _longest(loader: Any) -> int:
     rows: Any = getattr(loader, "dataset", None)
     columns = getattr(rows, "column_names", None) or ()
     try:
+        len(rows)  # A stream has no length, and may have no end.
         if "seq_lengths" in columns:
             return max(max(lengths) for lengths in rows["seq_lengths"])
         return max(len(row["input_ids"]) for row in rows)

@@ -6,6 +6,7 @@ import math
 import shutil
 import time
 from collections.abc import Callable, Sequence
+from inspect import signature
 from itertools import islice
 from pathlib import Path
 from typing import Any, cast
@@ -91,6 +92,19 @@ def start_from_data(trainer: Trainer, report: Callable[[str], None] = lambda lin
     report(f"side paths have started {how} ({time.monotonic() - began:.0f} s)")
 
 
+def _refuse_other_losses(*args: Any, **kwargs: Any) -> None:
+    """Refuse arguments of `SFTTrainer` with which its loss is not a sum over the log-probabilities of tokens."""
+    given = signature(SFTTrainer).bind_partial(*args, **kwargs).arguments
+    arguments = given.get("args")
+    for name, value, usual in (
+        ("loss_type", getattr(arguments, "loss_type", "nll"), "nll"),
+        ("label_smoothing_factor", getattr(arguments, "label_smoothing_factor", 0.0), 0.0),
+        ("compute_loss_func", given.get("compute_loss_func"), None),
+    ):
+        if value != usual:
+            raise ValueError(f"{name}={value!r}: prompt_loss_weight needs {usual!r}; give that, or a weight of 0")
+
+
 class PromptLossTrainer(SFTTrainer):
     """Trains on the tokens of prompts, too, with a weight.
 
@@ -104,7 +118,8 @@ class PromptLossTrainer(SFTTrainer):
         **kwargs: As those of `SFTTrainer`.
 
     Raises:
-        ValueError: The weight can't be used; or, in training, rows are split over several devices by their tokens.
+        ValueError: The weight can't be used, or not with the `loss_type`, the `label_smoothing_factor` or the
+            `compute_loss_func`; or, in training, rows are split over several devices by their tokens.
 
     Examples:
         >>> trainer = PromptLossTrainer(model, arguments, train_dataset=rows, prompt_loss_weight=0.2)
@@ -113,6 +128,8 @@ class PromptLossTrainer(SFTTrainer):
     def __init__(self, *args: Any, prompt_loss_weight: float = 0.0, **kwargs: Any) -> None:
         if not 0 <= prompt_loss_weight < math.inf:
             raise ValueError(f"prompt_loss_weight={prompt_loss_weight!r}: give a number of at least 0, such as 0.2")
+        if prompt_loss_weight:
+            _refuse_other_losses(*args, **kwargs)
         super().__init__(*args, **kwargs)
         self.prompt_loss_weight = prompt_loss_weight
         self._completions: list[tuple[torch.Tensor, torch.Tensor]] = []
@@ -137,7 +154,7 @@ class PromptLossTrainer(SFTTrainer):
             # What is divided by the tokens of all batches of a step is a mean over this one.
             weight = weight / self.current_gradient_accumulation_steps
             if self.args.average_tokens_across_devices:
-                weight = weight / self.accelerator.num_processes
+                weight = weight / (self.accelerator.num_processes // self.get_tp_size())
 
         def weighted(**arguments: Any) -> Any:
             outputs = model(**{**arguments, "labels": labels})

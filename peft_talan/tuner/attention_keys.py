@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import nn
 
 from ..config import TalanConfig
 from ..functional.initialization import keys_and_queries_of
 from .attachment import fresh_side_paths
-from .attention_weights import norm_scale, weight_of
+from .attention_weights import attention_in, normed
 
 
 @torch.no_grad()
@@ -55,22 +53,14 @@ def initialize_talan_keys(model: nn.Module, adapter_name: str = "default") -> No
 
 def _projections(block: nn.Module, slots: int) -> tuple[torch.Tensor, torch.Tensor, int, int]:
     """The arguments of `keys_and_queries_of`, with the weights of the norm before the attention in its projections."""
-    attention: Any = next((m for m in block.modules() if hasattr(m, "q_proj") and hasattr(m, "k_proj")), None)
-    heads = getattr(getattr(attention, "config", None), "num_attention_heads", None)
-    head_dim = getattr(attention, "head_dim", None)
-    if heads is None or head_dim is None:
+    attention, (queries, keys) = attention_in(block, ("q_proj", "k_proj"), "leave its keys as drawn")
+    heads, width = getattr(getattr(attention, "config", None), "num_attention_heads", 0), attention.head_dim
+    if {queries.dim(), keys.dim()} != {2} or queries.shape[0] != heads * width:
+        shapes = [tuple(weight.shape) for weight in (queries, keys)]
         raise ValueError(
-            f"model: {type(block).__name__} has no attention with q_proj, k_proj and head_dim; leave its keys as drawn"
+            f"model: the projections of {type(attention).__name__} have shapes {shapes}, which are not those of "
+            f"{heads} heads of {width}; leave the keys as drawn, or call this before the model is sharded"
         )
-    weights = [weight_of(projection) for projection in (attention.q_proj, attention.k_proj)]
-    if any(weight.is_meta or weight.dim() != 2 for weight in weights) or weights[0].shape[0] != heads * head_dim:
-        raise ValueError(
-            f"model: the projections of {type(attention).__name__} have shapes {[tuple(w.shape) for w in weights]}, "
-            f"which are not those of {heads} heads of {head_dim}, or are not loaded; leave the keys as drawn, or call "
-            "this before the model is sharded"
-        )
-    if slots > min(weights[1].shape):
-        raise ValueError(f"talan_slots={slots!r}: the block's keys have {min(weights[1].shape)} channels; use no more")
-    scale = norm_scale(getattr(block, "input_layernorm", None), weights[0])
-    query_weight, key_weight = (weight.to(scale.dtype) * scale for weight in weights)
-    return query_weight, key_weight, head_dim, slots
+    if slots > min(keys.shape):
+        raise ValueError(f"talan_slots={slots!r}: the block's keys have {min(keys.shape)} channels; use no more")
+    return normed(block, queries), normed(block, keys), width, slots

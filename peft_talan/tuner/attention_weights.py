@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,21 +39,30 @@ def attention_behind(layer: TalanLayer, blocks: list[nn.Module], adapter_name: s
     if index == len(blocks):
         return None
     block = blocks[index]
-    attention: Any = next((m for m in block.modules() if hasattr(m, "o_proj") and hasattr(m, "head_dim")), None)
-    fused = getattr(attention, "qkv_proj", None)
-    projection = fused if fused is not None else getattr(attention, "v_proj", None)
-    if projection is None:
-        raise ValueError(
-            f"model: {type(block).__name__} has no attention with v_proj, o_proj and head_dim; use "
-            "initialize_talan_weights"
-        )
-    values, output = (weight_of(module) for module in (projection, attention.o_proj))
-    if values.is_meta or output.is_meta:
-        raise ValueError("model: some of its blocks are offloaded; start the side paths before that, or on one device")
-    if fused is not None:
+    name = "qkv_proj" if any(hasattr(module, "qkv_proj") for module in block.modules()) else "v_proj"
+    attention, (values, output) = attention_in(block, (name, "o_proj"), "use initialize_talan_weights")
+    if name == "qkv_proj":
         values = values[-((values.shape[0] - output.shape[1]) // 2) :]
-    scale = norm_scale(getattr(block, "input_layernorm", None), values)
-    return AttentionCopy(index, values.to(scale.dtype) * scale, output.to(scale.dtype), attention.head_dim)
+    values = normed(block, values)
+    return AttentionCopy(index, values, output.to(values.dtype), attention.head_dim)
+
+
+def attention_in(block: nn.Module, names: Sequence[str], remedy: str) -> tuple[Any, list[torch.Tensor]]:
+    """The attention of a block that has projections of some names, and their base weights."""
+    needed = (*names, "head_dim")
+    attention: Any = next((m for m in block.modules() if all(hasattr(m, name) for name in needed)), None)
+    if attention is None:
+        raise ValueError(f"model: {type(block).__name__} has no attention with {', '.join(needed)}; {remedy}")
+    weights = [weight_of(getattr(attention, name)) for name in names]
+    if any(weight.is_meta for weight in weights):
+        raise ValueError("model: some of its blocks are offloaded; start the side paths before that, or on one device")
+    return attention, weights
+
+
+def normed(block: nn.Module, weight: torch.Tensor) -> torch.Tensor:
+    """A weight behind the norm at a block's input, with that norm's own: for x."""
+    scale = norm_scale(getattr(block, "input_layernorm", None), weight)
+    return weight.to(scale.dtype) * scale
 
 
 def weight_of(projection: nn.Module) -> torch.Tensor:

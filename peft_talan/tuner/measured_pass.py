@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from inspect import signature
 from typing import Any
 
 import torch
@@ -13,7 +14,9 @@ from transformers import PreTrainedModel
 
 from ..functional.fused import inverse_rms
 from ..functional.parameters import working_dtype
+from .block_context import BlockContext
 from .layer import TalanLayer
+from .sliding_window import pretrained_model
 
 
 @contextmanager
@@ -29,8 +32,18 @@ def in_evaluation_mode(model: nn.Module) -> Iterator[None]:
 
 
 def run(model: nn.Module, inputs: Mapping[str, Any]) -> None:
-    """Run the model without a cache; labels are left out."""
-    model(**{"use_cache": False, **{name: part for name, part in inputs.items() if name != "labels"}})
+    """Run the model on its device without a cache, and with logits of few tokens; labels are left out."""
+    base: Any = pretrained_model(model) or model
+    options: dict[str, Any] = {"use_cache": False}
+    if "logits_to_keep" in signature(base.forward).parameters:
+        options["logits_to_keep"] = 1
+    device = next(base.parameters()).device
+    for name, part in inputs.items():
+        # Where the first parameters are offloaded, what brings them in moves the inputs, too.
+        moves = isinstance(part, torch.Tensor) and device.type != "meta"
+        if name != "labels":
+            options[name] = part.to(device) if moves else part
+    model(**options)
 
 
 @dataclass
@@ -65,18 +78,31 @@ def attention_with_weights(base: PreTrainedModel) -> Iterator[None]:
 
 
 @contextmanager
+def reading(
+    layers: Iterable[TalanLayer], adapter_name: str, take: Callable[[TalanLayer, torch.Tensor, BlockContext], None]
+) -> Iterator[None]:
+    """Let `take` have what side paths of an adapter read, [batch, tokens, hidden_size], and the call of the block."""
+
+    def look(layer: nn.Module, args: tuple[Any, ...]) -> None:
+        hidden_states, position, context = args[:3]
+        if isinstance(layer, TalanLayer) and layer.talan_position[adapter_name] == position:
+            take(layer, hidden_states, context)
+
+    with ExitStack() as hooks:
+        for layer in layers:
+            hooks.callback(layer.register_forward_pre_hook(look).remove)
+        yield
+
+
+@contextmanager
 def kept_streams(layers: Iterable[TalanLayer], adapter_name: str) -> Iterator[dict[TalanLayer, torch.Tensor]]:
     """Keep what side paths of an adapter read in the last pass, [batch, tokens, hidden_size]."""
     streams: dict[TalanLayer, torch.Tensor] = {}
 
-    def keep(layer: nn.Module, args: tuple[Any, ...]) -> None:
-        hidden_states, position = args[:2]
-        if isinstance(layer, TalanLayer) and layer.talan_position[adapter_name] == position:
-            streams[layer] = hidden_states
+    def keep(layer: TalanLayer, hidden_states: torch.Tensor, _: BlockContext) -> None:
+        streams[layer] = hidden_states
 
-    with ExitStack() as hooks:
-        for layer in layers:
-            hooks.callback(layer.register_forward_pre_hook(keep).remove)
+    with reading(layers, adapter_name, keep):
         yield streams
 
 

@@ -11,19 +11,23 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import datasets
 import pytest
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel
 from safetensors.torch import load_file
 from torch.nn import functional as F
-from transformers import AutoModelForCausalLM, AutoTokenizer, get_scheduler
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, get_scheduler
 from transformers.trainer_utils import SchedulerType
+from transformers.utils import logging
 
 from peft_talan import TalanConfig
 from peft_talan.axes import RECALL_AXES
 from peft_talan.cli import main
 from peft_talan.cli.console import INTERRUPTED, MISUSED
 from peft_talan.cli.train import SCHEDULES
+from peft_talan.sft.comparison import Job, compare
+from peft_talan.sft.data import Rows, read_rows
 from peft_talan.sft.intervals import Interval
 from peft_talan.sft.models import load_adapter
 from peft_talan.sft.prompts import encode
@@ -239,6 +243,43 @@ def test_compare_writes_table_picture_and_adapters(saved: Path, tmp_path: Path, 
     assert answers(["generate", output / "LoRA-seed-1", "1 + 1 = ", "--max-new-tokens", "3"])
 
 
+def failing_job(saved: Path, folder: Path, steps: int) -> Job:
+    """Rows that the base model is scored on have no completion."""
+    write_sums(folder / "data.jsonl")
+    rows = read_rows(str(folder / "data.jsonl"))
+    wrong = Rows("wrong", [{"prompt": "1"}], ["wrong:1"])
+    arguments = {"max_steps": steps, "per_device_train_batch_size": 2}
+    return Job(
+        str(saved / "model"), rows, wrong, "text", str(folder / "out"), 2, {}, arguments, device="cpu", threads=1
+    )
+
+
+def test_compare_raises_a_failure_before_the_other_runs_have_ended(saved: Path, tmp_path: Path) -> None:
+    began: set[tuple[str, int]] = set()
+    with pytest.raises(KeyError, match="completion"):
+        # Steps that would take days.
+        compare(
+            failing_job(saved, tmp_path, 10**9), seeds=(0, 1), processes=2, report=lambda key, *told: began.add(key)
+        )
+    assert len(began) < 7
+    assert not list(tmp_path.glob("out/*/adapter_model.safetensors"))
+
+
+def test_compare_leaves_progress_bars_as_they_were(saved: Path, tmp_path: Path) -> None:
+    job = failing_job(saved, tmp_path, 1)
+    bars = (datasets.is_progress_bar_enabled, logging.is_progress_bar_enabled)
+    for shown in (True, False):
+        (datasets.enable_progress_bars if shown else datasets.disable_progress_bars)()
+        (logging.enable_progress_bar if shown else logging.disable_progress_bar)()
+        try:
+            with pytest.raises(KeyError, match="completion"):
+                compare(job)
+            assert [is_shown() for is_shown in bars] == [shown, shown]
+        finally:
+            datasets.enable_progress_bars()
+            logging.enable_progress_bar()
+
+
 @pytest.mark.parametrize("adapted", [False, True])
 def test_scores_are_those_of_each_row_alone(adapted: bool, saved: Path, tmp_path: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(saved / "model", dtype=torch.float64)
@@ -304,6 +345,64 @@ def test_train_with_a_window_saves_the_base_model_with_it_and_goes_on_from_a_che
     shutil.rmtree(output / "checkpoint-4")
     other = [*words, "--max-steps", "4", "--window", "16", "--resume"]
     assert "window=16: the run was started with 8" in fails(other)
+
+
+def contents(folder: Path) -> dict[Path, bytes]:
+    return {file.relative_to(folder): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
+@pytest.mark.parametrize(
+    ("began", "resumed", "named"),
+    [
+        (["--window", "8"], [], "was started with --window; give the same --window"),
+        ([], ["--window", "8"], "--window 8: the run in {output} was started without"),
+    ],
+)
+def test_a_run_is_resumed_with_a_window_if_it_was_started_with_one(
+    began: list[str], resumed: list[str], named: str, saved: Path, tmp_path: Path, answers: Answers, fails: Fails
+) -> None:
+    write_sums(tmp_path / "data.jsonl")
+    output = tmp_path / "out"
+    words = ["train", "--model", saved / "model", "--data", tmp_path / "data.jsonl", "--output", output, *SMALL]
+    words += ["--steps", "2", "--save-steps", "1"]
+    answers([*words, *began])
+    before = contents(output)
+    assert named.format(output=output) in fails([*words, *resumed, "--resume"])
+    assert contents(output) == before
+
+
+def test_a_run_whose_model_with_the_window_is_gone_is_not_resumed(
+    saved: Path, tmp_path: Path, answers: Answers, fails: Fails
+) -> None:
+    write_sums(tmp_path / "data.jsonl")
+    output = tmp_path / "out"
+    words = ["train", "--model", saved / "model", "--data", tmp_path / "data.jsonl", "--output", output, *SMALL]
+    words += ["--steps", "1", "--save-steps", "1", "--window", "8"]
+    answers(words)
+    shutil.rmtree(output / "base_model")
+    assert f"{output / 'base_model'}, the model with the window, is there no more" in fails([*words, "--resume"])
+
+
+@pytest.mark.parametrize("refused", ["model", "modules", "source"])
+def test_overwrite_leaves_the_earlier_run_where_the_new_one_is_refused(
+    refused: str, saved: Path, tmp_path: Path, answers: Answers, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_sums(tmp_path / "data.jsonl")
+    output, other = tmp_path / "out", tmp_path / "gpt2"
+    words = ["--data", tmp_path / "data.jsonl", "--output", output, "--steps", "2", "--save-steps", "1"]
+    answers(["train", "--model", saved / "model", *words, *SMALL, "--window", "8"])
+    before = contents(output)
+    model, named, more = saved / "model", "lm_tail", ["--lora-target-modules", "lm_tail"]
+    if refused == "model":
+        AutoModelForCausalLM.from_config(GPT2Config(n_embd=32, n_layer=1, n_head=2)).save_pretrained(other)
+        AutoTokenizer.from_pretrained(saved / "model").save_pretrained(other)
+        model, named, more = other, "model type 'gpt2'", []
+    elif refused == "source":
+        model, named, more = output / "base_model", "would replace", []
+    again = ["train", "--model", model, *words, *SMALL, "--window", "16", "--overwrite", *more]
+    assert main([str(word) for word in again]) == MISUSED
+    assert named in capsys.readouterr().err
+    assert contents(output) == before
 
 
 def test_train_with_a_window_learns_the_last_answer_of_a_conversation(

@@ -22,6 +22,7 @@ from ..small_models import (
     make_config,
     make_lora_config,
     make_model,
+    make_several,
     make_tokens,
     rounding,
 )
@@ -283,6 +284,27 @@ def test_rows_change_and_a_crop_goes_back_before_it() -> None:
         rest = model(rows[:, 25 - crop :], past_key_values=fresh, use_cache=True).logits
         expected = model(rows, use_cache=False).logits[:, 25 - crop :]
         torch.testing.assert_close(rest, expected, **rounding())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("change", ["repeat", "select"])
+def test_rows_change_where_an_adapter_s_memory_is_empty(change: str) -> None:
+    model = make_several({"one": {}, "two": {}})
+    tokens = make_tokens(batch=2, tokens=12)
+    cache = DynamicCache(config=model.get_base_model().config)
+    model.set_adapter("one")
+    model(tokens[:, :6], past_key_values=cache, use_cache=True)
+    cache.crop(-6)
+    model.set_adapter("two")
+    model(tokens[:, :8], past_key_values=cache, use_cache=True)
+    if change == "repeat":
+        cache.batch_repeat_interleave(2)
+        rows = tokens.repeat_interleave(2, dim=0)
+    else:
+        cache.batch_select_indices(torch.tensor([True, False]))
+        rows = tokens[:1]
+    rest = model(rows[:, 8:], past_key_values=cache, use_cache=True).logits
+    torch.testing.assert_close(rest, model(rows, use_cache=False).logits[:, 8:], **rounding())
 
 
 @torch.no_grad()

@@ -71,6 +71,10 @@ def test_two_processes_train_what_one_process_trains(tmp_path: Path, subtests: p
                 check_equal(found / "adapter", expected / run / "adapter")
                 torch.testing.assert_close(losses(found), losses(expected / run), **rounding(torch.float32))
                 check_equal(found / "adapter", tmp_path / how / "whole" / "adapter")
+    with subtests.test(training="tensor parallel, with the prompts' part of the loss"):
+        training.train_with_prompts(tmp_path / "one process, prompts", str(tmp_path / "parts"))
+        expected = losses(tmp_path / "one process, prompts")
+        torch.testing.assert_close(losses(tmp_path / "prompts"), expected, **rounding(torch.float32))
     for check in sharded.checks(tmp_path):
         with subtests.test(check=check):
             assert f"holds: {check}\n" in output, output[-4000:]

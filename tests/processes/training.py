@@ -17,8 +17,11 @@ from datasets import Dataset
 from peft import PeftModel
 from torch import nn
 from transformers import Trainer, TrainingArguments
+from trl import SFTConfig
 
 from peft_talan import talan_param_groups
+from peft_talan.sft.training import PromptLossTrainer
+from tests.offline_hub import make_tokenizer
 from tests.processes.sharded import load_parts
 from tests.small_models import make_base, make_config, make_model, make_tokens
 
@@ -106,6 +109,39 @@ def train(
             "losses": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
         }
         (folder / "log.json").write_text(json.dumps(log))
+    trainer.accelerator.wait_for_everyone()
+
+
+def train_with_prompts(folder: Path, parts: str, tensor_parallel: bool = False) -> None:
+    """Log the losses of a few steps with a part for the prompts; arguments as those of `train`."""
+    if tensor_parallel:
+        let_the_cpu_be_an_accelerator()
+    arguments = SFTConfig(
+        folder / "checkpoints",
+        per_device_train_batch_size=ROWS_A_STEP,
+        max_steps=STEPS,
+        save_strategy="no",
+        logging_steps=1,
+        learning_rate=0.05,
+        completion_only_loss=True,
+        accelerator_config={"use_configured_state": tensor_parallel},
+        use_cpu=True,
+        bf16=False,
+        report_to="none",
+    )
+    tokens = make_tokens(ROWS_A_STEP * STEPS, tokens=13).tolist()
+    rows = {"input_ids": tokens, "completion_mask": [[0] * 9 + [1] * 4] * len(tokens)}
+    trainer = PromptLossTrainer(
+        load_parts(Path(parts), **({"tp_plan": "auto"} if tensor_parallel else {})),
+        arguments,
+        train_dataset=Dataset.from_dict(rows),
+        processing_class=make_tokenizer(),
+        prompt_loss_weight=0.5,
+    )
+    trainer.train()
+    if trainer.is_world_process_zero():
+        losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+        (folder / "log.json").write_text(json.dumps({"losses": losses}))
     trainer.accelerator.wait_for_everyone()
 
 

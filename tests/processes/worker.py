@@ -42,6 +42,7 @@ def main(folder: Path) -> None:
     training.train_whole_and_resumed(folder / "ddp", **training.HEAD)
     # Trainer resumes nothing of a model that transformers shares out.
     training.train(folder / "tensor_parallel" / "whole", parts=str(folder / "parts"), tensor_parallel=True)
+    training.train_with_prompts(folder / "prompts", str(folder / "parts"), tensor_parallel=True)
     if dist.get_rank() == 0:
         make_base("qwen3").save_pretrained(folder / "base")
     dist.barrier()

@@ -192,6 +192,26 @@ def test_prompts_count_with_their_weight(layout: str, tmp_path: Path) -> None:
     assert_same(found, (float(loss), gradients), roundings=16)
 
 
+@pytest.mark.parametrize(
+    ("options", "given", "named"),
+    [
+        ({"loss_type": "dft"}, {}, "loss_type='dft': .* needs 'nll'"),
+        ({"label_smoothing_factor": 0.1}, {}, "label_smoothing_factor=0.1: .* needs 0.0"),
+        ({}, {"compute_loss_func": len}, "compute_loss_func=<.*>: .* needs None"),
+    ],
+)
+def test_prompts_have_a_weight_beside_the_usual_loss_alone(
+    options: dict[str, Any], given: dict[str, Any], named: str, tmp_path: Path
+) -> None:
+    model, arguments = make_base("qwen3", torch.float32), SFTConfig(tmp_path, **COMMON, **options)
+    rows = Dataset.from_list(DATA["completion"][0])
+    data = {"train_dataset": rows, "processing_class": make_chat_tokenizer(), "peft_config": make_config(), **given}
+    with pytest.raises(ValueError, match=f"{named}; give that, or a weight of 0"):
+        PromptLossTrainer(model, arguments, **data, prompt_loss_weight=0.5)
+    assert not any("lora" in name for name, _ in model.named_parameters())
+    PromptLossTrainer(model, arguments, **data)
+
+
 PREFERENCES = [
     {"prompt": f"{question} ", "chosen": f"{answer} ", "rejected": f"{words(3, 50 + i)} "}
     for i, (question, answer) in enumerate(PAIRS)

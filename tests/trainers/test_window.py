@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from peft import get_peft_model
 from torch import nn
 from transformers import (
@@ -59,9 +60,20 @@ class SeenWindows(TrainerCallback):
     def __init__(self) -> None:
         self.trained: list[int] = []
         self.between: list[int] = []
+        self.step: set[int] = set()
 
-    def on_pre_optimizer_step(self, *args: object, model: nn.Module, **kwargs: object) -> None:
-        self.trained.append(model.get_base_model().config.sliding_window)
+    def on_train_begin(self, *args: object, model: nn.Module, **kwargs: object) -> None:
+        def see(attention: nn.Module, args: tuple[object, ...]) -> None:
+            if attention.training:
+                self.step.add(attention.config.sliding_window)
+
+        # Of a checkpointed block, in the backward pass, too.
+        model.get_base_model().model.layers[0].self_attn.register_forward_pre_hook(see)
+
+    def on_pre_optimizer_step(self, *args: object, **kwargs: object) -> None:
+        (window,) = self.step
+        self.step.clear()
+        self.trained.append(window)
 
     def on_evaluate(self, *args: object, model: nn.Module, **kwargs: object) -> None:
         self.between.append(model.get_base_model().config.sliding_window)
@@ -204,10 +216,51 @@ def test_the_window_of_a_step_is_the_one_that_attention_has(tmp_path: Path) -> N
 
 
 class FailAt(TrainerCallback):
-    """Ends the training with an error, in the middle of its first step."""
+    """Ends the training in the middle of its first step: in the forward pass, the backward pass or after them."""
+
+    def __init__(self, place: str, error: type[BaseException]) -> None:
+        self.place, self.error = place, error
+
+    def fail(self, *args: object) -> None:
+        raise self.error
+
+    def on_train_begin(self, *args: object, model: nn.Module, **kwargs: object) -> None:
+        block = model.get_base_model().model.layers[-1]
+        if self.place == "forward":
+            self.hook = block.register_forward_hook(self.fail)
+        elif self.place == "backward":
+            self.hook = block.register_full_backward_hook(self.fail)
 
     def on_pre_optimizer_step(self, *args: object, **kwargs: object) -> None:
-        raise KeyboardInterrupt
+        self.fail()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+@pytest.mark.parametrize("place", ["forward", "backward", "optimizer"])
+def test_a_model_whose_training_was_cut_off_in_a_step_has_its_own_window(
+    tmp_path: Path, place: str, error: type[BaseException]
+) -> None:
+    model = get_peft_model(with_sliding_window(make_base("llama", torch.float32), NARROW), make_config())
+    failing, trainer = FailAt(place, error), make_trainer(tmp_path, model, max_steps=2)
+    for callback in (ShrinkingWindow(), failing):
+        trainer.add_callback(callback)
+    with torch.enable_grad(), pytest.raises(error):
+        trainer.train()
+    if place != "optimizer":
+        failing.hook.remove()
+    generated = model.generate(
+        input_ids=make_tokens(tokens=3 * WINDOW), max_new_tokens=2, return_dict_in_generate=True, eos_token_id=None
+    )
+    assert {layer.keys.shape[2] for layer in generated.past_key_values.layers} == {NARROW - 1}
+    model.get_base_model().save_pretrained(tmp_path / "saved")
+    assert json.loads((tmp_path / "saved" / "config.json").read_text())["sliding_window"] == NARROW
+    # Nothing of the callback is left in a training without it.
+    seen, again = SeenWindows(), make_trainer(tmp_path, model, max_steps=2)
+    again.add_callback(seen)
+    with torch.enable_grad():
+        again.train()
+    assert seen.trained == [NARROW, NARROW]
 
 
 @pytest.mark.parametrize("new_adapter", [False, True])
@@ -216,19 +269,54 @@ def test_a_training_after_one_that_was_cut_off_in_a_step_ends_with_the_model_s_o
 ) -> None:
     model = get_peft_model(with_sliding_window(make_base("llama", torch.float32), NARROW), make_config())
     trainer = make_trainer(tmp_path, model, max_steps=2)
-    for callback in (ShrinkingWindow(), FailAt()):
+    for callback in (ShrinkingWindow(), FailAt("optimizer", KeyboardInterrupt)):
         trainer.add_callback(callback)
     with pytest.raises(KeyboardInterrupt):
         trainer.train()
-    assert model.get_base_model().config.sliding_window > NARROW
     if new_adapter:
         model = get_peft_model(model.unload(), make_config())
-    seen, again = SeenWindows(), make_trainer(tmp_path, model, max_steps=2)
-    for callback in (ShrinkingWindow(share=0.5), seen):
-        again.add_callback(callback)
-    again.train()
+        trainer = make_trainer(tmp_path, model, max_steps=2)
+        trainer.add_callback(ShrinkingWindow())
+    else:
+        trainer.pop_callback(FailAt)
+    seen = SeenWindows()
+    trainer.add_callback(seen)
+    trainer.train()
+    assert seen.trained[0] > NARROW
     assert seen.trained[-1] == NARROW
     assert model.get_base_model().config.sliding_window == NARROW
+    assert "training_step" not in vars(trainer)
+
+
+def test_a_callback_that_was_used_before_has_the_ends_of_its_new_training(tmp_path: Path) -> None:
+    shrinking = ShrinkingWindow(share=0.5, jitter=(1.0, 1.0))
+    for own, rows in ((NARROW, 8), (3, 2)):
+        seen = SeenWindows()
+        model = get_peft_model(with_sliding_window(make_base("llama", torch.float32), own), make_config())
+        trainer = make_trainer(tmp_path, model, max_steps=2)
+        trainer.train_dataset = trainer.train_dataset.select(range(rows))
+        for callback in (shrinking, seen):
+            trainer.add_callback(callback)
+        trainer.train()
+        assert seen.trained == [max(len(row) for row in trainer.train_dataset["input_ids"]), own]
+        assert (shrinking.start, shrinking.end) == (None, None)
+
+
+def test_a_stream_of_rows_is_not_read_to_find_its_longest(tmp_path: Path) -> None:
+    def rows() -> Iterator[dict[str, list[int]]]:
+        while True:
+            yield {"input_ids": [1, 2, 3], "labels": [1, 2, 3]}
+
+    model = get_peft_model(with_sliding_window(make_base("llama", torch.float32), 2), make_config())
+    trainer = make_trainer(tmp_path, model, max_steps=1)
+    trainer.train_dataset = IterableDataset.from_generator(rows)
+    trainer.add_callback(ShrinkingWindow())
+    with pytest.raises(ValueError, match=r"start=None: .*; give start"):
+        trainer.train()
+    trainer.pop_callback(ShrinkingWindow)
+    trainer.add_callback(ShrinkingWindow(start=3))
+    trainer.train()
+    assert trainer.state.log_history[0]["window"] <= 3
 
 
 def test_a_resumed_run_goes_on_with_the_windows_it_would_have_had(tmp_path: Path) -> None:

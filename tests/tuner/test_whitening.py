@@ -8,8 +8,9 @@ import pytest
 import torch
 from peft import PeftModel
 
-from peft_talan import initialize_talan_weights
-from peft_talan.functional.initialization import second_moment, whitened
+from peft_talan import TalanLayer, initialize_talan_weights
+from peft_talan.functional.initialization import whitened
+from peft_talan.tuner.measured_pass import TokenSums, normalized
 
 from ..small_models import logits, make_config, make_model, make_several, make_tokens, rounding
 
@@ -29,7 +30,9 @@ def test_white_inputs_have_no_direction_that_outweighs_others() -> None:
     torch.manual_seed(0)
     hidden = torch.randn(5_000, 12, dtype=torch.float64) * torch.logspace(0, 2, 12, dtype=torch.float64) + 30
     weight = torch.linalg.qr(torch.randn(12, 12, dtype=torch.float64)).Q
-    moment = second_moment(hidden) / len(hidden)
+    sums = TokenSums()
+    sums.add(normalized(hidden))
+    moment = sums.means()[1]
     found = whitened(weight, moment, 1e-9)
     # A full set of orthogonal rows reads white values: of mean square 1, and unrelated to each other.
     torch.testing.assert_close(found @ moment @ found.T, torch.eye(12, dtype=torch.float64), atol=1e-6, rtol=0)
@@ -61,6 +64,28 @@ def test_padding_and_batches_change_nothing() -> None:
     initialize_talan_weights(models[1], [{"input_ids": padded, "attention_mask": mask}])
     for first, second in zip(*(reads(model).values() for model in models), strict=True):
         torch.testing.assert_close(first, second, **rounding())
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_what_is_read_has_a_mean_square_of_1_over_all_tokens_but_the_first_of_each_sample(packed: bool) -> None:
+    rows = make_tokens(3, 30)
+    positions = {"position_ids": torch.arange(30).repeat(3)[None]} if packed else {}
+    model, streams = make_model("qwen3", FRESH), {}
+    layers = [layer for layer in model.modules() if isinstance(layer, TalanLayer)]
+    for layer in layers:
+        layer.register_forward_pre_hook(lambda layer, args: streams.update({layer: normalized(args[0])}))
+    initialize_talan_weights(model, [{"input_ids": rows.reshape(1 if packed else 3, -1), **positions}])
+    for layer in layers:
+        x = streams[layer].reshape(3, 30, -1)[:, 1:].flatten(0, 1)
+        read = x @ layer.parameters_of("default").read.to(x.dtype).T
+        torch.testing.assert_close(read.square().mean(0), torch.ones(read.shape[1], dtype=x.dtype))
+
+
+def test_logits_are_made_of_few_tokens() -> None:
+    model, made = make_model("qwen3", FRESH), []
+    model.get_base_model().lm_head.register_forward_hook(lambda *call: made.append(call[2].shape[1]))
+    initialize_talan_weights(model, [{"input_ids": make_tokens(3, 30)}])
+    assert made == [1]
 
 
 def test_only_the_named_adapter_changes() -> None:
