@@ -130,7 +130,7 @@ class ShrinkingWindow(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Find out where the window starts and ends, and let every step have its window."""
-        self._installed.close()  # of a training that an error ended
+        self._installed.close()  # of a training that an error ended between two steps
         model, trainer = kwargs["model"], _running_trainer()
         own = own_window(model)
         end = self.end or own
@@ -142,6 +142,9 @@ class ShrinkingWindow(TrainerCallback):
             set_window(model, self.latest)
             try:
                 return training_step(*given, **options)
+            except BaseException:
+                self._installed.close()
+                raise
             finally:
                 set_window(model, own)
 

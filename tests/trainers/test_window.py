@@ -255,7 +255,8 @@ def test_a_model_whose_training_was_cut_off_in_a_step_has_its_own_window(
     assert {layer.keys.shape[2] for layer in generated.past_key_values.layers} == {NARROW - 1}
     model.get_base_model().save_pretrained(tmp_path / "saved")
     assert json.loads((tmp_path / "saved" / "config.json").read_text())["sliding_window"] == NARROW
-    # Nothing of the callback is left in a training without it.
+    # Nothing of the callback is left, in the trainer or in a training without it.
+    assert "training_step" not in vars(trainer)
     seen, again = SeenWindows(), make_trainer(tmp_path, model, max_steps=2)
     again.add_callback(seen)
     with torch.enable_grad():
