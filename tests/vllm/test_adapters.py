@@ -252,6 +252,10 @@ def test_the_command_line_makes_room(family: Family) -> None:
     assert config.additional_config["talan_strength"] == 0.5
     config = configured([*words, "--lora-modules", modules[2]])
     assert config.scheduler_config.scheduler_cls is None
+    for wrong in ([str(family.folder / "first")], {"adapters": "first"}, {"adapter": []}, None):
+        also = {"talan": wrong}
+        with pytest.raises(ValueError, match=r'additional_config\["talan"\]=.*: give \{"adapters"'):
+            configured([*words, "--lora-modules", *modules, "--additional-config", json.dumps(also)])
 
 
 def test_adapters_that_can_not_be_served(family: Family, tmp_path: Path) -> None:
