@@ -98,6 +98,7 @@ VLLM: dict[str, str] = {
     "vllm.logger.init_logger": "Called: where vLLM logs.",
     "vllm.lora.layers.BaseLayerWithLoRA": "Extended: side paths lie in slots, as LoRA weights do.",
     "vllm.lora.lora_model.LoRAModel.from_local_checkpoint": "Called: reads an adapter's LoRA weights.",
+    "vllm.lora.lora_model.LoRAModel.from_lora_tensors": "Extended: hands on what vLLM reads and skips.",
     "vllm.lora.lora_weights.LoRALayerWeights": "Created: the form in which a side path's tensors get to a slot.",
     "vllm.lora.model_manager.LoRAModelManager.capacity": "Read: how many adapters stay loaded.",
     "vllm.lora.model_manager.LoRAModelManager.list_adapters": "Called: which adapters are loaded.",
@@ -119,7 +120,7 @@ VLLM: dict[str, str] = {
     "vllm.utils.torch_utils.direct_register_custom_op": "Called: registers the operator.",
     "vllm.v1.attention.backend.AttentionType": "Read: attention with a cache of its own.",
     "vllm.v1.core.kv_cache_manager.KVCacheManager.allocate_slots": "Called: pages for a request's next tokens.",
-    "vllm.v1.core.kv_cache_manager.KVCacheManager.get_block_ids": "Called: the pages that a step writes.",
+    "vllm.v1.core.kv_cache_manager.KVCacheManager.get_blocks": "Called: the pages that a step writes.",
     "vllm.v1.core.kv_cache_manager.KVCacheManager.new_step_starts": "Called: a step begins.",
     "vllm.v1.core.sched.async_scheduler.AsyncScheduler": "Extended: the option `scheduler_cls`.",
     "vllm.v1.core.sched.scheduler.Scheduler._free_blocks": "Overridden: a request that is gone needs no adapter.",
@@ -129,6 +130,7 @@ VLLM: dict[str, str] = {
     "vllm.v1.core.sched.scheduler.Scheduler.update_from_output": "Overridden: the error of a refused request.",
     "vllm.v1.engine.EngineCoreOutput": "Created: that error.",
     "vllm.v1.engine.EngineCoreOutputs": "Created: that error.",
+    "vllm.v1.engine.core.EngineCore.add_lora": "Replaced: see PLACES.",
     "vllm.v1.request.Request.update_block_hashes": "Called: what a request's prefixes are known by.",
     "vllm.v1.request.RequestStatus.FINISHED_ERROR": "Read: how a refused request ends.",
     "vllm.v1.sample.logits_processor.LogitsProcessor.validate_params": "Overridden: refuses a request in time.",
@@ -137,13 +139,14 @@ VLLM: dict[str, str] = {
     "vllm.v1.worker.worker_base.WorkerBase.execute_model": "Overridden: strengths are known before a step.",
     "vllm.v1.worker.worker_base.WorkerBase.load_model": "Overridden: finds the side paths.",
 }
-"""Names of vLLM 0.32.0, which promises none of them to plug-ins. Only the two of PLACES are replaced."""
+"""Names of vLLM 0.32.0, which promises none of them to plug-ins. Only the three of PLACES are replaced."""
 
 VLLM_ATTRIBUTES: dict[str, str] = {
     "vllm.lora.model_manager.lora_manager": "Read: a model's manager of slots.",
     "vllm.lora.worker_manager._lora_model_cls": "Set: what reads adapters, see PLACES.",
     "vllm.v1.core.sched.scheduler.lora_config": "Read: whether requests can need adapters.",
     "vllm.v1.core.sched.scheduler.requests": "Read: whether a request is new.",
+    "vllm.v1.engine.core.scheduler": "Read: an engine's scheduler.",
 }
 """Attributes that only instances have, with vLLM's module that sets them."""
 
@@ -176,6 +179,8 @@ PLACES: dict[str, str] = {
     "engine's configuration does not know. Seen in vLLM 0.32.",
     "vllm.lora.worker_manager.WorkerLoRAManager.__init__": "The attribute `_lora_model_cls` of a worker's manager "
     "reads side paths, too: model runners leave the argument `lora_model_cls` out. Seen in vLLM 0.32.",
+    "vllm.v1.engine.core.EngineCore.add_lora": "An engine's scheduler hears which adapters are loaded in place: "
+    "requests mean what was loaded last, whatever the files hold by then. Seen in vLLM 0.32.",
 }
 """What of ours stays on another library's object, and why: for none of these does the library have a hook."""
 

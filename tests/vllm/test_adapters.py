@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from . import engines
 from .adapters import ADAPTERS, PLAIN, Family
@@ -109,6 +110,65 @@ def test_new_tensors_in_the_same_folder(family: Family, tmp_path: Path) -> None:
         )
 
 
+def bytes_read() -> int:
+    """How many bytes this process has read from files so far."""
+    counted = dict(line.split(": ") for line in Path("/proc/self/io").read_text().splitlines())
+    return int(counted["rchar"])
+
+
+def save_large(seed: int, folder: Path) -> int:
+    """Write an adapter whose file is large beside all else that is read; gives the number of bytes."""
+    engines.adapt(engines.make_base(engines.CONFIGS["qwen3"]), "default", seed).save_pretrained(folder)
+    file = folder / "adapter_model.safetensors"
+    save_file(load_file(file), file, {"format": "pt", "padding": " " * 2**24})
+    return file.stat().st_size
+
+
+def test_an_adapter_that_is_loaded_in_place_again(family: Family, tmp_path: Path) -> None:
+    """Until then its files may hold anything: requests mean what was loaded, and do not read them."""
+    prompts = family.prompts[:3:2]
+    adapter = [("policy", 3, str(tmp_path))] * 2
+    in_place = request(*adapter[0], load_inplace=True)
+    with engines.engine(family.base, enforce_eager=True, **family.options(max_loras=1)) as served:
+        answers: list[list[list[int]]] = []
+        for seed in (7, 8):
+            size = save_large(seed, tmp_path)
+            loaded = engines.generate(family.base, prompts, adapter=tmp_path)
+            assert loaded not in answers
+            before = bytes_read()
+            # Its requests, as the OpenAI server keeps them, have the option, too.
+            for options in ({"load_inplace": True}, {}) if answers else ():
+                assert engines.ask(served, prompts, adapters=adapter, **options)[0] == answers[-1]
+            assert bytes_read() - before < size
+            before = bytes_read()
+            served.llm_engine.add_lora(in_place)
+            # By the engine, and by its worker before and after the read, which maps the file.
+            assert 3 * size <= bytes_read() - before < 4 * size
+            before = bytes_read()
+            for cached, options in enumerate(({"load_inplace": True}, {})):
+                found = engines.ask(served, prompts, adapters=adapter, **options)
+                assert found[0] == loaded
+                assert found[1][0] == cached * engines.PAGE
+            assert bytes_read() - before < size
+            answers.append(loaded)
+        file = tmp_path / "adapter_model.safetensors"
+        file.write_bytes(file.read_bytes()[: size // 2])
+        with pytest.raises(ValueError, match="incomplete or damaged"):
+            served.llm_engine.add_lora(in_place)
+        assert engines.ask(served, prompts, adapters=adapter, load_inplace=True)[0] == answers[-1]
+        # vLLM drops it for another one.
+        assert engines.ask(served, prompts[:1], adapters=[family.request("second")])[0] == family.answers["second"][:1]
+        assert engines.ask(served, prompts, adapters=adapter, load_inplace=True)[0] == answers[-1]
+        # No call has loaded this one, so its requests do, once.
+        shutil.rmtree(tmp_path)
+        size = save_large(9, tmp_path)
+        alone = [("alone", 4, str(tmp_path))] * 2
+        before = bytes_read()
+        for _ in range(3):
+            engines.ask(served, prompts, adapters=alone, load_inplace=True)
+        assert bytes_read() - before < 4 * size
+
+
 def test_a_file_that_is_written_into(family: Family, tmp_path: Path) -> None:
     """An adapter that is loaded and has no slot stays what it was."""
     folders = [tmp_path / "old", tmp_path / "new"]
@@ -140,7 +200,8 @@ def test_a_folder_that_is_written_while_it_is_read(
         for number, (owner, name) in enumerate(
             [(LoRAModel, "from_local_checkpoint"), (PEFTHelper, "validate_legal")], 10
         ):
-            folder, original = tmp_path / name, getattr(owner, name)
+            folder, method = tmp_path / name, vars(owner)[name]
+            original = getattr(method, "__func__", method)
             shutil.copytree(family.folder / "first", folder)
 
             def save_first(*args: Any, folder: Path = folder, original: Any = original, **options: Any) -> Any:
@@ -148,7 +209,7 @@ def test_a_folder_that_is_written_while_it_is_read(
                 return original(*args, **options)
 
             with monkeypatch.context() as patched, pytest.raises(ValueError, match="changed while it was read"):
-                patched.setattr(owner, name, save_first)
+                patched.setattr(owner, name, classmethod(save_first) if original is not method else save_first)
                 served.llm_engine.add_lora(request(name, number, folder))
             answers, _ = engines.ask(served, prompt, adapters=[(name, number, str(folder))])
             assert answers == family.answers["second"][2:3]
@@ -252,6 +313,10 @@ def test_the_command_line_makes_room(family: Family) -> None:
     assert config.additional_config["talan_strength"] == 0.5
     config = configured([*words, "--lora-modules", modules[2]])
     assert config.scheduler_config.scheduler_cls is None
+    for wrong in ([str(family.folder / "first")], {"adapters": "first"}, {"adapter": []}, None):
+        also = {"talan": wrong}
+        with pytest.raises(ValueError, match=r'additional_config\["talan"\]=.*: give \{"adapters"'):
+            configured([*words, "--lora-modules", *modules, "--additional-config", json.dumps(also)])
 
 
 def test_adapters_that_can_not_be_served(family: Family, tmp_path: Path) -> None:

@@ -51,8 +51,9 @@ def test_adapters_are_loaded_and_unloaded(family: Family, port: int, tmp_path: P
     before = engines.generate(family.base, prompts, adapter=folder)
     check(port, "policy-v2", prompts, before)
     # The same name and folder with other tensors: in place, and after it was unloaded.
-    for seed, in_place in ((8, True), (9, False)):
+    for seed, in_place in ((8, True), (9, True), (10, False)):
         engines.adapt(engines.make_base(engines.CONFIGS["qwen3"]), "default", seed).save_pretrained(folder)
+        check(port, "policy-v2", prompts, before)
         if not in_place:
             assert post(port, "/v1/unload_lora_adapter", {"lora_name": "policy-v2"})[0] == 200
         assert post(port, "/v1/load_lora_adapter", {**load, "load_inplace": in_place})[0] == 200
@@ -65,6 +66,8 @@ def test_adapters_are_loaded_and_unloaded(family: Family, port: int, tmp_path: P
     status, text = post(port, "/v1/load_lora_adapter", {"lora_name": "elsewhere", "lora_path": str(folder)})
     assert status == 500
     assert "has no room; name the adapter" in text
+    nowhere = {"lora_name": "nowhere", "lora_path": str(tmp_path / "nowhere")}
+    assert post(port, "/v1/load_lora_adapter", nowhere)[0] == 404
     check(port, "first", prompts, family.answers["first"])
     _, metrics = post(port, "/metrics", None)
     counted = [line.split() for line in metrics.splitlines() if line.startswith("vllm:request_success_total{")]

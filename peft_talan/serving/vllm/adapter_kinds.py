@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,9 +14,6 @@ from ...axes import Mixer, Position, Writeback, check_causal
 from ...checkpoint.checks import check_side_path, read_header
 from ...config import CheckpointLocation, TalanConfig
 from ...tuner.blocks import resolve_layers
-
-OPTION = "talan"
-"""The key in vLLM's option `additional_config` whose entry `adapters` lists folders."""
 
 ROOM = "peft_talan_adapters"
 """The key in `additional_config` under which an engine's processes find the room; it is set by this package."""
@@ -154,22 +151,3 @@ def room_of(vllm_config: Any) -> list[Room]:
     options = vllm_config.additional_config
     entries = options.get(ROOM, ()) if isinstance(options, dict) else ()
     return [Room(AdapterKind(*kind), tuple(blocks), block_list) for kind, blocks, block_list in entries]
-
-
-def named_adapters(options: Any) -> list[str]:
-    """Read the adapters that `additional_config` names.
-
-    Args:
-        options: vLLM's `additional_config`.
-
-    Returns:
-        The folders.
-
-    Raises:
-        ValueError: The entry is not what is documented.
-    """
-    entry = options.get(OPTION, {}) if isinstance(options, Mapping) else {}
-    adapters = entry.get("adapters", []) if isinstance(entry, Mapping) and set(entry) <= {"adapters"} else None
-    if not isinstance(adapters, list) or not all(isinstance(folder, str) for folder in adapters):
-        raise ValueError(f'additional_config["talan"]={entry!r}: give {{"adapters": [FOLDER, ...]}}')
-    return adapters

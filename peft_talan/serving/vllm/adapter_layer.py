@@ -38,6 +38,12 @@ class AdapterSidePaths(AroundBlock, BaseLayerWithLoRA):
         strengths: The requests' strengths.
     """
 
+    read: torch.Tensor
+    write: torch.Tensor
+    gate: torch.Tensor
+    alpha: torch.Tensor
+    cap: torch.Tensor
+
     def __init__(
         self,
         kind: AdapterKind,
@@ -91,13 +97,14 @@ class AdapterSidePaths(AroundBlock, BaseLayerWithLoRA):
     @property
     def parameters_by_slot(self) -> StackedParameters:
         """The tensors, as the operator takes them."""
+        # Several times in each step: `get_buffer` takes a path apart.
         return StackedParameters(
-            read=self.get_buffer("read"),
-            mixer=tuple(self.get_buffer(name) for name in MIXER_PARAMETERS[self.kind.mixer]),
-            write=self.get_buffer("write"),
-            gate=self.get_buffer("gate") if self.kind.writeback == "gated" else None,
-            alpha=self.get_buffer("alpha"),
-            cap=self.get_buffer("cap"),
+            read=self.read,
+            mixer=tuple(getattr(self, name) for name in MIXER_PARAMETERS[self.kind.mixer]),
+            write=self.write,
+            gate=self.gate if self.kind.writeback == "gated" else None,
+            alpha=self.alpha,
+            cap=self.cap,
         )
 
     def run_requests(
@@ -107,7 +114,8 @@ class AdapterSidePaths(AroundBlock, BaseLayerWithLoRA):
         if not self.filled:
             return hidden_states
         slots = self.punica_wrapper.token_lora_indices[: hidden_states.shape[0]]
-        # Padding has no adapter.
-        slots = F.pad(slots, (0, hidden_states.shape[0] - slots.shape[0]), value=-1)
+        missing = hidden_states.shape[0] - slots.shape[0]
+        if missing:  # padding, which has no adapter
+            slots = F.pad(slots, (0, missing), value=-1)
         memory = PagedMemory(self.pools, pages, self.block_index, self.child_name, strength)
         return memory.append_adapters(hidden_states, self.parameters_by_slot, self.options, slots)

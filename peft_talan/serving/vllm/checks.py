@@ -12,7 +12,8 @@ from vllm.platforms import current_platform
 from ...axes import check_causal
 from ...checkpoint.merged_config import MergedSidePath, merged_side_paths
 from ...tuner.merged import config_of
-from .adapter_kinds import ROOM, make_room, named_adapters
+from .adapter_kinds import ROOM, make_room
+from .adapter_options import named_adapters
 from .strength import StrengthCheck, server_strength
 
 logger = init_logger("vllm.peft_talan")

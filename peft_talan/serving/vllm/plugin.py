@@ -19,6 +19,7 @@ from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError
 
 from ...checkpoint.merged_config import merged_side_paths
+from .adapter_options import OPTION, named_adapters
 
 _MARK = "_looks_for_side_paths"
 
@@ -56,7 +57,7 @@ def _configuring(original: Callable[..., Any]) -> Callable[..., Any]:
     def create_engine_config(self: Any, *args: Any, **kwargs: Any) -> Any:
         vllm_config = original(self, *args, **kwargs)
         model, options = vllm_config.model_config, vllm_config.additional_config
-        if merged_side_paths(model.hf_config.to_dict()) or (isinstance(options, dict) and "talan" in options):
+        if merged_side_paths(model.hf_config.to_dict()) or (isinstance(options, dict) and OPTION in options):
             try:
                 checks, *_ = (importlib.import_module(f".{part}", __package__) for part in _PARTS)
             except (ImportError, AttributeError) as error:
@@ -79,9 +80,8 @@ def _naming_adapters(original: Callable[..., Any]) -> Callable[..., Any]:
         engine_args = original(cls, args)
         named = [module.path for module in getattr(args, "lora_modules", None) or () if _is_talan(module.path)]
         if named and isinstance(engine_args.additional_config, dict):
-            given = engine_args.additional_config.get("talan", {})
-            adapters = [*given.get("adapters", []), *named]
-            engine_args.additional_config = {**engine_args.additional_config, "talan": {**given, "adapters": adapters}}
+            adapters = [*named_adapters(engine_args.additional_config), *named]
+            engine_args.additional_config = {**engine_args.additional_config, OPTION: {"adapters": adapters}}
         return engine_args
 
     return from_cli_args

@@ -7,6 +7,7 @@ does the same for its own recurrent layers (`MambaManager.get_num_blocks_to_allo
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
 from typing import Any
 
@@ -14,9 +15,11 @@ from vllm.v1.core.kv_cache_manager import KVCacheManager
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs
+from vllm.v1.engine.core import EngineCore
 from vllm.v1.request import RequestStatus
 
-from .adapter_versions import NEEDED_ADAPTERS, version_of
+from ...private_names import OURS
+from .adapter_versions import NEEDED_ADAPTERS, AdapterVersions
 from .strength import SESSION_REFUSAL, STRENGTH_OPTION, keep_prefixes_apart, request_strength
 
 
@@ -52,9 +55,12 @@ class _DependentPages:
         )
         if given is not None:
             first = request.num_computed_tokens + num_new_computed_tokens
-            managers = self.manager.coordinator.single_type_managers
-            for manager, pages in zip(managers, self.manager.get_block_ids(request.request_id), strict=True):
-                self.written.update(pages[first // manager.block_size :])
+            for number, manager in enumerate(self.manager.coordinator.single_type_managers):
+                # Other requests find full pages alone.
+                full = slice(first // manager.block_size, (first + num_new_tokens) // manager.block_size)
+                if full.start < full.stop:
+                    pages = self.manager.get_blocks(request.request_id).blocks[number]
+                    self.written.update(page.block_id for page in pages[full])
         return given
 
 
@@ -68,6 +74,8 @@ class PageScheduler(Scheduler):
         self.kv_cache_manager = _DependentPages(self.kv_cache_manager)
         self.refused: set[str] = set()
         self.needed: Counter[int] = Counter()
+        self.versions = AdapterVersions(0 if self.lora_config is None else self.lora_config.max_cpu_loras)
+        _tell_schedulers_of_loads()
 
     def add_request(self, request: Any) -> None:
         """Take a request, as vLLM does; a prompt that comes in pieces is refused if it has a strength."""
@@ -77,7 +85,7 @@ class PageScheduler(Scheduler):
             given = request.sampling_params.extra_args.items()
             request.sampling_params.extra_args = {name: value for name, value in given if name != STRENGTH_OPTION}
         if request.lora_request is not None:
-            request.lora_request = version_of(request.lora_request)
+            request.lora_request = self.versions.named_by(request.lora_request)
         keep_prefixes_apart(request)
         # Further pieces of a prompt come under the name of the first, whose adapter stays that of all.
         is_new = request.request_id not in self.requests
@@ -98,7 +106,7 @@ class PageScheduler(Scheduler):
         """Plan a step, as vLLM does; workers hear which adapters requests need, those among them that wait."""
         scheduled = super().schedule(*args, **kwargs)
         if self.lora_config is not None:
-            setattr(scheduled, NEEDED_ADAPTERS, set(self.needed))
+            setattr(scheduled, NEEDED_ADAPTERS, {*self.needed, *self.versions.kept})
         return scheduled
 
     def update_from_output(self, *args: Any, **kwargs: Any) -> dict[int, EngineCoreOutputs]:
@@ -115,3 +123,20 @@ class PageScheduler(Scheduler):
 
 class AsyncPageScheduler(PageScheduler, AsyncScheduler):
     """The same for asynchronous scheduling."""
+
+
+def _tell_schedulers_of_loads() -> None:
+    """Let an engine load adapters by way of its scheduler, which names those of requests; vLLM has no hook for it."""
+    original = EngineCore.add_lora
+    if hasattr(original, OURS):
+        return
+
+    @functools.wraps(original)
+    def add_lora(self: Any, lora_request: Any) -> bool:
+        load = functools.partial(original, self)
+        if not isinstance(self.scheduler, PageScheduler):
+            return bool(load(lora_request))
+        return self.scheduler.versions.load(lora_request, load)
+
+    setattr(add_lora, OURS, True)
+    EngineCore.add_lora = add_lora

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from vllm.lora.utils import get_adapter_absolute_path
 from vllm.utils.import_utils import resolve_obj_by_qualname
 
 from .adapter_files import AdapterReader
 from .adapter_layer import AdapterSidePaths
-from .adapter_versions import NEEDED_ADAPTERS, content_of, version_of
+from .adapter_versions import NEEDED_ADAPTERS, as_it_is
 from .checks import platform_worker
 from .loader import layers_of
 
@@ -48,12 +47,11 @@ class SidePathWorker(resolve_obj_by_qualname(platform_worker())):  # type: ignor
 
     def add_lora(self, lora_request: Any) -> bool:
         """Load an adapter before requests name it, by the number that they will have."""
-        version = version_of(lora_request)
-        if self.vllm_config.lora_config is not None:  # else vLLM says that
-            folder = get_adapter_absolute_path(version.lora_path)
-            self.reader.check_content(folder, version.lora_int_id, content_of(folder))
-        loaded: bool = super().add_lora(version)
-        return loaded
+        version = as_it_is(lora_request)
+        if self.vllm_config.lora_config is None:  # vLLM says that
+            return bool(super().add_lora(version))
+        with self.reader.asked_for(version.lora_path, version.lora_int_id):
+            return bool(super().add_lora(version))
 
     def sleep(self, level: int = 1) -> None:
         """Go to sleep, as vLLM does; at level 2 slots lose their LoRA weights, and are filled again when needed."""
