@@ -60,7 +60,13 @@ def test_train_learns_and_saves(saved: Path, tmp_path: Path, answers: Answers) -
     writes = [tensor for key, tensor in adapter_tensors(output).items() if "_write" in key]
     assert writes
     assert all(tensor.any() for tensor in writes)
-    assert json.loads((output / "prompt_form.json").read_text()) == {"chat": True, "system": None}
+    assert json.loads((output / "prompt_form.json").read_text()) == {
+        "chat": True,
+        "system": None,
+        "tools": None,
+        "chat_template_kwargs": None,
+        "generation_prompt": False,
+    }
 
 
 def test_train_tells_of_long_rows_and_evaluates(
@@ -246,17 +252,18 @@ def test_scores_are_those_of_each_row_alone(adapted: bool, saved: Path, tmp_path
     tokenizer = AutoTokenizer.from_pretrained(saved / "model")
     rows = [{"prompt": "1 + 1 = " * many, "completion": "2 and no more" * many} for many in (2, 1, 3)]
     # The last row has no token left to score.
-    scores = score_rows(model, tokenizer, [*rows, {"prompt": "1 " * 200, "completion": "2"}], max_length=100)
+    asked = [encode(tokenizer, row) for row in (*rows, {"prompt": "1 " * 200, "completion": "2"})]
+    scores = score_rows(model, tokenizer, asked, max_length=100)
     losses = []
-    for row, given in zip(rows, scores.given, strict=True):
-        prompt, completion = encode(tokenizer, row)
+    for row, given in zip(asked[:-1], scores.given, strict=True):
+        prompt, completion = row.prompt, row.completion
         with torch.no_grad():
             logits = model(input_ids=torch.tensor([prompt + completion])).logits[0, len(prompt) - 1 : -1]
         assert given[:-1] == completion[: len(given) - 1]
         assert given[-1] == logits[len(given) - 1].argmax() != completion[len(given) - 1]
         losses.append(float(F.cross_entropy(logits, torch.tensor(completion), reduction="sum")))
     assert scores.losses == pytest.approx(losses, rel=1e-6)  # the loss is taken in float32
-    assert scores.tokens == [len(encode(tokenizer, row).completion) for row in rows]
+    assert scores.tokens == [len(row.completion) for row in asked[:-1]]
     assert not any(scores.exact)
 
 
