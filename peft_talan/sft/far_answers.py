@@ -19,7 +19,7 @@ from ..tuner.measured_pass import in_evaluation_mode
 from ..tuner.sliding_window import own_window, without_window
 from .data import DataError, Rows
 from .display import make_table
-from .prompts import Encoded, encode
+from .prompts import Encoded, encode_rows
 from .recall import last_answers
 from .scores import Scores, score_rows
 
@@ -133,10 +133,7 @@ def count_right(model: Any, tokenizer: PreTrainedTokenizerBase, rows: Rows) -> l
     unit = window or UNIT
     by_length: dict[int, list[_Asked]] = {}
     answered = _answered(rows)
-    for place, row in zip(answered.places, answered.rows, strict=True):
-        asked = _Asked(place, row, encode(tokenizer, row))
-        if not asked.tokens.answer:
-            raise DataError(f"{place}: the answer adds no token to the prompt; mend the row or the chat template")
+    for asked in map(_Asked, answered.places, answered.rows, encode_rows(tokenizer, answered)):
         longest = unit
         while longest < asked.tokens.length:
             longest *= 2

@@ -230,13 +230,15 @@ def encode_rows(tokenizer: PreTrainedTokenizerBase, rows: Rows, marked: str | No
     if not rows.conversational and tokenizer.eos_token is None:
         raise DataError(f"{rows.source}: the tokenizer has no end-of-sequence token, which ends every text")
     both = zip(logging.tqdm(rows.rows, "Tokenizing", disable=None, leave=False), rows.places, strict=True)
-    if rows.form != "messages":
-        return [encode(tokenizer, row) for row, _ in both]
-    return [_encode_talk(tokenizer, row, place, marked) for row, place in both]
+    return [_encode_trained(tokenizer, row, place, marked) for row, place in both]
 
 
-def _encode_talk(tokenizer: PreTrainedTokenizerBase, row: Row, place: str, marked: str | None) -> Encoded:
-    """All of a conversation, with what the assistant says marked."""
+def _encode_trained(tokenizer: PreTrainedTokenizerBase, row: Row, place: str, marked: str | None) -> Encoded:
+    if "messages" not in row:
+        encoded_row = encode(tokenizer, row)
+        if not encoded_row.answer:
+            raise DataError(f"{place}: the answer adds no token to the prompt; mend the row or the chat template")
+        return encoded_row
     options = {"chat_template": marked, "return_assistant_tokens_mask": marked is not None, **_template_options(row)}
     encoded: Any = tokenizer.apply_chat_template(row["messages"], tokenize=True, return_dict=True, **options)
     marks = encoded.get("assistant_masks")
