@@ -216,6 +216,16 @@ def _is_special(tokenizer: PreTrainedTokenizerBase, token: int) -> bool:
     return bool(tokenizer.decode([token])) and not tokenizer.decode([token], skip_special_tokens=True)
 
 
+def stop_tokens(tokenizer: PreTrainedTokenizerBase, form: PromptForm) -> list[int]:
+    """The tokens that end answers in training: the tokenizer's, and that of the chat template if it is another one."""
+    stops = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    if form.chat:
+        talk = [{"role": role, "content": "?"} for role in ("user", "assistant")]
+        end = encode(tokenizer, {**asdict(form), "messages": talk}).end
+        stops += [token for token in end if token not in stops and _is_special(tokenizer, token)]
+    return stops
+
+
 def encode_rows(tokenizer: PreTrainedTokenizerBase, rows: Rows, marked: str | None = None) -> list[Encoded]:
     """Turn all rows into the tokens that are trained on, with a bar on a terminal.
 

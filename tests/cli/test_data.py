@@ -16,7 +16,7 @@ from trl import SFTConfig, SFTTrainer
 from trl.chat_template_utils import deepseekv3_chat_template, qwen3_5_think_chat_template, qwen3_chat_template
 
 from peft_talan.sft.data import DataError, read_rows
-from peft_talan.sft.prompts import PromptForm, encode, encode_prompt, encode_rows
+from peft_talan.sft.prompts import PromptForm, encode, encode_prompt, encode_rows, stop_tokens
 from peft_talan.sft.recall import last_answers
 from peft_talan.sft.training import make_trainer, marked_template
 
@@ -272,6 +272,15 @@ def test_what_a_template_writes_around_an_answer_is_none_of_it(
     form = PromptForm.load(str(tmp_path))
     assert form.generation_prompt == (answer is THOUGHT)
     assert encode_prompt(tokenizer, USER["content"], form) == encoded.prompt
+
+
+@pytest.mark.parametrize("ends_texts", ["<|im_end|>", "<|endoftext|>"])
+def test_an_answer_stops_where_training_ended_it(ends_texts: str) -> None:
+    tokenizer = make_tokenizer()
+    tokenizer.eos_token = ends_texts
+    ends = [tokenizer.convert_tokens_to_ids(name) for name in dict.fromkeys((ends_texts, "<|im_end|>"))]
+    assert stop_tokens(tokenizer, PromptForm(chat=True)) == ends
+    assert stop_tokens(tokenizer, PromptForm(chat=False)) == ends[:1]
 
 
 def test_tools_and_options_of_every_row_are_asked_with(tmp_path: Path) -> None:
