@@ -23,12 +23,12 @@ import torch
 from peft_talan.demo.base_model import default_model_folder
 from peft_talan.demo.tasks import make_rows
 from peft_talan.sft.models import load_model, load_tokenizer
-from peft_talan.sft.prompts import Encoded
+from peft_talan.sft.prompts import Encoded, encode
 
 from .measure import machine
 from .quality.arms import make_config
 from .runs import Row, RunSettings, read_lines, run_missing
-from .training import adapted, encode, make_batch, train
+from .training import adapted, make_batch, train
 
 RESULTS = Path(__file__).parent / "results" / "default_layers.jsonl"
 PLACEMENTS: dict[str, list[float] | None] = {

@@ -23,10 +23,11 @@ from peft_talan import TalanConfig
 from peft_talan.demo.base_model import default_model_folder
 from peft_talan.demo.tasks import make_rows
 from peft_talan.sft.models import load_model, load_tokenizer
+from peft_talan.sft.prompts import encode
 
 from .measure import machine
 from .runs import append_line
-from .training import adapted, encode, make_batch, take_step
+from .training import adapted, make_batch, take_step
 
 RESULTS = Path(__file__).parent / "results" / "gradient_scale.jsonl"
 BATCH_SIZE = 2

@@ -11,16 +11,8 @@ from peft import PeftConfig, get_peft_model
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from peft_talan.sft import prompts
 from peft_talan.sft.prompts import Encoded
 from peft_talan.sft.scores import pad_batch
-
-
-def encode(tokenizer: PreTrainedTokenizerBase, row: dict[str, Any]) -> Encoded:
-    """A row's tokens up to the end token; what a template writes after it was not trained on in the stored runs."""
-    prompt, completion = prompts.encode(tokenizer, row)
-    end = tokenizer.eos_token_id
-    return Encoded(prompt, completion[: completion.index(end) + 1] if end in completion else completion)
 
 
 def make_batch(model: Any, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Encoded]) -> dict[str, torch.Tensor]:

@@ -27,6 +27,7 @@ import torch
 
 from peft_talan.demo.base_model import default_model_folder
 from peft_talan.sft.models import load_tokenizer
+from peft_talan.sft.prompts import encode
 from peft_talan.sft.scores import default_text, score_rows, text_loss
 
 from ..measure import code_version, machine
@@ -96,7 +97,8 @@ def run(settings: Settings, model: str, adapter: str | None) -> Row:
         }
     else:
         tokens = settings.tokens
-        rows = TaskRows(arm.tokenizer, held_out=True).rows(settings.task, settings.rows, tokens, tokens, HELD_OUT_SEED)
+        made = TaskRows(arm.tokenizer, held_out=True).rows(settings.task, settings.rows, tokens, tokens, HELD_OUT_SEED)
+        rows = [encode(arm.tokenizer, row) for row in made]
         size = max(1, BATCH_TOKENS // tokens)
         scores = score_rows(arm.model, arm.tokenizer, rows, batch_size=size, max_length=2 * tokens)
         found = {"right": sum(scores.exact), "exact": list(map(int, scores.exact)), "loss": round(scores.loss, 4)}

@@ -35,6 +35,7 @@ from peft_talan.axes import RECALL_AXES
 from peft_talan.demo.base_model import default_model_folder
 from peft_talan.sft.data import Rows
 from peft_talan.sft.models import load_adapter, load_tokenizer
+from peft_talan.sft.prompts import PromptForm, encode, encode_rows
 from peft_talan.sft.recall import ShrinkingWindow
 from peft_talan.sft.scores import default_text, score_rows, text_loss
 from peft_talan.sft.training import START_BATCHES, make_trainer, start_from_data
@@ -148,10 +149,12 @@ def train_here(settings: Settings, folder: str, made: list[dict[str, Any]], outp
     callbacks: list[TrainerCallback] = [Printed()]
     if settings.shrinking is not None:
         callbacks.insert(0, ShrinkingWindow(seed=settings.seed, **settings.shrinking))
+    tokenizer, rows = load_tokenizer(folder), Rows("ordinary rows", made, [str(i) for i in range(len(made))])
     trainer = make_trainer(
         with_sliding_window(model, settings.window),
-        load_tokenizer(folder),
-        Rows("ordinary rows", made, [str(i) for i in range(len(made))]),
+        tokenizer,
+        encode_rows(tokenizer, rows),
+        PromptForm.of(rows, tokenizer),
         config,
         output,
         callbacks=callbacks,
@@ -210,7 +213,7 @@ def run(settings: Settings, folder: str) -> Row:
     of_completions = [float(entry["completion_loss"]) for entry in history if "completion_loss" in entry]
     right, by_kind, kinds = {}, {}, len(FACTS.get(settings.facts, "1"))
     for windows, rows in held_out.items():
-        found = score_rows(model, tokenizer, rows, batch_size=4)
+        found = score_rows(model, tokenizer, [encode(tokenizer, row) for row in rows], batch_size=4)
         right[windows] = sum(found.exact)
         by_kind[windows] = [sum(found.exact[i::kinds]) for i in range(kinds)]
     return {

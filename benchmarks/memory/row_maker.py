@@ -55,7 +55,7 @@ def fitting(
     """The row with as much text around what is asked for, of `length` tokens at most, as `tokens` have room for."""
     while length >= 0:
         row = row_of(length)
-        excess = sum(map(len, encode(tokenizer, row))) - tokens
+        excess = encode(tokenizer, row).length - tokens
         if excess <= 0:
             return row
         length -= excess

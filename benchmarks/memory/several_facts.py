@@ -31,6 +31,7 @@ from trl import SFTConfig
 
 from peft_talan import TalanConfig
 from peft_talan.demo.base_model import default_model_folder
+from peft_talan.sft import prompts
 from peft_talan.sft.models import load_tokenizer
 from peft_talan.sft.scores import default_text, score_rows, text_loss
 from peft_talan.sft.training import PromptLossTrainer, start_from_data
@@ -161,7 +162,8 @@ def run(settings: Settings, folder: str) -> Row:
     held_out, right = TaskRows(tokenizer, held_out=True), {}
     for windows in settings.scored:
         tokens = windows * settings.window
-        scores = score_rows(trained, tokenizer, held_out.rows(task, settings.rows, tokens, tokens, 1), batch_size=4)
+        asked = [prompts.encode(tokenizer, row) for row in held_out.rows(task, settings.rows, tokens, tokens, 1)]
+        scores = score_rows(trained, tokenizer, asked, batch_size=4)
         right[windows] = sum(scores.exact)
     return {
         "key": settings.key(),

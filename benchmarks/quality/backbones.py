@@ -28,9 +28,9 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from peft_talan.demo.base_model import default_model_folder
-from peft_talan.sft.prompts import Encoded
+from peft_talan.sft.prompts import Encoded, encode
 
-from ..training import encode, make_batch, take_step
+from ..training import make_batch, take_step
 from .tasks import KNOWN_TASKS, PROMPTS, SHORT_TASKS, TASKS, example_of, held_out, plain_text, to_train_on
 
 VOCABULARY = 768

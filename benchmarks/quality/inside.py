@@ -11,10 +11,11 @@ from typing import Any
 import torch
 
 from peft_talan.analysis import measure_blocks, measure_propagation, measure_reads, to_rows
+from peft_talan.sft.prompts import encode
 
 from ..pages import markdown
 from ..runs import DEVELOPMENT_SEED, Row
-from ..training import encode, make_batch
+from ..training import make_batch
 from .study import RESULTS, make_adapters_parser, measure_adapters
 from .tasks import scored_items
 

@@ -14,11 +14,12 @@ import torch
 
 from peft_talan import set_trainable, talan_param_groups
 from peft_talan.sft.models import load_model, load_tokenizer
+from peft_talan.sft.prompts import encode
 from peft_talan.sft.scores import score_rows
 
 from ..measure import machine
 from ..runs import DEVELOPMENT_SEED, Row, RunSettings
-from ..training import adapted, encode, make_batch
+from ..training import adapted, make_batch
 from ..training import train as train_on
 from .arms import LEARNING_RATE_SCALE, TWO_STAGES, make_config, prepare
 from .backbones import backbone_folder, weights_hash
@@ -59,7 +60,7 @@ def loaded(backbone: str, device: str = "cpu", dtype: str = "float32") -> tuple[
 
 def answer_scores(model: Any, tokenizer: Any, examples: Sequence[Example]) -> dict[str, float]:
     """Mean loss of an answer's token, and the share of answers that greedy decoding writes to the letter."""
-    rows = [example.row(tokenizer) for example in examples]
+    rows = [encode(tokenizer, example.row(tokenizer)) for example in examples]
     scores = score_rows(model, tokenizer, rows, batch_size=EVALUATION_BATCH)
     return {"loss": scores.loss, "exact_match": scores.exact_match}
 
@@ -69,12 +70,12 @@ def written_without_the_answer(model: Any, tokenizer: Any, examples: Sequence[Ex
     """The share of answers that greedy decoding without a cache writes: for memories that see later tokens."""
     right = 0
     for example in examples:
-        prompt, answer = encode(tokenizer, example.row(tokenizer))
-        tokens = list(prompt)
-        for _ in answer:
+        row = encode(tokenizer, example.row(tokenizer))
+        tokens = list(row.prompt)
+        for _ in row.completion:
             logits = model(input_ids=torch.tensor([tokens], device=model.device), use_cache=False).logits
             tokens.append(int(logits[0, -1].argmax()))
-        right += tokens[len(prompt) :] == answer
+        right += tokens == row.tokens
     return right / len(examples)
 
 
@@ -110,7 +111,7 @@ def train(model: Any, tokenizer: Any, examples: Sequence[Example], settings: Set
     order.shuffle(rows)
     if settings.task in MIXTURES:
         # As Trainer's `group_by_length`: tasks of other lengths would be padding.
-        rows.sort(key=lambda row: len(row.prompt) + len(row.completion))
+        rows.sort(key=lambda row: row.length)
     size = settings.batch_size
     batches = [rows[start : start + size] for start in range(0, size * settings.steps, size)]
     if settings.task in MIXTURES:

@@ -97,7 +97,7 @@ def analyze(
     report(f"loading {base_model_of(str(adapter), base_model)} and {adapter}")
     model, tokenizer = load_adapter(str(adapter), base_model, device=device)
     encoded = [encode(tokenizer, row) for row in rows.rows[:examples]]
-    cut = [Encoded([], (prompt + completion)[:max_tokens]) for prompt, completion in encoded]
+    cut = [Encoded([], row.tokens[:max_tokens]) for row in encoded]
     batches = [
         {name: part.to(model.device) for name, part in pad_batch(cut[start : start + batch_size], tokenizer).items()}
         for start in range(0, len(cut), batch_size)

@@ -62,8 +62,8 @@ def compare(
     from ..sft.scores import default_text
 
     tokenizer = load_tokenizer(sources.model)
-    for part in (rows, held_out):
-        for line in describe_lengths(tokenizer, part, encode_rows(tokenizer, part), training.max_length):
+    for part, name in ((rows, "rows"), (held_out, "held-out rows")):
+        for line in describe_lengths(tokenizer, part, encode_rows(tokenizer, part), training.max_length, name):
             note(line)
     examples_per_step = training.per_device_train_batch_size * training.gradient_accumulation_steps
     steps = training.max_steps or math.ceil(training.num_train_epochs * math.ceil(len(rows) / examples_per_step))

@@ -97,7 +97,7 @@ def generate(
 
         stored = PromptForm.load(adapter)
         adapted, tokenizer = _load((adapter, model, dtype, device), strength)
-        form = stored or PromptForm(chat=bool(tokenizer.chat_template))
+        form = stored or PromptForm(chat=bool(tokenizer.chat_template), generation_prompt=True)
         if chat is not None:
             form = replace(form, chat=chat)
         if system is not None:

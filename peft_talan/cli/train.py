@@ -241,7 +241,7 @@ def _train(
     from ..sft.callbacks import StopOnInterrupt, TrainingProgress
     from ..sft.far_answers import count_right, describe_reading
     from ..sft.models import load_tokenizer
-    from ..sft.prompts import encode_rows
+    from ..sft.prompts import PromptForm, encode_rows
     from ..sft.recall import ShrinkingWindow, last_answers
     from ..sft.row_notes import describe_far_answers, describe_lengths
     from ..sft.window import save_with_window
@@ -251,13 +251,16 @@ def _train(
         rows, held_out = last_answers(rows), held_out and last_answers(held_out)
     config = TalanConfig(task_type="CAUSAL_LM", **adapter)
     tokenizer = load_tokenizer(model)
-    if arguments["assistant_only_loss"]:
-        training.check_assistant_marks(tokenizer)
-    encoded = encode_rows(tokenizer, rows)
-    lines = describe_lengths(tokenizer, rows, encoded, arguments["max_length"])
+    # Ours: TRL's own needs rows that aren't tokens yet.
+    marked = training.marked_template(tokenizer) if arguments.pop("assistant_only_loss") else None
+    encoded = encode_rows(tokenizer, rows, marked)
+    encoded_held_out = None if held_out is None else encode_rows(tokenizer, held_out, marked)
+    form, max_length = PromptForm.of(rows, tokenizer), arguments["max_length"]
+    lines = describe_lengths(tokenizer, rows, encoded, max_length)
+    if held_out is not None and encoded_held_out is not None:
+        lines += describe_lengths(tokenizer, held_out, encoded_held_out, max_length, "held-out rows")
     if window is not None and asks and checkpoint is None:
         lines += describe_far_answers(tokenizer, rows, encoded, window)
-    del encoded  # gigabytes, of millions of rows
     for line in lines:
         note(line)
     stop = StopOnInterrupt(note)
@@ -268,19 +271,28 @@ def _train(
             model = save_with_window(model, tokenizer, window, output / BASE_MODEL, resume=checkpoint is not None)
             callbacks.append(ShrinkingWindow(seed=arguments["seed"]))
         trainer = training.make_trainer(
-            model, tokenizer, rows, config, output, eval_rows=held_out, callbacks=callbacks, **arguments
+            model,
+            tokenizer,
+            encoded,
+            form,
+            config,
+            output,
+            eval_rows=encoded_held_out,
+            callbacks=callbacks,
+            **arguments,
         )
         if window is not None and checkpoint is None:
             if asks and rows.form != "text":
-                note(describe_reading(trainer.model, tokenizer, rows, arguments["max_length"]))
+                note(describe_reading(trainer.model, tokenizer, encoded, max_length))
             training.start_from_data(trainer, note)
     if checkpoint is None:
         training.remove_checkpoints(output)
+    del encoded, encoded_held_out  # gigabytes, of millions of rows
     outcome = trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     result = {"output": str(output), "steps": outcome.global_step, "loss": outcome.training_loss}
     if stop.requested and outcome.global_step < trainer.state.max_steps:
         return {**result, "finished": False, "checkpoint": str(last_checkpoint(output))}
-    training.save(trainer, rows, output)
+    training.save(trainer, form, output)
     if asks and held_out is not None and held_out.form != "text":
         result["right_answers"] = count_right(trainer.model, tokenizer, held_out)
         if trainer.args.should_save:

@@ -22,6 +22,7 @@ from rich.console import Console
 from ..sft.comparison import LORA, TALAN, Job
 from ..sft.display import make_console
 from ..sft.models import load_model, load_tokenizer
+from ..sft.prompts import encode
 from ..sft.reporting import compare_with_bars, comparison_table, difference_lines, draw_comparison
 from ..sft.scores import default_text, score_rows
 from ..version import __version__
@@ -49,9 +50,10 @@ def estimate_minutes(job: Job, options: DemoOptions) -> tuple[int, int]:
         load_tokenizer(job.model),
         job.rows.rows[:4],
     )
-    score_rows(model, tokenizer, sample[:1])  # The first forward pass is slower.
+    encoded = [encode(tokenizer, row) for row in sample]
+    score_rows(model, tokenizer, encoded[:1])  # The first forward pass is slower.
     started = time.perf_counter()
-    score_rows(model, tokenizer, sample)
+    score_rows(model, tokenizer, encoded)
     seconds = (time.perf_counter() - started) / len(sample)
     torch.set_num_threads(threads)
     # In such times, measured on SmolLM2-135M with one thread: a row in training; a held-out row, scored with the base

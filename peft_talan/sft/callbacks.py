@@ -87,7 +87,7 @@ class StopOnInterrupt(TrainerCallback):
 
 
 class SavePromptForm(TrainerCallback):
-    """Stores the form of the prompts in every checkpoint."""
+    """Keeps the form of the prompts, and stores it in every checkpoint."""
 
     def __init__(self, form: PromptForm) -> None:
         self.form = form

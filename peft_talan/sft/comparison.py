@@ -24,6 +24,7 @@ from ..config import TalanConfig
 from .callbacks import StepReport
 from .data import Rows
 from .models import load_model, load_tokenizer
+from .prompts import PromptForm, encode, encode_rows
 from .scores import Scores, score_rows, text_loss
 from .training import make_trainer, save
 
@@ -136,22 +137,25 @@ def run_arm(job: Job, arm: str, seed: int, name: str, report: Callable[[str, int
         steps = StepReport(lambda loss: report(f"loss {loss:.3f}", 1))
         folder = Path(job.output, name)
         set_seed(seed)
+        form = PromptForm.of(job.rows, tokenizer)
         trainer: Any = make_trainer(
             model,
             tokenizer,
-            job.rows,
+            encode_rows(tokenizer, job.rows),
+            form,
             job.config(arm),
             folder,
             callbacks=[steps],
             **{**job.arguments, "seed": seed, "logging_steps": 1, "save_strategy": "no"},
         )
         trainer.train()
-        save(trainer, job.rows, folder)
+        save(trainer, form, folder)
         model = trainer.model.eval()
         trained = {"losses": steps.losses, "seconds": statistics.median(steps.seconds), "folder": str(folder)}
         trained["trainable"] = model.get_nb_trainable_parameters()[0]
     report("scores", 0)
-    scores = score_rows(model, tokenizer, job.held_out.rows, max_length=int(job.arguments.get("max_length", 1024)))
+    held_out = [encode(tokenizer, row) for row in job.held_out.rows]
+    scores = score_rows(model, tokenizer, held_out, max_length=int(job.arguments.get("max_length", 1024)))
     outcome = Outcome(arm, seed, scores, text_loss(model, tokenizer, job.text), **trained)
     report("done", int(arm == BASE))
     return outcome

@@ -57,6 +57,11 @@ class Rows:
         systems = set(map(system_of, self.rows))
         return systems.pop() if len(systems) == 1 else None
 
+    def shared(self, column: str) -> Any:
+        """What every row has in a column, if it is the same."""
+        first = self.rows[0].get(column)
+        return first if all(row.get(column) == first for row in self.rows) else None
+
     @property
     def notes(self) -> list[str]:
         """What is seldom meant, one line for each kind of row, with counts."""

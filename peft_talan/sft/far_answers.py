@@ -19,7 +19,7 @@ from ..tuner.measured_pass import in_evaluation_mode
 from ..tuner.sliding_window import own_window, without_window
 from .data import DataError, Rows
 from .display import make_table
-from .prompts import Encoded, encode
+from .prompts import Encoded, encode_rows
 from .recall import last_answers
 from .scores import Scores, score_rows
 
@@ -133,10 +133,7 @@ def count_right(model: Any, tokenizer: PreTrainedTokenizerBase, rows: Rows) -> l
     unit = window or UNIT
     by_length: dict[int, list[_Asked]] = {}
     answered = _answered(rows)
-    for place, row in zip(answered.places, answered.rows, strict=True):
-        asked = _Asked(place, row, encode(tokenizer, row))
-        if not asked.tokens.completion:
-            raise DataError(f"{place}: the answer adds no token to the prompt; mend the row or the chat template")
+    for asked in map(_Asked, answered.places, answered.rows, encode_rows(tokenizer, answered)):
         longest = unit
         while longest < asked.tokens.length:
             longest *= 2
@@ -146,12 +143,12 @@ def count_right(model: Any, tokenizer: PreTrainedTokenizerBase, rows: Rows) -> l
     bar = logging.tqdm(desc="Counting right answers", total=len(rows) * len(readers), disable=None, leave=False)
     with in_evaluation_mode(model), bar:
         for longest, part in sorted(by_length.items()):
-            texts = [asked.row for asked in part]
+            encoded = [asked.tokens for asked in part]
             scores = {}
             for reader, reading in readers.items():
                 with reading():
                     ends = reader in (MODEL, ADAPTER)
-                    scores[reader] = _score(model, tokenizer, texts, longest, ends=ends, report=bar.update)
+                    scores[reader] = _score(model, tokenizer, encoded, longest, ends=ends, report=bar.update)
             first = next(iter(scores.values()))
             answers = zip(part, first.exact, first.given, strict=True)
             found.append(
@@ -184,7 +181,7 @@ class _Asked:
         prompt = self.row["prompt"]
         asked = prompt if isinstance(prompt, str) else str(prompt[-1].get("content"))
         question = " ".join(asked.split())[-SHOWN_CHARACTERS:]
-        goes_on = "" if given[-1] == tokenizer.eos_token_id else "…"
+        goes_on = "" if given[-1] in (tokenizer.eos_token_id, *self.tokens.end) else "…"
         return WrongAnswer(
             self.place, self.tokens.length, question, read(self.tokens.completion), read(given) + goes_on
         )
@@ -193,7 +190,7 @@ class _Asked:
 def _score(
     model: Any,
     tokenizer: PreTrainedTokenizerBase,
-    rows: Sequence[Any],
+    rows: Sequence[Encoded],
     longest: int,
     ends: bool,
     report: Callable[[int], object] = lambda count: None,
@@ -225,16 +222,16 @@ def right_answers_tables(found: Sequence[RightAnswers], others: str) -> Group:
     return Group(counts, wrong_answers)
 
 
-def describe_reading(model: Any, tokenizer: PreTrainedTokenizerBase, rows: Rows, max_length: int) -> str:
+def describe_reading(
+    model: Any, tokenizer: PreTrainedTokenizerBase, encoded: Sequence[Encoded], max_length: int
+) -> str:
     """Tell how many of the first rows of at most a length a model answers right without its window."""
-    fitting = ((row, encode(tokenizer, row).length) for row in _answered(rows).rows)
-    read = list(islice((both for both in fitting if both[1] <= max_length), READ_ROWS))
+    read = list(islice((row for row in encoded if row.length <= max_length), READ_ROWS))
     if not read:
         return f"no row has at most {max_length} tokens: whether the model can answer without its window isn't known"
-    answered = [row for row, _ in read]
     with in_evaluation_mode(model), without_window(model):
-        right = sum(_score(model, tokenizer, answered, max(length for _, length in read), ends=False).exact)
-    line = f"without its window the model answers {right} of {len(answered)} rows right"
-    if 2 * right >= len(answered):
+        right = sum(_score(model, tokenizer, read, max(row.length for row in read), ends=False).exact)
+    line = f"without its window the model answers {right} of {len(read)} rows right"
+    if 2 * right >= len(read):
         return line
     return f"{line}, and recall starts from those; ask for what it can answer, or take more steps"

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from ..axes import refusal
-from .prompts import PromptForm, encode_prompt
+from .prompts import PromptForm, encode_prompt, stop_tokens
 
 
 def choose_device(device: str | None = None) -> str:
@@ -74,8 +74,8 @@ def answer(
     tokens = torch.tensor([encode_prompt(tokenizer, prompt, form)], device=model.device)
     own_stops = model.generation_config.eos_token_id
     stops = [] if own_stops is None else torch.tensor(own_stops).flatten().tolist()
-    # Training ends every answer with the tokenizer's end, whatever the model's configuration says.
-    stops += [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    # Whatever the model's configuration says.
+    stops += stop_tokens(tokenizer, form)
     # Greedy decoding warns of options of sampling alone.
     sampling = (
         {"temperature": temperature} if temperature else dict.fromkeys(("temperature", "top_p", "top_k", "min_p"))

@@ -10,7 +10,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from .data import DataError, Rows
-from .prompts import Encoded
+from .prompts import IGNORED, Encoded
 
 FEW_ROWS = 64
 LONG_ANSWER = 8
@@ -18,36 +18,40 @@ LONG_ANSWER = 8
 
 
 def describe_lengths(
-    tokenizer: PreTrainedTokenizerBase, rows: Rows, encoded: Sequence[Encoded], max_length: int
+    tokenizer: PreTrainedTokenizerBase, rows: Rows, encoded: Sequence[Encoded], max_length: int, name: str = "rows"
 ) -> list[str]:
     """Count the rows, of which the tokens are given, that training would change or leave out, a line for each kind.
 
-    Raises `DataError` if no row has a token to train on.
+    `name` is what the lines call them. Raises `DataError` if no row has a token to train on.
     """
     begins_twice = [tokenizer.bos_token_id] * 2
 
-    def places(matches: Callable[[list[int], list[int]], bool]) -> list[str]:
-        return [place for place, tokens in zip(rows.places, encoded, strict=True) if matches(*tokens)]
+    def places(matches: Callable[[Encoded], bool]) -> list[str]:
+        return [place for place, row in zip(rows.places, encoded, strict=True) if matches(row)]
 
-    cut = places(lambda prompt, completion: len(prompt) + len(completion) > max_length)
-    lost = places(lambda prompt, _: rows.form == "prompt-completion" and len(prompt) >= max_length)
-    doubled = places(lambda prompt, completion: (prompt + completion)[:2] == begins_twice)
+    cut = places(lambda row: row.length > max_length)
+    lost = places(lambda row: all(label == IGNORED for label in row.labels[:max_length]))
+    doubled = places(lambda row: row.tokens[:2] == begins_twice)
     if len(lost) == len(rows):
-        raise DataError(f"{rows.source}: every prompt has {max_length} tokens or more; raise max_length={max_length}")
+        raise DataError(
+            f"{rows.source}: every row's first token to train on stands behind {max_length} tokens or more; raise "
+            f"max_length={max_length}"
+        )
     lines = []
     if cut:
         lengths = [tokens.length for tokens in encoded]
         longest = max(lengths)
         lines.append(
-            f"{len(cut)} of {len(rows)} rows are longer than max_length={max_length} and are cut there (the longest: "
-            f"{longest:,} tokens, {rows.places[lengths.index(longest)]})"
+            f"{len(cut)} of {len(rows)} {name} are longer than max_length={max_length} and are cut there (the "
+            f"longest: {longest:,} tokens, {rows.places[lengths.index(longest)]})"
         )
     if lost:
-        lines.append(f"{len(lost)} of these have no token of the completion left and are left out (first: {lost[0]})")
+        part = "completion" if rows.form == "prompt-completion" else "assistant"
+        lines.append(f"{len(lost)} of these have no token of the {part} left and are left out (first: {lost[0]})")
     if doubled:
         lines.append(
-            f"{len(doubled)} of {len(rows)} rows begin with two {tokenizer.bos_token!r}: the tokenizer adds one; take "
-            f"it out of the data (first: {doubled[0]})"
+            f"{len(doubled)} of {len(rows)} {name} begin with two {tokenizer.bos_token!r}: the tokenizer adds one; "
+            f"take it out of the data (first: {doubled[0]})"
         )
     return lines
 
@@ -81,7 +85,7 @@ def describe_far_answers(
             "have an answer that their prompt doesn't hold as it is written; a memory is best at what can be copied",
         ),
         (
-            lambda part: len(part.tokens.completion) > LONG_ANSWER + 1,
+            lambda part: len(part.tokens.answer) > LONG_ANSWER,
             f"have an answer of more than {LONG_ANSWER} tokens; longer ones take more steps, or are not learned",
         ),
         (
@@ -107,7 +111,7 @@ class _Parts:
 
     @classmethod
     def of(cls, tokenizer: PreTrainedTokenizerBase, row: Any, tokens: Encoded) -> _Parts:
-        answer = str(tokenizer.decode(tokens.completion, skip_special_tokens=True)).strip()
+        answer = str(tokenizer.decode(tokens.answer, skip_special_tokens=True)).strip()
         texts = isinstance(row["prompt"], str)
         return cls(tokens, answer, texts and row["prompt"][-1].isalnum() and row["completion"][0].isalnum())
 

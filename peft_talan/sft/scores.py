@@ -14,11 +14,7 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
-from .formats import Row
-from .prompts import Encoded, encode
-
-IGNORED = -100
-"""The label that losses pass over."""
+from .prompts import IGNORED, Encoded
 
 
 @dataclass(frozen=True)
@@ -51,9 +47,9 @@ class Scores:
 def pad_batch(rows: Sequence[Encoded], tokenizer: PreTrainedTokenizerBase) -> dict[str, torch.Tensor]:
     """Pad rows to one length, on the right; the labels, [rows, tokens], are the tokens of the completions."""
     columns = {
-        "input_ids": ([[*prompt, *completion] for prompt, completion in rows], tokenizer.pad_token_id or 0),
-        "attention_mask": ([[1] * (len(prompt) + len(completion)) for prompt, completion in rows], 0),
-        "labels": ([[IGNORED] * len(prompt) + completion for prompt, completion in rows], IGNORED),
+        "input_ids": ([row.tokens for row in rows], tokenizer.pad_token_id or 0),
+        "attention_mask": ([[1] * row.length for row in rows], 0),
+        "labels": ([row.labels for row in rows], IGNORED),
     }
     return {
         name: pad_sequence(
@@ -63,18 +59,18 @@ def pad_batch(rows: Sequence[Encoded], tokenizer: PreTrainedTokenizerBase) -> di
     }
 
 
-def _scored_part(encoded: Encoded, end: int | None, max_length: int, ends: bool) -> Encoded:
+def _scored_part(row: Encoded, stop: int | None, max_length: int, ends: bool) -> Encoded:
     """Cut a row at its largest length, and after or before the end of its answer, where generation stops, too."""
-    prompt, completion = encoded
-    completion = completion[: completion.index(end) + ends] if end in completion else completion
-    return Encoded(prompt, completion[: max(0, max_length - len(prompt))])
+    end = row.end[: row.end.index(stop) + 1] if stop in row.end else row.end
+    completion = row.answer + end if ends else row.answer
+    return Encoded(row.prompt, completion[: max(0, max_length - len(row.prompt))])
 
 
 @torch.no_grad()
 def score_rows(
     model: Any,
     tokenizer: PreTrainedTokenizerBase,
-    rows: Sequence[Row],
+    rows: Sequence[Encoded],
     *,
     batch_size: int = 16,
     max_length: int = 1024,
@@ -84,21 +80,23 @@ def score_rows(
     """Score a model on held-out rows, in one forward pass each; rows without a token to score are left out.
 
     Greedy decoding generates exactly the completion if each of its tokens is the most likely one after the right ones
-    before it: no token has to be generated. `ends`: the end-of-sequence token after an answer is one of them.
-    `report` is told how many rows each batch had.
+    before it: no token has to be generated. `ends`: what ends an answer is part of it. `report` is told how many rows
+    were scored or left out.
     """
     scores = Scores([], [], [])
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     can_select = "logits_to_keep" in inspect.signature(base.forward).parameters
-    for start in range(0, len(rows), batch_size):
-        part = [encode(tokenizer, row) for row in rows[start : start + batch_size]]
-        encoded = [_scored_part(row, tokenizer.eos_token_id, max_length, ends) for row in part]
-        batch = {name: tensor.to(model.device) for name, tensor in pad_batch(encoded, tokenizer).items()}
+    parts = [_scored_part(row, tokenizer.eos_token_id, max_length, ends) for row in rows]
+    scored_rows = [part for part in parts if part.completion and part.length > 1]
+    report(len(rows) - len(scored_rows))
+    for start in range(0, len(scored_rows), batch_size):
+        part = scored_rows[start : start + batch_size]
+        batch = {name: tensor.to(model.device) for name, tensor in pad_batch(part, tokenizer).items()}
         labels = batch.pop("labels")[:, 1:]
         selection: dict[str, int] = {}
         if can_select:
             # Logits of the prompts, of which a large vocabulary makes gigabytes, are not computed.
-            labels = labels[:, max(0, min(len(row.prompt) for row in encoded) - 1) :]
+            labels = labels[:, max(0, min(len(row.prompt) for row in part) - 1) :]
             selection["logits_to_keep"] = labels.shape[1] + 1
         logits = model(**batch, **selection, use_cache=False).logits[:, :-1].float()
         losses = F.cross_entropy(logits.transpose(1, 2), labels, ignore_index=IGNORED, reduction="none")
@@ -107,8 +105,6 @@ def score_rows(
         for loss, own, token_right, tokens in zip(
             losses.sum(-1).tolist(), scored.cpu(), right, generated.cpu(), strict=True
         ):
-            if not own.any():
-                continue
             scores.losses.append(loss)
             scores.tokens.append(int(own.sum()))
             matched = int(token_right[own].long().cumprod(0).sum())

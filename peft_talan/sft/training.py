@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import shutil
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from inspect import signature
 from itertools import islice
@@ -18,7 +19,11 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback
 from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
-from trl.chat_template_utils import get_training_chat_template, has_generation_markers
+from trl.chat_template_utils import (
+    get_training_chat_template,
+    has_generation_markers,
+    is_chat_template_stop_token_trained,
+)
 from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import SFTTrainer
 
@@ -30,8 +35,7 @@ from ..tuner.recall_start import initialize_talan_recall
 from ..tuner.trainability import talan_param_groups
 from ..tuner.whitening import initialize_talan_weights
 from .callbacks import SavePromptForm
-from .data import Rows
-from .prompts import PromptForm
+from .prompts import Encoded, PromptForm
 
 START_BATCHES = 16
 """How many batches side paths start from; some thousand tokens are enough."""
@@ -45,11 +49,17 @@ def remove_checkpoints(output: Path) -> None:
         shutil.rmtree(folder)
 
 
-def check_assistant_marks(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Refuse a chat template that does not mark what the assistant says, and of which TRL has no marked version."""
-    if tokenizer.chat_template and not has_generation_markers(tokenizer.chat_template):
+def marked_template(tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """The tokenizer's chat template if it marks what the assistant says, or TRL's marked version; refused without.
+
+    None if there is no template.
+    """
+    template = str(tokenizer.chat_template) if tokenizer.chat_template else None
+    if template is None:
+        return None
+    if not has_generation_markers(template):
         try:
-            get_training_chat_template(tokenizer)
+            template = get_training_chat_template(tokenizer)
         except ValueError:
             remedy = (
                 "the chat template has no {% generation %} marks around what the assistant says; leave the option "
@@ -57,6 +67,13 @@ def check_assistant_marks(tokenizer: PreTrainedTokenizerBase) -> None:
                 "marks to chat_template.jinja"
             )
             raise refusal("assistant_only_loss", True, remedy) from None
+    if not is_chat_template_stop_token_trained(tokenizer, chat_template=template):
+        warnings.warn(
+            "assistant_only_loss=True: the chat template's {% generation %} marks leave out the token that ends what "
+            "the assistant says, and the model may not learn to stop; mark it in chat_template.jinja",
+            stacklevel=2,
+        )
+    return template
 
 
 def set_side_path_rate(trainer: Trainer, scale: float) -> None:
@@ -176,20 +193,26 @@ class PromptLossTrainer(SFTTrainer):
         super().log(logs, start_time)
 
 
+def _dataset(rows: Sequence[Encoded]) -> Dataset:
+    """Rows as tokens: of other columns Arrow would give each row all keys of all rows, which templates write."""
+    return Dataset.from_list([{"input_ids": row.tokens, "labels": row.labels} for row in rows])
+
+
 def make_trainer(
     model: Any,
     tokenizer: PreTrainedTokenizerBase,
-    rows: Rows,
+    rows: Sequence[Encoded],
+    form: PromptForm,
     adapter: PeftConfig | None,
     output: Path,
     *,
-    eval_rows: Rows | None = None,
+    eval_rows: Sequence[Encoded] | None = None,
     callbacks: Sequence[TrainerCallback] = (),
     side_path_lr_scale: float = 1.0,
     prompt_loss_weight: float = 0.0,
     **arguments: Any,
 ) -> SFTTrainer:
-    """Make a trainer whose adapter can be continued, and prompted later as it was trained."""
+    """Make a trainer whose adapter can be continued, and prompted later as it was trained: in the form of the rows."""
     has_accelerator = torch.accelerator.is_available()
     defaults = {
         "bf16": torch.cuda.is_available() and torch.cuda.is_bf16_supported(),
@@ -204,11 +227,11 @@ def make_trainer(
         model=model,
         prompt_loss_weight=prompt_loss_weight,
         args=SFTConfig(output_dir=str(output), **{**defaults, **given}),
-        train_dataset=Dataset.from_list(rows.rows),
-        eval_dataset=None if eval_rows is None else Dataset.from_list(eval_rows.rows),
+        train_dataset=_dataset(rows),
+        eval_dataset=None if eval_rows is None else _dataset(eval_rows),
         processing_class=tokenizer,
         peft_config=adapter,
-        callbacks=[SavePromptForm(PromptForm.of(rows)), *callbacks],
+        callbacks=[SavePromptForm(form), *callbacks],
     )
     # It would print the numbers among the program's results.
     trainer.remove_callback(PrinterCallback)
@@ -217,10 +240,10 @@ def make_trainer(
     return trainer
 
 
-def save(trainer: SFTTrainer, rows: Rows, output: Path) -> None:
+def save(trainer: SFTTrainer, form: PromptForm, output: Path) -> None:
     """Save a trainer's adapter, its tokenizer and the form of the rows' prompts into a folder, in place of others."""
     if trainer.args.should_save:
         remove_saved_files(output)
     trainer.save_model(str(output))
     if trainer.args.should_save:
-        PromptForm.of(rows).save(output)
+        form.save(output)

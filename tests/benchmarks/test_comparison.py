@@ -48,7 +48,7 @@ def test_a_row_has_the_wanted_length_and_all_of_its_sentences(task: str, maker: 
     rows = maker.rows(task, 8, TOKENS, TOKENS, 0)
     assert rows == maker.rows(task, 8, TOKENS, TOKENS, 0)
     assert len(set(map(str, rows))) == 8
-    lengths = [sum(map(len, encode(maker.tokenizer, row))) for row in rows]
+    lengths = [encode(maker.tokenizer, row).length for row in rows]
     assert min(lengths) >= TOKENS - 20 and max(lengths) <= TOKENS
     asked = MAKERS[task](random.Random(0), TOKENS)
     row = maker.make(task, TOKENS, random.Random(0))
@@ -226,7 +226,7 @@ def test_rows_to_train_on_are_of_other_parts_of_the_texts(folder: str, tmp_path:
     rows = [json.loads(line) for line in file.read_text().splitlines()]
     assert sorted(row["prompt"].count("The home of ") - 1 for row in rows) == [1] * 4 + [2] * 3
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    assert all(180 <= sum(map(len, encode(tokenizer, row))) <= 300 for row in rows)
+    assert all(180 <= encode(tokenizer, row).length <= 300 for row in rows)
     trained, held_out = (
         [tokenizer.decode(text) for text in TaskRows(tokenizer, held_out=part).texts] for part in (False, True)
     )

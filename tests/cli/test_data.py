@@ -6,17 +6,21 @@ import csv
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from datasets import Dataset
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
+from trl import SFTConfig, SFTTrainer
+from trl.chat_template_utils import deepseekv3_chat_template, qwen3_5_think_chat_template, qwen3_chat_template
 
 from peft_talan.sft.data import DataError, read_rows
-from peft_talan.sft.prompts import PromptForm, encode, encode_prompt
-from peft_talan.sft.training import make_trainer
+from peft_talan.sft.prompts import PromptForm, encode, encode_prompt, encode_rows, stop_tokens
+from peft_talan.sft.recall import last_answers
+from peft_talan.sft.training import make_trainer, marked_template
 
-from ..offline_hub import make_tokenizer
+from ..offline_hub import CHAT_TEMPLATE, make_tokenizer
 
 Fails = Callable[..., str]
 
@@ -169,30 +173,141 @@ def tokenizer_with_bos() -> PreTrainedTokenizerBase:
     return tokenizer
 
 
+def tokens_of_trl(folder: Path, tokenizer: PreTrainedTokenizerBase, rows: list[Any], **options: Any) -> list[Any]:
+    """What TRL makes of rows, each by itself: of several, Arrow gives each one all keys of all."""
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    arguments = SFTConfig("out", report_to="none", use_cpu=True, bf16=False, dataloader_pin_memory=False, **options)
+    parts = [rows] if options.get("packing") else [[row] for row in rows]
+    trainers = [
+        SFTTrainer(model, arguments, train_dataset=Dataset.from_list(part), processing_class=tokenizer)
+        for part in parts
+    ]
+    return [row for trainer in trainers for row in trainer.train_dataset]
+
+
 @pytest.mark.parametrize("make", [make_tokenizer, tokenizer_with_bos])
-@pytest.mark.parametrize("kind", FORMATS)
+@pytest.mark.parametrize("kind", [*FORMATS, "assistant only", "packed"])
 def test_rows_become_the_tokens_that_trl_trains_on(
     kind: str, make: Callable[[], PreTrainedTokenizerBase], saved: Path, tmp_path: Path
 ) -> None:
-    (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, FORMATS[kind])))
+    talks = [{"messages": [USER, ASSISTANT, {**USER, "content": f"{n}?"}, ASSISTANT]} for n in range(3)]
+    (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, FORMATS.get(kind, talks))))
     rows, tokenizer = read_rows(tmp_path / "data.jsonl"), make()
-    model = AutoModelForCausalLM.from_pretrained(saved / "model")
-    trained_on = make_trainer(model, tokenizer, rows, None, tmp_path, max_steps=1).train_dataset
-    for row, expected in zip(rows.rows, trained_on, strict=True):
-        prompt, completion = encode(tokenizer, row)
-        assert prompt + completion == expected["input_ids"]
-        if rows.form == "prompt-completion":
-            assert [-100] * len(prompt) + completion == expected["labels"]
-        assert (prompt + completion).count(tokenizer.eos_token_id) >= 1
+    options = {"assistant only": {"assistant_only_loss": True}, "packed": {"packing": True, "max_length": 64}}
+    marked = marked_template(tokenizer) if kind == "assistant only" else None
+    trained_on = make_trainer(
+        AutoModelForCausalLM.from_pretrained(saved / "model"),
+        tokenizer,
+        encode_rows(tokenizer, rows, marked),
+        PromptForm.of(rows, tokenizer),
+        None,
+        tmp_path,
+        **(options["packed"] if kind == "packed" else {}),
+    ).train_dataset
+    of_trl = tokens_of_trl(saved / "model", tokenizer, rows.rows, **options.get(kind, {}))
+    for found, expected in zip(trained_on, of_trl, strict=True):
+        for column in ("input_ids", "labels"):
+            assert found[column] == expected[column]
+        assert found["input_ids"].count(tokenizer.eos_token_id) >= 1
         if tokenizer.bos_token_id is not None:
-            assert expected["input_ids"][:2].count(tokenizer.bos_token_id) == 1
+            assert found["input_ids"][:2].count(tokenizer.bos_token_id) == 1
+
+
+def test_rows_with_other_tools_and_arguments_are_trained_on_as_they_are(saved: Path, tmp_path: Path) -> None:
+    def row(name: str, **more: object) -> dict[str, object]:
+        tool = {
+            "type": "function",
+            "function": {"name": "f", "parameters": {"properties": {name: {"type": "string"}}}},
+        }
+        call = {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": {name: "x"}}}]}
+        return {"messages": [USER, call, {"role": "tool", "content": "y"}, ASSISTANT], "tools": [tool], **more}
+
+    data = [row("a"), row("b", chat_template_kwargs={"enable_thinking": False})]
+    (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, data)))
+    rows, tokenizer = read_rows(tmp_path / "data.jsonl"), make_tokenizer()
+    tokenizer.chat_template = qwen3_chat_template
+    model = AutoModelForCausalLM.from_pretrained(saved / "model")
+    form, encoded = PromptForm.of(rows, tokenizer), encode_rows(tokenizer, rows)
+    trained_on = make_trainer(model, tokenizer, encoded, form, None, tmp_path).train_dataset
+    of_trl = tokens_of_trl(saved / "model", tokenizer, rows.rows)
+    for found, expected in zip(trained_on, of_trl, strict=True):
+        assert "null" not in tokenizer.decode(found["input_ids"])
+        assert (found["input_ids"], found["labels"]) == (expected["input_ids"], expected["labels"])
+
+
+THOUGHT = {**ASSISTANT, "reasoning_content": "One more."}
+
+
+@pytest.mark.parametrize(
+    ("template", "answer", "asked", "end"),
+    [
+        # The generation prompt has no marks of thoughts, and the answer has.
+        (qwen3_chat_template, ASSISTANT, "<|im_start|>assistant\n<think>\n\n</think>\n\n", "<|im_end|>"),
+        # The model writes its thoughts by itself.
+        (qwen3_chat_template, THOUGHT, "<|im_start|>assistant\n", "<|im_end|>"),
+        (qwen3_5_think_chat_template, ASSISTANT, "assistant\n<think>\n\n</think>\n\n", "<|im_end|>"),
+        # The generation prompt has a mark of thoughts, and the answer none.
+        (deepseekv3_chat_template, ASSISTANT, "<\uff5cAssistant\uff5c>", "<\uff5cend▁of▁sentence\uff5c>"),
+        (CHAT_TEMPLATE, ASSISTANT, "<|im_start|>assistant\n", "<|im_end|>"),
+        # A space belongs to the answer's first token.
+        ("{% for message in messages %}: {{ message['content'] }}<|im_end|>{% endfor %}"
+         "{% if add_generation_prompt %}:{% endif %}", ASSISTANT, ":", "<|im_end|>"),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("talks", [True, False])
+def test_what_a_template_writes_around_an_answer_is_none_of_it(
+    template: str, answer: dict[str, str], asked: str, end: str, talks: bool, tmp_path: Path
+) -> None:
+    row = {"messages": [USER, answer]} if talks else {"prompt": [USER], "completion": [answer]}
+    (tmp_path / "data.jsonl").write_text(json.dumps(row))
+    rows, tokenizer = read_rows(tmp_path / "data.jsonl"), make_tokenizer()
+    tokenizer.chat_template = template
+    (encoded,) = encode_rows(tokenizer, last_answers(rows))
+    assert encoded == encode(tokenizer, rows.rows[0])
+    assert tokenizer.decode(encoded.prompt).endswith(f"{asked}")
+    said = "<think>\nOne more.\n</think>\n\n2" if answer is THOUGHT else "2"
+    assert tokenizer.decode(encoded.answer).strip() == said
+    assert tokenizer.decode(encoded.end) == end
+    PromptForm.of(rows, tokenizer).save(tmp_path)
+    form = PromptForm.load(str(tmp_path))
+    assert form.generation_prompt == (answer is THOUGHT)
+    assert encode_prompt(tokenizer, USER["content"], form) == encoded.prompt
+
+
+@pytest.mark.parametrize("ends_texts", ["<|im_end|>", "<|endoftext|>"])
+def test_an_answer_stops_where_training_ended_it(ends_texts: str) -> None:
+    tokenizer = make_tokenizer()
+    tokenizer.eos_token = ends_texts
+    ends = [tokenizer.convert_tokens_to_ids(name) for name in dict.fromkeys((ends_texts, "<|im_end|>"))]
+    assert stop_tokens(tokenizer, PromptForm(chat=True)) == ends
+    assert stop_tokens(tokenizer, PromptForm(chat=False)) == ends[:1]
+
+
+def test_tools_and_options_of_every_row_are_asked_with(tmp_path: Path) -> None:
+    tool = {"type": "function", "function": {"name": "f", "parameters": {}}}
+    options = {"tools": [tool], "chat_template_kwargs": {"enable_thinking": False}}
+    lines = [json.dumps({"messages": [{**USER, "content": f"{n}"}, THOUGHT], **options}) for n in range(3)]
+    (tmp_path / "data.jsonl").write_text("\n".join(lines))
+    rows, tokenizer = read_rows(tmp_path / "data.jsonl"), make_tokenizer()
+    tokenizer.chat_template = qwen3_chat_template
+    PromptForm.of(rows, tokenizer).save(tmp_path)
+    form = PromptForm.load(str(tmp_path))
+    assert (
+        encode_prompt(tokenizer, "2", form)
+        == tokenizer.apply_chat_template(
+            [{**USER, "content": "2"}], tools=[tool], enable_thinking=False, add_generation_prompt=True
+        )["input_ids"]
+    )
+    (tmp_path / "data.jsonl").write_text("\n".join([*lines, json.dumps({"messages": [USER, ASSISTANT]})]))
+    form = PromptForm.of(read_rows(tmp_path / "data.jsonl"), tokenizer)
+    assert (form.tools, form.chat_template_kwargs) == (None, None)
 
 
 @pytest.mark.parametrize("kind", ["conversational prompt", "plain prompt"])
 def test_a_prompt_is_asked_as_it_was_trained_on(kind: str, tmp_path: Path) -> None:
     (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, FORMATS[kind])))
     rows, tokenizer = read_rows(tmp_path / "data.jsonl"), make_tokenizer()
-    PromptForm.of(rows).save(tmp_path)
+    PromptForm.of(rows, tokenizer).save(tmp_path)
     form = PromptForm.load(str(tmp_path))
     assert form == PromptForm(chat=kind != "plain prompt")
     for row in rows.rows:
@@ -205,8 +320,8 @@ def test_a_system_message_that_every_row_has_is_asked_with(tmp_path: Path) -> No
     lines = [json.dumps({"messages": [system, {**USER, "content": f"{n}"}, ASSISTANT]}) for n in range(3)]
     (tmp_path / "data.jsonl").write_text("\n".join(lines))
     rows, tokenizer = read_rows(tmp_path / "data.jsonl"), make_tokenizer()
-    form = PromptForm.of(rows)
+    form = PromptForm.of(rows, tokenizer)
     assert form.system == "Add."
     assert encode_prompt(tokenizer, "2", form) == encode(tokenizer, rows.rows[2]).prompt
     (tmp_path / "data.jsonl").write_text("\n".join([*lines, json.dumps({"messages": [USER, ASSISTANT]})]))
-    assert PromptForm.of(read_rows(tmp_path / "data.jsonl")).system is None
+    assert PromptForm.of(read_rows(tmp_path / "data.jsonl"), tokenizer).system is None

@@ -66,7 +66,7 @@ def test_what_was_learned_is_counted_by_train_and_by_generate(
     assert main([str(word) for word in [*run, "--learning-rate", "0.01", "--json"]]) == 0
     printed = capsys.readouterr()
     found = json.loads(printed.out)["right_answers"]
-    lengths = [sum(map(len, encode(make_tokenizer(), row))) for row in rows]
+    lengths = [encode(make_tokenizer(), row).length for row in rows]
     for part, length in zip(found, lengths, strict=True):
         assert part["shortest"] <= length <= part["longest"] == WINDOW * part["windows"]
         assert part["rows"] == 1

@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, get_scheduler
 from transformers.trainer_utils import SchedulerType
 from transformers.utils import logging
+from trl.chat_template_utils import qwen3_chat_template
 
 from peft_talan import TalanConfig
 from peft_talan.axes import RECALL_AXES
@@ -33,7 +34,7 @@ from peft_talan.sft.models import load_adapter
 from peft_talan.sft.prompts import encode
 from peft_talan.sft.scores import score_rows
 
-from ..offline_hub import write_conversations
+from ..offline_hub import make_tokenizer, write_conversations
 
 Answers = Callable[[list[str | Path]], str]
 Fails = Callable[..., str]
@@ -64,7 +65,13 @@ def test_train_learns_and_saves(saved: Path, tmp_path: Path, answers: Answers) -
     writes = [tensor for key, tensor in adapter_tensors(output).items() if "_write" in key]
     assert writes
     assert all(tensor.any() for tensor in writes)
-    assert json.loads((output / "prompt_form.json").read_text()) == {"chat": True, "system": None}
+    assert json.loads((output / "prompt_form.json").read_text()) == {
+        "chat": True,
+        "system": None,
+        "tools": None,
+        "chat_template_kwargs": None,
+        "generation_prompt": False,
+    }
 
 
 def test_train_tells_of_long_rows_and_evaluates(
@@ -88,6 +95,34 @@ def test_train_tells_of_long_rows_and_evaluates(
     assert "loss=" in printed.err
     assert "lr=" in printed.err
     assert json.loads((tmp_path / "out" / "prompt_form.json").read_text())["chat"] is False
+
+
+@pytest.mark.parametrize("assistant_only", [False, True])
+def test_rows_that_are_left_out_are_told_of_held_out_rows_too(
+    assistant_only: bool, saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def write(name: str, lengths: tuple[int, ...]) -> Path:
+        texts = [{"prompt": "a" * length, "completion": "b"} for length in lengths]
+        said = [
+            [{"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": row["completion"]}]
+            for row in texts
+        ]
+        rows = [{"messages": messages} for messages in said] if assistant_only else texts
+        (tmp_path / name).write_text("\n".join(map(json.dumps, rows)))
+        return tmp_path / name
+
+    part = "assistant" if assistant_only else "completion"
+    data, short, long = write("data.jsonl", (1, 70, 2)), write("short.jsonl", (70, 1)), write("long.jsonl", (70, 80))
+    words = ["--data", data, "--max-length", "64", "--output", tmp_path / "out", "--steps", "1", *SMALL]
+    words = ["train", "--model", saved / "model", *words, *(["--assistant-only-loss"] if assistant_only else [])]
+    assert main([str(word) for word in [*words, "--eval-data", short]]) == 0
+    told = capsys.readouterr().err
+    assert "1 of 3 rows are longer than max_length=64" in told
+    assert f"1 of these have no token of the {part} left and are left out (first: {data}:2)" in told
+    assert "1 of 2 held-out rows are longer than max_length=64" in told
+    assert f"1 of these have no token of the {part} left and are left out (first: {short}:1)" in told
+    assert main([str(word) for word in [*words, "--overwrite", "--eval-data", long]]) == MISUSED
+    assert f"{long}: every row's first token to train on stands behind 64 tokens" in capsys.readouterr().err
 
 
 def test_an_interrupted_run_goes_on_to_the_same_weights(
@@ -287,18 +322,41 @@ def test_scores_are_those_of_each_row_alone(adapted: bool, saved: Path, tmp_path
     tokenizer = AutoTokenizer.from_pretrained(saved / "model")
     rows = [{"prompt": "1 + 1 = " * many, "completion": "2 and no more" * many} for many in (2, 1, 3)]
     # The last row has no token left to score.
-    scores = score_rows(model, tokenizer, [*rows, {"prompt": "1 " * 200, "completion": "2"}], max_length=100)
+    asked = [encode(tokenizer, row) for row in (*rows, {"prompt": "1 " * 200, "completion": "2"})]
+    scores = score_rows(model, tokenizer, asked, max_length=100)
     losses = []
-    for row, given in zip(rows, scores.given, strict=True):
-        prompt, completion = encode(tokenizer, row)
+    for row, given in zip(asked[:-1], scores.given, strict=True):
+        prompt, completion = row.prompt, row.completion
         with torch.no_grad():
             logits = model(input_ids=torch.tensor([prompt + completion])).logits[0, len(prompt) - 1 : -1]
         assert given[:-1] == completion[: len(given) - 1]
         assert given[-1] == logits[len(given) - 1].argmax() != completion[len(given) - 1]
         losses.append(float(F.cross_entropy(logits, torch.tensor(completion), reduction="sum")))
     assert scores.losses == pytest.approx(losses, rel=1e-6)  # the loss is taken in float32
-    assert scores.tokens == [len(encode(tokenizer, row).completion) for row in rows]
+    assert scores.tokens == [len(row.completion) for row in asked[:-1]]
     assert not any(scores.exact)
+
+
+def test_rows_that_are_not_scored_do_not_go_through_the_model(saved: Path) -> None:
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(saved / "model").eval(), make_tokenizer()
+    shapes: list[tuple[int, ...]] = []
+    model.model.embed_tokens.register_forward_pre_hook(lambda module, inputs: shapes.append(tuple(inputs[0].shape)))
+    counts: list[int] = []
+    asked = [encode(tokenizer, {"prompt": "1 " * length, "completion": "2"}) for length in (3, 200, 4)]
+    scores = score_rows(model, tokenizer, asked, max_length=100, report=counts.append)
+    assert shapes == [(2, asked[2].length)]
+    assert (len(scores.tokens), sum(counts)) == (2, 3)
+
+
+@pytest.mark.parametrize("ends_texts", ["<|im_end|>", "<|endoftext|>"])
+def test_an_answer_is_scored_up_to_the_token_that_ends_it_or_before(ends_texts: str, saved: Path) -> None:
+    """Whatever the tokenizer ends texts with, and whatever the template writes after an answer's end."""
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(saved / "model").eval(), make_tokenizer()
+    tokenizer.eos_token, tokenizer.chat_template = ends_texts, qwen3_chat_template
+    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "bcd"}]
+    asked = [encode(tokenizer, {"messages": messages})]
+    assert score_rows(model, tokenizer, asked, ends=False).tokens == [len("bcd")]
+    assert score_rows(model, tokenizer, asked).tokens == [len("bcd") + 1]
 
 
 def test_intervals_hold_the_truth_as_often_as_they_say() -> None:
