@@ -96,6 +96,7 @@ WHICH = {"facts": of_settings("facts"), "rows": of_settings("form"), "seed": of_
 def by_the_command(rows: Sequence[Row]) -> list[Row]:
     """The runs of the command with the axes and the loss that it has, of one fact a row first."""
     told = {"arm": "TALAN", "start": "memory", "axes": dict(RECALL_AXES), "bf16": True, "by_command": True}
+    told["prompt_loss_weight"] = 0.2
     found = [row for row in rows if told.items() <= row["settings"].items()]
     order = {name: [row["settings"][name] for row in found] for name in ("facts", "form")}
     return sorted(

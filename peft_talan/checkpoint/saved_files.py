@@ -51,7 +51,10 @@ def remove_saved_files(folder: Path) -> None:
 
 @contextmanager
 def replaced_at_success(folder: Path) -> Iterator[None]:
-    """Let a block write a folder anew; if an error or Ctrl-C ends the block, the folder is what it was before."""
+    """Let a block write a folder anew; if an error or Ctrl-C ends the block, the folder is what it was before.
+
+    A kill leaves what it was in a folder of that name and a random ending.
+    """
     folder.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(prefix=f"{folder.name}-", dir=folder.parent) as aside:
         earlier = Path(aside, folder.name)

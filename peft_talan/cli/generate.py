@@ -99,7 +99,7 @@ def generate(
         adapted, tokenizer = _load((adapter, model, dtype, device), strength)
         form = stored or PromptForm(chat=bool(tokenizer.chat_template), generation_prompt=True)
         if chat is not None:
-            form = replace(form, chat=chat)
+            form = replace(form, chat=chat, generation_prompt=form.generation_prompt or not form.chat)
         if system is not None:
             form = replace(form, system=system)
         if form.chat and not tokenizer.chat_template:

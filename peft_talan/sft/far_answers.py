@@ -116,7 +116,8 @@ def count_right(model: Any, tokenizer: PreTrainedTokenizerBase, rows: Rows) -> l
     Args:
         model: What `load_adapter` or a trainer has: an adapter on its base model, or a merged model.
         tokenizer: Its tokenizer.
-        rows: Rows of `prompt` and `completion`, or of `messages`, whose last answer counts; held out from training.
+        rows: Rows of `prompt` and `completion`, or of `messages`, whose last answer counts; held out from training. Those with an empty
+            prompt aren't counted.
 
     Returns:
         The counts, the shortest rows first.
@@ -134,6 +135,8 @@ def count_right(model: Any, tokenizer: PreTrainedTokenizerBase, rows: Rows) -> l
     by_length: dict[int, list[_Asked]] = {}
     answered = _answered(rows)
     for asked in map(_Asked, answered.places, answered.rows, encode_rows(tokenizer, answered)):
+        if not asked.tokens.prompt:
+            continue
         longest = unit
         while longest < asked.tokens.length:
             longest *= 2

@@ -20,6 +20,8 @@ from .formats import TEMPLATE_COLUMNS, Row, is_conversational, messages_of
 PROMPT_FORM_FILE = "prompt_form.json"
 IGNORED = -100
 """The label that losses pass over."""
+FORM_ROWS = 64
+"""How many rows tell how answers begin."""
 PLACEHOLDER = "TheAnswerStandsHere"
 """A text that chat templates write as it is."""
 
@@ -88,8 +90,8 @@ class PromptForm:
         if not rows.conversational:
             return cls(chat=False)
         options = {name: rows.shared(name) for name in TEMPLATE_COLUMNS}
-        opened = all(_Talk.of(tokenizer, row).opened for row in rows.rows)
-        return cls(True, rows.system, **options, generation_prompt=not opened)
+        read = [_Talk.of(tokenizer, row).opened for row in rows.rows[:FORM_ROWS]]
+        return cls(True, rows.system, **options, generation_prompt=2 * sum(read) < len(read))
 
     def save(self, folder: str | PathLike[str]) -> None:
         """Write the form into an adapter's folder."""

@@ -129,38 +129,43 @@ class ShrinkingWindow(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Find out where the window starts and ends, and let every step have its window."""
+        """Find out where the window starts and ends."""
         self._installed.close()  # of a training that an error ended between two steps
-        model, trainer = kwargs["model"], _running_trainer()
-        own = own_window(model)
-        end = self.end or own
+        self._own = own_window(kwargs["model"])
+        end = self.end or self._own
         self._ends = (self.start or max(end, _longest(kwargs.get("train_dataloader"))), end)
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Let the step have its window."""
+        self.latest = self.window_at(state.global_step, state.max_steps)
+        self._install(kwargs["model"])
+
+    def on_substep_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Let the step's next batch have its window, too."""
+        self._install(kwargs["model"])
+
+    def _install(self, model: Any) -> None:
+        """Let the next call of `training_step` have the step's window: no callback is called when an error ends it."""
+        trainer = _running_trainer()
         training_step, replaced = trainer.training_step, vars(trainer).get("training_step")
 
         def windowed(*given: Any, **options: Any) -> torch.Tensor:
-            # Here, as no callback is called when an error ends a step.
-            set_window(model, self.latest)
-            try:
+            with self._installed:
+                set_window(model, self.latest)
                 return training_step(*given, **options)
-            except BaseException:
-                self._installed.close()
-                raise
-            finally:
-                set_window(model, own)
 
         def restore() -> None:
+            set_window(model, self._own)
             del trainer.training_step
             if replaced is not None:
                 trainer.training_step = replaced  # type: ignore[method-assign]
 
         trainer.training_step = windowed  # type: ignore[method-assign]
         self._installed.callback(restore)
-
-    def on_step_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Choose the step's window."""
-        self.latest = self.window_at(state.global_step, state.max_steps)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -104,21 +104,31 @@ def _texts(ids: list[int], tokenizer: PreTrainedTokenizerBase | None) -> list[st
     """What tokens are compared by."""
     if tokenizer is None:
         return [f"<{token}>" for token in ids]
-    return [text.casefold() for text in tokenizer.batch_decode([[token] for token in ids])]
+    # Behind another token, as some tokenizers leave out the space of a first one.
+    begin = len(tokenizer.decode(ids[:1]))
+    texts = [text[begin:] for text in tokenizer.batch_decode([[ids[0], token] for token in ids])]
+    # Parts of a letter look alike.
+    return [f"<{token}>" if "\ufffd" in text else text.casefold() for token, text in zip(ids, texts, strict=True)]
 
 
 def _standing(text: list[str], answer: list[str]) -> list[int]:
     """Of the tokens of as much of an answer's beginning as stands in a text: the text's token in which each begins.
 
-    It is the last such place, preferably one of whole words.
+    It is the last such place, and one of whole words, but for a whole answer that has none.
     """
+    if not text:
+        return []
     ends, whole = list(accumulate(map(len, text))), "".join(text)
     for number in range(len(answer), 0, -1):
         wanted = "".join(answer[:number]).strip()
-        if wanted and wanted in whole:
-            words = [match.start() for match in re.finditer(rf"(?<!\w){re.escape(wanted)}(?!\w)", whole)]
-            at = words[-1] if words else whole.rindex(wanted)
-            spaces = len("".join(answer)) - len("".join(answer).lstrip())
-            starts = accumulate(map(len, answer[: number - 1]), initial=-spaces)
-            return [bisect_right(ends, at + max(start, 0)) for start in starts if start < len(wanted)]
+        if not wanted or wanted not in whole:
+            continue
+        words = [match.start() for match in re.finditer(rf"(?<!\w){re.escape(wanted)}(?!\w)", whole)]
+        # The last token may be the one that ends an answer.
+        if not words and number < len(answer) - 1:
+            continue
+        at = words[-1] if words else whole.rindex(wanted)
+        spaces = len("".join(answer)) - len("".join(answer).lstrip())
+        starts = accumulate(map(len, answer[: number - 1]), initial=-spaces)
+        return [bisect_right(ends, at + max(start, 0)) for start in starts if start < len(wanted)]
     return []

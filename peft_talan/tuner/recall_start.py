@@ -65,9 +65,9 @@ def initialize_talan_recall(
     the lowest loss with the window. The adapter's output changes. This is this package's own addition.
 
     Call it before training, and before the model is wrapped for several processes. Under `torch.autocast` the model
-    reads so, and what is computed from it isn't rounded. Some dozens of rows are enough for
-    `linear`; `delta` needs some hundred, of which only the first 16 batches are read without the window. The attention
-    of one such batch must fit into memory.
+    reads so, and what is computed from it isn't rounded. Some dozens of rows are enough for `linear`; `delta` is the
+    better the more there are, up to some thousand for several facts, of which only the first 16 batches are read
+    without the window. The attention of two such batches must fit into memory.
 
     Args:
         model: A model with a sliding window in every block, and a fresh TALAN adapter of `talan_mixer="linear"`, or of
@@ -85,7 +85,7 @@ def initialize_talan_recall(
             rows are packed, or no answer has a token beyond the window, or for `delta` one that stands there.
 
     Examples:
-        >>> initialize_talan_recall(trainer.model, list(itertools.islice(trainer.get_train_dataloader(), 16)))
+        >>> initialize_talan_recall(trainer.model, trainer.get_train_dataloader(), tokenizer=tokenizer)
     """
     base = pretrained_model(model)
     layers = [layer for _, layer in fresh_side_paths(model, adapter_name)]

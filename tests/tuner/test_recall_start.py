@@ -199,7 +199,8 @@ def test_keys_start_from_the_last_place_where_most_of_the_answer_stands(sides: t
         ("Red", "red"),  # whole words before parts of others
         (" red", "rred"),  # a space is where what follows it stands
         ("hund", "hund"),
-        ("red rust", "red r"),
+        ("red rust", "red"),  # of parts, whole words alone
+        ("drought", ""),
         ("blue", ""),
     ],
 )
