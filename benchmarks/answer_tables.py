@@ -20,7 +20,7 @@ CALLS = {
 CONDITIONS = {"None": "talan", **{layers: f"talan, {layers}" for layers in SPREAD}, "all": "talan, all blocks"}
 """Values of `talan_layers`, and the conditions that have them."""
 TRAINING, NOISE = [*CALLS][-1], "lora again"
-RECALL, RECALL_VALUE = "talan, recall", "`'recall'`, with `linear` and `relative`"
+RECALL, RECALL_VALUE = "talan, recall", "`'recall'`, with `delta` and `gated`"
 """The condition of the configuration for recall, and how the tables call it."""
 
 
