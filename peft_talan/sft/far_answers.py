@@ -237,4 +237,4 @@ def describe_reading(
     line = f"without its window the model answers {right} of {len(read)} rows right"
     if 2 * right >= len(read):
         return line
-    return f"{line}, and recall starts from those; ask for what it can answer, or take more steps"
+    return f"{line}; training mends a right answer in other words, else ask in the text's words or take a larger model"

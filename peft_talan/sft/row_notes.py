@@ -77,8 +77,8 @@ def describe_far_answers(
         ),
         (
             lambda part: part.tokens.length > window and part.stands_in(part.tokens.prompt[-window:], tokenizer),
-            f"have their answer in the last {window} tokens of the prompt, too, where the window sees it; ask for "
-            "what stands further back alone",
+            f"have their answer in the last {window} tokens of the prompt, where the window sees it; most rows should "
+            "ask for what stands further back",
         ),
         (
             lambda part: not part.stands_in(part.tokens.prompt, tokenizer),

@@ -74,7 +74,7 @@ def test_what_was_learned_is_counted_by_train_and_by_generate(
         assert part["wrong"] == []
     # What was told on the way.
     for line in (
-        "without its window the model answers 0 of 2 rows right, and recall starts from those",
+        "without its window the model answers 0 of 2 rows right; training mends a right answer in other words",
         "side paths start from 2 rows; it can take",
         "side paths have started as a memory (",
         "2 rows are few",
@@ -199,7 +199,7 @@ def nearer(row: dict[str, Any]) -> dict[str, Any]:
             [far_row(1, 0)] * 3,
             ["3 of 70 rows have at most 40 tokens, the window: nothing lies beyond it; give longer"],
         ),
-        ([nearer(far_row(1, 90))], ["1 of 70 rows have their answer in the last 40 tokens of the prompt, too"]),
+        ([nearer(far_row(1, 90))], ["1 of 70 rows have their answer in the last 40 tokens of the prompt, where"]),
         # A part of another word is no answer.
         ([{"prompt": f"It is 1. {FILLER * 2}It is 11 or", "completion": " 1"}], []),
         (

@@ -28,6 +28,7 @@ from transformers import (
     GPT2Config,
     LlamaConfig,
     MistralConfig,
+    Olmo2Config,
     PreTrainedConfig,
     PreTrainedModel,
     Qwen2Config,
@@ -63,6 +64,7 @@ CONFIGS: dict[str, PreTrainedConfig] = {
     "qwen3": Qwen3Config(**_WITH_HEADS),
     "qwen3_moe": Qwen3MoeConfig(**_WITH_HEADS, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32),
     "llama": LlamaConfig(**_WITH_HEADS),
+    "olmo2": Olmo2Config(**_WITH_HEADS),
     "mistral": MistralConfig(**_WITH_HEADS, sliding_window=WINDOW),
     "gemma3": Gemma3TextConfig(
         **_WITH_HEADS, sliding_window=WINDOW, layer_types=["sliding_attention", "full_attention"] * 2
