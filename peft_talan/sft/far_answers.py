@@ -116,8 +116,8 @@ def count_right(model: Any, tokenizer: PreTrainedTokenizerBase, rows: Rows) -> l
     Args:
         model: What `load_adapter` or a trainer has: an adapter on its base model, or a merged model.
         tokenizer: Its tokenizer.
-        rows: Rows of `prompt` and `completion`, or of `messages`, whose last answer counts; held out from training. Those with an empty
-            prompt aren't counted.
+        rows: Rows of `prompt` and `completion`, or of `messages`, whose last answer counts; held out from training.
+            Those with an empty prompt aren't counted.
 
     Returns:
         The counts, the shortest rows first.
