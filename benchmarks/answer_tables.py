@@ -72,9 +72,10 @@ def right_at_ten_windows(folder: Path) -> str:
     stored = read_lines(folder / "memory_ordinary_rows.jsonl")
     told = {"facts": "mixed", "form": "prompt-completion", "arm": "TALAN", "start": "memory", "by_command": True}
     found = runs_with(stored, **told, axes=dict(RECALL_AXES))
-    right = [row["right"]["10"] for row in found]
-    seeds = {row["settings"]["seed"] for row in found}
-    return f"{min(right)} to {max(right)} of {found[0]['settings']['rows']} ({len(seeds)} seeds)"
+    right = sorted({row["right"]["10"] for row in found})
+    seeds = len({row["settings"]["seed"] for row in found})
+    counts = " to ".join(map(str, dict.fromkeys((right[0], right[-1]))))
+    return f"{counts} of {found[0]['settings']['rows']} ({seeds} seed{'s' if seeds > 1 else ''})"
 
 
 def _recall_row(lines: list[Row], folder: Path) -> list[str]:
