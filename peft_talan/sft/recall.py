@@ -151,7 +151,8 @@ class ShrinkingWindow(TrainerCallback):
     def _install(self, model: Any) -> None:
         """Let the next call of `training_step` have the step's window: no callback is called when an error ends it."""
         trainer = _running_trainer()
-        training_step, replaced = trainer.training_step, vars(trainer).get("training_step")
+        training_step, own = trainer.training_step, vars(trainer)
+        replaced = own.get("training_step")
 
         def windowed(*given: Any, **options: Any) -> torch.Tensor:
             with self._installed:
@@ -160,11 +161,11 @@ class ShrinkingWindow(TrainerCallback):
 
         def restore() -> None:
             set_window(model, self._own)
-            del trainer.training_step
+            del own["training_step"]
             if replaced is not None:
-                trainer.training_step = replaced  # type: ignore[method-assign]
+                own["training_step"] = replaced
 
-        trainer.training_step = windowed  # type: ignore[method-assign]
+        own["training_step"] = windowed
         self._installed.callback(restore)
 
     def on_train_end(
