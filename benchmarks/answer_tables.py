@@ -20,7 +20,8 @@ CALLS = {
 CONDITIONS = {"None": "talan", **{layers: f"talan, {layers}" for layers in SPREAD}, "all": "talan, all blocks"}
 """Values of `talan_layers`, and the conditions that have them."""
 TRAINING, NOISE = [*CALLS][-1], "lora again"
-RECALL, RECALL_VALUE = "talan, recall", "`'recall'`, with `delta` and `gated`"
+RECALL = "talan, recall"
+RECALL_VALUE = f"`'recall'`, with `{RECALL_AXES['talan_mixer']}` and `{RECALL_AXES['talan_writeback']}`"
 """The condition of the configuration for recall, and how the tables call it."""
 
 

@@ -200,8 +200,7 @@ def run(settings: Settings, folder: str) -> Row:
     tokenizer = load_tokenizer(folder)
     # Before the training, which would be lost where there is no room for so short rows.
     scored, make = row_maker(settings, tokenizer, held_out=True), row_maker(settings, tokenizer, held_out=False)
-    lengths = {windows: windows * settings.window for windows in settings.scored}
-    held_out = {windows: scored(settings.rows, tokens, tokens, 1) for windows, tokens in lengths.items()}
+    held_out = {n: scored(settings.rows, n * settings.window, n * settings.window, 1) for n in settings.scored}
     made = make(settings.steps * settings.batch_size, settings.shortest, settings.longest, settings.seed)
     started = time.monotonic()
     with tempfile.TemporaryDirectory() as output:

@@ -23,25 +23,23 @@ def start_of(settings: dict[str, Any]) -> str:
     return {"memory": "a memory", "data": "the data", "random": "random"}[settings.get("start", older)]
 
 
-def layers_of(row: Row) -> str:
-    """The blocks with side paths."""
+def axis_of(row: Row, name: str, former: str) -> Any:
+    """An axis of the side paths; of runs that didn't store it, the former default."""
     settings = row["settings"]
     if settings["arm"] != "TALAN":
         return "none"
-    # Of runs that didn't store them.
-    former = "5 blocks" if "start" in settings else "all"
-    axes = row.get("axes") or {"talan_layers": former, **(settings["axes"] or {})}
-    layers = axes["talan_layers"]
+    return (row.get("axes") or {name: former, **(settings["axes"] or {})})[name]
+
+
+def layers_of(row: Row) -> str:
+    """The blocks with side paths."""
+    layers = axis_of(row, "talan_layers", "5 blocks" if "start" in row["settings"] else "all")
     return layers if isinstance(layers, str) else f"{len(layers)} blocks"
 
 
 def mixer_of(row: Row) -> str:
     """The mixer of the side paths."""
-    if row["settings"]["arm"] != "TALAN":
-        return "none"
-    # Of runs that didn't store it.
-    former = "linear" if row["settings"].get("start") == "memory" else "attention"
-    return str((row.get("axes") or {"talan_mixer": former, **(row["settings"]["axes"] or {})})["talan_mixer"])
+    return str(axis_of(row, "talan_mixer", "linear" if row["settings"].get("start") == "memory" else "attention"))
 
 
 def of_settings(name: str) -> Callable[[Row], Any]:

@@ -253,11 +253,11 @@ def _train(
     tokenizer = load_tokenizer(model)
     # Ours: TRL's own needs rows that aren't tokens yet.
     marked = training.marked_template(tokenizer) if arguments.pop("assistant_only_loss") else None
-    encoded = encode_rows(tokenizer, rows, marked)
-    encoded_held_out = None if held_out is None else encode_rows(tokenizer, held_out, marked)
+    encoded, encoded_held_out = encode_rows(tokenizer, rows, marked), None
     form, max_length = PromptForm.of(rows, tokenizer), arguments["max_length"]
     lines = describe_lengths(tokenizer, rows, encoded, max_length)
-    if held_out is not None and encoded_held_out is not None:
+    if held_out is not None:
+        encoded_held_out = encode_rows(tokenizer, held_out, marked)
         lines += describe_lengths(tokenizer, held_out, encoded_held_out, max_length, "held-out rows")
     if window is not None and asks and checkpoint is None:
         lines += describe_far_answers(tokenizer, rows, encoded, window)

@@ -33,7 +33,7 @@ class Encoded:
     Args:
         prompt: The tokens that are given; empty for plain text.
         answer: The tokens that follow.
-        end: What ends the answer, up to the first special token.
+        end: What ends the answer; of a conversation no more than up to the first special token.
         marks: Of each token whether it is trained on, where that isn't the completion alone.
     """
 

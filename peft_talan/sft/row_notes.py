@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from ..tuner.answers import whole_words
 from .data import DataError, Rows
 from .prompts import IGNORED, Encoded
 
@@ -117,4 +117,4 @@ class _Parts:
 
     def stands_in(self, tokens: list[int], tokenizer: PreTrainedTokenizerBase) -> bool:
         """Whether the answer stands there, and not as a part of another word."""
-        return bool(re.search(rf"(?<!\w){re.escape(self.answer)}(?!\w)", str(tokenizer.decode(tokens))))
+        return bool(whole_words(self.answer).search(str(tokenizer.decode(tokens))))

@@ -100,6 +100,11 @@ class Answers:
         ], output
 
 
+def whole_words(text: str) -> re.Pattern[str]:
+    """Where a text stands by itself, and not as a part of other words."""
+    return re.compile(rf"(?<!\w){re.escape(text)}(?!\w)")
+
+
 def _texts(ids: list[int], tokenizer: PreTrainedTokenizerBase | None) -> list[str]:
     """What tokens are compared by."""
     if tokenizer is None:
@@ -123,7 +128,7 @@ def _standing(text: list[str], answer: list[str]) -> list[int]:
         wanted = "".join(answer[:number]).strip()
         if not wanted or wanted not in whole:
             continue
-        words = [match.start() for match in re.finditer(rf"(?<!\w){re.escape(wanted)}(?!\w)", whole)]
+        words = [match.start() for match in whole_words(wanted).finditer(whole)]
         # The last token may be the one that ends an answer.
         if not words and number < len(answer) - 1:
             continue
